@@ -1,0 +1,71 @@
+"""Sample and Batch: the contract between the data side and the model. The model sees these arrays and nothing else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KIND_PROMPT = 0
+"""Not a target: text, state, prompt images, the conditioning action."""
+KIND_ACTION = 1
+"""A target of the policy: action dims, their begin and end, the closing separator."""
+KIND_IMAGE = 2
+"""A target of the world model that is an image code."""
+KIND_LAYOUT = 3
+"""A target of the world model that is structure: begin, grid, newline, end of image, the closing separator."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sequence. All arrays are 1-D with the same length T.
+
+    ids: int64, joint-vocabulary ids.
+    chunk: int16, k >= 1 on every token of the k-th action block of a chunk under the selective mask, else 0.
+    kind: uint8, what ids[i] is as a target (predicted from position i - 1).
+    row, col: int16, 1-based place of an image code in the grids of all views stacked, 0 elsewhere.
+    """
+
+    ids: np.ndarray
+    chunk: np.ndarray
+    kind: np.ndarray
+    row: np.ndarray
+    col: np.ndarray
+
+    def __post_init__(self) -> None:
+        lengths = {f.name: len(getattr(self, f.name)) for f in fields(self)}
+        assert len(set(lengths.values())) == 1, lengths
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded samples, int64 (B, T) each; padding has kind 0 and the pad id, so causality alone keeps it harmless."""
+
+    ids_BT: Tensor
+    chunk_BT: Tensor
+    kind_BT: Tensor
+    row_BT: Tensor
+    col_BT: Tensor
+
+    @classmethod
+    def stack(cls, samples: Sequence[Sample], pad: int, length: int | None = None) -> Self:
+        """Pad to `length` (default: the longest). A sample longer than `length` raises ValueError; nothing is cut."""
+        longest = max(len(s) for s in samples)
+        length = longest if length is None else length
+        if longest > length:
+            raise ValueError(f"a sample has {longest} tokens, the sequence length is {length}: raise data.sequence_length")
+        out = {}
+        for f in fields(Sample):
+            array = np.full((len(samples), length), pad if f.name == "ids" else 0, dtype=np.int64)
+            for i, sample in enumerate(samples):
+                array[i, : len(sample)] = getattr(sample, f.name)
+            out[f.name + "_BT"] = torch.from_numpy(array)
+        return cls(**out)
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})

@@ -1,0 +1,226 @@
+"""Every setting, as frozen dataclasses; `recipes.py` holds complete named configs. Imports nothing of ours.
+
+A config is written as `config.json` beside every checkpoint; `from_json` rejects unknown and missing keys.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokenizerConfig:
+    """Shape of the VQGAN (published values: WorldVLA model/chameleon_vae_ori/vqgan.yaml)."""
+
+    channels: int = 128
+    """Width at full resolution."""
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Width of each level over `channels`; each level but the last halves the sides."""
+    patch: int = 1
+    """Side of the pixel blocks folded into channels before the first level (published: 1). More makes small tokenizers fast."""
+    num_res_blocks: int = 2
+    z_channels: int = 256
+    embed_dim: int = 256
+    """Dimension of a codebook vector (for FSQ: the number of levels)."""
+    quantizer: Literal["vq", "fsq"] = "vq"
+    num_codes: int = 8192
+    fsq_levels: tuple[int, ...] = ()
+    """Levels of each FSQ dimension; their product is num_codes. Empty for VQ."""
+
+    def __post_init__(self) -> None:
+        if self.quantizer == "fsq":
+            product = 1
+            for levels in self.fsq_levels:
+                product *= levels
+            if product != self.num_codes or len(self.fsq_levels) != self.embed_dim:
+                raise ValueError(
+                    f"fsq_levels {self.fsq_levels} give {product} codes of {len(self.fsq_levels)} dims, "
+                    f"num_codes is {self.num_codes} and embed_dim {self.embed_dim}: make them agree"
+                )
+        elif self.fsq_levels:
+            raise ValueError(f"fsq_levels {self.fsq_levels} with quantizer 'vq': leave them empty or use 'fsq'")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of one code along a side."""
+        return self.patch * 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutConfig:
+    """What a sequence holds, in which order. The ablations of the paper are fields of this class."""
+
+    views: tuple[str, ...] = ("agentview",)
+    """Cameras, in the order in which they stand in a sequence."""
+    grids: tuple[tuple[int, int], ...] = ((16, 16),)
+    """Code rows and columns of each view."""
+    history: int = 2
+    """M, frames of a policy sample; the first frame of an episode stands alone (WorldVLA: no padding)."""
+    chunk: int = 5
+    """K, actions of a chunk."""
+    state: bool = False
+    """State tokens after the text (RynnVLA-002)."""
+    num_action_dims: int = 7
+    num_state_dims: int = 8
+    selective_mask: bool = True
+    """Hide the other actions of a chunk from each action (the paper's key finding). Off: plain causal."""
+    action_conditioning: bool = True
+    """World samples carry the action. Off: the paper's action-free video baseline."""
+    world_prompt: str = "Generate the next image based on the provided sequence of historical images and corresponding actions."
+    """Prompt of world samples (WorldVLA data/world_model_conv_generation.py:123)."""
+    policy_prompt: str = "What action should the robot take to {task}?"
+
+    def __post_init__(self) -> None:
+        if len(self.views) != len(self.grids) or not self.views:
+            raise ValueError(f"layout has {len(self.views)} views and {len(self.grids)} grids: give one grid a view")
+        if self.history < 1 or self.chunk < 1:
+            raise ValueError(f"history and chunk must be >= 1, got {self.history} and {self.chunk}")
+
+    @property
+    def codes_per_view(self) -> tuple[int, ...]:
+        return tuple(rows * cols for rows, cols in self.grids)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the place table: 0 (no place) and the rows of all views stacked."""
+        return 1 + sum(rows for rows, _ in self.grids)
+
+    @property
+    def num_cols(self) -> int:
+        return 1 + sum(cols for _, cols in self.grids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the transformer (published 7B: 32 layers, width 4096, 32 heads, hidden 11008)."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    hidden: int
+    """Inner width of the SwiGLU block."""
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    """On attention and MLP outputs before the residual add (published: 0.05)."""
+    place_embedding: bool = False
+    """Learned row and column embeddings on image codes (compact models)."""
+    codebook_init: bool = False
+    """Start the embeddings of image codes from the tokenizer's codebook, those of bins from a smooth curve."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"width {self.width} must divide by num_heads {self.num_heads}, and that by num_kv_heads {self.num_kv_heads}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    image_weight: float = 0.04
+    """alpha (WorldVLA pretrain_ck.py:932; paper)."""
+    z_weight: float = 1e-5
+    """Weight of mean logsumexp^2 (published value)."""
+    reduction: Literal["paper", "published"] = "paper"
+    """paper: mean CE over action targets + alpha * mean CE over world targets. published: one class-weighted mean over
+    both, ids 3..8194 (off by one) at alpha, in which alpha cancels on image-only batches (docs/DETAILS.md)."""
+    action_smoothing: float = 0.0
+    """Standard deviation, in bins, of the Gaussian that replaces the one-hot target of an action dim (0: one-hot, as published)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    learning_rate: float = 5e-6
+    min_learning_rate: float = 5e-6
+    """Reached at the last step by a cosine; equal to learning_rate: constant."""
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 4.0
+    """Largest gradient norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    stores: tuple[str, ...]
+    """TokenStore directories."""
+    world_fraction: float = 0.5
+    """Share of world samples in the stream; 0 trains the policy alone, 1 the world model alone."""
+    val_fraction: float = 0.02
+    """Share of episodes held out, by a hash of (store, episode); never trained on."""
+    statistics: Literal["minmax", "quantile"] = "minmax"
+    """Normalisation range of actions and states: minimum and maximum (as published) or 1st and 99th percentile."""
+    sequence_length: int = 256
+    """Batches are padded to it; a longer sample raises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int
+    batch_size: int
+    accumulation: int = 1
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is autocast over float32 weights."""
+    device: str = "cpu"
+    num_threads: int = 2
+    compile: bool = False
+    log_every: int = 20
+    eval_every: int = 500
+    """Steps between validations."""
+    num_eval_batches: int = 8
+    save_every: int = 500
+    init_from: str = ""
+    """Checkpoint to take weights from before step 0; empty: from scratch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a training run needs, complete."""
+
+    name: str
+    vocab: Literal["compact", "chameleon"]
+    num_text: int
+    """Size of the BPE of a compact vocabulary."""
+    tokenizer: str
+    """Directory of the image tokenizer."""
+    layout: LayoutConfig
+    model: ModelConfig
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig
+    train: TrainConfig
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Return a nested dict of plain values."""
+    return dataclasses.asdict(config)
+
+
+_T = typing.TypeVar("_T")
+
+
+def from_json(cls: type[_T], data: dict[str, Any], where: str = "config") -> _T:
+    """Build dataclass `cls` from `to_json`'s dict; unknown or missing keys raise ValueError naming them."""
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    if unknown := sorted(set(data) - names):
+        raise ValueError(f"{where}: unknown keys {unknown}; expected some of {sorted(names)}")
+    if missing := sorted(names - set(data)):
+        raise ValueError(f"{where}: missing keys {missing}; was it written by an older version?")
+    return cls(**{name: _coerce(hints[name], data[name], f"{where}.{name}") for name in names})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value, where)
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _coerce(next(h for h in typing.get_args(hint) if h is not type(None)), value, where)
+    if typing.get_origin(hint) is tuple:
+        args = typing.get_args(hint)
+        item = args[0]
+        return tuple(_coerce(item, v, where) for v in value)
+    return value

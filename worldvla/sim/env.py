@@ -1,0 +1,125 @@
+"""The protocol of a simulator and the table of suites. Nothing under `sim` imports torch.
+
+An environment is a `gymnasium.Env` whose observation is `{"<view>": uint8 (Y, X, 3), ..., "state": float32 (8,)}` and whose
+action is float32 (7,) in [-1, 1], LIBERO's convention: end-effector position delta (1.0 = 5 cm), rotation delta (axis-angle,
+1.0 = 0.5 rad), gripper (-1 open, +1 closed). State: end-effector position (m, 3), orientation (axis-angle, rad, 3), finger
+joint positions (m, 2). `reset(options={"init": i})` starts from the i-th fixed initial state; `step` returns reward 1.0 and
+terminated=True on success; `info` holds `success` and `grasped` (target object held now) as bools.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import gymnasium as gym
+
+VIEWS = ("agentview", "wrist")
+NUM_ACTION_DIMS = 7
+NUM_STATE_DIMS = 8
+NUM_INITS = 50
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite, as the user of a simulator sees it."""
+
+    suite: str
+    index: int
+    name: str
+    """Stable file-name-safe name."""
+    instruction: str
+
+
+@dataclass(frozen=True)
+class Suite:
+    name: str
+    simulator: str
+    """`tabletop` or `libero`."""
+    horizon: int
+    """Steps after which an episode has failed, settling excluded."""
+    source: str
+    """Where the horizon comes from."""
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite("tabletop_spatial", "tabletop", 80, "ours"),
+        Suite("tabletop_object", "tabletop", 80, "ours"),
+        Suite("tabletop_goal", "tabletop", 80, "ours"),
+        Suite("tabletop_long", "tabletop", 160, "ours"),
+        Suite("libero_spatial", "libero", 220, "WorldVLA libero_util; openpi examples/libero/main.py"),
+        Suite("libero_object", "libero", 280, "WorldVLA libero_util; openpi examples/libero/main.py"),
+        Suite("libero_goal", "libero", 300, "WorldVLA libero_util; openpi examples/libero/main.py"),
+        Suite("libero_10", "libero", 520, "WorldVLA libero_util; openpi examples/libero/main.py"),
+    )
+}
+
+
+class Environment(Protocol):
+    """What rollout, collect and replay need of a simulator's environment (a `gymnasium.Env` for one task)."""
+
+    task: Task
+    horizon: int
+    rendering: bool
+    """Set False to step without cameras: observations then hold the state alone."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]: ...
+    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]: ...
+    def observe(self) -> dict[str, Any]:
+        """Return the current observation, rendered whatever `rendering` says."""
+        ...
+
+    def get_state(self) -> Any:
+        """Return the full simulator state, float64 (S,)."""
+        ...
+
+    def set_state(self, state: Any) -> None: ...
+    def close(self) -> None: ...
+
+
+class Expert(Protocol):
+    """A scripted policy with privileged access; a function of the measured state alone, so it can label any visited state."""
+
+    def act(self) -> Any:
+        """Return the action (7,) float32 for the environment's current state."""
+        ...
+
+
+def suite(name: str) -> Suite:
+    """Return the suite called `name`; an unknown name raises ValueError that offers the nearest ones."""
+    if name not in SUITES:
+        near = difflib.get_close_matches(name, SUITES, n=3, cutoff=0.4) or list(SUITES)
+        raise ValueError(f"unknown suite {name!r}; did you mean {', '.join(near)}?")
+    return SUITES[name]
+
+
+def tasks(name: str) -> tuple[Task, ...]:
+    """Return the tasks of a suite in their fixed order."""
+    if suite(name).simulator == "tabletop":
+        from worldvla.sim.tabletop.tasks import tasks as list_tasks
+    else:
+        from worldvla.sim.libero import tasks as list_tasks
+    return list_tasks(name)
+
+
+def make(task: Task, views: dict[str, tuple[int, int]] | None = None) -> "gym.Env[Any, Any]":
+    """Return a fresh environment of `task`. `views` maps a view to its (rows, columns) in pixels; None: the simulator's default.
+
+    Without views the environment renders nothing (physics only), and observations hold the state alone.
+    """
+    if suite(task.suite).simulator == "tabletop":
+        from worldvla.sim.tabletop.env import TabletopEnv as make_env
+    else:
+        from worldvla.sim.libero import LiberoEnv as make_env
+    return make_env(task, views)
+
+
+def expert(env: "gym.Env[Any, Any]") -> Expert:
+    """Return the scripted expert of the environment's task."""
+    task: Task = env.task  # pyright: ignore[reportAttributeAccessIssue]
+    if suite(task.suite).simulator == "tabletop":
+        from worldvla.sim.experts.tabletop import TabletopExpert as make_expert
+    else:
+        from worldvla.sim.experts.libero import LiberoExpert as make_expert
+    return make_expert(env)
