@@ -155,6 +155,8 @@ class DataConfig:
     """Normalisation range of actions and states: minimum and maximum (as published) or 1st and 99th percentile."""
     sequence_length: int = 256
     """Batches are padded to it; a longer sample raises."""
+    pad_chunks: bool = False
+    """Chunks that pass the end of an episode repeat its last action; off: there are none (as published)."""
 
 
 @dataclass(frozen=True, kw_only=True)

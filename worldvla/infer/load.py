@@ -1,0 +1,138 @@
+"""Checkpoint directory -> Model: everything that acting and imagining need, its digests checked.
+
+    model = worldvla.load("out/train/tabletop")
+    actions = model.policy().act(observation)
+    world = model.world(); world.reset(frame); frame = world.step(actions[0])
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from worldvla.config import Config, from_json
+from worldvla.data.sample import SampleBuilder
+from worldvla.model.transformer import Transformer
+from worldvla.tokenizers.action import Statistics
+from worldvla.tokenizers.image import ImageTokenizer
+from worldvla.tokenizers.text import TextTokenizer
+from worldvla.vocab import Vocab
+
+if TYPE_CHECKING:
+    from worldvla.infer.imagine import World
+    from worldvla.infer.policy import Policy
+
+FILES = ("config.json", "model.safetensors", "vocab.json", "statistics.json", "text.json", "manifest.json")
+
+
+@dataclass(frozen=True)
+class Model:
+    path: Path
+    config: Config
+    vocab: Vocab
+    builder: SampleBuilder
+    image: ImageTokenizer
+    transformer: Transformer
+    manifest: dict[str, Any]
+
+    @property
+    def view_sizes(self) -> dict[str, tuple[int, int]]:
+        """View -> (rows, columns) in pixels of the images that the model reads."""
+        factor, layout = self.image.config.factor, self.config.layout
+        return {v: (r * factor, c * factor) for v, (r, c) in zip(layout.views, layout.grids, strict=True)}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    def policy(self) -> "Policy":
+        from worldvla.infer.policy import Policy
+
+        return Policy(self)
+
+    def world(self) -> "World":
+        from worldvla.infer.imagine import World
+
+        return World(self)
+
+
+def load(path: Path | str, device: str = "cpu") -> Model:
+    """Read a checkpoint (or the newest one of a run directory); what does not belong together raises ValueError."""
+    path = find_checkpoint(Path(path))
+    if missing := [name for name in FILES if not (path / name).is_file()]:
+        raise ValueError(f"{path} is no complete checkpoint: {', '.join(missing)} missing; save or copy it again")
+    config = from_json(Config, _read(path / "config.json"), str(path / "config.json"))
+    try:
+        vocab = Vocab(**_read(path / "vocab.json"))
+    except TypeError as error:
+        raise ValueError(f"{path}/vocab.json is no id table ({error}): take the one it was trained with") from None
+    statistics = Statistics.from_json(_read(path / "statistics.json"))
+    text = TextTokenizer.load(path / "text.json")
+    image = ImageTokenizer.load(path / "image_tokenizer")
+    manifest = _read(path / "manifest.json")
+    pieces = {"image_tokenizer": image, "text": text, "statistics": statistics, "vocab": vocab}
+    for name, piece in pieces.items():
+        if manifest.get(name) != piece.digest():
+            raise ValueError(
+                f"{path}: {name} has digest {piece.digest()}, the model was trained with {manifest.get(name)}: "
+                "restore the file that was saved with it"
+            )
+    if image.num_codes != vocab.num_image_codes:
+        raise ValueError(
+            f"{path}: the image tokenizer has {image.num_codes} codes, the vocabulary {vocab.num_image_codes}: use one pair"
+        )
+    builder = SampleBuilder(config.layout, vocab, text, statistics)
+    transformer = Transformer(config.model, vocab.size, config.layout.num_rows, config.layout.num_cols)
+    _load_weights(path / "model.safetensors", transformer)
+    transformer.eval().requires_grad_(False)
+    return Model(path, config, vocab, builder, image.to(device), transformer.to(device), manifest)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return `path` if it is a checkpoint, the newest complete one if it is a run directory."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"no directory {path}: expected a checkpoint or a run directory of `worldvla train`")
+    if (path / "manifest.json").is_file():
+        return path
+    found = [file.parent for file in (path / "ckpt").glob("step_*/manifest.json")]
+    numbered = [p for p in found if p.name.removeprefix("step_").isdigit()]
+    if not numbered:
+        raise FileNotFoundError(f"{path} holds no checkpoint (manifest.json or ckpt/step_N): expected one of `worldvla train`")
+    return max(numbered, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def weights_digest(path: Path) -> str:
+    """Return 16 hex digits of the checkpoint's weights file: which model a record speaks of."""
+    with (path / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}: restore it")
+    return data
+
+
+def _load_weights(path: Path, model: Transformer) -> None:
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): restore it") from None
+    own = model.state_dict()
+    wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n, t in own.items() if t.shape != tensors[n].shape)
+    if wrong:
+        shapes = [tuple(t[wrong[0]].shape) if wrong[0] in t else None for t in (tensors, own)]
+        raise ValueError(
+            f"{path} does not fit config.json and vocab.json: {len(wrong)} tensors differ, first {wrong[0]} with shape "
+            f"{shapes[0]}, expected {shapes[1]}; use files of one checkpoint"
+        )
+    model.load_state_dict(tensors)

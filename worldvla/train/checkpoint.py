@@ -1,0 +1,185 @@
+"""Training state <-> a directory that needs nothing else: weights, tokenizers, statistics, config, optimiser.
+
+    run_dir/ckpt/step_N/{config,vocab,statistics,text,manifest,trainer}.json {model,trainer}.safetensors
+    image_tokenizer/
+
+A directory appears under its name only when complete (written beside it, then renamed).
+"""
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from worldvla.config import Config, to_json
+from worldvla.train.build import Pieces
+
+_PACKAGES = ("worldvla", "torch", "numpy", "tokenizers", "safetensors")
+_RNG = "random_state"
+_FREE = ("num_threads", "log_every", "eval_every", "num_eval_batches", "save_every", "compile")
+"""Fields of TrainConfig that may change between the parts of a run."""
+
+
+def save(
+    path: Path, pieces: Pieces, model: nn.Module, optimizer: torch.optim.Optimizer, trainer: Mapping[str, Any]
+) -> None:
+    """Write the checkpoint directory `path`; on any failure nothing of it is left and OSError says why.
+
+    `trainer` is the loop's own state (JSON values, "step" among them).
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_json(temporary / "config.json", to_json(pieces.config))
+        _write_json(temporary / "vocab.json", asdict(pieces.vocab))
+        _write_json(temporary / "statistics.json", pieces.statistics.to_json())
+        pieces.text.save(temporary / "text.json")
+        shutil.copytree(pieces.config.tokenizer, temporary / "image_tokenizer")
+        weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, temporary / "model.safetensors")
+        save_file(_optimizer_tensors(model, optimizer), temporary / "trainer.safetensors")
+        _write_json(temporary / "trainer.json", dict(trainer))
+        manifest = {**pieces.digests(), **provenance(), "step": trainer["step"]}
+        _write_json(temporary / "manifest.json", manifest)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise OSError(
+                f"cannot save checkpoint {path}: {error}; nothing is left of it and earlier checkpoints are "
+                "whole: free some space, then repeat the command"
+            ) from error
+        raise
+
+
+def resume(path: Path, pieces: Pieces, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load weights, optimiser and random state; return the loop's own state. Other data raises ValueError."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name, digest in pieces.digests().items():
+        if manifest.get(name) != digest:
+            raise ValueError(
+                f"cannot resume {path}: its {name} is {manifest.get(name)}, the stores and tokenizer on disk "
+                f"give {digest}; restore them or start a new run directory"
+            )
+    load_weights(path, model)
+    tensors = load_file(path / "trainer.safetensors")
+    torch.set_rng_state(tensors.pop(_RNG))
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for key in ("exp_avg", "exp_avg_sq", "step"):
+                stored = tensors[f"{key}.{names[id(parameter)]}"]
+                state[key] = stored.to(parameter.device) if key != "step" or parameter.is_cuda else stored
+    return json.loads((path / "trainer.json").read_text())
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load model.safetensors strictly; another shape or vocabulary raises ValueError naming what differs."""
+    tensors = load_file(path / "model.safetensors")
+    own = model.state_dict()
+    wrong = sorted(set(own) ^ set(tensors))
+    wrong = wrong or sorted(name for name, tensor in own.items() if tensor.shape != tensors[name].shape)
+    if wrong:
+        name = wrong[0]
+        shapes = tuple(tuple(table[name].shape) if name in table else None for table in (tensors, own))
+        raise ValueError(
+            f"{path} does not fit the model: {len(wrong)} tensors differ, first {name}, {shapes[0]} "
+            f"there and {shapes[1]} here; use the model and layout of its config.json"
+        )
+    model.load_state_dict(tensors)
+
+
+def latest(run_dir: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run."""
+    return max(_all(run_dir), key=_step, default=None)
+
+
+def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
+    """Delete all checkpoints but the `keep` newest ones and that of `best_step`."""
+    for path in sorted(_all(run_dir), key=_step)[:-keep]:
+        if _step(path) != best_step:
+            shutil.rmtree(path)
+
+
+def provenance() -> dict[str, Any]:
+    """Return the git commit of the source (None outside a repository) and package versions."""
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"git_commit": run.stdout.strip() or None, "versions": versions}
+
+
+def check_config(run_dir: Path, config: Config) -> None:
+    """Write run_dir/config.json, or compare it with the one there: changed leaves raise ValueError."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write_json(path, to_json(config))
+        return
+    free = {f"train.{name}" for name in _FREE}
+    if config.optim.learning_rate == config.optim.min_learning_rate:
+        free.add("train.steps")  # a constant rate does not depend on it
+    old, new = _leaves(json.loads(path.read_text())), _leaves(json.loads(json.dumps(to_json(config))))
+    differing = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if bad := [key for key in differing if key not in free]:
+        listed = ", ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in bad)
+        raise ValueError(
+            f"{run_dir} holds a run with another config ({listed}); resume it with its own settings, or use "
+            "a new run directory and train.init_from"
+        )
+    if differing:
+        _write_json(path, to_json(config))
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    tensors = {_RNG: torch.get_rng_state()}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            tensors[f"{key}.{names[id(parameter)]}"] = value.detach().contiguous()
+    return tensors
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    pairs = ((f"{prefix}.{key}" if prefix else key, value) for key, value in tree.items())
+    return {leaf: v for path, value in pairs for leaf, v in _leaves(value, path).items()}
+
+
+def _all(run_dir: Path) -> list[Path]:
+    paths = (run_dir / "ckpt").glob("step_*/manifest.json")
+    return [path.parent for path in paths if re.fullmatch(r"step_\d+", path.parent.name)]
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,259 @@
+"""Config -> a trained checkpoint in a run directory. The same call again goes on where the last one stopped.
+
+    python -c "from worldvla.recipes import debug; from worldvla.train.loop import train; train(debug(),
+    'out/train/debug')"
+
+run_dir/{config.json,metrics.jsonl,tensorboard/,ckpt/step_N/}. The loader is a pure function of the step, so
+its place is the step.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from worldvla.batch import KIND_ACTION, Batch
+from worldvla.config import Config
+from worldvla.data.loader import MODES
+from worldvla.model.mask import additive_mask, dense_mask
+from worldvla.train import checkpoint
+from worldvla.train.build import Pieces, action_scale, build, build_model
+from worldvla.train.loss import Loss, Targets
+from worldvla.train.metrics import KINDS, Forward, Recorder, validate
+from worldvla.train.optim import build_optimizer, learning_rate
+
+NUM_KEPT = 2
+"""Newest checkpoints that stay; the best one by validation loss stays too."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    checkpoint: Path
+    step: int
+    is_finished: bool
+    """False: stopped by SIGTERM or Ctrl-C after saving; the same call goes on."""
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside weights and optimiser."""
+
+    step: int = 0
+    """Finished optimiser steps."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    train_seconds: float = 0.0
+    window: dict[str, list[float]] = field(default_factory=dict)
+    """Per-step values since the last record."""
+
+
+def train(config: Config, run_dir: Path | str, overfit: bool = False) -> Outcome:
+    """Train until config.train.steps, resuming if `run_dir` holds a checkpoint.
+
+    `overfit`: every step sees batch 0 and nothing else; a sound model takes its loss to nearly zero.
+    """
+    run_dir = Path(run_dir)
+    checkpoint.check_config(run_dir, config)
+    return Trainer(build(config), run_dir, overfit).run()
+
+
+class Trainer:
+    """One run: the pieces, the model, the optimiser, and the step."""
+
+    def __init__(self, pieces: Pieces, run_dir: Path, overfit: bool = False) -> None:
+        self.pieces, self.config, self.run_dir, self.overfit = pieces, pieces.config, run_dir, overfit
+        config = self.config.train
+        self.device = torch.device(config.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.num_threads)
+        torch.manual_seed(config.seed)
+        self.model = build_model(pieces)
+        if config.init_from:
+            checkpoint.load_weights(Path(config.init_from), self.model)
+        self.model.to(self.device)
+        self.optimizer = build_optimizer(self.model, self.config.optim)
+        self.loss = Loss(self.config.loss, pieces.vocab)
+        self.state = State()
+        if (path := checkpoint.latest(run_dir)) is not None:
+            self.state = State(**checkpoint.resume(path, pieces, self.model, self.optimizer))
+        hidden = torch.compile(self.model) if config.compile else self.model
+        self.forward = make_forward(hidden, config.dtype)
+
+    def run(self) -> Outcome:
+        config, state = self.config.train, self.state
+        with (
+            Recorder(self.run_dir, state.step, config.steps) as recorder,
+            _stop_requests() as is_stopping,
+            self._prefetch() as fetch,
+        ):
+            size = f"{self.model.num_parameters():,} parameters"
+            recorder.say(f"{size}, step {state.step} of {config.steps}, in {self.run_dir}")
+            while state.step < config.steps and not is_stopping():
+                started = time.perf_counter()
+                self._note(self.step(fetch(state.step)))
+                state.step += 1
+                state.train_seconds += time.perf_counter() - started
+                recorder.advance(state.step, state.window["loss"][-1])
+                if state.step % config.log_every == 0 or state.step == config.steps:
+                    recorder.record("train", state.step, self._drain())
+                if state.step % config.eval_every == 0 or state.step == config.steps:
+                    self._validate(recorder)
+                if state.step % config.save_every == 0 and state.step < config.steps:
+                    self.save()
+            is_finished = state.step >= config.steps
+            path = self.save()
+            recorder.say(f"{'finished' if is_finished else 'stopped'} at step {state.step}: {path}")
+        return Outcome(path, state.step, is_finished)
+
+    def step(self, batches: list[Batch]) -> dict[str, float]:
+        """Take one optimiser step and return its numbers; a loss that is not finite raises ValueError."""
+        self.model.train()
+        rate = learning_rate(self.state.step, self.config.train.steps, self.config.optim)
+        values = self.backward(batches)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip))
+        if not math.isfinite(values["loss"]) or not math.isfinite(norm):
+            raise ValueError(
+                f"loss {values['loss']} with gradient norm {norm} at step {self.state.step}, learning rate "
+                f"{rate:.3g}; expected finite numbers: lower optim.learning_rate or optim.clip and start a "
+                f"new run directory from {checkpoint.latest(self.run_dir)} by train.init_from"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**values, "gradient_norm": norm, "learning_rate": rate}
+
+    def backward(self, batches: list[Batch]) -> dict[str, float]:
+        """Add the gradients of one step's loss, means over all micro-batches; return its parts."""
+        targets = [Targets.of(batch) for batch in batches]
+        totals = self.loss.totals(targets)
+        total, cross_entropies = 0.0, []
+        for batch, target in zip(batches, targets, strict=True):
+            with self._autocast():
+                x_PD = self.forward(batch, target)
+                value, cross_entropy_P = self.loss(x_PD, self.model.head.weight, target, totals)
+            value.backward()
+            total += float(value.detach())
+            cross_entropies.append(cross_entropy_P)
+        cross_entropy_P = torch.cat(cross_entropies)
+        kind_P = torch.cat([target.kind_P for target in targets])
+        per_kind = {f"{name}_loss": cross_entropy_P[kind_P == kind] for name, kind in KINDS.items()}
+        return {
+            "loss": total,
+            **{name: float(values.mean()) for name, values in per_kind.items() if len(values)},
+        }
+
+    def save(self) -> Path:
+        path = self.run_dir / "ckpt" / f"step_{self.state.step}"
+        if path.exists():  # an interrupt right after a save, or a finished run started again
+            return path
+        checkpoint.save(path, self.pieces, self.model, self.optimizer, vars(self.state))
+        checkpoint.prune(self.run_dir, NUM_KEPT, self.state.best_step)
+        return path
+
+    def _batches(self, step: int) -> list[Batch]:
+        num = self.config.train.accumulation
+        indices = [0] * num if self.overfit else range(step * num, (step + 1) * num)
+        return [part for i in indices for part in self._place(self.pieces.loader.batch(i))]
+
+    def _place(self, batch: Batch) -> list[Batch]:
+        return [part.to(self.device) for part in parts(batch, self.pieces.vocab.pad)]
+
+    @contextmanager
+    def _prefetch(self) -> Iterator[Callable[[int], list[Batch]]]:
+        """Give a function step -> batches that assembles the next step's while this one computes."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead = {self.state.step: pool.submit(self._batches, self.state.step)}
+
+            def fetch(step: int) -> list[Batch]:
+                ahead[step + 1] = pool.submit(self._batches, step + 1)
+                return ahead.pop(step).result()
+
+            yield fetch
+
+    def _validate(self, recorder: Recorder) -> None:
+        self.model.eval()
+        with self._autocast():
+            scale = action_scale(self.pieces).to(self.device)
+            values = validate(self.forward, self.model, self.loss, self._val_batches(), scale)
+        recorder.record("val", self.state.step, values)
+        if self.state.best_loss is None or values["loss"] < self.state.best_loss:
+            self.state.best_loss, self.state.best_step = values["loss"], self.state.step
+
+    def _val_batches(self) -> Iterator[Batch]:
+        fraction, loader = self.config.data.world_fraction, self.pieces.loader
+        if self.overfit:
+            yield from self._batches(0)
+            return
+        for mode in MODES:
+            if (fraction if mode == "world" else 1 - fraction) == 0:
+                continue
+            for index in range(self.config.train.num_eval_batches):
+                yield from self._place(loader.val_batch(index, mode))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bfloat16")
+
+    def _note(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.state.window.setdefault(name, []).append(value)
+
+    def _drain(self) -> dict[str, float]:
+        """Return the means since the last record and forget them."""
+        window, self.state.window = self.state.window, {}
+        means = {name: sum(values) / len(values) for name, values in window.items()}
+        return {**means, "train_seconds": round(self.state.train_seconds, 1)}
+
+
+def make_forward(model: Callable[..., Tensor], dtype: str) -> Forward:
+    """Return batch -> hidden states at its targets; the mask is built once for all layers."""
+    mask_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+
+    def forward(batch: Batch, targets: Targets) -> Tensor:
+        mask = additive_mask(dense_mask(batch.chunk_BT), mask_dtype)
+        return model(batch.ids_BT, mask, batch.row_BT, batch.col_BT, keep_P=targets.positions_P)
+
+    return forward
+
+
+def parts(batch: Batch, pad: int) -> list[Batch]:
+    """Return the policy samples and the world samples of a batch, without the columns that are all padding.
+
+    World samples are longer; apart, a step costs a sixth less, and the loss is the same.
+    """
+    is_policy_B = (batch.kind_BT == KIND_ACTION).any(1)
+    out = []
+    for is_chosen_B in (is_policy_B, ~is_policy_B):
+        if is_chosen_B.any():
+            length = int((batch.ids_BT[is_chosen_B] != pad).any(0).nonzero().max()) + 1
+            out.append(Batch(**{name: tensor[is_chosen_B, :length] for name, tensor in vars(batch).items()}))
+    return out
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether SIGTERM or Ctrl-C came; a second Ctrl-C interrupts at once."""
+    requests: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        if requests and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield lambda: False
+        return
+    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(requests)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

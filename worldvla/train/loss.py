@@ -1,0 +1,220 @@
+"""Hidden states + Batch -> loss: actions + alpha x world tokens + z-loss, at supervised positions only.
+
+Dims: B batch, T positions, P supervised positions of a batch, D width, V vocab.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from worldvla.batch import KIND_ACTION, KIND_PROMPT, Batch
+from worldvla.config import LossConfig
+from worldvla.vocab import Vocab
+
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
+"""Logits held at a time: 8 MB of float32 stay in a CPU's cache (a step is 1.25 x faster); 1 GB on a GPU."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The supervised positions of one batch, in row-major order.
+
+    positions_P: index into the flattened (B * T) hidden states from which the target is predicted (one before
+    it).
+    """
+
+    positions_P: Tensor
+    ids_P: Tensor
+    kind_P: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> Self:
+        if (batch.kind_BT[:, 0] != KIND_PROMPT).any():
+            raise ValueError(
+                "the first token of a sample is a target and nothing precedes it: give it KIND_PROMPT"
+            )
+        shifted_BT = torch.zeros_like(batch.kind_BT)
+        shifted_BT[:, :-1] = batch.kind_BT[:, 1:]
+        positions_P = shifted_BT.flatten().nonzero().squeeze(1)
+        return cls(positions_P, batch.ids_BT.flatten()[positions_P + 1], shifted_BT.flatten()[positions_P])
+
+    def __len__(self) -> int:
+        return len(self.ids_P)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the means of a loss divide by, over all micro-batches of one optimiser step."""
+
+    action: int
+    world: int
+    class_weight: float
+    """Sum of the published class weights."""
+
+    @property
+    def supervised(self) -> int:
+        return self.action + self.world
+
+
+class Loss:
+    """The training objective as LossConfig describes it; also the reference for hand-computed tests."""
+
+    def __init__(self, config: LossConfig, vocab: Vocab) -> None:
+        self.config = config
+        self.vocab = vocab
+        self.smooth_CC = smoothing_matrix(len(vocab.action), config.action_smoothing)
+
+    def totals(self, targets: Sequence[Targets]) -> Totals:
+        num_action = sum(int((t.kind_P == KIND_ACTION).sum()) for t in targets)
+        class_weight = sum(float(self.class_weight(t.ids_P).sum()) for t in targets)
+        return Totals(num_action, sum(len(t) for t in targets) - num_action, class_weight)
+
+    def class_weight(self, ids_P: Tensor) -> Tensor:
+        """Return the published weight of each id: alpha in a slice one id too early (pretrain_ck.py:931)."""
+        image = self.vocab.image
+        is_light_P = (ids_P >= image.start - 1) & (ids_P < image.stop - 1)
+        return torch.where(is_light_P, self.config.image_weight, 1.0)
+
+    def weights(self, targets: Targets, totals: Totals) -> Float[Tensor, " P"]:
+        """Return the factor of each target's cross-entropy in the loss, normalisation included."""
+        if self.config.reduction == "published":
+            return self.class_weight(targets.ids_P) / max(totals.class_weight, 1e-8)
+        is_action_P = targets.kind_P == KIND_ACTION
+        world_weight = self.config.image_weight / max(totals.world, 1)
+        return torch.where(is_action_P, 1.0 / max(totals.action, 1), world_weight)
+
+    def __call__(
+        self, x_PD: Float[Tensor, "P D"], head_VD: Float[Tensor, "V D"], targets: Targets, totals: Totals
+    ) -> tuple[Tensor, Float[Tensor, " P"]]:
+        """Return this micro-batch's share of the loss, and the cross-entropy of each target (no gradient).
+
+        `x_PD`: the hidden states at `targets.positions_P`.
+        """
+        weight_P = self.weights(targets, totals)
+        z_weight = self.config.z_weight / max(totals.supervised, 1)
+        action = self.vocab.action if self.smooth_CC is not None else None
+        return HeadLoss.apply(  # pyright: ignore[reportReturnType]
+            x_PD, head_VD, targets.ids_P, weight_P, z_weight, action, self.smooth_CC
+        )
+
+
+def smoothing_matrix(num_codes: int, std: float) -> Tensor | None:
+    """Return the target distribution of each code, a Gaussian of `std` bins; None: one-hot."""
+    if std == 0.0:
+        return None
+    code_C = torch.arange(num_codes, dtype=torch.float32)
+    return torch.softmax(-((code_C[:, None] - code_C) ** 2) / (2 * std**2), -1)
+
+
+def reference_loss(
+    logits_PV: Tensor,
+    ids_P: Tensor,
+    weight_P: Tensor,
+    z_weight: float,
+    action: range | None,
+    smooth_CC: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return sum(weight * cross-entropy) + z_weight * sum(logsumexp^2), and the cross-entropies."""
+    logits_PV = logits_PV.float()
+    lse_P = logits_PV.logsumexp(-1)
+    target_P = logits_PV.gather(1, ids_P[:, None])[:, 0]
+    if action is not None and smooth_CC is not None:
+        is_action_P = (ids_P >= action.start) & (ids_P < action.stop)
+        smooth_PC = smooth_CC[(ids_P - action.start).clamp(0, len(action) - 1)]
+        smooth_P = (logits_PV[:, action.start : action.stop] * smooth_PC).sum(-1)
+        target_P = torch.where(is_action_P, smooth_P, target_P)
+    cross_entropy_P = lse_P - target_P
+    return (weight_P * cross_entropy_P).sum() + z_weight * lse_P.square().sum(), cross_entropy_P.detach()
+
+
+class HeadLoss(torch.autograd.Function):
+    """`reference_loss` of `x @ head.T` in chunks of rows, gradients taken at once: (P, V) never exists.
+
+    The gradient of a row's logits is softmax * (weight + 2 z_weight logsumexp) - weight * target
+    distribution. The products run in autocast's type, softmax and sums in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_PD: Tensor,
+        head_VD: Tensor,
+        ids_P: Tensor,
+        weight_P: Tensor,
+        z_weight: float,
+        action: range | None,
+        smooth_CC: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        device = x_PD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_PD.dtype
+        with torch.autocast(device, enabled=False):
+            x_low_PD, head_low_VD = x_PD.to(dtype), head_VD.to(dtype)
+            grad_x_PD = torch.empty_like(x_low_PD)
+            grad_head_VD = torch.zeros(head_VD.shape, dtype=torch.float32, device=x_PD.device)
+            cross_entropy_P = torch.empty(len(ids_P), device=x_PD.device)
+            lse_P = torch.empty(len(ids_P), device=x_PD.device)
+            num_rows = max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // head_VD.shape[0])
+            for start in range(0, len(ids_P), num_rows):
+                rows = slice(start, start + num_rows)
+                logits_RV = (x_low_PD[rows] @ head_low_VD.T).float()
+                target = _TargetRows(ids_P[rows], weight_P[rows], action, smooth_CC)
+                expected_R = target.expected(logits_RV)
+                top_R1 = logits_RV.amax(1, keepdim=True)
+                grad_RV = logits_RV.sub_(top_R1).exp_()
+                sum_R1 = grad_RV.sum(1, keepdim=True)
+                lse_R1 = top_R1 + sum_R1.log()
+                grad_RV.mul_((weight_P[rows, None] + 2 * z_weight * lse_R1) / sum_R1)
+                target.subtract(grad_RV)
+                grad_low_RV = grad_RV.to(dtype)
+                grad_x_PD[rows] = grad_low_RV @ head_low_VD
+                grad_head_VD += grad_low_RV.T @ x_low_PD[rows]
+                lse_P[rows] = lse_R1[:, 0]
+                cross_entropy_P[rows] = lse_R1[:, 0] - expected_R
+        ctx.save_for_backward(grad_x_PD.to(x_PD.dtype), grad_head_VD.to(head_VD.dtype))
+        ctx.mark_non_differentiable(cross_entropy_P)
+        return (weight_P * cross_entropy_P).sum() + z_weight * lse_P.square().sum(), cross_entropy_P
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x_PD, grad_head_VD = ctx.saved_tensors
+        return grad_x_PD * grads[0], grad_head_VD * grads[0], None, None, None, None, None
+
+
+class _TargetRows:
+    """The target distributions of a few rows: one-hot, or smooth where the target is an action's bin."""
+
+    def __init__(
+        self, ids_R: Tensor, weight_R: Tensor, action: range | None, smooth_CC: Tensor | None
+    ) -> None:
+        self.ids_R1 = ids_R[:, None]
+        self.weight_R1 = weight_R[:, None].float()
+        self.action = action
+        if action is None or smooth_CC is None:
+            self.smooth_AC = None
+            return
+        is_action_R = (ids_R >= action.start) & (ids_R < action.stop)
+        self.rows_A = is_action_R.nonzero().squeeze(1)
+        self.smooth_AC = smooth_CC.to(ids_R.device)[ids_R[self.rows_A] - action.start]
+        self.one_hot_weight_R1 = self.weight_R1 * ~is_action_R[:, None]
+
+    def expected(self, logits_RV: Tensor) -> Tensor:
+        """Return the mean logit of each row under its target distribution."""
+        expected_R = logits_RV.gather(1, self.ids_R1)[:, 0]
+        if self.smooth_AC is not None and self.action is not None:
+            logits_AC = logits_RV[self.rows_A, self.action.start : self.action.stop]
+            expected_R[self.rows_A] = (logits_AC * self.smooth_AC).sum(-1)
+        return expected_R
+
+    def subtract(self, grad_RV: Tensor) -> None:
+        """Take weight * distribution off each row, in place."""
+        if self.smooth_AC is None or self.action is None:
+            grad_RV.scatter_add_(1, self.ids_R1, -self.weight_R1)
+            return
+        grad_RV.scatter_add_(1, self.ids_R1, -self.one_hot_weight_R1)
+        columns_C = torch.arange(self.action.start, self.action.stop, device=grad_RV.device)
+        values_AC = -self.smooth_AC * self.weight_R1[self.rows_A]
+        grad_RV.index_put_((self.rows_A[:, None], columns_C), values_AC, accumulate=True)

@@ -1,0 +1,157 @@
+"""What a run records: one JSON line an event (the record), TensorBoard, progress, and the validation numbers.
+
+Validation is teacher-forced: the argmax over the action range (what decoding does) against the truth, in
+normalised units. Three constant dimensions can make a cross-entropy look good, so the error of the first
+action's x, y, z stands beside that of predicting no motion.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, Batch
+from worldvla.model.transformer import Transformer
+from worldvla.train.loss import Loss, Targets
+from worldvla.vocab import Vocab
+
+KINDS = {"action": KIND_ACTION, "image": KIND_IMAGE, "layout": KIND_LAYOUT}
+Forward = Callable[[Batch, Targets], Tensor]
+"""Hidden states at the targets' positions, (P, D)."""
+
+
+class Recorder:
+    """Writes run_dir/metrics.jsonl and run_dir/tensorboard; shows progress on stderr (plain lines off a tty).
+
+    Records of steps after `start` (written by a run that died before its next checkpoint) are dropped.
+    """
+
+    def __init__(self, run_dir: Path, start: int, num_steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # one second: only where it is used
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines if _step(line) <= start))
+        temporary.replace(path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task("", total=num_steps, completed=start)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._board.close()
+
+    def advance(self, step: int, loss: float) -> None:
+        self._progress.update(self._task, completed=step, description=f"loss {loss:.4f}")
+
+    def record(self, event: str, step: int, values: dict[str, float]) -> None:
+        """Append {"event", "step", ...}; `step` counts finished optimiser steps."""
+        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{event}/{name}", value, step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._console.print(f"step {step}  {event}  {shown}", markup=False)
+
+    def say(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+
+@dataclass(frozen=True)
+class ActionScale:
+    """How action codes read as numbers: normalised values of each code and of a zero action."""
+
+    centres_C: Tensor
+    no_motion_A: Tensor
+    chunk: int
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, centres_C=self.centres_C.to(device), no_motion_A=self.no_motion_A.to(device))
+
+
+@torch.no_grad()
+def validate(
+    forward: Forward, model: Transformer, loss: Loss, batches: Iterable[Batch], scale: ActionScale
+) -> dict[str, float]:
+    """Return the mean cross-entropy per kind of target, and how good the greedy actions and codes are.
+
+    Keys appear only for the kinds of targets that the batches hold: loss (mean over batches);
+    {action,image,layout}_loss (nats); {action,image}_accuracy; first_{x,y,z,xyz}_l1, of the first action of a
+    chunk; still_xyz_l1, the same of predicting no motion; gripper_accuracy, the sign of the last dimension
+    over the whole chunk.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    totals: list[float] = []
+    for batch in batches:
+        targets = Targets.of(batch)
+        x_PD = forward(batch, targets)
+        value, cross_entropy_P = loss(x_PD, model.head.weight, targets, loss.totals([targets]))
+        totals.append(float(value))
+        for name, kind in KINDS.items():
+            parts.setdefault(f"{name}_loss", []).append(cross_entropy_P[targets.kind_P == kind])
+        for name, values in greedy(model, loss.vocab, x_PD, targets, scale).items():
+            parts.setdefault(name, []).append(values.float().flatten())
+    means = {name: float(torch.cat(values).mean()) for name, values in parts.items() if sum(map(len, values))}
+    if "first_x_l1" in means:
+        means["first_xyz_l1"] = sum(means[f"first_{axis}_l1"] for axis in "xyz") / 3
+    return {"loss": sum(totals) / max(1, len(totals)), **means}
+
+
+def greedy(
+    model: Transformer, vocab: Vocab, x_PD: Tensor, targets: Targets, scale: ActionScale
+) -> dict[str, Tensor]:
+    """Return how right the most likely codes are, each within its own range of ids, as decoding has it."""
+    out: dict[str, Tensor] = {}
+    is_image_P = targets.kind_P == KIND_IMAGE
+    if is_image_P.any():
+        guess_P = model.logits(x_PD[is_image_P], vocab.image).argmax(-1)
+        out["image_accuracy"] = guess_P == targets.ids_P[is_image_P] - vocab.image.start
+    is_bin_P = (targets.ids_P >= vocab.action.start) & (targets.ids_P < vocab.action.stop)
+    if is_bin_P.any():
+        shape = (-1, scale.chunk, len(scale.no_motion_A))  # every policy sample holds a whole chunk
+        guess_BUA = model.logits(x_PD[is_bin_P], vocab.action).argmax(-1).reshape(shape)
+        truth_BUA = (targets.ids_P[is_bin_P] - vocab.action.start).reshape(shape)
+        out["action_accuracy"] = guess_BUA == truth_BUA
+        guess_BUA, truth_BUA = scale.centres_C[guess_BUA], scale.centres_C[truth_BUA]
+        for dim, axis in enumerate("xyz"):
+            out[f"first_{axis}_l1"] = (guess_BUA - truth_BUA)[:, 0, dim].abs()
+        out["still_xyz_l1"] = (scale.no_motion_A[:3] - truth_BUA[:, 0, :3]).abs()
+        out["gripper_accuracy"] = guess_BUA[..., -1].sign() == truth_BUA[..., -1].sign()
+    return out
+
+
+def _step(line: str) -> int:
+    return int(json.loads(line)["step"])
