@@ -1,4 +1,6 @@
-"""WorldVLA: one transformer that acts as a policy and imagines as a world model. `load` is all that most users need."""
+"""WorldVLA: one transformer that acts as a policy and imagines as a world model. `load` is all that most
+users need.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +10,9 @@ if TYPE_CHECKING:
 
 
 def load(path: Path | str, device: str = "cpu") -> "Model":
-    """Return the model of a checkpoint directory, or the newest of a run: `.policy().act(...)`, `.world().reset(...)`."""
+    """Return the model of a checkpoint directory, or the newest of a run: `.policy().act(...)`,
+    `.world().reset(...)`.
+    """
     from worldvla.infer.load import load as load_model  # torch is imported here, not with the package
 
     return load_model(path, device)

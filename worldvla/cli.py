@@ -311,7 +311,7 @@ class Demo:
     episodes: int = 1
     """Episodes of each of the 40 tasks."""
     seed: int = 0
-    workers: int = 2
+    workers: int = 4
 
     def run(self) -> int:
         from worldvla.demo import demo

@@ -1,19 +1,21 @@
-"""Demonstrations: run the scripted expert in parallel, keep successes, write LIBERO's HDF5; and replay what was written.
+"""Demonstrations: run the scripted expert in parallel, keep successes, write LIBERO's HDF5; and replay them.
 
-`worldvla collect tabletop_object --episodes 50`. The same command again goes on where it stopped: each episode is a file of its
-own in `.<task>.parts/` until its task is complete. Workers never import torch.
+`worldvla collect tabletop_object --episodes 50`. The same command again goes on where it stopped: each
+attempt leaves a file of its own in `.<task>.parts/` until its task is complete, and the result is the same as
+without the stop, for any number of workers. Workers never import torch.
 """
 
+import importlib.metadata
 import json
 import multiprocessing
-import os
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import h5py
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,33 +32,120 @@ BURST_STD = 0.8
 """Standard deviation of a perturbation's direction, in units of an action."""
 FLIP = 0.1
 """Chance that a perturbed step also flips the gripper."""
+MAX_FAILED = 10
+"""Failed attempts above one a wanted episode after which the expert is taken to be broken."""
+
+Views = dict[str, tuple[int, int]]
+Driver = Callable[[dict[str, Any]], tuple[np.ndarray, bool]]
+"""Observation -> the action to execute and whether it may be imitated."""
 
 
-@dataclass(frozen=True)
-class Perturbation:
-    """Bursts of strong noise over the expert's actions, from which it then recovers. Only clean steps are labels."""
+@dataclass
+class Perturbed:
+    """Drive by the expert, with bursts of strong noise from which it then recovers.
 
+    Only the steps without noise may be imitated: their action is exactly the expert's.
+    """
+
+    expert: sim.Expert
     rng: np.random.Generator
     fraction: float
     """Expected share of perturbed steps."""
-    state: dict[str, Any]
+    left: int = 0
+    """Steps left of the present burst."""
+    drift: np.ndarray = field(default_factory=lambda: np.zeros(4))
+    """x, y, z and rotation that the burst adds to each action."""
 
-    def apply(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
-        """Return the action to execute and whether it is the expert's own."""
+    def __call__(self, observation: dict[str, Any]) -> tuple[np.ndarray, bool]:  # noqa: ARG002 it looks at the state
+        action = np.clip(self.expert.act(), -1, 1).astype(np.float32)
         mean = (BURST[0] + BURST[1] - 1) / 2
-        start = self.fraction / (mean * max(1e-6, 1 - self.fraction))
-        if self.state.get("left", 0) == 0 and self.rng.random() < start:
-            self.state["left"] = int(self.rng.integers(*BURST))
-            self.state["drift"] = self.rng.normal(0.0, BURST_STD, 4)
-        if self.state.get("left", 0) == 0:
+        if not self.left and self.rng.random() < self.fraction / (mean * (1 - self.fraction)):
+            self.left = int(self.rng.integers(*BURST))
+            self.drift = self.rng.normal(0.0, BURST_STD, 4)
+        if not self.left:
             return action, True
-        self.state["left"] -= 1
-        noisy = action.copy()
-        noisy[:3] += self.state["drift"][:3]
-        noisy[5] += 0.5 * self.state["drift"][3]
+        self.left -= 1
+        action[:3] += self.drift[:3]
+        action[5] += 0.5 * self.drift[3]
         if self.rng.random() < FLIP:
-            noisy[6] = -noisy[6]
-        return np.clip(noisy, -1, 1).astype(np.float32), False
+            action[6] = -action[6]
+        return np.clip(action, -1, 1), False
+
+
+def record(env: Any, driver: Driver, init: int, seed: int) -> Episode | None:
+    """Return `driver`'s episode from initial state `init` up to its success; None if it has none."""
+    observation, _ = env.reset(seed=seed, options={"init": init})
+    actions, states, sim_states, is_expert = [], [], [], []
+    images: dict[str, list[np.ndarray]] = {name: [] for name in observation if name != "state"}
+    for _ in range(env.horizon):
+        action, expert = driver(observation)
+        actions.append(action)
+        states.append(observation["state"])
+        sim_states.append(env.get_state())
+        is_expert.append(expert)
+        for name, frames in images.items():
+            frames.append(observation[name])
+        observation, _, success, _, _ = env.step(action)
+        if success:
+            return Episode(
+                instruction=env.task.instruction,
+                suite=env.task.suite,
+                task=env.task.name,
+                actions=np.array(actions, dtype=np.float32),
+                states=np.array(states, dtype=np.float32),
+                images={name: np.array(frames) for name, frames in images.items()},
+                sim_states=np.array(sim_states, dtype=np.float64),
+                is_expert=np.array(is_expert, dtype=np.bool_),
+                init=init,
+                seed=seed,
+            )
+    return None
+
+
+# -- one attempt, in a worker ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What an attempt depends on besides its number."""
+
+    task: sim.Task
+    parts: Path
+    views: Views | None
+    seed: int
+    noise: float
+    make: Callable[..., Any]
+    expert: Callable[[Any], sim.Expert]
+
+
+_kept: dict[tuple[Any, ...], Any] = {}
+"""This process's last environment; LIBERO's cost seconds to make."""
+
+
+def _environment(job: _Job) -> Any:
+    key = (job.make, job.task, json.dumps(job.views))
+    if key not in _kept:
+        for old in _kept.values():
+            old.close()
+        _kept.clear()
+        _kept[key] = job.make(job.task, job.views)
+    return _kept[key]
+
+
+def _attempt(job: _Job, attempt: int) -> bool:
+    """Run one attempt; leave its episode, or an empty `.failed` file, in the parts. Return its success."""
+    env = _environment(job)
+    init = FIRST_INIT + job.seed * INITS_PER_SEED + attempt
+    rng = np.random.default_rng([job.seed, job.task.index, init])
+    episode = record(env, Perturbed(job.expert(env), rng, job.noise), init, job.seed)
+    if episode is None:
+        (job.parts / f"{attempt}.failed").touch()
+        return False
+    write_episodes(job.parts / f"{attempt}.hdf5", [episode], {"env_name": job.task.suite})
+    return True
+
+
+# -- all attempts ------------------------------------------------------------------------
 
 
 def collect(
@@ -64,62 +153,88 @@ def collect(
     out_dir: Path,
     *,
     episodes: int = 50,
-    views: dict[str, tuple[int, int]] | None = None,
+    views: Views | None = None,
     seed: int = 0,
     workers: int = 2,
     noise: float = 0.15,
     tasks: tuple[int, ...] = (),
-) -> dict[str, Any]:
-    """Write `episodes` successful demonstrations of every task (or of `tasks`) and return counts a task."""
+    make: Callable[..., Any] = sim.make,
+    expert: Callable[[Any], sim.Expert] = sim.expert,
+) -> dict[str, dict[str, int]]:
+    """Write `episodes` successful demonstrations of every task of `suite` (or of those in `tasks`).
+
+    `noise` is the expected share of perturbed steps. Return {task name: {episodes, steps, failed}}: how many
+    were written and how many attempts failed. `make` and `expert` must be importable by the workers.
+    """
     table = sim.tasks(suite)
     if bad := [i for i in tasks if not 0 <= i < len(table)]:
         raise ValueError(f"{suite} has tasks 0 to {len(table) - 1}, got {bad}")
-    if not 0 <= noise < 0.9 or episodes < 1:
-        raise ValueError(f"noise must be in [0, 0.9) and episodes >= 1, got {noise} and {episodes}")
+    if not 0 <= noise < 0.9 or episodes < 1 or workers < 1 or seed < 0:
+        raise ValueError(
+            "expected 0 <= noise < 0.9, episodes >= 1, workers >= 1 and seed >= 0, "
+            f"got {noise}, {episodes}, {workers} and {seed}"
+        )
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     arguments = {"suite": suite, "episodes": episodes, "seed": seed, "noise": noise, "views": views}
     _guard(out_dir / "collect.json", arguments)
-    wanted = [t for t in table if (not tasks or t.index in tasks) and not _path(out_dir, t).exists()]
-    report: dict[str, Any] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TimeRemainingColumn())
-    context = multiprocessing.get_context("spawn")
-    with Progress(*columns, console=Console(stderr=True)) as progress, ProcessPoolExecutor(workers, context) as pool:
-        bar = progress.add_task(f"collect {suite}", total=len(wanted) * episodes)
-        attempts = {t.index: 0 for t in wanted}
-        failed = {t.index: 0 for t in wanted}
-        pending: dict[Any, tuple[sim.Task, int]] = {}
-        for task in wanted:
-            parts = _parts(out_dir, task)
-            parts.mkdir(exist_ok=True)
-            have = len(list(parts.glob("*.hdf5")))
-            attempts[task.index] = max((int(p.stem) + 1 for p in parts.glob("*.hdf5")), default=0)
-            progress.advance(bar, have)
-            for _ in range(episodes - have):
-                _submit(pool, pending, task, attempts, out_dir, views, seed, noise)
-            if have >= episodes:
-                _merge(out_dir, task, arguments)
-        while pending:
-            future = next(as_completed(pending))
-            task, attempt = pending.pop(future)
-            if future.result():
-                progress.advance(bar)
-                if len(list(_parts(out_dir, task).glob("*.hdf5"))) >= episodes:
-                    _merge(out_dir, task, arguments)
-            else:
-                failed[task.index] += 1
-                if failed[task.index] > episodes + 10:
-                    raise RuntimeError(f"{task.suite} task {task.index} ({task.instruction}): the expert failed {failed[task.index]} times")
-                _submit(pool, pending, task, attempts, out_dir, views, seed, noise)
-    for task in wanted:
-        report[task.name] = {"episodes": episodes, "failed": failed[task.index]}
-    return report
+    chosen = [t for t in table if not tasks or t.index in tasks]
+    jobs = [
+        _Job(t, out_dir / f".{t.name}.parts", views, seed, noise, make, expert)
+        for t in chosen
+        if not _path(out_dir, t).exists()
+    ]
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TimeRemainingColumn())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        with Progress(TextColumn(f"collect {suite}"), *columns, console=Console(stderr=True)) as progress:
+            bar = progress.add_task("", total=len(jobs) * episodes)
+            for job, success in _run(pool, jobs, episodes):
+                progress.advance(bar, success)
+                if success and len(_done(job)[0]) >= episodes:
+                    _merge(out_dir, job, arguments)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return {task.name: _counts(_path(out_dir, task)) for task in chosen}
 
 
-def _submit(pool: Any, pending: dict[Any, Any], task: sim.Task, attempts: dict[int, int], out_dir: Path, views: Any, seed: int, noise: float) -> None:
-    attempt = attempts[task.index]
-    attempts[task.index] += 1
-    pending[pool.submit(_record, task, attempt, _parts(out_dir, task), views, seed, noise)] = (task, attempt)
+def _run(pool: ProcessPoolExecutor, jobs: list[_Job], episodes: int) -> Iterator[tuple[_Job, bool]]:
+    """Yield (job, success) of every attempt that the jobs need, those of an earlier run first.
+
+    As many attempts are on their way as episodes are missing, always the lowest numbers not tried yet: which
+    attempts are made does not depend on which ends first.
+    """
+    pending: dict[Future[bool], _Job] = {}
+    failed: dict[str, int] = {}
+    untried: dict[str, Iterator[int]] = {}
+    for job in jobs:
+        job.parts.mkdir(exist_ok=True)
+        good, bad = _done(job)
+        tried = good | bad
+        failed[job.task.name] = len(bad)
+        untried[job.task.name] = iter(i for i in range(episodes * 3 + MAX_FAILED + 1) if i not in tried)
+        for _ in range(episodes - len(good)):
+            pending[pool.submit(_attempt, job, next(untried[job.task.name]))] = job
+        yield from ((job, True) for _ in good)
+    while pending:
+        for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            job = pending.pop(future)
+            success, name = future.result(), job.task.name
+            if not success:
+                failed[name] += 1
+                if failed[name] > episodes + MAX_FAILED:
+                    raise RuntimeError(
+                        f"{job.task.suite} task {job.task.index} ({job.task.instruction}): the expert failed "
+                        f"{failed[name]} times for {episodes} wanted episodes; mend it, or ask for less noise"
+                    )
+                pending[pool.submit(_attempt, job, next(untried[name]))] = job
+            yield job, success
+
+
+def _done(job: _Job) -> tuple[set[int], set[int]]:
+    """Return the numbers of the attempts that succeeded and of those that failed."""
+    good, bad = ({int(p.stem) for p in job.parts.glob(f"*.{kind}")} for kind in ("hdf5", "failed"))
+    return good, bad
 
 
 def _guard(path: Path, arguments: dict[str, Any]) -> None:
@@ -127,107 +242,86 @@ def _guard(path: Path, arguments: dict[str, Any]) -> None:
     text = json.dumps(arguments, sort_keys=True)
     if path.exists():
         if path.read_text() != text:
-            raise ValueError(f"{path.parent} holds demonstrations made with {path.read_text()}, asked for {text}: choose another directory")
+            raise ValueError(
+                f"{path.parent} holds demonstrations made with {path.read_text()}, asked for {text}: "
+                "choose another directory"
+            )
         return
-    scratch = path.with_suffix(".tmp")
+    scratch = path.with_name(f"{path.name}.tmp")
     scratch.write_text(text)
-    os.replace(scratch, path)
+    scratch.replace(path)
 
 
 def _path(out_dir: Path, task: sim.Task) -> Path:
     return out_dir / f"{task.name}_demo.hdf5"
 
 
-def _parts(out_dir: Path, task: sim.Task) -> Path:
-    return out_dir / f".{task.name}.parts"
+def _merge(out_dir: Path, job: _Job, arguments: dict[str, Any]) -> None:
+    """Write the task's file from its parts and remove them."""
+    good, bad = _done(job)
+    found = (episode for attempt in sorted(good) for episode in read_episodes(job.parts / f"{attempt}.hdf5"))
+    versions = {name: importlib.metadata.version(name) for name in ("mujoco", "numpy")}
+    told = {"env_name": job.task.suite, "source": "scripted expert", "failed": len(bad), "versions": versions}
+    write_episodes(_path(out_dir, job.task), found, told | arguments)
+    shutil.rmtree(job.parts)
 
 
-def _merge(out_dir: Path, task: sim.Task, arguments: dict[str, Any]) -> None:
-    parts = _parts(out_dir, task)
-    files = sorted(parts.glob("*.hdf5"), key=lambda p: int(p.stem))
-    found = [episode for file in files for episode in read_episodes(file)]
-    write_episodes(_path(out_dir, task), found, {"env_name": task.suite, "source": "scripted expert", **arguments})
-    shutil.rmtree(parts)
+def _counts(path: Path) -> dict[str, int]:
+    with h5py.File(path) as file:
+        attrs: Any = file["data"].attrs
+        failed = json.loads(attrs["env_args"]).get("failed", 0)
+        return {"episodes": int(attrs["num_demos"]), "steps": int(attrs["total"]), "failed": failed}
 
 
-_ENVIRONMENTS: dict[Any, Any] = {}
+# -- replay ------------------------------------------------------------------------------
 
 
-def _environment(task: sim.Task, views: Any) -> Any:
-    """Return this process's environment of `task`; the last one is kept, LIBERO's cost seconds to make."""
-    key = (task.suite, task.index, json.dumps(views))
-    if key not in _ENVIRONMENTS:
-        for old in _ENVIRONMENTS.values():
-            old.close()
-        _ENVIRONMENTS.clear()
-        _ENVIRONMENTS[key] = sim.make(task, views)
-    return _ENVIRONMENTS[key]
+class Replayed(NamedTuple):
+    """What became of one stored episode when its actions were executed again."""
+
+    episode: int
+    """Place in the file."""
+    success: bool
+    drift: float
+    """Largest difference between the simulator's states, stored and reached; 0.0: the same bits."""
 
 
-def _record(task: sim.Task, attempt: int, parts: Path, views: Any, seed: int, noise: float) -> bool:
-    """Run one attempt; write it if it succeeds."""
-    env = _environment(task, views)
-    init = FIRST_INIT + seed * INITS_PER_SEED + attempt
-    episode = record_episode(env, sim.expert(env), task, init, seed, noise)
-    if episode is None:
-        return False
-    write_episodes(parts / f"{attempt}.hdf5", [episode], {"env_name": task.suite})
-    return True
-
-
-def record_episode(env: Any, expert: sim.Expert, task: sim.Task, init: int, seed: int, noise: float) -> Episode | None:
-    """Return the expert's episode from initial state `init`, or None when it did not succeed in time."""
-    observation, _ = env.reset(seed=seed, options={"init": init})
-    rng = np.random.default_rng([seed, task.index, init])
-    perturbation = Perturbation(rng, noise, {})
-    steps: dict[str, list[Any]] = {"actions": [], "states": [], "sim_states": [], "is_expert": []}
-    images: dict[str, list[np.ndarray]] = {name: [] for name in observation if name != "state"}
-    success = False
-    for _ in range(env.horizon):
-        action, is_expert = perturbation.apply(np.clip(expert.act(), -1, 1).astype(np.float32))
-        steps["actions"].append(action)
-        steps["states"].append(observation["state"])
-        steps["sim_states"].append(env.get_state())
-        steps["is_expert"].append(is_expert)
-        for name, frames in images.items():
-            frames.append(observation[name])
-        observation, _, success, _, _ = env.step(action)
-        if success:
-            break
-    if not success:
-        return None
-    return Episode(
-        instruction=task.instruction,
-        suite=task.suite,
-        task=task.name,
-        actions=np.array(steps["actions"], dtype=np.float32),
-        states=np.array(steps["states"], dtype=np.float32),
-        images={name: np.array(frames) for name, frames in images.items()},
-        sim_states=np.array(steps["sim_states"], dtype=np.float64),
-        is_expert=np.array(steps["is_expert"], dtype=np.bool_),
-        init=init,
-        seed=seed,
-    )
-
-
-def replay(path: Path, transform: Callable[[np.ndarray], np.ndarray] = lambda actions: actions) -> list[tuple[int, bool]]:
-    """Re-execute each stored episode from its initial state; return (episode, success). No camera is rendered.
+def rerun(
+    path: Path,
+    transform: Callable[[np.ndarray], np.ndarray] = lambda actions: actions,
+    make: Callable[..., Any] = sim.make,
+) -> Iterator[Replayed]:
+    """Re-execute each stored episode from its first state to success or its last action; nothing is rendered.
 
     `transform` changes the actions (T, 7) before they are executed, for example through the bins of the policy.
     """
-    results = []
-    env, made_for = None, None
-    for i, episode in enumerate(read_episodes(Path(path), images=False)):
-        task = next((t for t in sim.tasks(episode.suite) if t.name == episode.task), None)
-        if task is None:
-            raise ValueError(f"{path}: {episode.suite} has no task {episode.task!r}; was it collected by another version?")
-        if env is None or made_for != task:
-            env, made_for = sim.make(task, {}), task
-        env.reset(options={"init": max(episode.init, 0)})
-        simulator: Any = env
-        simulator.set_state(episode.sim_states[0])
-        success = False
-        for action in transform(episode.actions):
-            success = bool(env.step(action)[2])
-        results.append((i, success))
-    return results
+    env: Any = None
+    try:
+        for i, episode in enumerate(read_episodes(Path(path), images=False)):
+            known = {t.name: t for t in sim.tasks(episode.suite)}
+            if episode.task not in known:
+                raise ValueError(
+                    f"{path}: {episode.suite} has no task {episode.task!r}; was it collected by another version?"
+                )
+            if env is None or env.task != known[episode.task]:
+                env = make(known[episode.task], {})
+            env.reset(options={"init": max(episode.init, 0)})
+            if not np.array_equal(env.get_state(), episode.sim_states[0]):  # setting it costs the last bits
+                env.set_state(episode.sim_states[0])
+            success, drift = False, 0.0
+            for action, state in zip(transform(episode.actions), episode.sim_states, strict=True):
+                drift = max(drift, float(np.abs(env.get_state() - state).max()))
+                success = bool(env.step(action)[2])
+                if success:
+                    break
+            yield Replayed(i, success, drift)
+    finally:
+        if env is not None:
+            env.close()
+
+
+def replay(
+    path: Path, transform: Callable[[np.ndarray], np.ndarray] = lambda actions: actions
+) -> list[tuple[int, bool]]:
+    """Return (episode index, success) of each stored episode, re-executed as `rerun` does."""
+    return [(done.episode, done.success) for done in rerun(path, transform)]

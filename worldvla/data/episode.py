@@ -1,13 +1,19 @@
 """Episode and its file format: LIBERO's own HDF5 (robomimic), one file a task, `<task>_demo.hdf5`.
 
-data/ attrs: problem_info and env_args (JSON), num_demos, total;  data/demo_i attrs: num_samples, init_state;  datasets: actions,
-states (simulator), robot_states, rewards, dones, obs/{agentview_rgb, eye_in_hand_rgb, ee_pos, ee_ori, ee_states, gripper_states}.
-Ours beside them: is_expert, and attrs init, seed, suite, task. Observation t is the one before action t.
+data/ attrs: problem_info and env_args (JSON), num_demos, total.  data/demo_i attrs: num_samples, init_state;
+datasets: actions, states (of the simulator), robot_states, rewards, dones, obs/{agentview_rgb,
+eye_in_hand_rgb, ee_pos, ee_ori, ee_states, gripper_states}.  Ours beside them: is_expert, and attrs init,
+seed, suite, task, instruction. Observation t is the one before action t, row 0 of a picture is its top.
+
+Files that others made differ from that, without saying so. `read_episodes` knows the two kinds that exist:
+- made by LIBERO's scripts/create_dataset.py: pictures upside down, observation t is the one *after* action t;
+- replayed by OpenVLA's and WorldVLA's regenerate_libero_dataset*.py: pictures upside down, observation before
+  action, no attributes at all.
 """
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +21,19 @@ from typing import Any
 import h5py
 import numpy as np
 
+from worldvla.sim.env import NUM_ACTION_DIMS, NUM_STATE_DIMS, SUITES
+
 VIEW_KEYS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
 """Our name of a camera -> LIBERO's dataset under obs/."""
+CHUNK = 16
+"""Frames compressed together. Fewer make the files larger and slower to read."""
+_STATE_KEYS = {"obs/ee_pos": 3, "obs/ee_ori": 3, "obs/gripper_states": 2}
+"""The parts of the state vector and their sizes."""
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One demonstration of T steps. Shapes and units are those of sim/env.py."""
+    """One demonstration of T steps. Units are those of sim/env.py."""
 
     instruction: str
     suite: str
@@ -31,44 +43,73 @@ class Episode:
     states: np.ndarray
     """(T, 8) float32: position (m), axis-angle (rad), finger joints (m)."""
     images: dict[str, np.ndarray]
-    """view -> (T, Y, X, 3) uint8."""
+    """view -> (T, Y, X, 3) uint8. Empty when read without images."""
     sim_states: np.ndarray
-    """(T, S) float64."""
+    """(T, S) float64: the simulator before each action."""
     is_expert: np.ndarray
     """(T,) bool. False: a perturbation was executed; context and world-model data, never a policy target."""
     init: int
+    """Index of the initial state; -1: unknown."""
     seed: int
+    """Seed of the collection; -1: unknown."""
 
     def __post_init__(self) -> None:
         length = len(self.actions)
-        shapes = {"actions": (self.actions, np.float32, 2), "states": (self.states, np.float32, 2)}
-        shapes |= {"sim_states": (self.sim_states, np.float64, 2), "is_expert": (self.is_expert, np.bool_, 1)}
-        shapes |= {f"images[{view}]": (images, np.uint8, 4) for view, images in self.images.items()}
-        for name, (array, dtype, dims) in shapes.items():
-            if array.dtype != dtype or array.ndim != dims or len(array) != length:
+        if not length:
+            raise ValueError(f"episode of {self.task} has no steps")
+        shapes: dict[str, tuple[np.ndarray, Any, tuple[int | None, ...]]] = {
+            "actions": (self.actions, np.float32, (length, NUM_ACTION_DIMS)),
+            "states": (self.states, np.float32, (length, NUM_STATE_DIMS)),
+            "sim_states": (self.sim_states, np.float64, (length, None)),
+            "is_expert": (self.is_expert, np.bool_, (length,)),
+        }
+        shapes |= {f"images[{v}]": (a, np.uint8, (length, None, None, 3)) for v, a in self.images.items()}
+        for name, (array, dtype, shape) in shapes.items():
+            fits = array.ndim == len(shape) and all(
+                s in (None, n) for s, n in zip(shape, array.shape, strict=True)
+            )
+            if array.dtype != dtype or not fits:
+                wanted = " x ".join("any" if s is None else str(s) for s in shape)
                 raise ValueError(
-                    f"episode of {self.task}: {name} must be {np.dtype(dtype).name} with {dims} dims and {length} steps, "
-                    f"got {array.dtype} {array.shape}"
+                    f"episode of {self.task}: {name} must be {np.dtype(dtype).name} {wanted}, "
+                    f"got {array.dtype} {' x '.join(map(str, array.shape))}"
+                )
+            if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
+                raise ValueError(
+                    f"episode of {self.task}: {name} holds NaN or infinity at step {_first_bad(array)}"
                 )
 
     def __len__(self) -> int:
         return len(self.actions)
 
 
-def write_episodes(path: Path, episodes: Sequence[Episode], env_args: dict[str, Any]) -> None:
-    """Write one task's episodes atomically. `env_args` says what made them (simulator, views, versions)."""
-    if not episodes:
-        raise ValueError(f"{path}: no episodes to write")
-    scratch = path.with_suffix(".tmp")
-    with h5py.File(scratch, "w") as file:
-        data = file.create_group("data")
-        data.attrs["problem_info"] = json.dumps({"language_instruction": episodes[0].instruction})
-        data.attrs["env_args"] = json.dumps(env_args)
-        data.attrs["num_demos"] = len(episodes)
-        data.attrs["total"] = sum(len(e) for e in episodes)
-        for i, episode in enumerate(episodes):
-            _write_demo(data.create_group(f"demo_{i}"), episode)
-    os.replace(scratch, path)
+def _first_bad(array: np.ndarray) -> int:
+    return int(np.argwhere(~np.isfinite(array))[0, 0])
+
+
+def write_episodes(path: Path, episodes: Iterable[Episode], env_args: dict[str, Any]) -> None:
+    """Write one task's episodes atomically, one in memory at a time. `env_args` says what made them."""
+    scratch = path.with_name(f"{path.name}.tmp")
+    try:
+        with h5py.File(scratch, "w") as file:
+            data = file.create_group("data")
+            count, total, instruction = 0, 0, ""
+            for count, episode in enumerate(episodes, start=1):
+                _write_demo(data.create_group(f"demo_{count - 1}"), episode)
+                total += len(episode)
+                instruction = episode.instruction
+            if not count:
+                raise ValueError(f"{path}: no episodes to write")
+            data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
+            data.attrs["env_args"] = json.dumps(env_args)
+            data.attrs["num_demos"] = count
+            data.attrs["total"] = total
+        scratch.replace(path)
+    except (OSError, RuntimeError) as error:  # h5py raises either when the disk is full
+        reason = " ".join(str(error).split())
+        raise OSError(f"cannot write {path}: {reason}; is there space, and may you write there?") from None
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _write_demo(group: h5py.Group, episode: Episode) -> None:
@@ -84,78 +125,110 @@ def _write_demo(group: h5py.Group, episode: Episode) -> None:
     )
     done = np.zeros(length, dtype=np.uint8)
     done[-1] = 1
-    states = episode.states
+    states = episode.states.astype(np.float64)  # LIBERO's type
     columns = {
         "actions": episode.actions.astype(np.float64),
         "states": episode.sim_states,
-        "robot_states": states.astype(np.float64),
+        "robot_states": states,
         "rewards": done,
         "dones": done,
         "is_expert": episode.is_expert,
-        "obs/ee_pos": states[:, :3].astype(np.float64),
-        "obs/ee_ori": states[:, 3:6].astype(np.float64),
-        "obs/ee_states": states[:, :6].astype(np.float64),
-        "obs/gripper_states": states[:, 6:].astype(np.float64),
+        "obs/ee_pos": states[:, :3],
+        "obs/ee_ori": states[:, 3:6],
+        "obs/ee_states": states[:, :6],
+        "obs/gripper_states": states[:, 6:],
     }
     for name, array in columns.items():
         group.create_dataset(name, data=array)
     for view, images in episode.images.items():
-        group.create_dataset(f"obs/{VIEW_KEYS.get(view, view + '_rgb')}", data=images, compression="gzip", compression_opts=1)
+        name = f"obs/{VIEW_KEYS.get(view, f'{view}_rgb')}"
+        chunks = (min(length, CHUNK), *images.shape[1:])
+        group.create_dataset(name, data=images, chunks=chunks, compression="gzip", compression_opts=1)
 
 
 def read_episodes(path: Path, images: bool = True) -> Iterator[Episode]:
     """Yield the episodes of a file, ours or a published LIBERO one, in numeric order of their demos.
 
-    A file that is truncated, foreign or incomplete raises a one-line ValueError. `images=False` skips the cameras.
+    Whatever the file, observation t is the one before action t and pictures are upright. A file that is
+    truncated, foreign or incomplete raises a one-line ValueError. `images=False` skips the cameras.
     """
     path = Path(path)
     try:
         file = h5py.File(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no {path}: expected an HDF5 file of demonstrations") from None
     except OSError as error:
-        raise ValueError(f"{path} is not a readable HDF5 file ({error}): truncated, or something else? collect it again") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is truncated or no HDF5 file ({reason}): collect or download it again"
+        ) from None
     with file:
-        if "data" not in file:
-            raise ValueError(f"{path} has no group 'data', it has {sorted(file)}: expected LIBERO's HDF5 layout")
-        data = file["data"]
-        assert isinstance(data, h5py.Group)
-        instruction = _instruction(path, data)
-        names = sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n.removeprefix("demo_")))
+        data = file.get("data")
+        if not isinstance(data, h5py.Group):
+            raise ValueError(
+                f"{path} has no group 'data', only {sorted(file)}: expected LIBERO's HDF5 layout"
+            )
+        names = [str(name) for name in data if re.fullmatch(r"demo_\d+", str(name))]
+        names.sort(key=lambda name: int(name.removeprefix("demo_")))
         if not names:
-            raise ValueError(f"{path} holds no demonstrations (data/demo_0, ...): collect it again")
+            raise ValueError(
+                f"{path} holds no demonstrations (data/demo_0, ...): collect or download it again"
+            )
+        told = _provenance(path, data)
         for name in names:
             try:
-                yield _read_demo(path, data[name], instruction, images)  # pyright: ignore[reportArgumentType]
-            except (KeyError, OSError) as error:
-                raise ValueError(f"{path}: data/{name} is incomplete ({error}): collect it again") from None
+                episode = _read_demo(data[name], told, images)  # pyright: ignore[reportArgumentType]
+            except (IndexError, KeyError, OSError, TypeError, ValueError) as error:
+                reason = " ".join(str(error.args[0] if error.args else error).split())
+                raise ValueError(f"{path}: data/{name}: {reason}") from None
+            yield episode
 
 
-def _instruction(path: Path, data: h5py.Group) -> str:
-    try:
-        info = json.loads(str(data.attrs["problem_info"]))
-        text = info["language_instruction"]
-    except (KeyError, ValueError, TypeError):
-        raise ValueError(f"{path}: data has no problem_info with a language_instruction: expected LIBERO's HDF5 layout") from None
-    return "".join(text).strip('"') if isinstance(text, list) else str(text)
+def _provenance(path: Path, data: h5py.Group) -> dict[str, str]:
+    """Return instruction, suite and task from a file's attributes or, without them, its name and folder."""
+    task = path.stem.removesuffix("_demo")
+    suite = next((s for s in SUITES if path.parent.name.startswith(s)), path.parent.name)
+    if "bddl_file_name" in data.attrs:
+        bddl = Path(str(data.attrs["bddl_file_name"]))
+        suite, task = bddl.parent.name, bddl.stem
+    instruction = re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
+    if "problem_info" in data.attrs:
+        try:
+            told = json.loads(str(data.attrs["problem_info"]))["language_instruction"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: attribute problem_info of data is no JSON with a language_instruction ({error})"
+            ) from None
+        instruction = "".join(told).strip('"')  # LIBERO's are quoted, and some are lists of letters
+    return {"instruction": instruction, "suite": suite, "task": task}
 
 
-def _read_demo(path: Path, group: h5py.Group, instruction: str, images: bool) -> Episode:
-    obs = group["obs"]
-    assert isinstance(obs, h5py.Group)
-    actions = group["actions"][()].astype(np.float32)  # pyright: ignore
-    states = np.concatenate([obs[k][()] for k in ("ee_pos", "ee_ori", "gripper_states")], axis=1)  # pyright: ignore
-    frames = {view: obs[key][()] for view, key in VIEW_KEYS.items() if images and key in obs}  # pyright: ignore
-    if images and not frames:
-        raise ValueError(f"{path}: {group.name} has no images; expected obs/{' or obs/'.join(VIEW_KEYS.values())}")
-    stem = path.stem.removesuffix("_demo")
+def _read_demo(group: h5py.Group, told: dict[str, str], images: bool) -> Episode:
+    views = {view: f"obs/{key}" for view, key in VIEW_KEYS.items() if images and f"obs/{key}" in group}
+    wanted = ["actions", "states", *_STATE_KEYS, *views.values()]
+    if missing := [name for name in wanted if name not in group]:
+        raise ValueError(f"missing {missing}; expected LIBERO's HDF5 layout")
+    if images and not views:
+        raise ValueError(f"no pictures; expected obs/{' or obs/'.join(VIEW_KEYS.values())}")
+    read = {name: np.asarray(group[name]) for name in wanted}
+    lengths = {name: len(array) for name, array in read.items() if array.ndim}
+    if len(lengths) < len(read) or len(set(lengths.values())) > 1:
+        raise ValueError(f"datasets of different lengths: {lengths}")
+    length = lengths["actions"]
+    ours = "suite" in group.attrs
+    after = not ours and "init_state" in group.attrs  # only create_dataset.py writes it
+    acts, sees = (slice(1, None), slice(None, -1)) if after else (slice(None), slice(None))
+    is_expert = np.asarray(group["is_expert"]) if "is_expert" in group else np.ones(length, dtype=np.bool_)
+    frames = {view: read[name][sees] for view, name in views.items()}
     return Episode(
-        instruction=str(group.attrs.get("instruction", instruction)),
-        suite=str(group.attrs.get("suite", path.parent.name)),
-        task=str(group.attrs.get("task", stem)),
-        actions=actions,
-        states=states.astype(np.float32),
-        images=frames,
-        sim_states=group["states"][()].astype(np.float64),  # pyright: ignore
-        is_expert=group["is_expert"][()] if "is_expert" in group else np.ones(len(actions), dtype=np.bool_),  # pyright: ignore
+        instruction=str(group.attrs.get("instruction", told["instruction"])),
+        suite=str(group.attrs.get("suite", told["suite"])),
+        task=str(group.attrs.get("task", told["task"])),
+        actions=read["actions"][acts].astype(np.float32),
+        states=np.concatenate([read[name][sees] for name in _STATE_KEYS], axis=1).astype(np.float32),
+        images=frames if ours else {view: a[:, ::-1, ::-1].copy() for view, a in frames.items()},
+        sim_states=read["states"][acts].astype(np.float64),
+        is_expert=is_expert[acts],
         init=int(group.attrs.get("init", -1)),
         seed=int(group.attrs.get("seed", -1)),
     )

@@ -119,7 +119,7 @@ def _load(path: Path, name: str, dtype: type[np.generic], shape: tuple[int, ...]
     file = path / f"{name}.npy"
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{file} is missing or truncated ({error}): run `worldvla tokenize` again") from None
     if array.dtype != dtype or array.shape != shape:
         raise ValueError(

@@ -1,4 +1,6 @@
-"""Whoever chooses the actions of a rollout: the model, and what it is compared with. Importing this brings no torch."""
+"""Whoever chooses the actions of a rollout: the model, and what it is compared with. Importing this brings no
+torch.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,9 @@ class Query:
 
 
 class Actor(Protocol):
-    """`act` answers all waiting environments at once: actions (n, 7) each, or None, upon which the task's expert takes n steps."""
+    """`act` answers all waiting environments at once: actions (n, 7) each, or None, upon which the task's
+    expert takes n steps.
+    """
 
     name: str
     views: dict[str, tuple[int, int]]
@@ -52,7 +56,10 @@ class ModelActor:
         layout = self.model.config.layout
         self.history, self.execute = layout.history, layout.chunk if execute is None else execute
         if not 1 <= self.execute <= layout.chunk:
-            raise ValueError(f"the model gives {layout.chunk} actions at a time, asked to execute {self.execute}: ask for less")
+            raise ValueError(
+                f"the model gives {layout.chunk} actions at a time, asked to execute {self.execute}: "
+                "execute fewer"
+            )
         self.example: Mapping[str, Any] | None = None
         """The first observation it saw, for the report."""
         self._policy = self.model.policy()
@@ -110,7 +117,9 @@ class RandomActor:
 
 
 class BlindActor:
-    """The mean trajectory of each task's demonstrations, executed whatever happens: what can be had without looking."""
+    """The mean trajectory of each task's demonstrations, executed whatever happens: what can be had without
+    looking.
+    """
 
     name, history, execute = "blind replay", 1, CHUNK
 
@@ -129,7 +138,9 @@ class BlindActor:
         trajectories: dict[str, np.ndarray] = {}
         for file in files:
             episodes = list(read_episodes(file, images=False))
-            trajectories[episodes[0].task] = mean_trajectory([e.actions for e in episodes], [e.is_expert for e in episodes])
+            trajectories[episodes[0].task] = mean_trajectory(
+                [e.actions for e in episodes], [e.is_expert for e in episodes]
+            )
         return cls(trajectories, str(directory))
 
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
@@ -137,7 +148,9 @@ class BlindActor:
 
     def _take(self, query: Query) -> np.ndarray:
         if query.task.name not in self.trajectories:
-            raise ValueError(f"no demonstrations of task {query.task.name!r} in {self.source}: collect the whole suite")
+            raise ValueError(
+                f"no demonstrations of task {query.task.name!r} in {self.source}: collect the whole suite"
+            )
         actions_TA = self.trajectories[query.task.name]
         steps = np.arange(query.step, query.step + self.execute)
         return actions_TA[np.minimum(steps, len(actions_TA) - 1)]
@@ -147,7 +160,8 @@ class BlindActor:
 
 
 def mean_trajectory(actions: Sequence[np.ndarray], is_expert: Sequence[np.ndarray]) -> np.ndarray:
-    """Return (T, 7) float32, T the longest episode: at each step the mean of the expert's actions of the episodes that reach it.
+    """Return (T, 7) float32, T the longest episode: at each step the mean of the expert's actions of the
+    episodes that reach it.
 
     A step at which no episode has the expert's action repeats the one before.
     """

@@ -10,9 +10,11 @@ import numpy as np
 INK, QUIET, LINE, BLUE, ORANGE = "#1f2328", "#6b7280", "#e5e7eb", "#2f6fde", "#e8833a"
 
 STYLE = """
-:root{--ink:#1f2328;--quiet:#6b7280;--line:#e5e7eb;--blue:#2f6fde;--green:#1f9d55;--red:#d64545;--amber:#b7791f}
+:root{--ink:#1f2328;--quiet:#6b7280;--line:#e5e7eb;--blue:#2f6fde;--green:#1f9d55;--red:#d64545;
+  --amber:#b7791f}
 *{box-sizing:border-box}
-body{margin:0;background:#f6f7f9;color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0;background:#f6f7f9;color:var(--ink);
+  font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1100px;margin:0 auto;padding:40px 24px 64px}
 header h1{font-size:34px;line-height:1.15;letter-spacing:-.02em;margin:0 0 6px}
 header p{margin:0;color:var(--quiet);font-size:17px}
@@ -21,7 +23,8 @@ h2{font-size:21px;letter-spacing:-.01em;margin:0 0 4px}
 .note{color:var(--quiet);margin:0 0 16px;max-width:76ch}
 .quiet{color:var(--quiet);font-size:13px}
 .label{font-weight:600;font-size:14px;display:flex;justify-content:space-between;gap:8px}
-.card{background:#fff;border:1px solid var(--line);border-radius:12px;padding:16px;margin:0;box-shadow:0 1px 2px rgba(20,30,50,.04)}
+.card{background:#fff;border:1px solid var(--line);border-radius:12px;padding:16px;margin:0;
+  box-shadow:0 1px 2px rgba(20,30,50,.04)}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:16px}
 .cards.videos{grid-template-columns:repeat(auto-fill,minmax(300px,1fr))}
 .cards.pairs{grid-template-columns:repeat(auto-fill,minmax(440px,1fr));margin-bottom:16px}
@@ -36,7 +39,8 @@ details{margin-top:14px}
 summary{cursor:pointer;font-weight:600;font-size:14px;padding:6px 0}
 details .card{margin-top:8px;overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:14px}
-td,th{padding:6px 8px;text-align:left;border-bottom:1px solid var(--line);vertical-align:middle;font-weight:400}
+td,th{padding:6px 8px;text-align:left;border-bottom:1px solid var(--line);vertical-align:middle;
+  font-weight:400}
 th{color:var(--quiet);font-size:13px}
 tr:last-child>*{border-bottom:0}
 .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
@@ -45,23 +49,29 @@ video,.pixels{display:block;width:100%;border-radius:8px;image-rendering:pixelat
 figure{min-width:0}
 .videos figure.card,.pairs figure.card{padding:10px}
 figcaption{font-size:14px;margin-top:8px;padding:0 4px}
-.badge{display:inline-block;font-size:12px;font-weight:600;padding:1px 9px;border-radius:99px;margin-right:8px;color:#fff;background:var(--quiet)}
+.badge{display:inline-block;font-size:12px;font-weight:600;padding:1px 9px;border-radius:99px;
+  margin-right:8px;color:#fff;background:var(--quiet)}
 .badge.success{background:var(--green)}.badge.fail{background:var(--red)}.badge.error{background:var(--amber)}
 .pair{display:grid;grid-template-columns:1fr 1fr;font-size:13px;font-weight:600;padding:0 4px 6px}
 .plot{width:100%;display:block}
-.tokens{display:grid;grid-template-columns:1fr auto 1fr auto 1fr;gap:14px;align-items:center;margin-bottom:16px}
+.tokens{display:grid;grid-template-columns:1fr auto 1fr auto 1fr;gap:14px;align-items:center;
+  margin-bottom:16px}
 .tokens figure{margin:0}
 .tokens figcaption{text-align:center}
 .arrow{color:var(--quiet);font-size:22px;font-weight:400}
 .codes{display:grid;aspect-ratio:1;border-radius:8px;overflow:hidden;gap:1px;background:#fff}
-.codes i{display:flex;align-items:center;justify-content:center;font:500 clamp(7px,.85vw,11px)/1 ui-monospace,monospace;color:rgba(0,0,0,.62)}
+.codes i{display:flex;align-items:center;justify-content:center;
+  font:500 clamp(7px,.85vw,11px)/1 ui-monospace,monospace;color:rgba(0,0,0,.62)}
 .strip{display:flex;gap:2px;margin:10px 0 18px;height:46px}
-.seg{flex:1 1 0;min-width:4px;overflow:hidden;border-radius:5px;font-size:12px;padding:5px 6px;line-height:1.25;white-space:nowrap}
+.seg{flex:1 1 0;min-width:4px;overflow:hidden;border-radius:5px;font-size:12px;padding:5px 6px;
+  line-height:1.25;white-space:nowrap}
 .seg b{display:block;font-weight:600}
-.seg.text{background:#d9dde3}.seg.state{background:#d7c8ea}.seg.image{background:#b9d5f4}.seg.action{background:#f8cfa6}
+
+  .seg.text{background:#d9dde3}.seg.state{background:#d7c8ea}.seg.image{background:#b9d5f4}.seg.action{background:#f8cfa6}
 .seg.sep{background:#8b929c;padding:0;flex:0 0 5px}
 .actions td{border:2px solid #fff;border-radius:4px}
-@media(max-width:640px){.tokens{grid-template-columns:1fr}.arrow{display:none}.cards.pairs{grid-template-columns:1fr}}
+
+  @media(max-width:640px){.tokens{grid-template-columns:1fr}.arrow{display:none}.cards.pairs{grid-template-columns:1fr}}
 """
 
 
@@ -82,17 +92,27 @@ def world_plot(record: Mapping[str, Any]) -> bytes:
     """Return an SVG: PSNR and SSIM over horizon steps, one row a view."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     styles = {
-        "ceiling": {"color": QUIET, "linestyle": (0, (4, 3)), "linewidth": 1.4, "label": "ceiling: tokenizer"},
+        "ceiling": {
+            "color": QUIET,
+            "linestyle": (0, (4, 3)),
+            "linewidth": 1.4,
+            "label": "ceiling: tokenizer",
+        },
         "imagined": {"color": BLUE, "linewidth": 2.4, "label": "imagined"},
         "floor": {"color": ORANGE, "linestyle": (0, (1, 2)), "linewidth": 1.8, "label": "floor: first frame"},
     }
     names = {"psnr": "PSNR, dB", "ssim": "SSIM"}
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "worldvla", "font.family": "sans-serif", "font.size": 10}):
+    with mpl.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "worldvla", "font.family": "sans-serif", "font.size": 10}
+    ):
         views = record["views"]
-        figure = Figure(figsize=(10.4, 2.7 * len(views)), layout="constrained")
+        figure = Figure(
+            figsize=(10.4, 2.7 * len(views)), layout=ConstrainedLayoutEngine(hspace=0.08, wspace=0.05)
+        )
         axes = figure.subplots(len(views), 2, squeeze=False)
         for row, (view, scores) in zip(axes, views.items(), strict=True):
             for ax, (metric, name) in zip(row, names.items(), strict=True):
@@ -109,8 +129,9 @@ def world_plot(record: Mapping[str, Any]) -> bytes:
         for ax in axes[-1]:
             ax.set_xlabel("imagined steps", color=QUIET)
         handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, labelcolor=QUIET)
-        figure.get_layout_engine().set(hspace=0.08, wspace=0.05)
+        figure.legend(
+            handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, labelcolor=QUIET
+        )
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()

@@ -1,4 +1,6 @@
-"""What every record says of where its numbers come from, and the journal of finished episodes that makes a run resumable."""
+"""What every record says of where its numbers come from, and the journal of finished episodes that makes a
+run resumable.
+"""
 
 import importlib.metadata
 import json
@@ -13,7 +15,9 @@ PACKAGES = ("worldvla", "torch", "numpy", "mujoco", "gymnasium", "robosuite", "l
 
 
 def provenance() -> dict[str, Any]:
-    """Return versions, hardware and commit (None outside a repository; `+` after it: with uncommitted changes)."""
+    """Return versions, hardware and commit (None outside a repository; `+` after it: with uncommitted
+    changes).
+    """
     versions: dict[str, str] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -24,7 +28,9 @@ def provenance() -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """Return the processor's name, the cores that this process may use, and the GPUs that torch sees, if it is loaded."""
+    """Return the processor's name, the cores that this process may use, and the GPUs that torch sees, if it
+    is loaded.
+    """
     import sys
 
     cpuinfo = Path("/proc/cpuinfo")
@@ -33,7 +39,11 @@ def hardware() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch = sys.modules.get("torch")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
-    return {"cpu": names[0] if names else platform.processor() or platform.machine(), "cores": cores, "gpus": gpus}
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": cores,
+        "gpus": gpus,
+    }
 
 
 def commit() -> str | None:
@@ -41,12 +51,16 @@ def commit() -> str | None:
     if not (root / ".git").exists():
         return None
     head = _git(root, "rev-parse", "HEAD")
-    return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "") if head else None
+    return (
+        head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "") if head else None
+    )
 
 
 def _git(root: Path, *words: str) -> str:
     try:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
+        ).stdout.strip()
     except OSError:  # there is no git here
         return ""
 
@@ -61,24 +75,32 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 class Journal:
     """One JSON line a finished episode, after a first line that says what run this is.
 
-    A line that a kill cut short is dropped. Episodes that ended in an error are not kept: the same command tries them again.
+    A line that a kill cut short is dropped. Episodes that ended in an error are not kept: the same command
+    tries them again.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
         self.outcomes: list[dict[str, Any]] = []
-        lines = [_parse(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        lines = (
+            [_parse(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        )
         if lines and lines[0] is not None:
             wanted = json.loads(json.dumps(identity))
-            if differing := sorted(k for k in wanted.keys() | lines[0].keys() if wanted.get(k) != lines[0].get(k)):
+            if differing := sorted(
+                k for k in wanted.keys() | lines[0].keys() if wanted.get(k) != lines[0].get(k)
+            ):
                 there, now = ({k: line.get(k) for k in differing} for line in (lines[0], wanted))
                 raise ValueError(
-                    f"{path.parent} holds another evaluation ({there}, asked for {now}): choose another directory or remove it"
+                    f"{path.parent} holds another evaluation ({there}, asked for {now}): "
+                    "choose another directory or remove it"
                 )
             self.outcomes = [line for line in lines[1:] if line and line["status"] != "error"]
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text("".join(json.dumps(line) + "\n" for line in [dict(identity), *self.outcomes]), encoding="utf-8")
+        scratch.write_text(
+            "".join(json.dumps(line) + "\n" for line in [dict(identity), *self.outcomes]), encoding="utf-8"
+        )
         scratch.replace(path)
         self._file = path.open("a", encoding="utf-8")
 

@@ -1,4 +1,5 @@
-"""Result directories -> one HTML page that needs nothing else: numbers with intervals, videos, imagination, tokens.
+"""Result directories -> one HTML page that needs nothing else: numbers with intervals, videos, imagination,
+tokens.
 
 Everything (style, videos, pictures, plots) is inside the file, so it can be mailed or kept beside its record.
 """
@@ -32,7 +33,8 @@ def write_page(
 ) -> Path:
     """Write the page of the result directories of `eval` and `imagine` atomically.
 
-    `baselines`: records of other actors on the same suites, drawn as ticks. `lead`: one sentence under the title.
+    `baselines`: records of other actors on the same suites, drawn as ticks. `lead`: one sentence under the
+    title.
     """
     records = [_read(Path(directory)) for directory in evaluations]
     imagined = [_read(Path(directory)) for directory in worlds]
@@ -50,7 +52,8 @@ def write_page(
     lead = lead or _lead([*records, *imagined])
     body = f"<header><h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p></header>" + "".join(sections)
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
     )
     path = Path(path)
@@ -64,7 +67,9 @@ def write_page(
 def _read(directory: Path) -> dict[str, Any]:
     path = directory / "record.json"
     if not path.exists():
-        raise FileNotFoundError(f"no {path}: expected a result directory of `worldvla eval` or `worldvla imagine`")
+        raise FileNotFoundError(
+            f"no {path}: expected a result directory of `worldvla eval` or `worldvla imagine`"
+        )
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -88,11 +93,13 @@ def _percent(value: float) -> str:
 
 
 def _successes(records: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]]) -> str:
-    cards = "".join(_suite_card(record, [b for b in baselines if b["suite"] == record["suite"]]) for record in records)
+    cards = "".join(
+        _suite_card(record, [b for b in baselines if b["suite"] == record["suite"]]) for record in records
+    )
     tables = "".join(_task_table(record, is_open=len(records) == 1) for record in records)
     note = (
-        "Share of episodes that succeed, from fixed initial states never used in training. The band is the 95&nbsp;% Wilson "
-        "interval; episodes that a simulator error ended are counted apart."
+        "Share of episodes that succeed, from fixed initial states never used in training. "
+        "The band is the 95&nbsp;% Wilson interval; episodes that a simulator error ended are counted apart."
     )
     return _section("Success", note, f"<div class=cards>{cards}</div>{tables}")
 
@@ -100,7 +107,8 @@ def _successes(records: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping
 def _bar(counts: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]] = ()) -> str:
     low, high = counts["wilson_95"]
     ticks = "".join(
-        f'<i class=base style="left:{100 * _rate(b):.1f}%" title="{html.escape(_name(b))} {_percent(_rate(b))} %"></i>'
+        f'<i class=base style="left:{100 * _rate(b):.1f}%" '
+        f'title="{html.escape(_name(b))} {_percent(_rate(b))} %"></i>'
         for b in baselines
     )
     return (
@@ -126,7 +134,8 @@ def _suite_card(record: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]
     return (
         f"<div class=card><div class=label>{html.escape(record['suite'])}{errors}</div>"
         f"<div class=big>{_percent(_rate(record))}<small>%</small></div>"
-        f"<div class=quiet>{record['successes']} of {trials} &middot; 95&nbsp;%: {_percent(low)}&ndash;{_percent(high)}&nbsp;%</div>"
+        f"<div class=quiet>{record['successes']} of {trials} &middot; "
+        f"95&nbsp;%: {_percent(low)}&ndash;{_percent(high)}&nbsp;%</div>"
         f"{_bar(record, baselines)}<div class=quiet>{' &middot; '.join(facts)}</div></div>"
     )
 
@@ -138,7 +147,8 @@ def _task_table(record: Mapping[str, Any], is_open: bool) -> str:
         f"<td class=num>{t['errors'] or ''}</td></tr>"
         for t in record["tasks"]
     )
-    head = "<tr><th>task</th><th></th><th class=num>success</th><th class=num>held</th><th class=num>errors</th></tr>"
+    names = "".join(f"<th class=num>{name}</th>" for name in ("success", "held", "errors"))
+    head = f"<tr><th>task</th><th></th>{names}</tr>"
     opened = " open" if is_open else ""
     return (
         f"<details{opened}><summary>{html.escape(record['suite'])}, task by task</summary>"
@@ -158,7 +168,7 @@ def _rollouts(directory: Path, record: Mapping[str, Any], max_videos: int) -> st
     if not cards:
         return ""
     views = " and ".join(record["protocol"]["views"]) or "agentview"
-    note = f"Not picked by outcome: the first initial states of each task. Pictures: {html.escape(views)}, as the policy sees them."
+    note = f"Not picked by outcome: the first initial states of each task. Cameras: {html.escape(views)}."
     return _section(f"Rollouts: {record['suite']}", note, f"<div class='cards videos'>{cards}</div>")
 
 
@@ -174,8 +184,9 @@ def _video(path: Path) -> str:
 
 def _imagination(directory: Path, record: Mapping[str, Any]) -> str:
     cards = "".join(
-        f"<figure class=card><div class=pair><span>real</span><span>imagined</span></div>{_video(directory / c['video'])}"
-        f"<figcaption>{html.escape(c['instruction'])} <span class=quiet>{c['steps']} steps</span></figcaption></figure>"
+        "<figure class=card><div class=pair><span>real</span><span>imagined</span></div>"
+        f"{_video(directory / c['video'])}<figcaption>{html.escape(c['instruction'])} "
+        f"<span class=quiet>{c['steps']} steps</span></figcaption></figure>"
         for c in record["clips"]
         if c.get("video") and (directory / c["video"]).exists()
     )
@@ -183,27 +194,32 @@ def _imagination(directory: Path, record: Mapping[str, Any]) -> str:
     view, scores = next(iter(record["views"].items()))
     at = ", ".join(f"{kind} {scores[kind]['psnr'][last]:.1f}" for kind in scores)
     note = (
-        "From the first frame alone, the model imagines what the episode's actions do, feeding its own tokens back. "
-        "Ceiling: real frames through the image tokenizer and back. Floor: the first frame, copied. "
+        "From the first frame alone, the model imagines what the episode's actions do, "
+        "feeding its own tokens back. Ceiling: real frames through the image tokenizer and back. "
+        "Floor: the first frame, copied. "
         f"PSNR of {html.escape(view)} at step {record['steps'][last]}, in dB: {at}."
     )
-    plot = f"<div class=card><img class=plot alt='PSNR and SSIM per step' src=\"{data_url(world_plot(record), 'image/svg+xml')}\"></div>"
+    source = data_url(world_plot(record), "image/svg+xml")
+    plot = f'<div class=card><img class=plot alt="PSNR and SSIM per step" src="{source}"></div>'
     return _section("Imagination", note, f"<div class='cards pairs'>{cards}</div>{plot}")
 
 
 def _tokens(example: Mapping[str, np.ndarray]) -> str:
     rows = "".join(_token_row(example, str(view)) for view in example["views"])
     note = (
-        "A camera picture becomes a small grid of codes; alike colours are alike codes. The right picture is all that the "
-        f"codes keep. Instruction: <b>{html.escape(str(example['instruction']))}</b>."
+        "A camera picture becomes a small grid of codes; alike colours are alike codes. "
+        "The right picture is all that the codes keep. "
+        f"Instruction: <b>{html.escape(str(example['instruction']))}</b>."
     )
     total = int(example["sizes"].sum())
     strip = "".join(
-        f"<span class='seg {_segment_kind(str(name))}' style='flex-grow:{int(size)}' title='{html.escape(str(name))}: {int(size)} tokens'>"
+        f"<span class='seg {_segment_kind(str(name))}' style='flex-grow:{int(size)}' "
+        f"title='{html.escape(str(name))}: {int(size)} tokens'>"
         f"<b>{html.escape(str(name)) if size > 1 else ''}</b>{int(size) if size > 1 else ''}</span>"
         for name, size in zip(example["segments"], example["sizes"], strict=True)
     )
-    sequence = f"<div class=card><div class=label>The whole sequence: {total} tokens</div><div class=strip>{strip}</div>"
+    label = f"<div class=label>The whole sequence: {total} tokens</div>"
+    sequence = f"<div class=card>{label}<div class=strip>{strip}</div>"
     return _section("What the tokens look like", note, f"{rows}{sequence}{_actions(example)}</div>")
 
 
@@ -214,10 +230,19 @@ def _token_row(example: Mapping[str, np.ndarray], view: str) -> str:
         for code, (r, g, b) in zip(codes.reshape(-1), colors.reshape(-1, 3), strict=True)
     )
     grid = f"<div class=codes style='grid-template-columns:repeat({codes.shape[1]},1fr)'>{cells}</div>"
-    frame, again = (f'<img class=pixels alt="" src="{data_url(png(example[f"{view}_{k}"]), "image/png")}">' for k in ("frame", "reconstruction"))
+    frame, again = (
+        f'<img class=pixels alt="" src="{data_url(png(example[f"{view}_{k}"]), "image/png")}">'
+        for k in ("frame", "reconstruction")
+    )
     size = "&times;".join(map(str, example[f"{view}_frame"].shape[:2]))
-    parts = ((frame, f"{view}, {size} pixels"), (grid, f"{codes.size} codes"), (again, "decoded from the codes"))
-    figures = "<b class=arrow>&rarr;</b>".join(f"<figure>{p}<figcaption class=quiet>{text}</figcaption></figure>" for p, text in parts)
+    parts = (
+        (frame, f"{view}, {size} pixels"),
+        (grid, f"{codes.size} codes"),
+        (again, "decoded from the codes"),
+    )
+    figures = "<b class=arrow>&rarr;</b>".join(
+        f"<figure>{p}<figcaption class=quiet>{text}</figcaption></figure>" for p, text in parts
+    )
     return f"<div class='card tokens'>{figures}</div>"
 
 
@@ -244,13 +269,21 @@ def _actions(example: Mapping[str, np.ndarray]) -> str:
 def _about(records: Sequence[Mapping[str, Any]]) -> str:
     rows = ""
     for record in records:
-        facts = {key: record.get(key) for key in ("checkpoint", "seed", "protocol", "versions", "hardware", "seconds", "commit")}
+        facts = {
+            key: record.get(key)
+            for key in ("checkpoint", "seed", "protocol", "versions", "hardware", "seconds", "commit")
+        }
         lines = "".join(
-            f"<tr><th>{key}</th><td>{html.escape(_plain(value))}</td></tr>" for key, value in facts.items() if value is not None
+            f"<tr><th>{key}</th><td>{html.escape(_plain(value))}</td></tr>"
+            for key, value in facts.items()
+            if value is not None
         )
-        rows += f"<div class=card><div class=label>{html.escape(record.get('suite', 'imagination'))}</div><table>{lines}</table></div>"
+        label = f"<div class=label>{html.escape(record.get('suite', 'imagination'))}</div>"
+        rows += f"<div class=card>{label}<table>{lines}</table></div>"
     return f"<section><details><summary>How these numbers were made</summary>{rows}</details></section>"
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+    return (
+        ", ".join(f"{k} {_plain(v)}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
+    )

@@ -2,9 +2,10 @@
 
     record = evaluate("out/train/tabletop", "tabletop_object", episodes=10, out_dir=Path("out/eval/object"))
 
-Each worker process steps one environment and never imports torch. All waiting environments are answered at once, in lockstep, so
-that batches, and with them the record, are a function of the arguments. An actor's chunk is executed open loop, then it is asked
-again; with a history the frames just before go along (WorldVLA eval_solver_libero_256.py:136-312).
+Each worker process steps one environment and never imports torch. All waiting environments are answered at
+once, in lockstep, so that batches, and with them the record, are a function of the arguments. An actor's
+chunk is executed open loop, then it is asked again; with a history the frames just before go along (WorldVLA
+eval_solver_libero_256.py:136-312).
 """
 
 import multiprocessing
@@ -13,7 +14,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,7 +22,14 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from worldvla.eval.actors import Actor, ModelActor, Query
 from worldvla.eval.record import Journal, provenance, write_json
@@ -30,7 +38,9 @@ from worldvla.eval.video import FPS, views_side_by_side, write_mp4
 from worldvla.sim import env as sim
 
 PATIENCE_S = 600.0
-"""A worker that gives no answer for so long is stopped, its episode an error. Making a LIBERO scene takes half a minute."""
+"""A worker that gives no answer for so long is stopped, its episode an error. Making a LIBERO scene takes
+half a minute.
+"""
 MakeEnv = Callable[[sim.Task, dict[str, tuple[int, int]]], Any]
 
 
@@ -120,12 +130,18 @@ class _Episode:
 
     def _tell(self, observation: dict[str, Any]) -> Report:
         previous = list(self.recent)[:-1]
-        self.report.observation = {**observation, "instruction": self.job.task.instruction, "previous": previous}
+        self.report.observation = {
+            **observation,
+            "instruction": self.job.task.instruction,
+            "previous": previous,
+        }
         return self.report
 
 
 def _work(connection: Connection, settings: Settings) -> None:
-    """Run episodes until told to stop: a Job begins one, an array of actions or a number of expert steps goes on with it."""
+    """Run episodes until told to stop: a Job begins one, an array of actions or a number of expert steps goes
+    on with it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
     env: Any = None
     episode: _Episode | None = None
@@ -148,7 +164,9 @@ def _work(connection: Connection, settings: Settings) -> None:
             else:
                 assert episode is not None
                 report = episode.execute(order)
-        except Exception as error:  # the process boundary: whatever an environment raises is a record, not the end
+        except (
+            Exception
+        ) as error:  # the process boundary: whatever an environment raises is a record, not the end
             report = episode.report if episode is not None else Report("error")
             report.status, report.reason, env = "error", _reason(error), None
         connection.send(report)
@@ -185,10 +203,8 @@ class _Worker:
         self.send(job)
 
     def send(self, order: Any) -> None:
-        try:
+        with suppress(OSError):  # it has died; `receive` says so
             self._connection.send(order)
-        except OSError:
-            pass  # it has died; `receive` says so
 
     def receive(self) -> Report:
         reason = f"the worker gave no answer for {self.patience_s:.0f} s"
@@ -253,7 +269,9 @@ def roll_out(
 
 
 def _next(waiting: list[Job], task: sim.Task | None, taken: set[sim.Task | None]) -> Job:
-    """Take a job of the same task, else one of a task that no worker has: an environment is expensive to make."""
+    """Take a job of the same task, else one of a task that no worker has: an environment is expensive to
+    make.
+    """
     same = (i for i, job in enumerate(waiting) if job.task == task)
     free = (i for i, job in enumerate(waiting) if job.task not in taken)
     return waiting.pop(next(same, next(free, 0)))
@@ -273,7 +291,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Roll a checkpoint out; see `run`. `execute`: actions of each chunk that are executed (default: all)."""
     sim.suite(suite)
-    return run(ModelActor(checkpoint, execute, device), suite, episodes, out_dir=out_dir, seed=seed, workers=workers, **options)
+    return run(
+        ModelActor(checkpoint, execute, device),
+        suite,
+        episodes,
+        out_dir=out_dir,
+        seed=seed,
+        workers=workers,
+        **options,
+    )
 
 
 def run(
@@ -292,13 +318,17 @@ def run(
     table: Sequence[sim.Task] | None = None,
     patience_s: float = PATIENCE_S,
 ) -> dict[str, Any]:
-    """Roll `actor` out from initial states 0..episodes-1 of each task; write record.json, videos/ and index.html; return the record.
+    """Roll `actor` out from initial states 0..episodes-1 of each task; write record.json, videos/ and
+    index.html; return the record.
 
-    The same command again goes on where it stopped. `tasks`: indices, empty for all. `videos`: filmed episodes a task.
-    `film_all`: film every step; default: where rendering is cheap (tabletop). `make`, `table`: another simulator, for tests.
+    The same command again goes on where it stopped. `tasks`: indices, empty for all. `videos`: filmed
+    episodes a task. `film_all`: film every step; default: where rendering is cheap (tabletop). `make`,
+    `table`: another simulator, for tests.
     """
     if not 1 <= episodes <= sim.NUM_INITS:
-        raise ValueError(f"episodes must be in 1..{sim.NUM_INITS}, the fixed initial states of a task, got {episodes}")
+        raise ValueError(
+            f"episodes must be in 1..{sim.NUM_INITS}, the fixed initial states of a task, got {episodes}"
+        )
     if workers < 1:
         raise ValueError(f"an evaluation needs at least one worker, got {workers}")
     listed = list(sim.tasks(suite) if table is None else table)
@@ -307,8 +337,14 @@ def run(
     listed = [task for task in listed if not tasks or task.index in tasks]
     kind = sim.suite(suite)
     is_cheap = kind.simulator == "tabletop"
-    views = actor.views or ({"agentview": (64, 64)} if is_cheap else {"agentview": (128, 128)}) if videos else actor.views
-    settings = Settings(make, views, bool(actor.views), actor.history, is_cheap if film_all is None else film_all, seed)
+    views = (
+        actor.views or ({"agentview": (64, 64)} if is_cheap else {"agentview": (128, 128)})
+        if videos
+        else actor.views
+    )
+    settings = Settings(
+        make, views, bool(actor.views), actor.history, is_cheap if film_all is None else film_all, seed
+    )
     protocol = {
         "initial_states": f"0..{episodes - 1} of each task",
         "horizon": kind.horizon,
@@ -323,19 +359,38 @@ def run(
     with Journal(Path(out_dir) / "episodes.jsonl", fixed) as journal, _progress() as progress:
         earlier = journal.seconds
         done = {(o["task"], o["init"]): o for o in journal.outcomes}
-        jobs = [Job(task, init, init < videos) for task in listed for init in range(episodes) if (task.index, init) not in done]
-        bar = progress.add_task(suite, total=len(listed) * episodes, completed=len(listed) * episodes - len(jobs))
+        jobs = [
+            Job(task, init, init < videos)
+            for task in listed
+            for init in range(episodes)
+            if (task.index, init) not in done
+        ]
+        bar = progress.add_task(
+            suite, total=len(listed) * episodes, completed=len(listed) * episodes - len(jobs)
+        )
 
         def on_end(job: Job, report: Report, seconds: float, film: list[dict[str, np.ndarray]]) -> None:
-            outcome = {"task": job.task.index, "init": job.init, "status": report.status, "grasped": report.grasped}
-            outcome |= {"steps": report.steps, "reason": report.reason, "seconds": round(seconds, 2), "video": ""}
+            outcome = {
+                "task": job.task.index,
+                "init": job.init,
+                "status": report.status,
+                "grasped": report.grasped,
+            }
+            outcome |= {
+                "steps": report.steps,
+                "reason": report.reason,
+                "seconds": round(seconds, 2),
+                "video": "",
+            }
             if film:
                 outcome["video"] = f"videos/{job.task.index:02d}_{job.init:02d}.mp4"
                 fps = FPS[kind.simulator] / (1 if settings.film_all else actor.execute)
                 write_mp4(Path(out_dir) / outcome["video"], views_side_by_side(film), fps)
             journal.add({**outcome, "elapsed": round(earlier + time.monotonic() - start, 1)})
             counts = count(journal.outcomes)
-            label = f"{suite}  {counts['successes']} succeeded" + (f", {counts['errors']} errors" if counts["errors"] else "")
+            label = f"{suite}  {counts['successes']} succeeded" + (
+                f", {counts['errors']} errors" if counts["errors"] else ""
+            )
             progress.update(bar, advance=1, description=label)
 
         if jobs:
@@ -347,7 +402,12 @@ def run(
     record["seconds"] = round(earlier + time.monotonic() - start, 1)
     record |= provenance()
     record["tasks"] = [
-        {"index": t.index, "name": t.name, "instruction": t.instruction, **count(o for o in outcomes if o["task"] == t.index)}
+        {
+            "index": t.index,
+            "name": t.name,
+            "instruction": t.instruction,
+            **count(o for o in outcomes if o["task"] == t.index),
+        }
         for t in listed
     ]
     record["outcomes"] = [{k: v for k, v in o.items() if k != "elapsed"} for o in outcomes]

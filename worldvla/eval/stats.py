@@ -11,7 +11,9 @@ STATUSES = {"success": "successes", "fail": "failures", "error": "errors"}
 
 
 def wilson(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
-    """Return the Wilson score interval of a success rate; (0, 1) without trials. It is sensible at 0/n and n/n too."""
+    """Return the Wilson score interval of a success rate; (0, 1) without trials. It is sensible at 0/n and
+    n/n too.
+    """
     if not 0 <= successes <= trials:
         raise ValueError(f"successes must be in 0..{trials}, got {successes}")
     if trials == 0:
@@ -23,7 +25,8 @@ def wilson(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
 
 
 def count(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return episodes, successes, failures, errors, grasped and wilson_95 of outcomes with `status` and `grasped`.
+    """Return episodes, successes, failures, errors, grasped and wilson_95 of outcomes with `status` and
+    `grasped`.
 
     An error says nothing about the policy: the interval is that of successes among episodes without one.
     """
@@ -32,4 +35,9 @@ def count(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     assert sum(counts.values()) == len(listed), listed
     interval = wilson(counts["successes"], len(listed) - counts["errors"])
     grasped = sum(bool(o["grasped"]) for o in listed)
-    return {"episodes": len(listed), **counts, "grasped": grasped, "wilson_95": [round(x, 4) for x in interval]}
+    return {
+        "episodes": len(listed),
+        **counts,
+        "grasped": grasped,
+        "wilson_95": [round(x, 4) for x in interval],
+    }

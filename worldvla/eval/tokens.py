@@ -1,7 +1,8 @@
-"""One observation as the model reads it: frames, their code grids in colour, reconstructions, the actions it answers.
+"""One observation as the model reads it: frames, their code grids in colour, reconstructions, the actions it
+answers.
 
-`tokens.npz` of a result directory, for the report: <view>_frame, <view>_codes, <view>_colors, <view>_reconstruction, the instruction,
-and the sequence as segments (names and numbers of tokens).
+`tokens.npz` of a result directory, for the report: <view>_frame, <view>_codes, <view>_colors,
+<view>_reconstruction, the instruction, and the sequence as segments (names and numbers of tokens).
 """
 
 from collections.abc import Mapping
@@ -64,7 +65,9 @@ def segments(model: Model, observation: Mapping[str, Any]) -> list[tuple[str, in
 
 
 def code_colors(codebook_NE: np.ndarray) -> np.ndarray:
-    """Return a colour (N, 3) uint8 for every code: the three main directions of the codebook, so that like codes look alike."""
+    """Return a colour (N, 3) uint8 for every code: the three main directions of the codebook, so that like
+    codes look alike.
+    """
     centred = codebook_NE - codebook_NE.mean(0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
     scores = np.zeros((len(codebook_NE), 3))

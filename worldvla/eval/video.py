@@ -1,4 +1,6 @@
-"""Frames -> H.264 files that every browser plays. Small pictures are enlarged in whole steps, so that pixels stay pixels."""
+"""Frames -> H.264 files that every browser plays. Small pictures are enlarged in whole steps, so that pixels
+stay pixels.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,9 @@ FPS = {"tabletop": 12.5, "libero": 20.0}
 
 
 def enlarge(image: np.ndarray, rows: int = HEIGHT) -> np.ndarray:
-    """Return (rows, *, 3), every pixel a square of the same whole size, white below where `rows` is no multiple."""
+    """Return (rows, *, 3), every pixel a square of the same whole size, white below where `rows` is no
+    multiple.
+    """
     times = max(1, rows // image.shape[0])
     big = image.repeat(times, 0).repeat(times, 1)
     missing = max(0, rows - big.shape[0])
@@ -23,7 +27,9 @@ def enlarge(image: np.ndarray, rows: int = HEIGHT) -> np.ndarray:
 
 
 def side_by_side(images: Sequence[np.ndarray], rows: int = HEIGHT) -> np.ndarray:
-    """Return one picture: all enlarged to the same height, white gaps between them, even sides (H.264 needs them)."""
+    """Return one picture: all enlarged to the same height, white gaps between them, even sides (H.264 needs
+    them).
+    """
     rows = max([rows, *(image.shape[0] for image in images)])
     parts: list[np.ndarray] = []
     for image in images:
@@ -48,7 +54,9 @@ def encode_mp4(pictures: Sequence[np.ndarray], fps: float) -> bytes:
         stream.width, stream.height, stream.pix_fmt = cols, rows, "yuv420p"
         stream.options = {"crf": "23", "preset": "veryfast", "tune": "animation", "threads": "1"}
         for picture in [*pictures, *[pictures[-1]] * round(fps)]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"))
+            )
         container.mux(stream.encode())
     return buffer.getvalue()
 

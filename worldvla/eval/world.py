@@ -1,8 +1,9 @@
-"""Stored episodes -> imagined videos beside the truth, PSNR and SSIM per horizon step, with ceiling and floor.
+"""Stored episodes -> imagined videos beside the truth, PSNR and SSIM per horizon step, with ceiling and
+floor.
 
-From an episode's first frame and its real actions the model imagines the rest, feeding its own codes back. Beside it stand the
-ceiling (each real frame through the image tokenizer and back: no imagination can beat it by design) and the floor (the first frame
-copied). Dims: B clips, Y X pixels.
+From an episode's first frame and its real actions the model imagines the rest, feeding its own codes back.
+Beside it stand the ceiling (each real frame through the image tokenizer and back: no imagination can beat it
+by design) and the floor (the first frame copied). Dims: B clips, Y X pixels.
 """
 
 from collections.abc import Sequence
@@ -57,7 +58,9 @@ def evaluate_world(
     device: str = "cpu",
     page: bool = True,
 ) -> dict[str, Any]:
-    """Imagine `episodes` clips of at most `horizon` steps; write record.json, videos/ and index.html; return the record."""
+    """Imagine `episodes` clips of at most `horizon` steps; write record.json, videos/ and index.html; return
+    the record.
+    """
     model = load(checkpoint, device)
     chosen = choose(paths, episodes, seed)
     clips: list[Clip] = []
@@ -78,7 +81,7 @@ def evaluate_world(
             "actions": "those of the episode",
             "horizon": horizon,
             "views": {view: list(size) for view, size in model.view_sizes.items()},
-            "metrics": "per frame on RGB 0..255, mean over clips; SSIM: Gaussian window 11, sigma 1.5",
+            "metrics": "per frame on RGB 0..255, mean over clips; SSIM: Gaussian window 11, sigma 1.5, borders reflected",
         },
         **score(clips),
         **provenance(),
@@ -95,7 +98,9 @@ def evaluate_world(
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     first = clips[0].episode
     observation = {view: images[0] for view, images in first.images.items()}
-    write_example(Path(out_dir), model, {**observation, "state": first.states[0], "instruction": first.instruction})
+    write_example(
+        Path(out_dir), model, {**observation, "state": first.states[0], "instruction": first.instruction}
+    )
     write_json(Path(out_dir) / "record.json", record)
     if page:
         from worldvla.eval.report import write_page
@@ -107,7 +112,9 @@ def evaluate_world(
 def choose(paths: Sequence[Path], episodes: int, seed: int) -> list[Episode]:
     """Return `episodes` stored episodes, spread evenly over the files in an order drawn by `seed`."""
     if episodes < 1 or not paths:
-        raise ValueError(f"imagining needs at least one episode and one file, got {episodes} and {len(paths)}")
+        raise ValueError(
+            f"imagining needs at least one episode and one file, got {episodes} and {len(paths)}"
+        )
     order = np.random.default_rng(seed).permutation(len(paths))
     found: list[Episode] = []
     for turn, index in enumerate(order):
@@ -115,7 +122,10 @@ def choose(paths: Sequence[Path], episodes: int, seed: int) -> list[Episode]:
         reader = read_episodes(Path(paths[index]))
         found += [episode for _, episode in zip(range(share), reader, strict=False)]
     if len(found) < episodes:
-        raise ValueError(f"asked for {episodes} episodes, the {len(paths)} files gave {len(found)}: ask for fewer or give more files")
+        raise ValueError(
+            f"asked for {episodes} episodes, the {len(paths)} files gave {len(found)}: "
+            "ask for fewer or give more files"
+        )
     return found
 
 
@@ -124,7 +134,9 @@ def imagine(model: Model, episodes: Sequence[Episode], horizon: int, label: str 
     views = model.config.layout.views
     for episode in episodes:
         if missing := [view for view in views if view not in episode.images]:
-            raise ValueError(f"episode of {episode.task!r} lacks the views {missing} of the model: collect it with them")
+            raise ValueError(
+                f"episode of {episode.task!r} lacks the views {missing} of the model: collect it with them"
+            )
     steps = [min(horizon, len(episode) - 1) for episode in episodes]
     world = model.world()
     frame = world.reset({view: np.stack([e.images[view][0] for e in episodes]) for view in views})
@@ -154,7 +166,9 @@ def reconstruct(model: Model, images: np.ndarray) -> np.ndarray:
 
 
 def score(clips: Sequence[Clip]) -> dict[str, Any]:
-    """Return `steps` (1..T), `num_clips` a step, and views -> kind -> metric -> mean a step over the clips that reach it."""
+    """Return `steps` (1..T), `num_clips` a step, and views -> kind -> metric -> mean a step over the clips
+    that reach it.
+    """
     longest = max(len(next(iter(clip.real.values()))) - 1 for clip in clips)
     alive = [sum(len(next(iter(c.real.values()))) - 1 >= t for c in clips) for t in range(1, longest + 1)]
     table: dict[str, Any] = {}
@@ -163,7 +177,10 @@ def score(clips: Sequence[Clip]) -> dict[str, Any]:
         for kind in KINDS:
             sums = {metric: np.zeros(longest) for metric in METRICS}
             for clip in clips:
-                truth, guess = (torch.from_numpy(np.ascontiguousarray(c[view][1:])) for c in (clip.real, getattr(clip, kind)))
+                truth, guess = (
+                    torch.from_numpy(np.ascontiguousarray(c[view][1:]))
+                    for c in (clip.real, getattr(clip, kind))
+                )
                 for metric, values in (("psnr", psnr(guess, truth)), ("ssim", ssim(guess, truth))):
                     sums[metric][: len(values)] += values.numpy()
             table[view][kind] = {m: [round(float(v), 4) for v in total / alive] for m, total in sums.items()}
@@ -177,13 +194,15 @@ def psnr(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:
 
 
 def ssim(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:
-    """Return the structural similarity (B,) of uint8 frames (Wang et al. 2004: Gaussian window of 11, sigma 1.5, no padding)."""
-    side = min(11, *a_BYXC.shape[1:3])
-    side -= 1 - side % 2
-    taps = torch.exp(-((torch.arange(side) - side // 2) ** 2) / (2 * 1.5**2)).double()
+    """Return the structural similarity (B,) of uint8 frames: Wang et al. 2004, Gaussian window of 11, sigma 1.5.
+
+    Borders are reflected, so that every pixel counts; the numbers are those of torchmetrics 1.9.
+    """
+    side = min(11, 2 * min(a_BYXC.shape[1:3]) - 1)
+    taps = torch.exp(-((torch.arange(side, dtype=torch.float64) - side // 2) ** 2) / (2 * 1.5**2))
     taps = (taps / taps.sum()).to(a_BYXC.device)
     window = (taps[:, None] * taps).expand(3, 1, side, side)
-    a, b = (x.permute(0, 3, 1, 2).double() for x in (a_BYXC, b_BYXC))
+    a, b = (F.pad(x.permute(0, 3, 1, 2).double(), [side // 2] * 4, "reflect") for x in (a_BYXC, b_BYXC))
 
     def mean(x: Tensor) -> Tensor:
         return F.conv2d(x, window, groups=3)
@@ -191,14 +210,19 @@ def ssim(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:
     mean_a, mean_b = mean(a), mean(b)
     var_a, var_b, cov = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2, mean(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    similarity = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    similarity = (
+        (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    )
     return similarity.flatten(1).mean(1)
 
 
 def film(clip: Clip) -> list[np.ndarray]:
     """Return one picture a step: the real views, then the imagined ones."""
     length = len(next(iter(clip.real.values())))
-    return [side_by_side([f[t] for side in (clip.real, clip.imagined) for f in side.values()]) for t in range(length)]
+    return [
+        side_by_side([f[t] for side in (clip.real, clip.imagined) for f in side.values()])
+        for t in range(length)
+    ]
 
 
 def fps(suite: str) -> float:

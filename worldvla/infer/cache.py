@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Cache:
-    """Room for `capacity` positions; the buffers are made by the first update, in its shape, type and device."""
+    """Room for `capacity` positions; the first update makes the buffers, in its shape, type and device."""
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         self.capacity = capacity
@@ -17,7 +17,7 @@ class Cache:
 
     @property
     def length(self) -> int:
-        """Positions held by the layer that was updated last among all, the same for all between two passes."""
+        """Positions held by the last layer; between two passes by all."""
         return self._used[-1]
 
     def update(self, layer: int, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """Prompts -> action codes or image codes: greedy, structure forced, scores taken over one modality only.
 
-Dims: B batch, T positions fed at once, S cached positions, G actions decoded side by side, K actions of a chunk, A action dims,
-N open codes of a frame.
+Dims: B batch, T positions fed at once, S cached positions, G actions decoded side by side, K actions of a
+chunk, A action dims, N open codes of a frame.
 
-The mask makes the K actions of a chunk independent given the prompt, and structure is never sampled, so their positions are known
-before any is decoded: block k token j stands at P + (A + 2)(k - 1) + j. All K are decoded side by side, A passes a chunk, with the
-tokens of one-by-one decoding (WorldVLA: (A + 2) K + 1 passes). Under the plain causal mask they follow one another.
+The mask makes the K actions of a chunk independent given the prompt, and structure is never sampled, so their
+positions are known before any is decoded: block k token j stands at P + (A + 2)(k - 1) + j. All K are decoded
+side by side, A passes a chunk, with the tokens of one-by-one decoding (WorldVLA: (A + 2) K + 1 passes). Under
+the plain causal mask they follow one another.
 """
 
 from collections.abc import Sequence
@@ -30,8 +31,9 @@ def decode_actions(
 ) -> np.ndarray:
     """Return action codes (B, K, A), int64 in 0..254.
 
-    `tail`: what follows every prompt (`SampleBuilder.policy_tail`). `blocks_KA`: (K, A + 2), where in the tail each action's
-    begin, dims and end stand. Whether the chunk's actions see each other is read from `tail.chunk`.
+    `tail`: what follows every prompt (`SampleBuilder.policy_tail`). `blocks_KA`: (K, A + 2), where in the
+    tail each action's begin, dims and end stand. Whether the chunk's actions see each other is read from
+    `tail.chunk`.
     """
     stream = _Stream(model, prompts, tail, vocab.pad)
     num_dims = blocks_KA.shape[1] - 2
@@ -44,7 +46,9 @@ def decode_actions(
             codes_BG = best_bin(model.logits(x_BGD, vocab.action))
             stream.write(group[:, dim + 1], codes_BG + vocab.action.start)
             waiting = waiting[:0]
-        waiting = group[:, num_dims:].reshape(-1)  # the last dim and the end: only later blocks of a causal chain see them
+        waiting = group[:, num_dims:].reshape(
+            -1
+        )  # the last dim and the end: only later blocks of a causal chain see them
     return stream.read(blocks_KA[:, 1:-1]).cpu().numpy() - vocab.action.start
 
 
@@ -64,13 +68,17 @@ def decode_images(model: Transformer, vocab: Vocab, prompts: Sequence[Sample], t
 
 
 def best_bin(logits: Tensor) -> Tensor:
-    """Return the likeliest code, 0..254, of scores over all 256: code 255 decodes like 254, so their probabilities add."""
+    """Return the likeliest code, 0..254, of scores over all 256: code 255 decodes like 254, so their
+    probabilities add.
+    """
     last = torch.logaddexp(logits[..., NUM_BIN_CODES - 2], logits[..., NUM_BIN_CODES - 1])
     return torch.cat((logits[..., : NUM_BIN_CODES - 2], last[..., None]), -1).argmax(-1)
 
 
 class _Stream:
-    """Sequences being written: prompts of any lengths, then one common tail, fed in any order that the mask allows."""
+    """Sequences being written: prompts of any lengths, then one common tail, fed in any order that the mask
+    allows.
+    """
 
     def __init__(self, model: Transformer, prompts: Sequence[Sample], tail: Sample, pad: int) -> None:
         self.model = model
@@ -87,7 +95,9 @@ class _Stream:
         """Mask positions of what is in the cache."""
 
     def feed(self, offsets: np.ndarray, keep: int) -> Tensor:
-        """Feed the tokens at `offsets` of the tail (the first time: after the prompts); return hidden states (B, keep, D) of the last."""
+        """Feed the tokens at `offsets` of the tail (the first time: after the prompts); return hidden states
+        (B, keep, D) of the last.
+        """
         where = torch.from_numpy(np.asarray(offsets, dtype=np.int64)).to(self.lengths_B.device)
         fields = [getattr(self.tail, name)[:, where] for name in ("ids_BT", "chunk_BT", "row_BT", "col_BT")]
         positions_BT = self.lengths_B[:, None] + where

@@ -1,7 +1,9 @@
-"""A frame and actions -> the frames that the model expects: a world model with the interface of an environment.
+"""A frame and actions -> the frames that the model expects: a world model with the interface of an
+environment.
 
-Frames are dicts of views, uint8 (Y, X, 3), or (B, Y, X, 3) for B worlds side by side; a model of one view takes and gives the
-array itself. The codes that it generates are fed back as they are, never decoded and encoded again.
+Frames are dicts of views, uint8 (Y, X, 3), or (B, Y, X, 3) for B worlds side by side; a model of one view
+takes and gives the array itself. The codes that it generates are fed back as they are, never decoded and
+encoded again.
 """
 
 from collections.abc import Mapping
@@ -36,13 +38,13 @@ class World:
 
     def reset(self, frame: np.ndarray | Mapping[str, Any]) -> Frame:
         """Start from `frame` (an observation will do); return it as its codes show it."""
-        views = self.model.config.layout.views
+        views = list(self.model.config.layout.views)
         self._is_dict = isinstance(frame, Mapping)
         if not isinstance(frame, Mapping):
             if len(views) > 1:
                 raise ValueError(f"the model imagines the views {views}: pass a dict of them, not one array")
             frame = {views[0]: frame}
-        self._is_batch = np.ndim(frame.get(views[0])) == 4
+        self._is_batch = np.ndim(frame.get(views[0], 0)) == 4
         names = [view for view in views if view in frame]
         if self._is_batch:
             counts = {view: len(frame[view]) for view in names}
@@ -55,7 +57,9 @@ class World:
         return self.frame()
 
     def step(self, action: np.ndarray) -> Frame:
-        """Return the next frame after `action`, (7,) or (B, 7) in physical units; values outside the statistics' range are clipped."""
+        """Return the next frame after `action`, (7,) or (B, 7) in physical units; values outside the
+        statistics' range are clipped.
+        """
         codes_BN = self._codes_BN
         if codes_BN is None:
             raise ValueError("the world has no frame yet: call reset(frame) first")

@@ -1,8 +1,8 @@
 """Checkpoint directory -> Model: everything that acting and imagining need, its digests checked.
 
-    model = worldvla.load("out/train/tabletop")
-    actions = model.policy().act(observation)
-    world = model.world(); world.reset(frame); frame = world.step(actions[0])
+model = worldvla.load("out/train/tabletop")
+actions = model.policy().act(observation)
+world = model.world(); world.reset(frame); frame = world.step(actions[0])
 """
 
 import hashlib
@@ -62,15 +62,21 @@ class Model:
 
 
 def load(path: Path | str, device: str = "cpu") -> Model:
-    """Read a checkpoint (or the newest one of a run directory); what does not belong together raises ValueError."""
+    """Read a checkpoint (or the newest one of a run directory); what does not belong together raises
+    ValueError.
+    """
     path = find_checkpoint(Path(path))
     if missing := [name for name in FILES if not (path / name).is_file()]:
-        raise ValueError(f"{path} is no complete checkpoint: {', '.join(missing)} missing; save or copy it again")
+        raise ValueError(
+            f"{path} is no complete checkpoint: {', '.join(missing)} missing; save or copy it again"
+        )
     config = from_json(Config, _read(path / "config.json"), str(path / "config.json"))
     try:
         vocab = Vocab(**_read(path / "vocab.json"))
     except TypeError as error:
-        raise ValueError(f"{path}/vocab.json is no id table ({error}): take the one it was trained with") from None
+        raise ValueError(
+            f"{path}/vocab.json is no id table ({error}): take the one it was trained with"
+        ) from None
     statistics = Statistics.from_json(_read(path / "statistics.json"))
     text = TextTokenizer.load(path / "text.json")
     image = ImageTokenizer.load(path / "image_tokenizer")
@@ -79,12 +85,13 @@ def load(path: Path | str, device: str = "cpu") -> Model:
     for name, piece in pieces.items():
         if manifest.get(name) != piece.digest():
             raise ValueError(
-                f"{path}: {name} has digest {piece.digest()}, the model was trained with {manifest.get(name)}: "
-                "restore the file that was saved with it"
+                f"{path}: {name} has digest {piece.digest()}, the model was trained with "
+                f"{manifest.get(name)}: restore the file that was saved with it"
             )
     if image.num_codes != vocab.num_image_codes:
         raise ValueError(
-            f"{path}: the image tokenizer has {image.num_codes} codes, the vocabulary {vocab.num_image_codes}: use one pair"
+            f"{path}: the image tokenizer has {image.num_codes} codes, the vocabulary "
+            f"{vocab.num_image_codes}: use those of one run"
         )
     builder = SampleBuilder(config.layout, vocab, text, statistics)
     transformer = Transformer(config.model, vocab.size, config.layout.num_rows, config.layout.num_cols)
@@ -96,13 +103,17 @@ def load(path: Path | str, device: str = "cpu") -> Model:
 def find_checkpoint(path: Path) -> Path:
     """Return `path` if it is a checkpoint, the newest complete one if it is a run directory."""
     if not path.is_dir():
-        raise FileNotFoundError(f"no directory {path}: expected a checkpoint or a run directory of `worldvla train`")
+        raise FileNotFoundError(
+            f"no directory {path}: expected a checkpoint or a run directory of `worldvla train`"
+        )
     if (path / "manifest.json").is_file():
         return path
     found = [file.parent for file in (path / "ckpt").glob("step_*/manifest.json")]
     numbered = [p for p in found if p.name.removeprefix("step_").isdigit()]
     if not numbered:
-        raise FileNotFoundError(f"{path} holds no checkpoint (manifest.json or ckpt/step_N): expected one of `worldvla train`")
+        raise FileNotFoundError(
+            f"{path} holds no checkpoint (manifest.json or ckpt/step_N): expected one of `worldvla train`"
+        )
     return max(numbered, key=lambda p: int(p.name.removeprefix("step_")))
 
 
@@ -128,11 +139,13 @@ def _load_weights(path: Path, model: Transformer) -> None:
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): restore it") from None
     own = model.state_dict()
-    wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n, t in own.items() if t.shape != tensors[n].shape)
+    wrong = sorted(set(own) ^ set(tensors)) or sorted(
+        n for n, t in own.items() if t.shape != tensors[n].shape
+    )
     if wrong:
         shapes = [tuple(t[wrong[0]].shape) if wrong[0] in t else None for t in (tensors, own)]
         raise ValueError(
-            f"{path} does not fit config.json and vocab.json: {len(wrong)} tensors differ, first {wrong[0]} with shape "
-            f"{shapes[0]}, expected {shapes[1]}; use files of one checkpoint"
+            f"{path} does not fit config.json and vocab.json: {len(wrong)} tensors differ, "
+            f"first {wrong[0]} with shape {shapes[0]}, expected {shapes[1]}; use files of one checkpoint"
         )
     model.load_state_dict(tensors)

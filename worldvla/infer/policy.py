@@ -1,7 +1,8 @@
 """Observation -> the next K actions in physical units.
 
-An observation is `{"<view>": uint8 (Y, X, 3), ..., "state": float32 (8,), "instruction": str}` as in sim/env.py, and for models
-with a history `"previous"`: the image dicts of the steps just before, oldest first (fewer at an episode's start; more are ignored).
+An observation is `{"<view>": uint8 (Y, X, 3), ..., "state": float32 (8,), "instruction": str}` as in
+sim/env.py, and for models with a history `"previous"`: the image dicts of the steps just before, oldest first
+(fewer at an episode's start; more are ignored).
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,23 +48,31 @@ class Policy:
         for observation, sequence in zip(observations, frames, strict=True):
             instruction = observation.get("instruction")
             if not isinstance(instruction, str) or not instruction:
-                raise ValueError(f"an observation needs an instruction, a text that is not empty, got {instruction!r}")
+                raise ValueError(
+                    f"an observation needs an instruction, a text that is not empty, got {instruction!r}"
+                )
             state = self._state(observation) if layout.state else None
-            prompts.append(self.model.builder.policy_prompt(instruction, state, [next(codes) for _ in sequence]))
+            prompts.append(
+                self.model.builder.policy_prompt(instruction, state, [next(codes) for _ in sequence])
+            )
         return prompts
 
     def _state(self, observation: Observation) -> np.ndarray:
         num_dims = self.model.config.layout.num_state_dims
         if "state" not in observation:
-            raise ValueError(f"an observation needs a state ({num_dims},), got the keys {sorted(observation)}")
+            raise ValueError(
+                f"an observation needs a state ({num_dims},), got the keys {sorted(observation)}"
+            )
         state = np.asarray(observation["state"])
         if state.shape != (num_dims,) or state.dtype.kind != "f":
-            raise ValueError(f"state must be float ({num_dims},), got {state.dtype} {state.shape}: see docs/CONVENTIONS.md")
+            raise ValueError(
+                f"state must be float ({num_dims},), got {state.dtype} {state.shape}: see docs/CONVENTIONS.md"
+            )
         return state
 
 
 def encode_frames(model: Model, frames: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, ...]]:
-    """Return the codes (N,) of every view, for each frame; images of another size or type raise ValueError."""
+    """Return each frame's codes (N,) of every view; images of another size or type raise ValueError."""
     columns = []
     for view, size in model.view_sizes.items():
         images = np.stack([_image(frame, view, size) for frame in frames])
@@ -79,7 +88,9 @@ def _image(frame: Mapping[str, Any], view: str, size: tuple[int, int]) -> np.nda
     expected = (*size, 3)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != expected:
         got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(f"view {view} must be a uint8 array of shape {expected}, got {got}: render it at that size")
+        raise ValueError(
+            f"view {view} must be a uint8 array of shape {expected}, got {got}: render it at that size"
+        )
     return image
 
 

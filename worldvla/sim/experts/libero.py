@@ -1,7 +1,8 @@
 """Scripted expert of libero_object: pick a thing up and let it fall into the basket.
 
-A function of what the simulator measures now (no phase counter), so it recovers from disturbances: each call asks whether the thing is
-between the fingers, how far it is from the basket and how high the hand is. Heights follow funnels: the nearer to the target, the lower.
+A function of what the simulator measures now (no phase counter), so it recovers from disturbances: each call
+asks whether the thing is between the fingers, how far it is from the basket and how high the hand is. Heights
+follow funnels: the nearer to the target, the lower.
 """
 
 from dataclasses import dataclass
@@ -60,7 +61,9 @@ class LiberoExpert:
 
     def __init__(self, env: LiberoEnv) -> None:
         if env.task.suite != "libero_object":
-            raise ValueError(f"no scripted expert for {env.task.suite}/{env.task.name}; LIBERO has one for libero_object only")
+            raise ValueError(
+                f"no scripted expert for {env.task.suite}/{env.task.name}; only for libero_object"
+            )
         self.env = env
         _, self.thing, self.region = env.goals[0]
         self.basket = self.region.removesuffix("_contain_region")
@@ -79,7 +82,7 @@ class LiberoExpert:
             return self._towards(np.array([*hand[:2], max(hand[2], rim + 0.06)]), OPEN)
         return self._approach(hand, self._grip())
 
-    # -- phases ---------------------------------------------------------------------------------------------------
+    # -- phases ---------------------------------------------------------------------------------------------
 
     def _approach(self, hand: np.ndarray, grip: Grip) -> np.ndarray:
         """Go down a funnel onto the thing with open fingers, and close them there."""
@@ -95,7 +98,7 @@ class LiberoExpert:
         return self._towards(self._rise_first(hand, grip.point[:2], height), OPEN, grip.axis)
 
     def _carry(self, hand: np.ndarray, grip: Grip, basket: np.ndarray, rim: float, over: float) -> np.ndarray:
-        """Lift the thing over the rim, bring it over the basket, lower it as far as the fingers may go, let go."""
+        """Lift the thing over the rim, bring it over the basket, lower the fingers to the rim, let go."""
         if self._closing():
             return self._towards(hand, CLOSE)
         low = rim + 0.02
@@ -114,7 +117,7 @@ class LiberoExpert:
         return np.array([*(hand[:2] + keep * (goal - hand[:2])), height])
 
     def _towards(self, target: np.ndarray, gripper: float, axis: np.ndarray | None = None) -> np.ndarray:
-        """Move the grip point to `target`, hold the hand upright, and turn its fingers along `axis` (None: as they are)."""
+        """Move the grip point to `target`, the hand upright, its fingers along `axis` (None: as they are)."""
         world = self.env.world
         site = world.robots[0].eef_site_id
         move = np.clip(GAIN * (target - world.sim.data.site_xpos[site]) / POSITION_SCALE, -1, 1)
@@ -126,7 +129,7 @@ class LiberoExpert:
         turn = np.clip(turn / ROTATION_SCALE, -MAX_TURN, MAX_TURN)
         return np.concatenate([move, turn, [gripper]]).astype(np.float32)
 
-    # -- measurements ---------------------------------------------------------------------------------------------
+    # -- measurements ---------------------------------------------------------------------------------------
 
     def _holds(self, hand: np.ndarray, grip: Grip) -> bool:
         """Return whether the thing is between the fingers and both touch it."""
@@ -163,14 +166,15 @@ class LiberoExpert:
         return turned + data.geom_xpos[ids][:, None]
 
     def _grip(self, axis: np.ndarray | None = None) -> Grip:
-        """Return how to hold the thing as it lies now, near its top; along `axis`, or (None) along the best one.
+        """Return how to hold the thing as it lies now, near its top; along `axis`, or (None) the best one.
 
-        The best one crosses the thing's narrow side, turns the hand little, and keeps the palm clear of what stands around.
+        The best crosses the thing's narrow side, turns little, and keeps the palm off what is around.
         """
         corners = self._corners(self.thing)
         bottom, top = float(corners[..., 2].min()), float(corners[..., 2].max())
         height = max(top - TO_PALM, LOWEST)
-        reached = (corners[..., 2].min(axis=1) < height + PADS[1]) & (corners[..., 2].max(axis=1) > height + PADS[0])
+        lows, highs = corners[..., 2].min(axis=1), corners[..., 2].max(axis=1)
+        reached = (lows < height + PADS[1]) & (highs > height + PADS[0])
         flat = (corners[reached] if reached.any() else corners).reshape(-1, 3)[:, :2]
         narrowest = _span(flat @ TURNED_AXES.T).min()
         if axis is None:
@@ -182,17 +186,18 @@ class LiberoExpert:
         widths, lengths = _span(u), _span(v)
         centres = axes * _middle(u)[:, None] + across * (_middle(v) + shifts)[:, None]
         away = self._around(height)[:, None] - centres
-        inside = np.minimum(PALM[0] - np.abs((away * axes).sum(-1)), PALM[1] - np.abs((away * across).sum(-1)))
+        inside = np.minimum(PALM[0] - abs((away * axes).sum(-1)), PALM[1] - abs((away * across).sum(-1)))
+        hit = inside.max(axis=0, initial=0.0)
         turn = np.arccos(np.clip(np.abs(axes @ self._hand_axis()[:2]), 0.0, 1.0))
         yaw = np.arccos(np.abs(axes[:, 1]))
-        cost = widths + 0.005 * (yaw + turn) + 0.3 * np.abs(shifts) + 10 * np.clip(inside, 0.0, None).max(axis=0, initial=0.0)
+        cost = widths + 0.005 * (yaw + turn) + 0.3 * np.abs(shifts) + 10 * hit
         cost += (widths > WIDEST) + (np.abs(shifts) + 0.012 > lengths / 2) * (shifts != 0)
         best = int(np.argmin(cost))
         point, along = np.array([*centres[best], height]), np.array([*axes[best], 0.0])
         return Grip(point, along, float(widths[best]), float(narrowest), bottom)
 
     def _around(self, height: float) -> np.ndarray:
-        """Return the places (n, 2) of the other things' corners that reach up to the palm of a hand gripping at `height`."""
+        """Return where (n, 2) the other things' corners are that reach the palm of a hand at `height`."""
         others = [name for name in self.env.world.objects_dict if name != self.thing]
         corners = np.concatenate([self._corners(name).reshape(-1, 3) for name in others])
         return corners[corners[:, 2] > height + TO_PALM, :2]

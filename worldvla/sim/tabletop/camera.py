@@ -101,7 +101,7 @@ class RayCamera:
 
 
 def grid_cover(points: np.ndarray, pixel: np.ndarray) -> np.ndarray:
-    """Return the share, 0 to 1, of lines in table pixels centred on `points` (n, 2), `pixel` (n,) wide, metres."""
+    """Return the share, 0 to 1, of lines in the table pixels around `points` (n, 2), `pixel` (n,) m wide."""
     width = np.maximum(pixel, GRID_WIDTH)[:, None]
     offset = np.abs(points - GRID * np.rint(points / GRID))
     cover = np.clip(1.0 - offset / width, 0.0, 1.0) * (GRID_WIDTH / width)

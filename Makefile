@@ -1,0 +1,41 @@
+# make demo | test | check | bench | golden. The first call creates .venv and installs into it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# PIP_ARGS adds to the install, e.g. make test PIP_ARGS="--find-links /path/to/wheels"; pip's own configuration applies too.
+PIP_ARGS ?=
+
+.PHONY: demo test check bench golden format
+.DEFAULT_GOAL := test
+
+demo: $(STAMP)
+	$(BIN)/python -m worldvla demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pyright
+
+bench: $(STAMP)
+	$(BIN)/python tools/bench.py
+
+golden: $(STAMP)
+	$(BIN)/python tools/golden.py
+	git --no-pager diff --stat -- tests/golden
+
+format: $(STAMP)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+# Debian's python3 may lack ensurepip (package python3-venv): the system's pip then installs into the bare environment.
+$(STAMP): pyproject.toml constraints.txt
+	test -n "$(PYTHON)" || { echo "no python3 found: install Python 3.11 or newer" >&2; exit 1; }
+	test -x $(BIN)/python -a -f $(VENV)/pyvenv.cfg || $(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --clear --without-pip $(VENV)
+	if $(BIN)/python -m pip --version >/dev/null 2>&1; \
+	then $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'; \
+	else $(PYTHON) -m pip --python $(BIN)/python install $(PIP_ARGS) -c constraints.txt -e '.[dev]'; fi
+	touch $@

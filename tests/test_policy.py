@@ -1,0 +1,194 @@
+"""A checkpoint directory alone is enough to act and to imagine; what does not belong to it, or is no
+observation, is refused in one line.
+
+Run: pytest tests/test_policy.py
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_run import tiny_config, write_tiny
+
+import worldvla
+from worldvla.infer.load import Model
+from worldvla.tokenizers.image import ImageTokenizer
+from worldvla.train.build import build, build_model
+from worldvla.train.checkpoint import save
+from worldvla.train.optim import build_optimizer
+
+Observation = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tiny")
+    write_tiny(root)
+    pieces = build(tiny_config(root))
+    model = build_model(pieces)
+    path = root / "run" / "ckpt" / "step_7"
+    save(path, pieces, model, build_optimizer(model, pieces.config.optim), {"step": 7})
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Model:
+    return worldvla.load(checkpoint)
+
+
+def observe(seed: int, num_previous: int = 0) -> Observation:
+    rng = np.random.default_rng(seed)
+    frames = [
+        {v: rng.integers(0, 256, (n, n, 3), dtype=np.uint8) for v, n in (("agentview", 6), ("wrist", 4))}
+        for _ in range(num_previous + 1)
+    ]
+    state = rng.uniform(-1, 1, 8).astype(np.float32)
+    return {**frames[-1], "previous": frames[:-1], "state": state, "instruction": f"do {seed % 2}"}
+
+
+def test_import_brings_no_torch() -> None:
+    code = "import sys, worldvla; assert 'torch' not in sys.modules; assert callable(worldvla.load)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_directory_means_its_newest_checkpoint(checkpoint: Path, model: Model) -> None:
+    assert worldvla.load(checkpoint.parents[1]).path == checkpoint
+    assert model.manifest["step"] == 7
+    assert model.view_sizes == {"agentview": (6, 6), "wrist": (4, 4)}
+    with pytest.raises(FileNotFoundError, match="ckpt/step_N"):
+        worldvla.load(checkpoint.parent)
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        worldvla.load(checkpoint / "none")
+
+
+def test_a_batch_acts_like_its_observations_one_by_one(model: Model) -> None:
+    observations = [observe(0), observe(1, 1), observe(2, 3)]
+    actions = model.policy().act(observations)
+    assert actions.shape == (3, 3, 7)
+    assert actions.dtype == np.float32
+    statistics = model.builder.statistics
+    assert (actions >= np.array(statistics.action_low, dtype=np.float32)).all()
+    assert (actions <= np.array(statistics.action_high, dtype=np.float32)).all()
+    for observation, expected in zip(observations, actions, strict=True):
+        np.testing.assert_array_equal(model.policy().act(observation), expected)
+    assert model.policy().act([]).shape == (0, 3, 7)
+
+
+def test_only_the_last_frames_of_the_history_count(model: Model) -> None:
+    observation = observe(3, 4)
+    newest = {**observation, "previous": observation["previous"][-1:]}
+    assert (
+        model.policy().prompts([observation])[0].ids.tolist()
+        == model.policy().prompts([newest])[0].ids.tolist()
+    )
+    assert len(model.policy().prompts([newest])[0]) > len(
+        model.policy().prompts([{**newest, "previous": []}])[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"agentview": np.zeros((6, 4, 3), np.uint8)},
+            r"agentview must be a uint8 array of shape \(6, 6, 3\), got uint8 \(6, 4, 3\)",
+        ),
+        ({"wrist": np.zeros((4, 4, 3), np.float32)}, "got float32"),
+        ({"wrist": None}, "got NoneType"),
+        ({"agentview": ...}, "needs the view 'agentview'"),
+        ({"state": ...}, "needs a state"),
+        ({"state": np.zeros(7, np.float32)}, r"state must be float \(8,\), got float32 \(7,\)"),
+        ({"state": np.full(8, np.nan, np.float32)}, "finite"),
+        ({"instruction": ...}, "instruction"),
+        ({"instruction": ""}, "instruction"),
+        ({"previous": [{}]}, "needs the view"),
+    ],
+)
+def test_bad_observations_are_one_line(model: Model, change: Observation, message: str) -> None:
+    observation = {k: v for k, v in {**observe(0), **change}.items() if v is not ...}
+    with pytest.raises(ValueError, match=message) as error:
+        model.policy().act(observation)
+    assert "\n" not in str(error.value)
+
+
+def test_world_feeds_its_own_codes_back(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, observation = model.world(), observe(0)
+    with pytest.raises(ValueError, match="reset"):
+        world.step(np.zeros(7))
+    start = world.reset(observation)
+    assert isinstance(start, dict)
+    assert {view: image.shape for view, image in start.items()} == {
+        "agentview": (6, 6, 3),
+        "wrist": (4, 4, 3),
+    }
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("frames were encoded again")
+
+    monkeypatch.setattr(ImageTokenizer, "encode", refuse)
+    before = {view: codes.copy() for view, codes in world.codes.items()}
+    frames = [world.step(np.full(7, 0.3)) for _ in range(3)]
+    assert all(isinstance(f, dict) and f["wrist"].dtype == np.uint8 for f in frames)
+    assert any((codes != before[view]).any() for view, codes in world.codes.items())
+
+
+def test_worlds_side_by_side_equal_worlds_alone(model: Model) -> None:
+    world, alone = model.world(), model.world()
+    observations, actions = [observe(i) for i in range(3)], np.random.default_rng(1).uniform(-1, 1, (3, 7))
+    world.reset({view: np.stack([o[view] for o in observations]) for view in ("agentview", "wrist")})
+    frames = world.step(actions)
+    assert isinstance(frames, dict)
+    for i, observation in enumerate(observations):
+        alone.reset(observation)
+        frame = alone.step(actions[i])
+        assert isinstance(frame, dict)
+        for view, image in frame.items():
+            np.testing.assert_array_equal(image, frames[view][i])
+
+
+def test_bad_frames_and_actions_are_refused(model: Model) -> None:
+    world = model.world()
+    with pytest.raises(ValueError, match="pass a dict"):
+        world.reset(observe(0)["agentview"])
+    with pytest.raises(ValueError, match="same number of frames"):
+        world.reset(
+            {"agentview": np.zeros((2, 6, 6, 3), np.uint8), "wrist": np.zeros((1, 4, 4, 3), np.uint8)}
+        )
+    world.reset(observe(0))
+    with pytest.raises(ValueError, match=r"shape \(7,\), got \(6,\)"):
+        world.step(np.zeros(6))
+
+
+@pytest.mark.parametrize("name", ["vocab", "statistics", "text"])
+def test_a_foreign_piece_is_refused(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    data = json.loads((copy / f"{name}.json").read_text())
+    if name == "vocab":
+        data["name"] = "other"
+    elif name == "statistics":
+        data["action_high"][0] += 1.0
+    else:
+        data["model"]["merges"] = data["model"]["merges"][:-1]
+        data["model"]["vocab"].popitem()
+    (copy / f"{name}.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=f"{name} has digest"):
+        worldvla.load(copy)
+
+
+def test_damaged_checkpoints_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        worldvla.load(copy)
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest.json is damaged"):
+        worldvla.load(copy)
+    (copy / "text.json").unlink()
+    with pytest.raises(ValueError, match=r"text.json missing"):
+        worldvla.load(copy)

@@ -1,0 +1,174 @@
+"""Episodes end as success, fail or error and nothing else; a crash, a dead or a silent worker costs one
+episode; the record is a function of the arguments, and a stopped evaluation goes on where it was.
+
+Run: pytest tests/test_rollout.py
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_env import CRASH, DIE, HANG, TABLE, make
+
+from worldvla.eval.actors import BlindActor, ExpertActor, Query, RandomActor, mean_trajectory
+from worldvla.eval.rollout import run
+
+
+class Forward:
+    """Moves right at a pace that depends on the task; notes what it was asked."""
+
+    name, execute = "forward", 3
+
+    def __init__(self, history: int = 1, views: dict[str, tuple[int, int]] | None = None) -> None:
+        self.history, self.views = history, {"agentview": (4, 4)} if views is None else views
+        self.asked: list[list[Query]] = []
+
+    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
+        self.asked.append(list(queries))
+        return [np.full((self.execute, 7), 0.05 if q.task.index == 2 else 0.2) for q in queries]
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "path": "somewhere"}
+
+
+def roll(actor: Any, out: Path, episodes: int = 2, **options: Any) -> dict[str, Any]:
+    settings = {"workers": 2, "videos": 0, "page": False, "make": make, "table": TABLE, **options}
+    return run(actor, "tabletop_object", episodes, out_dir=out, **settings)
+
+
+def test_workers_need_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import worldvla.eval.rollout"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_success_and_failure_are_told_apart(tmp_path: Path) -> None:
+    record = roll(Forward(), tmp_path, tasks=(0, 2))
+    assert [t["successes"] for t in record["tasks"]] == [2, 0]
+    assert (record["episodes"], record["successes"], record["failures"], record["errors"]) == (4, 2, 2, 0)
+    assert record["grasped"] == 4
+    assert [o["steps"] for o in record["outcomes"]] == [5, 5, 12, 12]
+    keys = (
+        "suite checkpoint episodes successes failures errors grasped wilson_95 tasks seed protocol versions"
+    )
+    assert {*keys.split(), "hardware", "seconds", "commit"} <= set(record)
+    assert json.loads((tmp_path / "record.json").read_text()) == record
+    assert record["protocol"]["executed"] == 3
+
+
+def test_a_crash_a_death_and_a_silence_are_one_error_each(tmp_path: Path) -> None:
+    record = roll(Forward(), tmp_path, 5, tasks=(0, 1), patience_s=8.0)
+    ends = {(o["task"], o["init"]): o for o in record["outcomes"]}
+    errors = {key for key, o in ends.items() if o["status"] == "error"}
+    assert errors == {(1, CRASH), (1, DIE), (1, HANG)}
+    assert record["successes"] == 7
+    assert ends[1, CRASH]["reason"].startswith("RuntimeError: the dot fell off (fake_env.py:")
+    assert "exit code 9" in ends[1, DIE]["reason"]
+    assert "no answer for 8 s" in ends[1, HANG]["reason"]
+
+
+def test_history_brings_the_frames_just_before(tmp_path: Path) -> None:
+    actor = Forward(history=3)
+    roll(actor, tmp_path, 1, tasks=(2,))
+    seen = [
+        [int(f["agentview"][0, 0, 0]) for f in [*q.observation["previous"], q.observation]]
+        for (q,) in actor.asked
+    ]
+    assert seen == [[0], [1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    assert actor.asked[0][0].observation["instruction"] == "move dot 2"
+
+
+def test_a_blind_actor_is_shown_nothing(tmp_path: Path) -> None:
+    actor = Forward(views={})
+    roll(actor, tmp_path, 1, tasks=(0,))
+    assert set(actor.asked[0][0].observation) == {"state", "instruction", "previous"}
+
+
+def test_batches_do_not_depend_on_chance(tmp_path: Path) -> None:
+    first, second = Forward(), Forward()
+    roll(first, tmp_path / "a", 3)
+    roll(second, tmp_path / "b", 3)
+    orders = [
+        [[(q.task.index, q.init, q.step) for q in batch] for batch in actor.asked]
+        for actor in (first, second)
+    ]
+    assert orders[0] == orders[1]
+
+
+def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
+    whole = roll(Forward(), tmp_path / "whole", 3, tasks=(0, 2))
+    roll(Forward(), tmp_path / "part", 3, tasks=(0, 2))
+    journal = tmp_path / "part" / "episodes.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:3]) + lines[3][:20])  # killed while it wrote the third episode
+    actor = Forward()
+    resumed = roll(actor, tmp_path / "part", 3, tasks=(0, 2))
+    assert len({(q.task.index, q.init) for batch in actor.asked for q in batch}) == 4
+    for record in (whole, resumed):
+        for outcome in record["outcomes"]:
+            del outcome["seconds"]
+    assert resumed["outcomes"] == whole["outcomes"]
+    with pytest.raises(ValueError, match="holds another evaluation"):
+        roll(Forward(), tmp_path / "part", 3, seed=1)
+
+
+def test_errors_are_tried_again(tmp_path: Path) -> None:
+    assert roll(Forward(), tmp_path, 2, tasks=(1,))["errors"] == 1
+    actor = Forward()
+    assert roll(actor, tmp_path, 2, tasks=(1,))["errors"] == 1
+    assert [(q.task.index, q.init) for batch in actor.asked for q in batch] == [(1, CRASH)]
+
+
+def test_films_hold_every_step(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    record = roll(Forward(), tmp_path, 2, tasks=(0,), videos=1)
+    assert [bool(o["video"]) for o in record["outcomes"]] == [True, False]
+    with av.open(str(tmp_path / record["outcomes"][0]["video"])) as video:
+        frames = [f.to_ndarray(format="rgb24") for f in video.decode(video=0)]
+    assert len(frames) >= 6
+    assert frames[0].shape == (256, 256, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"episodes": 0}, r"1\.\.50"), ({"workers": 0}, "worker"), ({"tasks": (7,)}, "0 to 2")],
+)
+def test_bad_arguments_are_refused_before_anything_starts(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        roll(Forward(), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_actions_are_a_function_of_the_place_in_the_run() -> None:
+    query = Query(TABLE[0], 3, 5, {})
+    (first,), (again,) = RandomActor(1).act([query]), RandomActor(1).act([query])
+    assert first is not None
+    assert again is not None
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first).max() <= 1.0
+    assert (first != RandomActor(2).act([query])[0]).all()
+
+
+def test_the_mean_trajectory_averages_the_experts_own_steps() -> None:
+    actions = [np.full((3, 7), 1.0, np.float32), np.full((5, 7), 3.0, np.float32)]
+    own = [np.array([True, False, True]), np.array([True, False, True, True, False])]
+    mean = mean_trajectory(actions, own)
+    np.testing.assert_allclose(mean[:, 0], [2.0, 2.0, 2.0, 3.0, 3.0])
+    actor = BlindActor({"move_0": mean})
+    (chunk,) = actor.act([Query(TABLE[0], 0, 3, {})])
+    assert chunk is not None
+    np.testing.assert_allclose(chunk[:, 0], 3.0)
+    with pytest.raises(ValueError, match="no demonstrations of task 'move_1'"):
+        actor.act([Query(TABLE[1], 0, 0, {})])
+
+
+def test_the_expert_succeeds_in_the_real_world_where_chance_does_not(tmp_path: Path) -> None:
+    options = {"workers": 1, "videos": 0, "page": False, "tasks": (0,)}
+    assert run(ExpertActor(), "tabletop_object", 2, out_dir=tmp_path / "expert", **options)["successes"] == 2
+    assert run(RandomActor(), "tabletop_object", 1, out_dir=tmp_path / "random", **options)["successes"] == 0

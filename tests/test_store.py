@@ -1,0 +1,177 @@
+"""TokenStore: what goes in comes out, whole or not at all; tokenising is idempotent, damage is named.
+
+pytest tests/test_store.py
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from token_stubs import PixelSums, random_episode
+
+from worldvla.config import ImageTokenizerConfig
+from worldvla.data.episode import Episode, write_episodes
+from worldvla.data.store import TokenStore, write_store
+from worldvla.data.tokenize import find_files, tokenize, tokenize_files
+from worldvla.tokenizers.image import ImageTokenizer
+
+EPISODES = [random_episode(seed, length=5 + seed) for seed in range(4)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return write_store(tmp_path / "store", EPISODES, PixelSums())
+
+
+def test_what_goes_in_comes_out(store: Path):
+    opened = TokenStore.open(store, "stub")
+    tokenizer = PixelSums()
+    assert len(opened) == sum(len(e) for e in EPISODES)
+    assert opened.grids == {"agentview": (3, 3), "wrist": (2, 2)}
+    for row, episode in zip(opened.episodes, EPISODES, strict=True):
+        span = slice(row.start, row.start + row.length)
+        for name in ("actions", "states", "is_expert"):
+            assert (getattr(opened, name)[span] == getattr(episode, name)).all(), name
+        for view, images in episode.images.items():
+            codes = tokenizer.encode(torch.from_numpy(images)).flatten(1).numpy()
+            assert (opened.codes[view][span] == codes).all()
+        for name in ("instruction", "suite", "task", "init", "seed"):
+            assert getattr(row, name) == getattr(episode, name)
+    assert opened.codes["agentview"].dtype == np.uint16
+
+
+def test_batches_do_not_change_the_codes(store: Path, tmp_path: Path):
+    other = write_store(tmp_path / "other", EPISODES, PixelSums(), batch_size=2)
+    for name in ("codes_agentview.npy", "codes_wrist.npy", "actions.npy", "manifest.json", "episodes.json"):
+        assert (store / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_views_can_be_chosen(tmp_path: Path):
+    write_store(tmp_path / "store", EPISODES, PixelSums(), views=["wrist"])
+    assert TokenStore.open(tmp_path / "store").grids == {"wrist": (2, 2)}
+    with pytest.raises(ValueError, match=r"lacks views .'top'"):
+        write_store(tmp_path / "other", EPISODES, PixelSums(), views=["top"])
+
+
+def test_a_crash_leaves_the_old_store_and_nothing_else(store: Path):
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+
+    def crash() -> Iterator[Episode]:
+        yield EPISODES[0]
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_store(store, crash(), PixelSums())
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+    assert [path.name for path in store.parent.iterdir()] == ["store"]
+
+
+def test_a_store_is_replaced_whole(store: Path):
+    write_store(store, EPISODES[:1], PixelSums())
+    assert len(TokenStore.open(store)) == len(EPISODES[0])
+    assert [path.name for path in store.parent.iterdir()] == ["store"]
+
+
+def test_a_directory_that_is_no_store_is_not_overwritten(tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is no token store"):
+        write_store(tmp_path, EPISODES, PixelSums())
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_another_tokenizer_is_named(store: Path):
+    with pytest.raises(ValueError, match="codes of tokenizer stub, this one is other"):
+        TokenStore.open(store, "other")
+
+
+@pytest.mark.parametrize(
+    "name", ["codes_wrist.npy", "actions.npy", "states.npy", "is_expert.npy", "episodes.json"]
+)
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
+def test_damage_is_one_line(store: Path, name: str, damage: str):
+    path = store / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[:-3] if damage == "cut" else b"")
+    with pytest.raises(ValueError, match=path.stem) as caught:
+        TokenStore.open(store)
+    assert "\n" not in str(caught.value)
+
+
+def test_arrays_must_match_the_manifest(store: Path):
+    np.save(store / "actions.npy", np.load(store / "actions.npy")[:-1])
+    with pytest.raises(ValueError, match="by the manifest"):
+        TokenStore.open(store)
+
+
+def test_episodes_must_cover_the_frames(store: Path):
+    rows = json.loads((store / "episodes.json").read_text())
+    (store / "episodes.json").write_text(json.dumps(rows[:-1]))
+    with pytest.raises(ValueError, match="does not cover"):
+        TokenStore.open(store)
+
+
+def test_no_store_at_all(tmp_path: Path):
+    with pytest.raises(ValueError, match="is no token store"):
+        TokenStore.open(tmp_path / "nothing")
+
+
+def test_episodes_that_do_not_fit_together_raise(tmp_path: Path):
+    with pytest.raises(ValueError, match="no episodes"):
+        write_store(tmp_path / "store", [], PixelSums())
+    bigger = random_episode(0, views=("wrist",))
+    with pytest.raises(ValueError, match="changes its grid"):
+        write_store(tmp_path / "store", [EPISODES[0], bigger], PixelSums(), views=["wrist"])
+    wild = PixelSums(num_codes=800)
+    wild.encode = lambda images: PixelSums(num_codes=900).encode(images) + 100
+    with pytest.raises(ValueError, match=r"expected \[0, 800\)"):
+        write_store(tmp_path / "store", EPISODES, wild)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def demos(tmp_path: Path) -> Path:
+    folder = tmp_path / "demos"
+    folder.mkdir()
+    for task in range(2):
+        episodes = [random_episode(seed) for seed in range(6) if seed % 3 == task]
+        write_episodes(folder / f"task_{task}_demo.hdf5", episodes, {})
+    return folder
+
+
+def test_tokenising_twice_encodes_once(demos: Path, tmp_path: Path):
+    tokenizer, out = PixelSums(), tmp_path / "store"
+    first = tokenize_files(find_files([demos]), tokenizer, out)
+    assert tokenizer.seen == 2 * len(first) == 2 * 4 * 9  # two views of four episodes of nine steps
+    tokenize_files(find_files([demos]), tokenizer, out)
+    assert tokenizer.seen == 2 * len(first)
+    tokenize_files(find_files([demos]), PixelSums(name="other"), out)
+    assert TokenStore.open(out).manifest["tokenizer"] == "other"
+    write_episodes(demos / "task_1_demo.hdf5", [random_episode(4)], {})
+    assert len(tokenize_files(find_files([demos]), tokenizer, out)) == 3 * 9
+
+
+def test_tokenize_with_the_image_tokenizer(demos: Path, tmp_path: Path):
+    shape = ImageTokenizerConfig(
+        channels=4, channel_mult=(1, 1), num_res_blocks=1, z_channels=4, embed_dim=4, num_codes=16
+    )
+    ImageTokenizer(shape).save(tmp_path / "image")
+    store = tokenize([demos], tmp_path / "image", tmp_path / "store")
+    assert store.manifest["tokenizer"] == ImageTokenizer.load(tmp_path / "image").digest()
+    assert store.grids == {"agentview": (3, 3), "wrist": (2, 2)}
+
+
+def test_truncated_and_missing_files_are_named(demos: Path, tmp_path: Path):
+    path = demos / "task_1_demo.hdf5"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="task_1_demo"):
+        tokenize_files(find_files([demos]), PixelSums(), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    shutil.rmtree(demos)
+    with pytest.raises(ValueError, match="collect demonstrations first"):
+        find_files([demos])

@@ -1,0 +1,242 @@
+"""A run writes self-contained checkpoints, resumes bit for bit, stops on SIGTERM, refuses what is wrong.
+
+pytest tests/test_train.py
+"""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import tiny_config, write_tiny
+
+from worldvla.batch import Batch
+from worldvla.config import Config, OptimConfig, from_json
+from worldvla.train import checkpoint, loop
+from worldvla.train.build import build
+from worldvla.train.loop import Trainer, train
+from worldvla.train.optim import build_optimizer, learning_rate
+
+GOLDEN = Path(__file__).parent / "golden" / "loss.txt"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny(path)
+    return path
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "train_seconds"} for line in lines]
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    for name in ("model", "trainer"):
+        left, right = load_file(a / f"{name}.safetensors"), load_file(b / f"{name}.safetensors")
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left), name
+
+
+def test_stop_and_resume_is_bit_identical(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(root, accumulation=2)
+    config = replace(config, model=replace(config.model, dropout=0.1))
+    whole = train(config, tmp_path / "whole")
+    assert whole.is_finished
+    assert whole.step == 8
+
+    step = Trainer.step
+
+    def killed(self: Trainer, batches: list[Batch]) -> dict[str, float]:
+        if self.state.step == 7:
+            raise RuntimeError("killed")
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, tmp_path / "parts")
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path / "parts") == tmp_path / "parts/ckpt/step_4"
+    torch.manual_seed(99)  # a new process would not have this one's random state
+    parts = train(config, tmp_path / "parts")
+    assert_same_state(whole.checkpoint, parts.checkpoint)
+    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+
+
+def test_sigterm_saves_and_the_same_call_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(root)
+    whole = train(config, tmp_path / "whole")
+    step = Trainer.step
+
+    def interrupted(self: Trainer, batches: list[Batch]) -> dict[str, float]:
+        if self.state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    stopped = train(config, tmp_path / "run")
+    assert (stopped.step, stopped.is_finished) == (3, False)
+    monkeypatch.undo()
+    finished = train(config, tmp_path / "run")
+    assert finished.is_finished
+    assert_same_state(whole.checkpoint, finished.checkpoint)
+    again = train(config, tmp_path / "run")  # nothing is left to do
+    assert again == finished
+
+
+def test_checkpoint_is_self_contained(root: Path, tmp_path: Path) -> None:
+    config = tiny_config(root)
+    path = train(config, tmp_path / "run").checkpoint
+    files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    tokenizer = {"image_tokenizer/config.json", "image_tokenizer/model.safetensors"}
+    documents = {f"{name}.json" for name in ("config", "vocab", "statistics", "text", "manifest", "trainer")}
+    assert files == documents | tokenizer | {"model.safetensors", "trainer.safetensors"}
+    assert from_json(Config, json.loads((path / "config.json").read_text())) == config
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert {
+        "image_tokenizer",
+        "text",
+        "statistics",
+        "vocab",
+        "git_commit",
+        "versions",
+        "step",
+    } <= manifest.keys()
+    assert sorted(p.name for p in (tmp_path / "run/ckpt").iterdir()) == ["step_4", "step_8"]
+    values = next(r for r in records(tmp_path / "run") if r["event"] == "val")
+    expected = {
+        "action_loss",
+        "image_loss",
+        "layout_loss",
+        "action_accuracy",
+        "first_xyz_l1",
+        "still_xyz_l1",
+        "gripper_accuracy",
+    }
+    assert expected <= values.keys()
+
+
+def test_nothing_is_left_of_a_save_that_failed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot save .*No space left.*free some space"):
+        train(tiny_config(root), tmp_path / "run")
+    assert list((tmp_path / "run/ckpt").iterdir()) == []
+    monkeypatch.undo()
+    assert train(tiny_config(root), tmp_path / "run").is_finished
+
+
+def test_another_config_is_refused_by_name(root: Path, tmp_path: Path) -> None:
+    config = tiny_config(root)
+    train(config, tmp_path / "run")
+    other = replace(config, loss=replace(config.loss, image_weight=0.5))
+    with pytest.raises(ValueError, match=r"loss\.image_weight: 0\.04 there, 0\.5 now"):
+        train(other, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"train\.steps"):  # a cosine depends on where it ends
+        train(replace(config, train=replace(config.train, steps=12)), tmp_path / "run")
+    train(
+        replace(config, train=replace(config.train, log_every=1)), tmp_path / "run"
+    )  # does not change the weights
+
+
+def test_changed_data_is_refused_on_resume(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "data")
+    config = tiny_config(tmp_path / "data", steps=4)
+    train(config, tmp_path / "run")
+    actions = np.load(tmp_path / "data/store/actions.npy")
+    np.save(tmp_path / "data/store/actions.npy", actions * 0.5)
+    with pytest.raises(ValueError, match=r"its statistics is .* restore them"):
+        train(config, tmp_path / "run")
+
+
+def test_init_from_takes_weights_and_what_the_ids_mean(root: Path, tmp_path: Path) -> None:
+    first = train(tiny_config(root), tmp_path / "first").checkpoint
+    config = tiny_config(root, init_from=str(first))
+    trainer = Trainer(build(config), tmp_path / "second")
+    weights = load_file(first / "model.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.model.state_dict().items())
+    assert trainer.state.step == 0
+    wide = replace(config, model=replace(config.model, width=64))
+    with pytest.raises(ValueError, match="does not fit the model"):
+        Trainer(build(wide), tmp_path / "third")
+
+
+def test_a_loss_that_is_not_finite_raises(root: Path, tmp_path: Path) -> None:
+    trainer = Trainer(build(tiny_config(root)), tmp_path / "run")
+    with torch.no_grad():
+        trainer.model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"loss nan .* at step 0, learning rate 0\.0015"):
+        trainer.run()
+
+
+def test_accumulation_equals_one_big_batch(root: Path, tmp_path: Path) -> None:
+    trainer = Trainer(build(tiny_config(root)), tmp_path / "run")
+    whole = trainer.pieces.loader.batch(0)
+    uneven = [
+        Batch(**{name: tensor[rows] for name, tensor in vars(whole).items()})
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    results = []
+    for batches in ([whole], uneven, loop.parts(whole, trainer.pieces.vocab.pad)):
+        values = trainer.backward(batches)
+        results.append(
+            (values, {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+        )
+        trainer.optimizer.zero_grad()
+    expected_values, expected = results[0]
+    for values, gradients in results[1:]:
+        assert values == pytest.approx(expected_values, rel=1e-5)
+        assert all(torch.allclose(gradients[name], expected[name], atol=1e-6, rtol=1e-4) for name in expected)
+
+
+def test_bfloat16_trains(root: Path, tmp_path: Path) -> None:
+    train(tiny_config(root, dtype="bfloat16", steps=4), tmp_path / "run")
+    losses = [r["loss"] for r in records(tmp_path / "run") if r["event"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+def test_learning_rate_warms_up_and_ends_at_its_minimum() -> None:
+    config = OptimConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=4)
+    rates = [learning_rate(step, 12, config) for step in range(12)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
+    constant = replace(config, min_learning_rate=1.0)
+    assert {learning_rate(step, 12, constant) for step in range(4, 12)} == {1.0}
+
+
+def test_embeddings_and_norms_do_not_decay(root: Path, tmp_path: Path) -> None:
+    model = Trainer(build(tiny_config(root)), tmp_path / "run").model
+    decayed, others = build_optimizer(model, OptimConfig(weight_decay=0.1)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in others["params"]} == {
+        n for n in names.values() if "norm" in n or "embed" in n
+    }
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+def test_losses_of_twenty_steps_are_golden(root: Path, tmp_path: Path) -> None:
+    """Regenerate with `make golden`; a change needs a sentence in the commit."""
+    losses = golden_losses(root, tmp_path)
+    expected = [float(line.split()[1]) for line in GOLDEN.read_text().splitlines()]
+    assert losses == pytest.approx(expected, rel=2e-6)
+
+
+def golden_losses(root: Path, run_dir: Path) -> list[float]:
+    train(tiny_config(root, steps=20, log_every=1, eval_every=100, save_every=100), run_dir)
+    return [r["loss"] for r in records(run_dir) if r["event"] == "train"]

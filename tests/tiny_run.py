@@ -1,0 +1,94 @@
+"""A run small enough for tests: frames whose brightness decides the actions, a tokenizer, a store, config."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from worldvla.config import (
+    Config,
+    DataConfig,
+    ImageTokenizerConfig,
+    LayoutConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from worldvla.data.episode import Episode
+from worldvla.data.store import write_store
+from worldvla.tokenizers.image import ImageTokenizer
+
+MODEL = ModelConfig(
+    num_layers=2, width=32, num_heads=2, num_kv_heads=1, hidden=64, place_embedding=True, codebook_init=True
+)
+
+
+def tiny_config(root: Path, **train: object) -> Config:
+    """Return a config over the files that `write_tiny` writes under `root`; `train` overrides TrainConfig."""
+    settings = {
+        "steps": 8,
+        "batch_size": 4,
+        "num_threads": 1,
+        "log_every": 2,
+        "eval_every": 4,
+        "num_eval_batches": 1,
+    }
+    return Config(
+        name="tiny",
+        vocab="compact",
+        num_text=260,
+        tokenizer=str(root / "image_tokenizer"),
+        layout=LayoutConfig(
+            views=("agentview", "wrist"),
+            grids=((3, 3), (2, 2)),
+            history=2,
+            chunk=3,
+            state=True,
+            policy_prompt="{task}",
+            world_prompt="go",
+        ),
+        model=MODEL,
+        loss=LossConfig(),
+        optim=OptimConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=2, clip=1.0),
+        data=DataConfig(stores=(str(root / "store"),), val_fraction=0.2, sequence_length=80),
+        train=TrainConfig(**{**settings, "save_every": 4, **train}),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def write_tiny(root: Path) -> None:
+    """Write image_tokenizer/ and store/ under `root`, the same bytes every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shape = ImageTokenizerConfig(
+            channels=4, channel_mult=(1, 1), num_res_blocks=1, z_channels=4, embed_dim=4, num_codes=16
+        )
+        tokenizer = ImageTokenizer(shape)
+    tokenizer.save(root / "image_tokenizer")
+    rng = np.random.default_rng(0)
+    write_store(root / "store", [_episode(rng, i) for i in range(6)], tokenizer)
+
+
+def _episode(rng: np.random.Generator, index: int, length: int = 8) -> Episode:
+    light = rng.uniform(0, 1, (length, 1))
+    images = {
+        view: (rng.uniform(0, 0.2, (length, side, side, 3)) * 255 + light[..., None, None] * 200).astype(
+            np.uint8
+        )
+        for view, side in (("agentview", 6), ("wrist", 4))
+    }
+    actions = np.concatenate([light * 2 - 1 + 0.1 * k for k in range(6)] + [np.sign(light - 0.5)], 1).clip(
+        -1, 1
+    )
+    return Episode(
+        instruction=f"do {index % 2}",
+        suite="tiny",
+        task=f"task_{index % 2}",
+        actions=actions.astype(np.float32),
+        states=rng.uniform(-1, 1, (length, 8)).astype(np.float32),
+        images=images,
+        sim_states=np.zeros((length, 1)),
+        is_expert=np.ones(length, dtype=np.bool_),
+        init=index,
+        seed=0,
+    )

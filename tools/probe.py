@@ -1,0 +1,283 @@
+"""What can be read off an image tokenizer's codes: the gate before any policy is trained on them.
+
+    python tools/probe.py out/tabletop/image_tokenizer out/demos/tabletop_object
+
+A small network regresses the positions of the gripper and of the task's target from the codes, and one of the
+same family from the raw pixels; both know the task, since each has its own layout. Errors are medians over
+held-out episodes. The gate: no axis of the target worse than 1.2 cm, the distance at most 1.3 times that of
+the pixels. The third row answers its task's median: codes must beat it.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from worldvla.tokenizers.image import ImageTokenizer, to_pixels
+
+GATE_CM = 1.2
+GATE_RATIO = 1.3
+_CM = 100.0
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """Frames and the truth about them, from any simulator; N frames."""
+
+    images: dict[str, np.ndarray]
+    """View to uint8 (N, Y, X, 3)."""
+    tasks: np.ndarray
+    """Index of the task, (N,), from 0."""
+    episodes: np.ndarray
+    """Episode of each frame, (N,); whole episodes are held out."""
+    gripper: np.ndarray
+    """Metres, (N, 3)."""
+    target: np.ndarray
+    """Metres, (N, 3)."""
+
+
+class PositionNet(nn.Module):
+    """Maps of about 8x8 of every view -> convolutions -> one vector, with the task -> 6 numbers."""
+
+    def __init__(
+        self, shapes: list[tuple[int, int, int]], num_tasks: int, *, shrink: int, width: int = 48
+    ) -> None:
+        """`shapes`: (C, Y, X) of each view; `shrink`: halvings first (3 for pixels)."""
+        super().__init__()
+        self.trunks = nn.ModuleList()
+        flat = 0
+        for channels, rows, cols in shapes:
+            before = channels + 2  # and the place of each pixel or code
+            layers: list[nn.Module] = []
+            if shrink:
+                layers.append(nn.PixelUnshuffle(2))
+                before *= 4
+            for _ in range(shrink - 1):
+                layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.ReLU()]
+                before = width
+            layers += [
+                nn.Conv2d(before, 2 * width, 1),
+                nn.ReLU(),
+                nn.Conv2d(2 * width, width, 3, padding=1),
+                nn.ReLU(),
+            ]
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Flatten()]
+            self.trunks.append(nn.Sequential(*layers))
+            flat += width * (rows // 2**shrink) * (cols // 2**shrink)
+        self.head = nn.Sequential(
+            nn.Dropout(0.1),
+            nn.Linear(flat + num_tasks, 256),
+            nn.ReLU(),
+            nn.Linear(256, 256),
+            nn.ReLU(),
+            nn.Linear(256, 6),
+        )
+
+    def forward(self, maps: list[Tensor], task_BG: Tensor) -> Tensor:
+        features = [trunk(_with_places(x)) for trunk, x in zip(self.trunks, maps, strict=True)]
+        return self.head(torch.cat([*features, task_BG], dim=1))
+
+
+def _with_places(x: Tensor) -> Tensor:
+    batch, _, rows, cols = x.shape
+    y = torch.linspace(-1, 1, rows)[None, None, :, None].expand(batch, 1, rows, cols)
+    z = torch.linspace(-1, 1, cols)[None, None, None, :].expand(batch, 1, rows, cols)
+    return torch.cat([x, y, z], dim=1)
+
+
+def held_out(episodes: np.ndarray, share: float = 0.15, seed: int = 0) -> np.ndarray:
+    """Return a mask (N,) of the frames of `share` of the episodes."""
+    names = np.unique(episodes)
+    chosen = np.random.default_rng(seed).permutation(names)[: max(1, round(share * len(names)))]
+    return np.isin(episodes, chosen)
+
+
+def _errors(guess: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """Return median errors in cm of (N, 6) positions in metres: each axis, and the distance."""
+    result = {}
+    for name, part in (("gripper", slice(0, 3)), ("target", slice(3, 6))):
+        error = np.abs(guess[:, part] - truth[:, part]) * _CM
+        axes = np.median(error, axis=0)
+        result[name] = {axis: round(float(v), 3) for axis, v in zip("xyz", axes, strict=True)}
+        result[name]["distance"] = round(float(np.median(np.linalg.norm(error, axis=1))), 3)
+    return result
+
+
+def _fit(
+    inputs: list[Tensor],
+    lookup: Any,
+    data: ProbeData,
+    *,
+    shrink: int,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    name: str,
+) -> dict[str, Any]:
+    """Train a PositionNet on maps `lookup(inputs[view][rows])`; return its errors on held-out episodes."""
+    torch.manual_seed(seed)
+    val = held_out(data.episodes, seed=seed)
+    truth = torch.from_numpy(np.concatenate([data.gripper, data.target], axis=1)).float()
+    mean, std = truth[~val].mean(dim=0), truth[~val].std(dim=0).clamp(min=0.005)
+    task = F.one_hot(torch.from_numpy(np.asarray(data.tasks)).long()).float()
+    net = PositionNet([tuple(lookup(x[:1]).shape[1:]) for x in inputs], task.shape[1], shrink=shrink)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+    train_rows = torch.from_numpy(np.flatnonzero(~val))
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for _ in progress.track(range(steps), description=f"probe of {name}"):
+            rows = train_rows[torch.randint(len(train_rows), (batch_size,))]
+            with torch.autocast("cpu", torch.bfloat16):
+                guess = net([lookup(x[rows]) for x in inputs], task[rows]).float()
+            loss = F.smooth_l1_loss(guess, (truth[rows] - mean) / std, beta=0.1)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    net.eval()
+    with torch.no_grad():
+        parts = torch.from_numpy(np.flatnonzero(val)).split(256)
+        guess = torch.cat([net([lookup(x[rows]) for x in inputs], task[rows]) for rows in parts]) * std + mean
+    return _errors(guess.numpy(), truth[val].numpy())
+
+
+def _task_median(data: ProbeData, seed: int) -> dict[str, Any]:
+    val = held_out(data.episodes, seed=seed)
+    truth = np.concatenate([data.gripper, data.target], axis=1)
+    guess = truth.copy()
+    for task in np.unique(data.tasks):
+        of_task = data.tasks == task
+        known = truth[of_task & ~val]
+        guess[of_task] = np.median(known if len(known) else truth[~val], axis=0)
+    return _errors(guess[val], truth[val])
+
+
+def probe(
+    data: ProbeData,
+    tokenizer: ImageTokenizer,
+    views: Sequence[str] = ("agentview",),
+    *,
+    steps: int = 1500,
+    batch_size: int = 128,
+    seed: int = 0,
+    pixels: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return errors of `pixels`, `codes` and `task median`, and the `gate`.
+
+    `pixels`: what a former call on the same data returned for them, to save time.
+    """
+    fit = {"data": data, "steps": steps, "batch_size": batch_size, "seed": seed}
+    if missing := [v for v in views if v not in data.images]:
+        raise ValueError(f"views {missing} are not in the data, which has {sorted(data.images)}")
+    images = [torch.from_numpy(data.images[v]) for v in views]
+    if pixels is None:
+        pixels = _fit(images, to_pixels, shrink=3, name="pixels", **fit)
+    codes = [torch.cat([tokenizer.encode(part) for part in view.split(64)]) for view in images]
+    book = tokenizer.codebook()
+    book = (book - book.mean(dim=0)) / book.std(dim=0).clamp(min=1e-6)
+
+    def vectors(ids: Tensor) -> Tensor:
+        return book[ids].permute(0, 3, 1, 2)
+
+    found = _fit(codes, vectors, shrink=0, name="codes", **fit)
+    worst = max(found["target"][axis] for axis in "xyz")
+    ratio = found["target"]["distance"] / max(1e-6, pixels["target"]["distance"])
+    gate = {
+        "worst_axis_cm": worst,
+        "ratio": round(ratio, 3),
+        "passed": worst < GATE_CM and ratio <= GATE_RATIO,
+    }
+    return {
+        "views": list(views),
+        "pixels": pixels,
+        "codes": found,
+        "task median": _task_median(data, seed),
+        "gate": gate,
+    }
+
+
+def from_episodes(files: Sequence[Path], stride: int = 4) -> ProbeData:
+    """Read every `stride`-th frame; the truth comes from the simulator, set to each recorded state."""
+    from worldvla.data.episode import read_episodes
+    from worldvla.sim import env as sim
+
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("tasks", "episodes", "gripper", "target")}
+    images: dict[str, list[np.ndarray]] = {}
+    number = 0
+    with Progress(console=Console(stderr=True)) as progress:
+        for index, path in enumerate(progress.track(files, description="states to positions")):
+            env: Any = None
+            for episode in read_episodes(path):
+                if env is None:
+                    env = sim.make(next(t for t in sim.tasks(episode.suite) if t.name == episode.task), {})
+                rows = slice(number % stride, None, stride)
+                targets = []
+                for state in episode.sim_states[rows]:
+                    env.set_state(state)
+                    targets.append(env.target_position())
+                if targets:
+                    parts["target"].append(np.stack(targets))
+                    parts["gripper"].append(episode.states[rows, :3])
+                    parts["tasks"].append(np.full(len(targets), index))
+                    parts["episodes"].append(np.full(len(targets), number))
+                    for view, frames in episode.images.items():
+                        images.setdefault(view, []).append(frames[rows])
+                number += 1
+    joined = {name: np.concatenate(part) for name, part in parts.items()}
+    return ProbeData(images={view: np.concatenate(part) for view, part in images.items()}, **joined)
+
+
+def table(record: dict[str, Any]) -> Table:
+    """Return the record as a table for a terminal."""
+    gate = record["gate"]
+    verdict = "passed" if gate["passed"] else "FAILED"
+    out = Table(
+        title=f"median error in cm, {' + '.join(record['views'])}; gate {verdict} (ratio {gate['ratio']})"
+    )
+    for heading in ("input", "gripper x", "y", "z", "distance", "target x", "y", "z", "distance"):
+        out.add_column(heading, justify="left" if heading == "input" else "right")
+    for name in ("pixels", "codes", "task median"):
+        cells = [
+            f"{record[name][thing][key]:.2f}"
+            for thing in ("gripper", "target")
+            for key in ("x", "y", "z", "distance")
+        ]
+        out.add_row(name, *cells)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("demos", type=Path, nargs="+", help="HDF5 files of one suite, or a directory of them")
+    parser.add_argument("--views", nargs="+", default=["agentview", "wrist"])
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write the record as JSON here too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    files = [f for path in args.demos for f in (sorted(path.glob("*.hdf5")) if path.is_dir() else [path])]
+    record = probe(from_episodes(files), ImageTokenizer.load(args.tokenizer), args.views, steps=args.steps)
+    Console().print(table(record))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record["gate"]))
+    raise SystemExit(0 if record["gate"]["passed"] else 1)
+
+
+if __name__ == "__main__":
+    main()
