@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_run import tiny_config, write_tiny
 
 import worldvla
-from worldvla.infer.load import Model
+from worldvla.infer.load import Model, export
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train.build import build, build_model
 from worldvla.train.checkpoint import save
@@ -192,3 +193,11 @@ def test_damaged_checkpoints_are_one_line(checkpoint: Path, tmp_path: Path) -> N
     (copy / "text.json").unlink()
     with pytest.raises(ValueError, match=r"text.json missing"):
         worldvla.load(copy)
+
+
+def test_an_exported_model_is_smaller_and_acts_alike(checkpoint: Path, model: Model, tmp_path: Path) -> None:
+    exported = worldvla.load(export(checkpoint, tmp_path / "shipped"))
+    assert not (exported.path / "trainer.safetensors").exists()
+    for name, weight in exported.transformer.state_dict().items():
+        torch.testing.assert_close(weight, model.transformer.state_dict()[name], rtol=1e-2, atol=1e-3)
+    assert exported.policy().act(observe(0)).shape == model.policy().act(observe(0)).shape

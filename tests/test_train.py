@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,3 +242,23 @@ def test_losses_of_twenty_steps_are_golden(root: Path, tmp_path: Path) -> None:
 def golden_losses(root: Path, run_dir: Path) -> list[float]:
     train(tiny_config(root, steps=20, log_every=1, eval_every=100, save_every=100), run_dir)
     return [r["loss"] for r in records(run_dir) if r["event"] == "train"]
+
+
+def test_two_processes_compute_what_one_does(root: Path, tmp_path: Path) -> None:
+    config = tiny_config(root, log_every=1)
+    train(config, tmp_path / "one")
+    (tmp_path / "run.py").write_text(
+        "import json, pathlib, sys\n"
+        "from worldvla.config import Config, from_json\n"
+        "from worldvla.train.loop import train\n"
+        "train(from_json(Config, json.loads(pathlib.Path(sys.argv[1]).read_text())), sys.argv[2])\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(tmp_path / "run.py"), str(tmp_path / "one/config.json"), str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = records(tmp_path / "one"), records(tmp_path / "two")
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)

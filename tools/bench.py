@@ -1,7 +1,9 @@
-"""Speed of the built-in world and of decoding, each beside its baseline in the same run; ends with one JSON line.
+"""Speed of the built-in world and of decoding, each beside its baseline in the same run; ends with one JSON
+line.
 
 Run: make bench   (or: python tools/bench.py --checkpoint out/train/tabletop --seconds 5)
-Decoding baseline: the same weights and mask, the whole sequence run again for each token, as a loop without a cache does.
+Decoding baseline: the same weights and mask, the whole sequence run again for each token, as a loop without
+a cache does.
 """
 
 import argparse
@@ -79,7 +81,9 @@ def decoding(checkpoint: Path, seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--threads", type=int, default=1)

@@ -1,4 +1,5 @@
-"""Sample and Batch: the contract between the data side and the model. The model sees these arrays and nothing else."""
+"""Sample and Batch: the contract between the data side and the model. The model sees these arrays and
+nothing else."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -15,7 +16,8 @@ KIND_ACTION = 1
 KIND_IMAGE = 2
 """A target of the world model that is an image code."""
 KIND_LAYOUT = 3
-"""A target of the world model that is structure: begin, grid, newline, end of image, the closing separator."""
+"""A target of the world model that is structure: begin, grid, newline, end of image, the closing
+separator."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded samples, int64 (B, T) each; padding has kind 0 and the pad id, so causality alone keeps it harmless."""
+    """Right-padded samples, int64 (B, T) each; padding has kind 0 and the pad id, so causality alone keeps
+    it harmless."""
 
     ids_BT: Tensor
     chunk_BT: Tensor
@@ -54,11 +57,14 @@ class Batch:
 
     @classmethod
     def stack(cls, samples: Sequence[Sample], pad: int, length: int | None = None) -> Self:
-        """Pad to `length` (default: the longest). A sample longer than `length` raises ValueError; nothing is cut."""
+        """Pad to `length` (default: the longest). A sample longer than `length` raises ValueError; nothing
+        is cut."""
         longest = max(len(s) for s in samples)
         length = longest if length is None else length
         if longest > length:
-            raise ValueError(f"a sample has {longest} tokens, the sequence length is {length}: raise data.sequence_length")
+            raise ValueError(
+                f"a sample has {longest} tokens, the sequence length is {length}: raise data.sequence_length"
+            )
         out = {}
         for f in fields(Sample):
             array = np.full((len(samples), length), pad if f.name == "ids" else 0, dtype=np.int64)

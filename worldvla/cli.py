@@ -206,7 +206,8 @@ class Train:
         outcome = train(self.config, out, overfit=self.overfit)
         if not outcome.is_finished:
             raise KeyboardInterrupt
-        _say(f"checkpoint: {outcome.checkpoint}   next: worldvla eval {outcome.checkpoint} --suite SUITE")
+        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes stay silent
+            _say(f"checkpoint: {outcome.checkpoint}   next: worldvla eval {outcome.checkpoint} --suite SUITE")
         return 0
 
 
@@ -302,6 +303,21 @@ class Imagine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export:
+    """Copy a checkpoint without its training state, weights in bfloat16: what is shipped and served."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint, or a run directory (its newest checkpoint)."""
+    out: Path
+
+    def run(self) -> int:
+        from worldvla.infer.load import export
+
+        _say(f"model: {export(self.checkpoint, self.out)}   next: worldvla eval {self.out} --suite SUITE")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """Roll the shipped model out on the four tabletop suites, imagine, and write one HTML page."""
 
@@ -350,6 +366,7 @@ VERBS: dict[str, type[Any]] = {
     "train": Train,
     "eval": Eval,
     "imagine": Imagine,
+    "export": Export,
     "demo": Demo,
     "config": ShowConfig,
 }

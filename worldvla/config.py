@@ -19,7 +19,8 @@ class ImageTokenizerConfig:
     channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Width of each level over `channels`; each level but the last halves the sides."""
     patch: int = 1
-    """Side of the pixel blocks folded into channels before the first level (published: 1). More makes small tokenizers fast."""
+    """Side of the pixel blocks folded into channels before the first level (published: 1). More makes small
+    tokenizers fast."""
     num_res_blocks: int = 2
     z_channels: int = 256
     embed_dim: int = 256
@@ -40,7 +41,9 @@ class ImageTokenizerConfig:
                     f"num_codes is {self.num_codes} and embed_dim {self.embed_dim}: make them agree"
                 )
         elif self.fsq_levels:
-            raise ValueError(f"fsq_levels {self.fsq_levels} with quantizer 'vq': leave them empty or use 'fsq'")
+            raise ValueError(
+                f"fsq_levels {self.fsq_levels} with quantizer 'vq': leave them empty or use 'fsq'"
+            )
 
     @property
     def factor(self) -> int:
@@ -74,7 +77,9 @@ class LayoutConfig:
 
     def __post_init__(self) -> None:
         if len(self.views) != len(self.grids) or not self.views:
-            raise ValueError(f"layout has {len(self.views)} views and {len(self.grids)} grids: give one grid a view")
+            raise ValueError(
+                f"layout has {len(self.views)} views and {len(self.grids)} grids: give one grid a view"
+            )
         if self.history < 1 or self.chunk < 1:
             raise ValueError(f"history and chunk must be >= 1, got {self.history} and {self.chunk}")
 
@@ -109,12 +114,14 @@ class ModelConfig:
     place_embedding: bool = False
     """Learned row and column embeddings on image codes (compact models)."""
     codebook_init: bool = False
-    """Start the embeddings of image codes from the tokenizer's codebook, those of bins from a smooth curve."""
+    """Start the embeddings of image codes from the tokenizer's codebook, those of bins from a smooth
+    curve."""
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"width {self.width} must divide by num_heads {self.num_heads}, and that by num_kv_heads {self.num_kv_heads}"
+                f"width {self.width} must divide by num_heads {self.num_heads}, "
+                f"and that by num_kv_heads {self.num_kv_heads}"
             )
 
 
@@ -125,10 +132,13 @@ class LossConfig:
     z_weight: float = 1e-5
     """Weight of mean logsumexp^2 (published value)."""
     reduction: Literal["paper", "published"] = "paper"
-    """paper: mean CE over action targets + alpha * mean CE over world targets. published: one class-weighted mean over
-    both, ids 3..8194 (off by one) at alpha, in which alpha cancels on image-only batches (docs/DETAILS.md)."""
+    """paper: mean CE over action targets + alpha * mean CE over world targets. published: one
+    class-weighted mean over
+    both, ids 3..8194 (off by one) at alpha, in which alpha cancels on image-only batches
+    (docs/DETAILS.md)."""
     action_smoothing: float = 0.0
-    """Standard deviation, in bins, of the Gaussian that replaces the one-hot target of an action dim (0: one-hot, as published)."""
+    """Standard deviation, in bins, of the Gaussian that replaces the one-hot target of an action dim (0:
+    one-hot, as published)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +162,8 @@ class DataConfig:
     val_fraction: float = 0.02
     """Share of episodes held out, by a hash of (store, episode); never trained on."""
     statistics: Literal["minmax", "quantile"] = "minmax"
-    """Normalisation range of actions and states: minimum and maximum (as published) or 1st and 99th percentile."""
+    """Normalisation range of actions and states: minimum and maximum (as published) or 1st and 99th
+    percentile."""
     sequence_length: int = 256
     """Batches are padded to it; a longer sample raises."""
     pad_chunks: bool = False
@@ -220,7 +231,11 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value, where)
     if isinstance(hint, types.UnionType):
-        return None if value is None else _coerce(next(h for h in typing.get_args(hint) if h is not type(None)), value, where)
+        return (
+            None
+            if value is None
+            else _coerce(next(h for h in typing.get_args(hint) if h is not type(None)), value, where)
+        )
     if typing.get_origin(hint) is tuple:
         args = typing.get_args(hint)
         item = args[0]

@@ -1,6 +1,7 @@
 """The id table: which ids are text, image codes, actions, state, and structure. Nobody else knows a number.
 
-Three kinds of integer are kept apart: an `id` indexes the joint vocabulary (and the embedding table), a `code` counts from 0
+Three kinds of integer are kept apart: an `id` indexes the joint vocabulary (and the embedding table), a
+`code` counts from 0
 inside one modality. Source of the published table: WorldVLA data/item_processor.py:60-63, 202-208, 253-316.
 """
 
@@ -11,14 +12,16 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 NUM_BIN_CODES = 256
-"""Codes of one action or state dimension: digit - 1 of `np.digitize` over 256 edges (WorldVLA item_processor.py:303-316)."""
+"""Codes of one action or state dimension: digit - 1 of `np.digitize` over 256 edges (WorldVLA
+item_processor.py:303-316)."""
 
 
 @dataclass(frozen=True)
 class Vocab:
     """Ranges are half-open (start, stop) pairs; `image`, `action` and `state` are exposed as `range` objects.
 
-    `newline` and `grid_start` are None in compact tables, whose image blocks carry no row ends and no grid sizes.
+    `newline` and `grid_start` are None in compact tables, whose image blocks carry no row ends and no grid
+    sizes.
     """
 
     name: str
@@ -39,7 +42,8 @@ class Vocab:
     state_start: int
     text_start: int
     num_text: int
-    """Ids text_start .. text_start + num_text - 1 belong to the text tokenizer (its index 0 is text_start)."""
+    """Ids text_start .. text_start + num_text - 1 belong to the text tokenizer (its index 0 is
+    text_start)."""
     newline: int | None = None
     grid_start: int | None = None
     """Id of grid count 0; a side of n patches of 32 pixels is grid_start + n."""
@@ -53,7 +57,9 @@ class Vocab:
             id_ = getattr(self, name)
             inside = [other for other, span in spans.items() if id_ in span]
             if inside or not 0 <= id_ < self.size:
-                raise ValueError(f"vocabulary {self.name}: {name}={id_} collides with {inside} or leaves [0, {self.size})")
+                raise ValueError(
+                    f"vocabulary {self.name}: {name}={id_} collides with {inside} or leaves [0, {self.size})"
+                )
 
     @property
     def image(self) -> range:
@@ -103,7 +109,8 @@ def chameleon() -> Vocab:
 
 
 def compact(num_image_codes: int, num_text: int) -> Vocab:
-    """Return a table of the same shape for small models: specials, then text, image codes, action bins, state bins."""
+    """Return a table of the same shape for small models: specials, then text, image codes, action bins,
+    state bins."""
     names = ("bos", "pad", "eos", "sep", "boi", "eoi", "boa", "eoa", "bostate", "eostate")
     specials = {name: index for index, name in enumerate(names)}
     text_start = len(names)

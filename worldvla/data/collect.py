@@ -50,7 +50,7 @@ class Perturbed:
     expert: sim.Expert
     rng: np.random.Generator
     fraction: float
-    """Expected share of perturbed steps."""
+    """Share of perturbed steps, about: 0.15 gives 0.158."""
     left: int = 0
     """Steps left of the present burst."""
     drift: np.ndarray = field(default_factory=lambda: np.zeros(4))
@@ -291,7 +291,7 @@ def rerun(
     transform: Callable[[np.ndarray], np.ndarray] = lambda actions: actions,
     make: Callable[..., Any] = sim.make,
 ) -> Iterator[Replayed]:
-    """Re-execute each stored episode from its first state to success or its last action; nothing is rendered.
+    """Re-execute each stored episode from its first state to success or its last action, without cameras.
 
     `transform` changes the actions (T, 7) before they are executed, for example through the bins of the policy.
     """
@@ -301,12 +301,13 @@ def rerun(
             known = {t.name: t for t in sim.tasks(episode.suite)}
             if episode.task not in known:
                 raise ValueError(
-                    f"{path}: {episode.suite} has no task {episode.task!r}; was it collected by another version?"
+                    f"{path}: {episode.suite} has no task {episode.task!r}; collected by another version?"
                 )
             if env is None or env.task != known[episode.task]:
                 env = make(known[episode.task], {})
             env.reset(options={"init": max(episode.init, 0)})
-            if not np.array_equal(env.get_state(), episode.sim_states[0]):  # setting it costs the last bits
+            # Setting a state costs the solver's warm start, hence the last bits; reset does not.
+            if not np.array_equal(env.get_state(), episode.sim_states[0]):
                 env.set_state(episode.sim_states[0])
             success, drift = False, 0.0
             for action, state in zip(transform(episode.actions), episode.sim_states, strict=True):

@@ -11,6 +11,7 @@ Files that others made differ from that, without saying so. `read_episodes` know
   action, no attributes at all.
 """
 
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -87,27 +88,53 @@ def _first_bad(array: np.ndarray) -> int:
     return int(np.argwhere(~np.isfinite(array))[0, 0])
 
 
+class _Disk(io.FileIO):
+    """A file for HDF5 to write, which ends in a segmentation fault when a write fails; so it is not told."""
+
+    failure: OSError | None = None
+    """The first failed write; nothing is written after it."""
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while self.failure is None and done < len(view):
+            try:
+                done += super().write(view[done:])
+            except OSError as error:
+                self.failure = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.failure = self.failure or error
+            return size or 0
+
+
 def write_episodes(path: Path, episodes: Iterable[Episode], env_args: dict[str, Any]) -> None:
     """Write one task's episodes atomically, one in memory at a time. `env_args` says what made them."""
     scratch = path.with_name(f"{path.name}.tmp")
     try:
-        with h5py.File(scratch, "w") as file:
-            data = file.create_group("data")
-            count, total, instruction = 0, 0, ""
-            for count, episode in enumerate(episodes, start=1):
-                _write_demo(data.create_group(f"demo_{count - 1}"), episode)
-                total += len(episode)
-                instruction = episode.instruction
-            if not count:
-                raise ValueError(f"{path}: no episodes to write")
-            data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
-            data.attrs["env_args"] = json.dumps(env_args)
-            data.attrs["num_demos"] = count
-            data.attrs["total"] = total
+        with _Disk(scratch, "w+") as disk:
+            with h5py.File(disk, "w") as file:
+                data = file.create_group("data")
+                count, total, instruction = 0, 0, ""
+                for count, episode in enumerate(episodes, start=1):
+                    _write_demo(data.create_group(f"demo_{count - 1}"), episode)
+                    total += len(episode)
+                    instruction = episode.instruction
+                    if disk.failure:
+                        break
+                data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
+                data.attrs["env_args"] = json.dumps(env_args)
+                data.attrs["num_demos"] = count
+                data.attrs["total"] = total
+            if disk.failure:
+                raise OSError(disk.failure.errno, f"cannot write {path}: {disk.failure.strerror}")
+        if not count:
+            raise ValueError(f"{path}: no episodes to write")
         scratch.replace(path)
-    except (OSError, RuntimeError) as error:  # h5py raises either when the disk is full
-        reason = " ".join(str(error).split())
-        raise OSError(f"cannot write {path}: {reason}; is there space, and may you write there?") from None
     finally:
         scratch.unlink(missing_ok=True)
 

@@ -81,7 +81,7 @@ def evaluate_world(
             "actions": "those of the episode",
             "horizon": horizon,
             "views": {view: list(size) for view, size in model.view_sizes.items()},
-            "metrics": "per frame on RGB 0..255, mean over clips; SSIM: Gaussian window 11, sigma 1.5, borders reflected",
+            "metrics": "per frame, RGB 0..255, mean over clips; SSIM window 11, sigma 1.5, borders reflected",
         },
         **score(clips),
         **provenance(),
@@ -194,7 +194,7 @@ def psnr(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:
 
 
 def ssim(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:
-    """Return the structural similarity (B,) of uint8 frames: Wang et al. 2004, Gaussian window of 11, sigma 1.5.
+    """Return the structural similarity (B,) of uint8 frames: Wang et al. 2004, Gaussian window 11, sigma 1.5.
 
     Borders are reflected, so that every pixel counts; the numbers are those of torchmetrics 1.9.
     """

@@ -7,13 +7,14 @@ world = model.world(); world.reset(frame); frame = world.step(actions[0])
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from worldvla.config import Config, from_json
 from worldvla.data.sample import SampleBuilder
@@ -115,6 +116,24 @@ def find_checkpoint(path: Path) -> Path:
             f"{path} holds no checkpoint (manifest.json or ckpt/step_N): expected one of `worldvla train`"
         )
     return max(numbered, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def export(source: Path, out_dir: Path) -> Path:
+    """Copy what acting and imagining need, the transformer's weights in bfloat16; atomic. About a sixth of
+    a checkpoint's size."""
+    source = load(source).path  # whole and consistent, or an error
+    scratch = out_dir.with_name(out_dir.name + ".tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    (scratch / "image_tokenizer").mkdir(parents=True)
+    for name in (*FILES, "image_tokenizer/config.json", "image_tokenizer/model.safetensors"):
+        shutil.copyfile(source / name, scratch / name)
+    weights = {
+        name: tensor.to(torch.bfloat16) for name, tensor in load_file(source / "model.safetensors").items()
+    }
+    save_file(weights, scratch / "model.safetensors")
+    shutil.rmtree(out_dir, ignore_errors=True)
+    scratch.rename(out_dir)
+    return out_dir
 
 
 def weights_digest(path: Path) -> str:

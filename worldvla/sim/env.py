@@ -1,9 +1,13 @@
 """The protocol of a simulator and the table of suites. Nothing under `sim` imports torch.
 
-An environment is a `gymnasium.Env` whose observation is `{"<view>": uint8 (Y, X, 3), ..., "state": float32 (8,)}` and whose
-action is float32 (7,) in [-1, 1], LIBERO's convention: end-effector position delta (1.0 = 5 cm), rotation delta (axis-angle,
-1.0 = 0.5 rad), gripper (-1 open, +1 closed). State: end-effector position (m, 3), orientation (axis-angle, rad, 3), finger
-joint positions (m, 2). `reset(options={"init": i})` starts from the i-th fixed initial state; `step` returns reward 1.0 and
+An environment is a `gymnasium.Env` whose observation is `{"<view>": uint8 (Y, X, 3), ..., "state": float32
+(8,)}` and whose
+action is float32 (7,) in [-1, 1], LIBERO's convention: end-effector position delta (1.0 = 5 cm), rotation
+delta (axis-angle,
+1.0 = 0.5 rad), gripper (-1 open, +1 closed). State: end-effector position (m, 3), orientation (axis-angle,
+rad, 3), finger
+joint positions (m, 2). `reset(options={"init": i})` starts from the i-th fixed initial state; `step`
+returns reward 1.0 and
 terminated=True on success; `info` holds `success` and `grasped` (target object held now) as bools.
 """
 
@@ -64,7 +68,9 @@ class Environment(Protocol):
     rendering: bool
     """Set False to step without cameras: observations then hold the state alone."""
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]: ...
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]: ...
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]: ...
     def observe(self) -> dict[str, Any]:
         """Return the current observation, rendered whatever `rendering` says."""
@@ -79,7 +85,8 @@ class Environment(Protocol):
 
 
 class Expert(Protocol):
-    """A scripted policy with privileged access; a function of the measured state alone, so it can label any visited state."""
+    """A scripted policy with privileged access; a function of the measured state alone, so it can label any
+    visited state."""
 
     def act(self) -> Any:
         """Return the action (7,) float32 for the environment's current state."""
@@ -104,7 +111,8 @@ def tasks(name: str) -> tuple[Task, ...]:
 
 
 def make(task: Task, views: dict[str, tuple[int, int]] | None = None) -> "gym.Env[Any, Any]":
-    """Return a fresh environment of `task`. `views` maps a view to its (rows, columns) in pixels; None: the simulator's default.
+    """Return a fresh environment of `task`. `views` maps a view to its (rows, columns) in pixels; None: the
+    simulator's default.
 
     Without views the environment renders nothing (physics only), and observations hold the state alone.
     """

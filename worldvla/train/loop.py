@@ -24,7 +24,7 @@ from worldvla.batch import KIND_ACTION, Batch
 from worldvla.config import Config
 from worldvla.data.loader import MODES
 from worldvla.model.mask import additive_mask, dense_mask
-from worldvla.train import checkpoint
+from worldvla.train import checkpoint, dist
 from worldvla.train.build import Pieces, action_scale, build, build_model
 from worldvla.train.loss import Loss, Targets
 from worldvla.train.metrics import KINDS, Forward, Recorder, validate
@@ -72,6 +72,7 @@ class Trainer:
         self.pieces, self.config, self.run_dir, self.overfit = pieces, pieces.config, run_dir, overfit
         config = self.config.train
         self.device = torch.device(config.device)
+        dist.start(self.device)
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads)
         torch.manual_seed(config.seed)
@@ -90,13 +91,13 @@ class Trainer:
     def run(self) -> Outcome:
         config, state = self.config.train, self.state
         with (
-            Recorder(self.run_dir, state.step, config.steps) as recorder,
+            Recorder(self.run_dir, state.step, config.steps, is_silent=dist.rank() > 0) as recorder,
             _stop_requests() as is_stopping,
             self._prefetch() as fetch,
         ):
             size = f"{self.model.num_parameters():,} parameters"
             recorder.say(f"{size}, step {state.step} of {config.steps}, in {self.run_dir}")
-            while state.step < config.steps and not is_stopping():
+            while state.step < config.steps and not dist.any_rank(is_stopping(), self.device):
                 started = time.perf_counter()
                 self._note(self.step(fetch(state.step)))
                 state.step += 1
@@ -116,6 +117,12 @@ class Trainer:
     def step(self, batches: list[Batch]) -> dict[str, float]:
         """Take one optimiser step and return its numbers; a loss that is not finite raises ValueError."""
         self.model.train()
+        if (
+            dist.num_ranks() > 1
+        ):  # dropout is then a function of (step, rank), and resuming needs no more than the step
+            torch.manual_seed(
+                (self.config.train.seed * 1_000_003 + self.state.step) * dist.num_ranks() + dist.rank()
+            )
         rate = learning_rate(self.state.step, self.config.train.steps, self.config.optim)
         values = self.backward(batches)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip))
@@ -133,8 +140,9 @@ class Trainer:
 
     def backward(self, batches: list[Batch]) -> dict[str, float]:
         """Add the gradients of one step's loss, means over all micro-batches; return its parts."""
+        totals = self.loss.totals([Targets.of(batch) for batch in batches])
+        batches = [own for batch in batches if len((own := dist.own_rows(batch)).ids_BT)]
         targets = [Targets.of(batch) for batch in batches]
-        totals = self.loss.totals(targets)
         total, cross_entropies = 0.0, []
         for batch, target in zip(batches, targets, strict=True):
             with self._autocast():
@@ -143,6 +151,7 @@ class Trainer:
             value.backward()
             total += float(value.detach())
             cross_entropies.append(cross_entropy_P)
+        (total,) = dist.sum_gradients(self.model, total)
         cross_entropy_P = torch.cat(cross_entropies)
         kind_P = torch.cat([target.kind_P for target in targets])
         per_kind = {f"{name}_loss": cross_entropy_P[kind_P == kind] for name, kind in KINDS.items()}
@@ -153,7 +162,9 @@ class Trainer:
 
     def save(self) -> Path:
         path = self.run_dir / "ckpt" / f"step_{self.state.step}"
-        if path.exists():  # an interrupt right after a save, or a finished run started again
+        if (
+            path.exists() or dist.rank() > 0
+        ):  # an interrupt right after a save, or a finished run started again
             return path
         checkpoint.save(path, self.pieces, self.model, self.optimizer, vars(self.state))
         checkpoint.prune(self.run_dir, NUM_KEPT, self.state.best_step)
@@ -180,6 +191,8 @@ class Trainer:
             yield fetch
 
     def _validate(self, recorder: Recorder) -> None:
+        if dist.rank() > 0:
+            return
         self.model.eval()
         with self._autocast():
             scale = action_scale(self.pieces).to(self.device)

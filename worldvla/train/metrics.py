@@ -40,7 +40,11 @@ class Recorder:
     Records of steps after `start` (written by a run that died before its next checkpoint) are dropped.
     """
 
-    def __init__(self, run_dir: Path, start: int, num_steps: int) -> None:
+    def __init__(self, run_dir: Path, start: int, num_steps: int, is_silent: bool = False) -> None:
+        """`is_silent`: write and show nothing (every rank but the first)."""
+        self._is_silent = is_silent
+        if is_silent:
+            return
         from torch.utils.tensorboard import SummaryWriter  # one second: only where it is used
 
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -66,19 +70,25 @@ class Recorder:
         self._task = self._progress.add_task("", total=num_steps, completed=start)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        if not self._is_silent:
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._is_silent:
+            return
         self._progress.stop()
         self._file.close()
         self._board.close()
 
     def advance(self, step: int, loss: float) -> None:
-        self._progress.update(self._task, completed=step, description=f"loss {loss:.4f}")
+        if not self._is_silent:
+            self._progress.update(self._task, completed=step, description=f"loss {loss:.4f}")
 
     def record(self, event: str, step: int, values: dict[str, float]) -> None:
         """Append {"event", "step", ...}; `step` counts finished optimiser steps."""
+        if self._is_silent:
+            return
         self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -87,7 +97,8 @@ class Recorder:
         self._console.print(f"step {step}  {event}  {shown}", markup=False)
 
     def say(self, line: str) -> None:
-        self._console.print(line, markup=False)
+        if not self._is_silent:
+            self._console.print(line, markup=False)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""Scripted expert of every tabletop task: a function of the measured state alone, so it recovers from any disturbance.
+"""Scripted expert of every tabletop task: a function of the measured state alone, so it recovers from any
+disturbance.
 
-Heights follow funnels (the nearer above the target, the lower), which keeps the action a smooth function of what is seen.
+Heights follow funnels (the nearer above the target, the lower), which keeps the action a smooth function of
+what is seen.
 """
 
 import numpy as np
@@ -38,7 +40,8 @@ class TabletopExpert:
         return self._pick_and_place(goal)
 
     def _beside_placed(self) -> bool:
-        """Return whether the hand still stands around a thing that is where it belongs: rise first, or it falls over."""
+        """Return whether the hand still stands around a thing that is where it belongs: rise first, or it
+        falls over."""
         env = self.env
         for goal in env.spec.goals:
             if goal.thing and goal.verb != "push" and env.holds(goal):
@@ -55,7 +58,9 @@ class TabletopExpert:
         turn = np.clip(-state[3:6] / ROTATION_SCALE, -1, 1)
         return np.concatenate([move, turn, [gripper]]).astype(np.float32)
 
-    def _descend(self, target: np.ndarray, gripper: float, hover: float = HOVER, slope: float = 3.0) -> tuple[np.ndarray, bool]:
+    def _descend(
+        self, target: np.ndarray, gripper: float, hover: float = HOVER, slope: float = 3.0
+    ) -> tuple[np.ndarray, bool]:
         """Approach `target` through a funnel above it; also tell whether the hand has arrived."""
         hand = self.env.grip_position()
         distance = float(np.hypot(*(target - hand)[:2]))
@@ -77,13 +82,22 @@ class TabletopExpert:
         at_place = float(np.max(np.abs(hand[:2] - place))) < 0.016
         if env.touching(goal.thing) == 3:
             offset = hand[2] - thing[2]
-            release = rest + world.half_height(goal.thing) + offset + (0.03 if goal.where == "basket" else 0.012)
+            release = (
+                rest + world.half_height(goal.thing) + offset + (0.03 if goal.where == "basket" else 0.012)
+            )
             if at_place and hand[2] < release + 0.012:
                 return self._towards(hand, OPEN)
             target = np.array([*place, release])
-            action, _ = self._descend(target, CLOSE, hover=CARRY - release if CARRY > release else 0.03, slope=4.0)
+            action, _ = self._descend(
+                target, CLOSE, hover=CARRY - release if release < CARRY else 0.03, slope=4.0
+            )
             return action
-        if at_place and above_rest < 0.045 and abs(thing[0] - place[0]) < 0.03 and abs(thing[1] - place[1]) < 0.03:
+        if (
+            at_place
+            and above_rest < 0.045
+            and abs(thing[0] - place[0]) < 0.03
+            and abs(thing[1] - place[1]) < 0.03
+        ):
             return self._towards(hand + (0, 0, 0.05), OPEN)  # let go, one finger still touching
         action, arrived = self._descend(grip, OPEN)
         if arrived:
@@ -96,7 +110,11 @@ class TabletopExpert:
         env = self.env
         where = env.position(goal.where)[:2]
         if goal.where == "basket":
-            others = [g.thing for g in env.spec.goals if g.thing != goal.thing and g.where == "basket" and env.holds(g)]
+            others = [
+                g.thing
+                for g in env.spec.goals
+                if g.thing != goal.thing and g.where == "basket" and env.holds(g)
+            ]
             if others:  # beside what lies there already
                 taken = env.position(others[0])[:2] - where
                 side = -1.0 if taken[1] > 0 else 1.0

@@ -1,7 +1,8 @@
-"""The built-in world as a gymnasium environment: LIBERO's actions and observations, MuJoCo physics, a ray-cast camera.
+"""The built-in world as a gymnasium environment: LIBERO's actions and observations, MuJoCo physics, a
+ray-cast camera.
 
-    env = make(tasks("tabletop_object")[0])
-    observation, _ = env.reset(options={"init": 0})
+env = make(tasks("tabletop_object")[0])
+observation, _ = env.reset(options={"init": 0})
 """
 
 import zlib
@@ -25,7 +26,8 @@ _FOOTPRINT = {"basket": world.BASKET_HALF, "cabinet": world.CABINET_HALF[:2], "b
 
 
 class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
-    """One task. Deterministic: the same init and actions give the same bytes. `options={"init": i}`: 0 to 49 are the fixed
+    """One task. Deterministic: the same init and actions give the same bytes. `options={"init": i}`: 0 to
+    49 are the fixed
     evaluation states, any larger i another state of the same distribution (demonstrations use those)."""
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
@@ -43,7 +45,9 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._cameras = {name: RayCamera(self.model, name, *size) for name, size in self.views.items()}
         self._joint = {self.model.joint(i).name: self.model.joint(i) for i in range(self.model.njnt)}
         self._grip = self.model.site("grip").id
-        self._hand = [int(self._joint[f"hand_{a}"].qposadr[0]) for a in ("x", "y", "z", "yaw", "pitch", "roll")]
+        self._hand = [
+            int(self._joint[f"hand_{a}"].qposadr[0]) for a in ("x", "y", "z", "yaw", "pitch", "roll")
+        ]
         self._fingers = [int(self._joint[f"{side}_finger"].qposadr[0]) for side in ("left", "right")]
         self._tips = {self.model.geom(f"{side}_tip").id: bit for bit, side in ((1, "left"), (2, "right"))}
         self._cap_rgba = self.model.geom("button_cap").rgba.copy() if "button" in self.spec.fixtures else None
@@ -55,7 +59,8 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (NUM_ACTION_DIMS,), np.float32)
 
-    # -- gymnasium ------------------------------------------------------------------------------------------------
+    # -- gymnasium
+    # ------------------------------------------------------------------------------------------------
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -85,7 +90,9 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (NUM_ACTION_DIMS,) or not np.all(np.isfinite(action)):
-            raise ValueError(f"action must be {NUM_ACTION_DIMS} finite numbers, got shape {action.shape}: {action}")
+            raise ValueError(
+                f"action must be {NUM_ACTION_DIMS} finite numbers, got shape {action.shape}: {action}"
+            )
         action = np.clip(action, -1.0, 1.0)
         pose = self.data.qpos[self._hand]
         goal = pose.copy()
@@ -106,11 +113,15 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._cameras["agentview"].render(self.data)
 
-    # -- the simulator protocol -----------------------------------------------------------------------------------
+    # -- the simulator protocol
+    # -----------------------------------------------------------------------------------
 
     def observe(self) -> dict[str, Any]:
         """Return images (uint8) and state (8,) float32: position (m), axis-angle (rad), finger joints (m)."""
-        return {**{name: camera.render(self.data) for name, camera in self._cameras.items()}, "state": self.proprioception()}
+        return {
+            **{name: camera.render(self.data) for name, camera in self._cameras.items()},
+            "state": self.proprioception(),
+        }
 
     def observe_if(self) -> dict[str, Any]:
         return self.observe() if self.rendering else {"state": self.proprioception()}
@@ -119,7 +130,10 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         quat, axis_angle = np.zeros(4), np.zeros(3)
         mujoco.mju_mat2Quat(quat, self.data.site_xmat[self._grip])
         mujoco.mju_quat2Vel(axis_angle, quat, 1.0)
-        fingers = self.data.qpos[self._fingers] * (1.0, -1.0)  # robosuite reports the right finger as negative
+        fingers = self.data.qpos[self._fingers] * (
+            1.0,
+            -1.0,
+        )  # robosuite reports the right finger as negative
         return np.concatenate([self.data.site_xpos[self._grip], axis_angle, fingers]).astype(np.float32)
 
     def get_state(self) -> np.ndarray:
@@ -130,15 +144,20 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
     def set_state(self, state: np.ndarray) -> None:
         size = mujoco.mj_stateSize(self.model, _STATE)
         if np.shape(state) != (size,):
-            raise ValueError(f"simulator state of {self.task.name} has {size} numbers, got shape {np.shape(state)}")
+            raise ValueError(
+                f"simulator state of {self.task.name} has {size} numbers, got shape {np.shape(state)}"
+            )
         mujoco.mj_setState(self.model, self.data, np.asarray(state, dtype=np.float64), _STATE)
         self._refresh()
 
     def target_position(self) -> np.ndarray:
         """Return where the hand has to go first for the first unmet goal, metres (3,)."""
-        return self.goal_position(next((g for g in self.spec.goals if not self.holds(g)), self.spec.goals[-1]))
+        return self.goal_position(
+            next((g for g in self.spec.goals if not self.holds(g)), self.spec.goals[-1])
+        )
 
-    # -- state, goals ---------------------------------------------------------------------------------------------
+    # -- state, goals
+    # ---------------------------------------------------------------------------------------------
 
     def grip_position(self) -> np.ndarray:
         return self.data.site_xpos[self._grip].copy()
@@ -184,17 +203,26 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         if goal.verb == "in" and goal.where == "basket":
             return abs(x) < world.BASKET_HALF[0] and abs(y) < world.BASKET_HALF[1] and bottom < 0.03
         if goal.verb == "in":  # the drawer slides with the cabinet's -y
-            return abs(x) < world.CABINET_HALF[0] and abs(y + self.drawer()) < world.CABINET_HALF[1] and 0.0 < bottom < 0.04
+            return (
+                abs(x) < world.CABINET_HALF[0]
+                and abs(y + self.drawer()) < world.CABINET_HALF[1]
+                and 0.0 < bottom < 0.04
+            )
         if goal.where == "cabinet":
             top = 2 * world.CABINET_HALF[2]
-            return abs(x) < world.CABINET_HALF[0] and abs(y) < world.CABINET_HALF[1] and abs(bottom - top) < 0.02
+            return (
+                abs(x) < world.CABINET_HALF[0] and abs(y) < world.CABINET_HALF[1] and abs(bottom - top) < 0.02
+            )
         return bool(np.hypot(x, y) < world.PLATE_RADIUS and bottom < 0.02)
 
-    # -- internals ------------------------------------------------------------------------------------------------
+    # -- internals
+    # ------------------------------------------------------------------------------------------------
 
     def _info(self) -> dict[str, Any]:
         held = any(g.thing and self.touching(g.thing) == 3 for g in self.spec.goals)
-        held = held or any(g.verb in ("open", "closed") and self.touching("drawer") == 3 for g in self.spec.goals)
+        held = held or any(
+            g.verb in ("open", "closed") and self.touching("drawer") == 3 for g in self.spec.goals
+        )
         return {"success": all(self.holds(g) for g in self.spec.goals), "grasped": held}
 
     def _refresh(self) -> None:
@@ -210,11 +238,16 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         """Draw places until no two footprints touch; a scene that cannot be drawn is a bug in the table."""
         for _ in range(200):
             things = {n: np.add(p, rng.uniform(-JITTER, JITTER, 2)) for n, p in self.spec.things.items()}
-            fixtures = {n: np.add(p, rng.uniform(-FIXTURE_JITTER, FIXTURE_JITTER, 2)) for n, p in self.spec.fixtures.items()}
+            fixtures = {
+                n: np.add(p, rng.uniform(-FIXTURE_JITTER, FIXTURE_JITTER, 2))
+                for n, p in self.spec.fixtures.items()
+            }
             if self._clear(things, fixtures):
                 break
         else:
-            raise RuntimeError(f"{self.task.name}: no collision-free placement in 200 draws; its slots overlap")
+            raise RuntimeError(
+                f"{self.task.name}: no collision-free placement in 200 draws; its slots overlap"
+            )
         for name, xy in fixtures.items():
             self.data.mocap_pos[self.model.body(name).mocapid[0]] = (*xy, 0.0)
         for name, xy in things.items():
@@ -230,6 +263,8 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
             if any(np.all(np.abs(things[a] - things[b]) < (0.095, 0.07)) for b in names[i + 1 :]):
                 return False
             for fixture in fixtures.keys() & _FOOTPRINT.keys():
-                if np.all(np.abs(things[a] - fixtures[fixture]) < np.add(_FOOTPRINT[fixture], (0.072, 0.042))):  # room for an open gripper
+                if np.all(
+                    np.abs(things[a] - fixtures[fixture]) < np.add(_FOOTPRINT[fixture], (0.072, 0.042))
+                ):  # room for an open gripper
                     return False
         return True

@@ -1,7 +1,10 @@
-"""The four tabletop suites as one declarative table: which things stand where, what is said, what must hold at the end.
+"""The four tabletop suites as one declarative table: which things stand where, what is said, what must hold
+at the end.
 
-Coordinates are metres on the table: x to the right and y away in the agentview picture, z = 0 on the surface. Every movable
-thing is jittered by up to `JITTER` an axis around its slot, every fixture by `FIXTURE_JITTER`, as LIBERO varies its regions.
+Coordinates are metres on the table: x to the right and y away in the agentview picture, z = 0 on the
+surface. Every movable
+thing is jittered by up to `JITTER` an axis around its slot, every fixture by `FIXTURE_JITTER`, as LIBERO
+varies its regions.
 """
 
 from dataclasses import dataclass
@@ -31,7 +34,8 @@ Place = tuple[float, float]
 class Goal:
     """A predicate on the simulator's state.
 
-    in, on: `thing` rests in or on fixture `where`, not held. open, closed: the cabinet's drawer. pressed: the button has been
+    in, on: `thing` rests in or on fixture `where`, not held. open, closed: the cabinet's drawer. pressed:
+    the button has been
     pressed (it stays lit). push: `thing` lies in the zone.
     """
 
@@ -42,7 +46,8 @@ class Goal:
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything that distinguishes one task. A thing's name is '<color> <shape>', with ' 2' after it for its look-alike."""
+    """Everything that distinguishes one task. A thing's name is '<color> <shape>', with ' 2' after it for
+    its look-alike."""
 
     instruction: str
     things: dict[str, Place]
@@ -60,13 +65,34 @@ BASKET = (0.19, 0.0)
 
 
 def _spatial() -> list[Spec]:
-    """Two red cans that look alike; pairs of tasks share a scene, so that only the relation tells which is meant."""
+    """Two red cans that look alike; pairs of tasks share a scene, so that only the relation tells which is
+    meant."""
     scenes: list[tuple[dict[str, Place], Place, tuple[str, str]]] = [
-        ({"red can": B2, "blue cube": B3, "red can 2": B4, "yellow bottle": A1}, C3, ("left of the blue cube", "right of the blue cube")),
-        ({"red can": A3, "blue cube": B3, "red can 2": C3, "yellow bottle": A1}, B4, ("in front of the blue cube", "behind the blue cube")),
-        ({"red can": B1, "yellow bottle": A1, "red can 2": C4, "blue cube": A3}, C3, ("next to the yellow bottle", "next to the plate")),
-        ({"red can": B2, "red can 2": A4, "yellow bottle": B3, "blue cube": A1}, C3, ("in the middle of the table", "in the front right corner")),
-        ({"red can": A2, "red can 2": C3, "yellow bottle": A3, "blue cube": A1}, B4, ("between the blue cube and the yellow bottle", "at the back of the table")),
+        (
+            {"red can": B2, "blue cube": B3, "red can 2": B4, "yellow bottle": A1},
+            C3,
+            ("left of the blue cube", "right of the blue cube"),
+        ),
+        (
+            {"red can": A3, "blue cube": B3, "red can 2": C3, "yellow bottle": A1},
+            B4,
+            ("in front of the blue cube", "behind the blue cube"),
+        ),
+        (
+            {"red can": B1, "yellow bottle": A1, "red can 2": C4, "blue cube": A3},
+            C3,
+            ("next to the yellow bottle", "next to the plate"),
+        ),
+        (
+            {"red can": B2, "red can 2": A4, "yellow bottle": B3, "blue cube": A1},
+            C3,
+            ("in the middle of the table", "in the front right corner"),
+        ),
+        (
+            {"red can": A2, "red can 2": C3, "yellow bottle": A3, "blue cube": A1},
+            B4,
+            ("between the blue cube and the yellow bottle", "at the back of the table"),
+        ),
     ]
     specs = []
     for things, plate, relations in scenes:
@@ -94,14 +120,22 @@ def _object() -> list[Spec]:
         if i >= 5:  # the second half mirrors the order of slots, so that a slot says nothing of the thing
             places = places[::-1]
         things = dict(zip([name, *others], places, strict=True))
-        specs.append(Spec(f"put the {name} in the basket", things, {"basket": BASKET}, (Goal("in", name, "basket"),)))
+        specs.append(
+            Spec(f"put the {name} in the basket", things, {"basket": BASKET}, (Goal("in", name, "basket"),))
+        )
     return specs
 
 
 def _goal() -> list[Spec]:
     """One scene, ten goals."""
     things: dict[str, Place] = {"red cube": B2, "blue can": A1, "yellow brick": A3}
-    fixtures: dict[str, Place] = {"plate": (0.01, 0.13), "basket": (0.18, 0.06), "cabinet": CABINET, "button": (-0.07, -0.13), "zone": (0.20, -0.12)}
+    fixtures: dict[str, Place] = {
+        "plate": (0.01, 0.13),
+        "basket": (0.18, 0.06),
+        "cabinet": CABINET,
+        "button": (-0.07, -0.13),
+        "zone": (0.20, -0.12),
+    }
     rows = [
         ("put the red cube on the plate", Goal("on", "red cube", "plate")),
         ("put the blue can on the plate", Goal("on", "blue can", "plate")),
@@ -120,22 +154,59 @@ def _goal() -> list[Spec]:
 def _long() -> list[Spec]:
     """Two goals in a row."""
     specs = []
-    for first, second in (("red cube", "blue can"), ("green bottle", "yellow brick"), ("orange mug", "cyan cube")):
+    for first, second in (
+        ("red cube", "blue can"),
+        ("green bottle", "yellow brick"),
+        ("orange mug", "cyan cube"),
+    ):
         things = {first: B2, second: A1, "purple ball" if first == "red cube" else "pink can": C2}
         goals = (Goal("in", first, "basket"), Goal("in", second, "basket"))
-        specs.append(Spec(f"put the {first} and the {second} in the basket", things, {"basket": BASKET}, goals))
+        specs.append(
+            Spec(f"put the {first} and the {second} in the basket", things, {"basket": BASKET}, goals)
+        )
     for first, second in (("red cube", "blue can"), ("white pawn", "green bottle")):
         things = {first: A2, second: B1, "cyan cube": C2}
         goals = (Goal("on", first, "plate"), Goal("in", second, "basket"))
-        specs.append(Spec(f"put the {first} on the plate and the {second} in the basket", things, {"plate": (0.05, 0.13), "basket": (0.18, -0.02)}, goals))
+        specs.append(
+            Spec(
+                f"put the {first} on the plate and the {second} in the basket",
+                things,
+                {"plate": (0.05, 0.13), "basket": (0.18, -0.02)},
+                goals,
+            )
+        )
     for thing, rest in (("blue can", "yellow brick"), ("orange mug", "red cube")):
         goals = (Goal("pressed"), Goal("in", thing, "basket"))
-        specs.append(Spec(f"press the button and put the {thing} in the basket", {thing: A1, rest: C2}, {"button": (-0.05, -0.03), "basket": BASKET}, goals))
+        specs.append(
+            Spec(
+                f"press the button and put the {thing} in the basket",
+                {thing: A1, rest: C2},
+                {"button": (-0.05, -0.03), "basket": BASKET},
+                goals,
+            )
+        )
     scene: dict[str, Place] = {"red cube": A3, "green bottle": B3}
     fixtures: dict[str, Place] = {"cabinet": CABINET, "plate": (0.19, 0.08), "button": (0.06, 0.14)}
-    specs.append(Spec("open the drawer and put the red cube in it", scene, fixtures, (Goal("open"), Goal("in", "red cube", "cabinet"))))
-    specs.append(Spec("put the green bottle on the plate and close the drawer", scene, fixtures, (Goal("on", "green bottle", "plate"), Goal("closed")), drawer_open=True))
-    specs.append(Spec("press the button and open the drawer", scene, fixtures, (Goal("pressed"), Goal("open"))))
+    specs.append(
+        Spec(
+            "open the drawer and put the red cube in it",
+            scene,
+            fixtures,
+            (Goal("open"), Goal("in", "red cube", "cabinet")),
+        )
+    )
+    specs.append(
+        Spec(
+            "put the green bottle on the plate and close the drawer",
+            scene,
+            fixtures,
+            (Goal("on", "green bottle", "plate"), Goal("closed")),
+            drawer_open=True,
+        )
+    )
+    specs.append(
+        Spec("press the button and open the drawer", scene, fixtures, (Goal("pressed"), Goal("open")))
+    )
     return specs
 
 
@@ -150,5 +221,6 @@ SPECS: dict[str, list[Spec]] = {
 def tasks(suite: str) -> tuple[Task, ...]:
     """Return the suite's ten tasks."""
     return tuple(
-        Task(suite, index, spec.instruction.replace(" ", "_"), spec.instruction) for index, spec in enumerate(SPECS[suite])
+        Task(suite, index, spec.instruction.replace(" ", "_"), spec.instruction)
+        for index, spec in enumerate(SPECS[suite])
     )

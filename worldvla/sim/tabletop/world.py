@@ -68,7 +68,9 @@ def _rgba(color: tuple[float, float, float]) -> str:
     return f'rgba="{color[0]} {color[1]} {color[2]} 1"'
 
 
-def _camera(name: str, pos: tuple[float, float, float], target: tuple[float, float, float], fovy: float) -> str:
+def _camera(
+    name: str, pos: tuple[float, float, float], target: tuple[float, float, float], fovy: float
+) -> str:
     """Return a <camera> at `pos` that looks at `target`, its picture's up as close to z (or y) as can be."""
     z = [p - t for p, t in zip(pos, target, strict=True)]  # a MuJoCo camera looks along its own -z
     norm = math.sqrt(sum(v * v for v in z))
@@ -153,8 +155,15 @@ def build(spec: Spec) -> mujoco.MjModel:
     things = ""
     for name in spec.things:
         geoms, height, _ = SHAPES[shape(name)]
-        color = _rgba(COLORS[name.split()[0]]) + ' density="250" friction="1.2 .02 .002" condim="4" solref="0.006 1"'
-        body = geoms.format(c=color) if 'friction="1.5' not in geoms else geoms.format(c=_rgba(COLORS[name.split()[0]]) + ' density="250"')
+        color = (
+            _rgba(COLORS[name.split()[0]])
+            + ' density="250" friction="1.2 .02 .002" condim="4" solref="0.006 1"'
+        )
+        body = (
+            geoms.format(c=color)
+            if 'friction="1.5' not in geoms
+            else geoms.format(c=_rgba(COLORS[name.split()[0]]) + ' density="250"')
+        )
         things += f'<body name="{name}" pos="0 0 {height}"><freejoint name="{name}"/>{body}</body>'
     fixtures = "".join(_fixture(name) for name in spec.fixtures)
     servo = "".join(
@@ -169,7 +178,8 @@ def build(spec: Spec) -> mujoco.MjModel:
         )
     )
     fingers = "".join(
-        f'<position joint="{side}_finger" kp="400" kv="12" forcerange="-8 8" ctrlrange="-.02 {FINGER_OPEN}"/>' for side in ("left", "right")
+        f'<position joint="{side}_finger" kp="400" kv="12" forcerange="-8 8" ctrlrange="-.02 {FINGER_OPEN}"/>'
+        for side in ("left", "right")
     )
     return mujoco.MjModel.from_xml_string(f"""
 <mujoco model="tabletop">

@@ -1,0 +1,211 @@
+"""Collecting: the same episodes however it is stopped, resumed and spread; only the expert's own steps are
+labels; stored actions reproduce the simulator's states bit by bit.
+
+Run: pytest tests/test_collect.py
+"""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from worldvla.data.collect import FIRST_INIT, INITS_PER_SEED, Perturbed, collect, record, replay, rerun
+from worldvla.data.episode import read_episodes, write_episodes
+from worldvla.sim import env as sim
+
+SUITE, TASK = "tabletop_object", sim.tasks("tabletop_object")[0]
+CRASH_AT = "TEST_COLLECT_CRASH_AT"
+
+
+class Line:
+    """A point that must come to x = 1; from initial states whose index ends in 3 it cannot move."""
+
+    def __init__(self, task: sim.Task, views: Any = None) -> None:
+        assert "torch" not in sys.modules or "pytest" in sys.modules, "a worker imported torch"
+        self.task, self.views, self.horizon, self.rendering = task, views, 100, True
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        del seed
+        self.init = (options or {})["init"]
+        if str(self.init - FIRST_INIT) == os.environ.get(CRASH_AT):
+            raise RuntimeError("crashed as told")
+        self.x = np.random.default_rng(self.init).uniform(-0.5, 0.0)
+        return self.observe(), {}
+
+    def step(self, action: np.ndarray) -> Any:
+        if self.init % 10 != 3:
+            self.x += 0.1 * float(action[0])
+        return self.observe(), 0.0, self.x >= 1, False, {}
+
+    def observe(self) -> dict[str, Any]:
+        state = np.full(8, self.x, dtype=np.float32)
+        return {"state": state, "agentview": np.full((4, 4, 3), int(100 * abs(self.x)), np.uint8)}
+
+    def get_state(self) -> np.ndarray:
+        return np.array([self.x])
+
+    def set_state(self, state: np.ndarray) -> None:
+        self.x = float(state[0])
+
+    def close(self) -> None:
+        pass
+
+
+class Right:
+    """The expert of Line: moves right by half."""
+
+    def __init__(self, env: Any) -> None:
+        self.env = env
+
+    def act(self) -> np.ndarray:
+        return np.array([0.5, 0, 0, 0, 0, 0, -1], dtype=np.float32)
+
+
+def _collect(out: Path, **changed: Any) -> Any:
+    arguments: dict[str, Any] = {"episodes": 6, "views": {"agentview": (4, 4)}, "seed": 0, "workers": 1}
+    return collect(SUITE, out, tasks=(0, 2), make=Line, expert=Right, **(arguments | changed))
+
+
+def _content(out: Path) -> list[Any]:
+    return [
+        {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(e).items() if k != "images"}
+        | {"images": e.images["agentview"].tolist()}
+        for path in sorted(out.glob("*.hdf5"))
+        for e in read_episodes(path)
+    ]
+
+
+def test_stopped_and_resumed_equals_not_stopped(tmp_path, monkeypatch):
+    report = _collect(tmp_path / "whole", workers=2)
+    whole = _content(tmp_path / "whole")
+    assert [e["init"] - FIRST_INIT for e in whole] == [0, 1, 2, 4, 5, 6] * 2  # 3 cannot succeed
+    assert {name: (r["episodes"], r["failed"]) for name, r in report.items()} == {
+        sim.tasks(SUITE)[i].name: (6, 1) for i in (0, 2)
+    }
+    assert sum(r["steps"] for r in report.values()) == sum(len(e["actions"]) for e in whole)
+    monkeypatch.setenv(CRASH_AT, "5")
+    with pytest.raises(RuntimeError, match="crashed as told"):
+        _collect(tmp_path / "parts")
+    assert not list((tmp_path / "parts").glob("*.hdf5"))
+    parts = {p.name for p in (tmp_path / "parts" / f".{TASK.name}.parts").iterdir()}
+    assert {"0.hdf5", "3.failed"} <= parts
+    assert all(name.endswith((".hdf5", ".failed")) for name in parts)
+    monkeypatch.delenv(CRASH_AT)
+    assert _collect(tmp_path / "parts") == report
+    assert _content(tmp_path / "parts") == whole
+    assert {p.name for p in (tmp_path / "parts").iterdir()} == {
+        p.name for p in (tmp_path / "whole").iterdir()
+    }
+    times = [p.stat().st_mtime_ns for p in sorted((tmp_path / "whole").iterdir())]
+    assert _collect(tmp_path / "whole") == report  # nothing left to do
+    assert times == [p.stat().st_mtime_ns for p in sorted((tmp_path / "whole").iterdir())]
+    with pytest.raises(ValueError, match=r"holds demonstrations made with .*choose another directory"):
+        _collect(tmp_path / "whole", noise=0.3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"noise": 0.9}, "0 <= noise < 0.9"),
+        ({"episodes": 0}, "episodes >= 1"),
+        ({"workers": 0}, "workers >= 1"),
+        ({"seed": -1}, "seed >= 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message):
+        _collect(tmp_path / "out", **changed)
+    with pytest.raises(ValueError, match=r"tasks 0 to 9, got \[10\]"):
+        collect(SUITE, tmp_path / "out", tasks=(10,))
+    with pytest.raises(ValueError, match="did you mean tabletop_object"):
+        collect("tabletop_objects", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.15, 0.3])
+def test_perturbations_come_in_bursts_of_the_wanted_share(fraction):
+    driver = Perturbed(Right(None), np.random.default_rng(0), fraction)
+    steps = [driver({}) for _ in range(20_000)]
+    clean = np.array([is_expert for _, is_expert in steps])
+    actions = np.array([action for action, _ in steps])
+    assert actions.dtype == np.float32
+    assert np.abs(actions).max() <= 1
+    np.testing.assert_array_equal(actions[clean], np.tile(Right(None).act(), (clean.sum(), 1)))
+    assert (~clean).mean() == pytest.approx(fraction, rel=0.15)
+    if fraction:
+        assert np.abs(actions[~clean] - Right(None).act())[:, :3].mean() > 0.4
+        assert (actions[~clean][:, 6] > 0).mean() == pytest.approx(0.1, abs=0.03)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], ~clean, [0]]).astype(int)))
+        bursts = edges[1::2] - edges[::2]
+        assert bursts.min() == 2  # two bursts may touch: there is no longest one
+
+
+def test_initial_states_are_never_those_of_the_evaluation():
+    env, seen = Line(TASK), []
+    for seed in (0, 1):
+        for attempt in (0, 99_999):
+            init = FIRST_INIT + seed * INITS_PER_SEED + attempt
+            env.reset(options={"init": init})
+            seen.append(env.init)
+    assert min(seen) == sim.NUM_INITS
+    assert len(set(seen)) == 4
+
+
+def test_an_episode_ends_with_the_action_that_succeeds():
+    env = Line(TASK)
+    episode = record(env, Perturbed(Right(env), np.random.default_rng(0), 0.0), init=60, seed=4)
+    assert episode is not None
+    assert (episode.init, episode.seed, episode.instruction) == (60, 4, TASK.instruction)
+    assert episode.sim_states[-1, 0] < 1 <= episode.sim_states[-1, 0] + 0.1 * episode.actions[-1, 0] + 1e-9
+    np.testing.assert_array_equal(episode.states[:, 0], episode.sim_states[:, 0].astype(np.float32))
+    assert record(env, Perturbed(Right(env), np.random.default_rng(0), 0.0), init=63, seed=4) is None
+
+
+def test_replay_reports_success_and_drift(tmp_path):
+    env = Line(TASK)
+    episode = record(env, Perturbed(Right(env), np.random.default_rng(0), 0.15), init=60, seed=0)
+    assert episode is not None
+    short = replace(
+        episode,
+        **{name: getattr(episode, name)[:-1] for name in ("actions", "states", "sim_states", "is_expert")},
+        images={"agentview": episode.images["agentview"][:-1]},
+    )
+    foreign = replace(episode, init=-1)  # starts from the stored state, not from an index
+    write_episodes(tmp_path / "a.hdf5", [episode, short, foreign], {})
+    assert list(rerun(tmp_path / "a.hdf5", make=Line)) == [(0, True, 0.0), (1, False, 0.0), (2, True, 0.0)]
+    slow = [done.success for done in rerun(tmp_path / "a.hdf5", lambda actions: actions * 0.5, make=Line)]
+    assert slow == [False] * 3
+    write_episodes(tmp_path / "b.hdf5", [replace(episode, task="juggle")], {})
+    with pytest.raises(ValueError, match="tabletop_object has no task 'juggle'"):
+        replay(tmp_path / "b.hdf5")
+
+
+def test_tabletop_demonstrations_replay_to_the_same_bits(tmp_path):
+    env: Any = sim.make(TASK, {"wrist": (8, 8)})
+    episodes = []
+    for init in (FIRST_INIT, FIRST_INIT + 1, FIRST_INIT + 2):
+        driver = Perturbed(sim.expert(env), np.random.default_rng(init), 0.15)
+        episodes.append(record(env, driver, init, seed=0))
+    found = [e for e in episodes if e is not None]
+    assert len(found) >= 2
+    write_episodes(tmp_path / "a.hdf5", found, {})
+    assert list(rerun(tmp_path / "a.hdf5")) == [(i, True, 0.0) for i in range(len(found))]
+    assert replay(tmp_path / "a.hdf5") == [(i, True) for i in range(len(found))]
+
+
+def test_the_driver_sees_what_a_policy_would_see():
+    seen = []
+
+    def driver(observation: dict[str, Any]) -> tuple[np.ndarray, bool]:
+        seen.append(SimpleNamespace(**observation))
+        return Right(None).act(), True
+
+    episode = record(Line(TASK), driver, init=61, seed=0)
+    assert episode is not None
+    np.testing.assert_array_equal(np.array([o.state for o in seen]), episode.states)
+    np.testing.assert_array_equal(np.array([o.agentview for o in seen]), episode.images["agentview"])
