@@ -6,9 +6,9 @@ Run: pytest tests/test_cli.py
 import errno
 import importlib.metadata
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -38,15 +38,14 @@ def _fails(capsys, *words):
 
 def test_help_imports_nothing_heavy_and_answers_within_a_second():
     code = "import sys; from worldvla.cli import main; main(['--help']); print(*sys.modules)"
-    seconds, loaded = [], set()
-    while len(seconds) < 5 and min(seconds, default=1) >= 1:  # the best of five: the machine may be busy
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-        loaded = set(done.stdout.splitlines()[-1].split())
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    loaded = set(done.stdout.splitlines()[-1].split())
     assert "worldvla.cli" in loaded
     assert not loaded & {"torch", "mujoco", "gymnasium", "matplotlib", "h5py"}
-    assert min(seconds) < 1, seconds
+    # Processor time: a busy machine must not fail this.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 def test_help_lists_every_verb_recipe_and_suite(capsys):
@@ -162,7 +161,7 @@ def test_whole_line_on_the_debug_recipe(capsys, monkeypatch, tmp_path):
     lines = [
         f"collect tabletop_object --out {demos} --tasks 0 1 --episodes 3 --workers 1",
         f"replay {demos}",
-        f"train-tokenizer {demos} --out {tokenizer} --steps 2 --config.channels 8 --config.num-codes 64",
+        f"train-tokenizer {demos} --out {tokenizer} --steps 2 --config.channels 8",
         f"tokenize {demos} --tokenizer {tokenizer} --out {store}",
         "train debug --train.steps 2 --train.num-threads 1",
         "eval out/train/debug --suite tabletop_object --episodes 1 --tasks 0 --workers 1 --out out/eval",

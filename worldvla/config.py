@@ -71,7 +71,10 @@ class LayoutConfig:
     """Hide the other actions of a chunk from each action (the paper's key finding). Off: plain causal."""
     action_conditioning: bool = True
     """World samples carry the action. Off: the paper's action-free video baseline."""
-    world_prompt: str = "Generate the next image based on the provided sequence of historical images and corresponding actions."
+    world_prompt: str = (
+        "Generate the next image based on the provided sequence of historical images "
+        "and corresponding actions."
+    )
     """Prompt of world samples (WorldVLA data/world_model_conv_generation.py:123)."""
     policy_prompt: str = "What action should the robot take to {task}?"
 

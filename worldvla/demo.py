@@ -18,6 +18,8 @@ from worldvla.recipes import TABLETOP_SUITES
 SHIPPED = Path(__file__).parent / "assets/tabletop"
 DEMONSTRATION_SEED = 1
 """Of the episodes that are imagined: not the one that any recipe collects with."""
+EXECUTE = 3
+"""Actions of each chunk of five before the next look, as in runs/tabletop.sh."""
 IMAGINED_TASKS = (0, 3)
 """Of each suite."""
 
@@ -34,7 +36,7 @@ def demo(
     parts = out_dir / f"{weights_digest(model.path)}_{seed}"  # results of another model are not mixed in
     arguments = {"seed": seed, "workers": workers, "page": False}
     for suite in TABLETOP_SUITES:
-        evaluate(path, suite, episodes, out_dir=parts / suite, **arguments)
+        evaluate(path, suite, episodes, out_dir=parts / suite, execute=EXECUTE, **arguments)
     baselines = [
         run(RandomActor(seed), suite, episodes, out_dir=parts / "random" / suite, videos=0, **arguments)
         for suite in TABLETOP_SUITES

@@ -291,9 +291,9 @@ def rerun(
     transform: Callable[[np.ndarray], np.ndarray] = lambda actions: actions,
     make: Callable[..., Any] = sim.make,
 ) -> Iterator[Replayed]:
-    """Re-execute each stored episode from its first state to success or its last action, without cameras.
+    """Re-execute each stored episode from its first state to success or its end; nothing is rendered.
 
-    `transform` changes the actions (T, 7) before they are executed, for example through the bins of the policy.
+    `transform` changes the actions (T, 7) before they are executed, such as through the policy's bins.
     """
     env: Any = None
     try:

@@ -18,7 +18,7 @@ from worldvla.eval.tokens import read_example
 
 MAX_VIDEOS = 12
 """Rollout videos of one suite on a page; failures and successes in their share, tasks in turn."""
-ACTION_DIMS = ("x", "y", "z", "roll", "pitch", "yaw", "grip")
+ACTION_DIMS = ("x", "y", "z", "turn x", "turn y", "turn z", "grip")
 
 
 def write_page(

@@ -143,6 +143,7 @@ def _work(connection: Connection, settings: Settings) -> None:
     on with it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
+    connection.send("ready")
     env: Any = None
     episode: _Episode | None = None
     while True:
@@ -197,6 +198,7 @@ class _Worker:
         self._process = context.Process(target=_work, args=(theirs, self.settings), daemon=True)
         self._process.start()
         theirs.close()
+        self._is_ready = False
 
     def begin(self, job: Job) -> None:
         self.job, self.task, self.film, self.started = job, job.task, [], time.monotonic()
@@ -209,7 +211,9 @@ class _Worker:
     def receive(self) -> Report:
         reason = f"the worker gave no answer for {self.patience_s:.0f} s"
         try:
-            if self._connection.poll(self.patience_s):
+            if not self._is_ready and self._connection.poll(PATIENCE_S):
+                self._is_ready = self._connection.recv() == "ready"
+            if self._is_ready and self._connection.poll(self.patience_s):
                 report: Report = self._connection.recv()
                 self.film += report.frames
                 return report

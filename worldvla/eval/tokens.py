@@ -61,7 +61,7 @@ def segments(model: Model, observation: Mapping[str, Any]) -> list[tuple[str, in
     parts = [("text", text - state)] + ([("state", state)] if state else [])
     parts += [(view, int(b - a)) for view, a, b in zip(layout.views, begins, ends, strict=True)]
     block = builder.action_block_positions(0).shape[1]
-    return [*parts, ("sep", 1), *[(f"action {k + 1}", block) for k in range(layout.chunk)]]
+    return [*parts, ("sep", 1), *[(f"action {k + 1}", block) for k in range(layout.chunk)], ("sep", 1)]
 
 
 def code_colors(codebook_NE: np.ndarray) -> np.ndarray:

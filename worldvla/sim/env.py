@@ -130,4 +130,5 @@ def expert(env: "gym.Env[Any, Any]") -> Expert:
         from worldvla.sim.experts.tabletop import TabletopExpert as make_expert
     else:
         from worldvla.sim.experts.libero import LiberoExpert as make_expert
-    return make_expert(env)
+    simulator: Any = env
+    return make_expert(simulator)

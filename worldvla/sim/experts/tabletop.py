@@ -26,7 +26,7 @@ class TabletopExpert:
     def act(self) -> np.ndarray:
         """Return the action (7,) float32 in [-1, 1] for the current state."""
         env = self.env
-        goal = next((g for g in env.spec.goals if not env.holds(g)), None)
+        goal = next((g for g in env.scene.goals if not env.holds(g)), None)
         if goal is None or self._beside_placed():
             return self._towards(env.grip_position() + (0, 0, 0.05), OPEN)
         if goal.verb == "pressed":
@@ -43,7 +43,7 @@ class TabletopExpert:
         """Return whether the hand still stands around a thing that is where it belongs: rise first, or it
         falls over."""
         env = self.env
-        for goal in env.spec.goals:
+        for goal in env.scene.goals:
             if goal.thing and goal.verb != "push" and env.holds(goal):
                 away = env.grip_position() - env.position(goal.thing)
                 if float(np.hypot(*away[:2])) < 0.05 and away[2] < 0.065:
@@ -112,14 +112,14 @@ class TabletopExpert:
         if goal.where == "basket":
             others = [
                 g.thing
-                for g in env.spec.goals
+                for g in env.scene.goals
                 if g.thing != goal.thing and g.where == "basket" and env.holds(g)
             ]
             if others:  # beside what lies there already
                 taken = env.position(others[0])[:2] - where
                 side = -1.0 if taken[1] > 0 else 1.0
                 where = where + (0.0, 0.040 * side)
-            elif sum(g.where == "basket" for g in env.spec.goals) > 1:
+            elif sum(g.where == "basket" for g in env.scene.goals) > 1:
                 where = where + (0.0, -0.040)
             return where, 0.006
         if goal.where == "cabinet" and goal.verb == "in":

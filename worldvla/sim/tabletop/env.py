@@ -34,10 +34,10 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
 
     def __init__(self, task: Task, views: dict[str, tuple[int, int]] | None = None) -> None:
         self.task = task
-        self.spec = SPECS[task.suite][task.index]
+        self.scene = SPECS[task.suite][task.index]
         self.horizon = suite(task.suite).horizon
         self.rendering = True
-        self.model = world.build(self.spec)
+        self.model = world.build(self.scene)
         self.data = mujoco.MjData(self.model)
         self.views = dict(DEFAULT_VIEWS if views is None else views)
         if unknown := set(self.views) - set(VIEWS):
@@ -50,7 +50,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         ]
         self._fingers = [int(self._joint[f"{side}_finger"].qposadr[0]) for side in ("left", "right")]
         self._tips = {self.model.geom(f"{side}_tip").id: bit for bit, side in ((1, "left"), (2, "right"))}
-        self._cap_rgba = self.model.geom("button_cap").rgba.copy() if "button" in self.spec.fixtures else None
+        self._cap_rgba = self.model.geom("button_cap").rgba.copy() if "button" in self.scene.fixtures else None
         self._steps = 0
         spaces: dict[str, gym.Space[Any]] = {
             name: gym.spaces.Box(0, 255, (*size, 3), np.uint8) for name, size in self.views.items()
@@ -81,7 +81,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         self.data.qpos[self._fingers] = world.FINGER_OPEN
         self.data.ctrl[:6] = hand
         self.data.ctrl[6:] = world.FINGER_OPEN
-        if self.spec.drawer_open:
+        if self.scene.drawer_open:
             self.data.qpos[self._joint["drawer"].qposadr] = world.DRAWER_TRAVEL
         mujoco.mj_step(self.model, self.data, SETTLE_STEPS)
         self._refresh()
@@ -153,7 +153,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
     def target_position(self) -> np.ndarray:
         """Return where the hand has to go first for the first unmet goal, metres (3,)."""
         return self.goal_position(
-            next((g for g in self.spec.goals if not self.holds(g)), self.spec.goals[-1])
+            next((g for g in self.scene.goals if not self.holds(g)), self.scene.goals[-1])
         )
 
     # -- state, goals
@@ -219,11 +219,11 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
     # ------------------------------------------------------------------------------------------------
 
     def _info(self) -> dict[str, Any]:
-        held = any(g.thing and self.touching(g.thing) == 3 for g in self.spec.goals)
+        held = any(g.thing and self.touching(g.thing) == 3 for g in self.scene.goals)
         held = held or any(
-            g.verb in ("open", "closed") and self.touching("drawer") == 3 for g in self.spec.goals
+            g.verb in ("open", "closed") and self.touching("drawer") == 3 for g in self.scene.goals
         )
-        return {"success": all(self.holds(g) for g in self.spec.goals), "grasped": held}
+        return {"success": all(self.holds(g) for g in self.scene.goals), "grasped": held}
 
     def _refresh(self) -> None:
         """Recompute derived quantities and latch the button."""
@@ -237,10 +237,10 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
     def _place(self, rng: np.random.Generator) -> None:
         """Draw places until no two footprints touch; a scene that cannot be drawn is a bug in the table."""
         for _ in range(200):
-            things = {n: np.add(p, rng.uniform(-JITTER, JITTER, 2)) for n, p in self.spec.things.items()}
+            things = {n: np.add(p, rng.uniform(-JITTER, JITTER, 2)) for n, p in self.scene.things.items()}
             fixtures = {
                 n: np.add(p, rng.uniform(-FIXTURE_JITTER, FIXTURE_JITTER, 2))
-                for n, p in self.spec.fixtures.items()
+                for n, p in self.scene.fixtures.items()
             }
             if self._clear(things, fixtures):
                 break
