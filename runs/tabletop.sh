@@ -15,10 +15,12 @@ worldvla() { .venv/bin/python -m worldvla "$@"; }
 for suite in $SUITES; do
     worldvla collect "$suite" --out "$OUT/demos/$suite" --episodes 100 --workers "$(nproc)"
     worldvla replay "$OUT/demos/$suite"
+    worldvla collect "$suite" --out "$OUT/clean/$suite" --episodes 10 --seed 7 --noise 0 --views agentview=16x16
+    worldvla replay "$OUT/clean/$suite" --bins
 done
 
 worldvla train-tokenizer "$OUT/demos" --out "$OUT/image_tokenizer" --steps 2056
-worldvla probe "$OUT/image_tokenizer" "$OUT/demos/tabletop_object" --steps 400 --out "$RESULTS/probe.json"
+worldvla probe "$OUT/image_tokenizer" "$OUT"/demos/tabletop_{object,goal,spatial} --steps 600 --out "$RESULTS/probe.json"
 
 for suite in $SUITES; do
     worldvla tokenize "$OUT/demos/$suite" --tokenizer "$OUT/image_tokenizer" --out "$OUT/store_$suite"

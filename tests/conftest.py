@@ -1,4 +1,4 @@
-"""Every test runs with a fixed seed, deterministic kernels and two threads, whatever its neighbours did."""
+"""Every test runs with a fixed seed, deterministic kernels and one thread, whatever its neighbours did."""
 
 import numpy as np
 import pytest
