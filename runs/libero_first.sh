@@ -6,7 +6,6 @@ cd "$(dirname "$0")/.."
 
 OUT=out/libero
 worldvla() { .venv/bin/python -m worldvla "$@"; }
-export OMP_WAIT_POLICY=PASSIVE # threads that wait by spinning starve each other on a busy machine
 
 worldvla collect libero_object --out $OUT/demos/libero_object --tasks 0 1 2 --episodes 2 --views agentview=64x64 wrist=32x32 --workers 1
 worldvla train-tokenizer $OUT/demos --out $OUT/image_tokenizer --steps 40

@@ -416,6 +416,8 @@ def _parse(verb: str, args: list[str]) -> Any:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code. `--traceback` before the verb shows where an error came from."""
+    # Before torch is loaded: threads that wait by spinning starve the workers on a machine with few cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if args is None else args)
     show_traceback = "--traceback" in words[:1]
     words = words[show_traceback:]

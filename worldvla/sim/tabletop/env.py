@@ -50,7 +50,9 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         ]
         self._fingers = [int(self._joint[f"{side}_finger"].qposadr[0]) for side in ("left", "right")]
         self._tips = {self.model.geom(f"{side}_tip").id: bit for bit, side in ((1, "left"), (2, "right"))}
-        self._cap_rgba = self.model.geom("button_cap").rgba.copy() if "button" in self.scene.fixtures else None
+        self._cap_rgba = (
+            self.model.geom("button_cap").rgba.copy() if "button" in self.scene.fixtures else None
+        )
         self._steps = 0
         spaces: dict[str, gym.Space[Any]] = {
             name: gym.spaces.Box(0, 255, (*size, 3), np.uint8) for name, size in self.views.items()
