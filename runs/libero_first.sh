@@ -10,6 +10,6 @@ worldvla() { .venv/bin/python -m worldvla "$@"; }
 worldvla collect libero_object --out $OUT/demos/libero_object --tasks 0 1 2 --episodes 2 --views agentview=64x64 wrist=32x32 --workers 1
 worldvla train-tokenizer $OUT/demos --out $OUT/image_tokenizer --steps 40
 worldvla tokenize $OUT/demos/libero_object --tokenizer $OUT/image_tokenizer --out $OUT/store_libero_object
-worldvla train libero_object_small --out $OUT/run --train.steps "${STEPS:-150}"
+worldvla train libero_object_small --out $OUT/run --train.steps "${STEPS:-40}"
 worldvla eval $OUT/run --suite libero_object --tasks 0 1 2 --episodes 1 --workers 1 --out results/libero_first/libero_object
 worldvla imagine $OUT/run $OUT/demos/libero_object --out results/libero_first/imagine
