@@ -35,4 +35,5 @@ for suite in $SUITES; do
     .venv/bin/python tools/baselines.py "$suite" --demos "$OUT/demos/$suite" --episodes 10 --out "$RESULTS"
     .venv/bin/python tools/baselines.py "$suite" --policies expert --episodes 50 --out "$RESULTS"
 done
+worldvla eval worldvla/assets/tabletop --suite tabletop_object --episodes 10 --execute 5 --videos 0 --out "$RESULTS/tabletop_object_execute5"
 worldvla imagine worldvla/assets/tabletop "$OUT"/demos/*/ --episodes 8 --out "$RESULTS/imagine"
