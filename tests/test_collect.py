@@ -4,6 +4,7 @@ labels; stored actions reproduce the simulator's states bit by bit.
 Run: pytest tests/test_collect.py
 """
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -14,7 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worldvla.data.collect import FIRST_INIT, INITS_PER_SEED, Perturbed, collect, record, replay, rerun
+from worldvla.data.collect import (
+    FIRST_INIT,
+    INITS_PER_SEED,
+    Driven,
+    Perturbed,
+    collect,
+    record,
+    replay,
+    rerun,
+)
 from worldvla.data.episode import read_episodes, write_episodes
 from worldvla.sim import env as sim
 
@@ -164,6 +174,58 @@ def test_an_episode_ends_with_the_action_that_succeeds():
     assert episode.sim_states[-1, 0] < 1 <= episode.sim_states[-1, 0] + 0.1 * episode.actions[-1, 0] + 1e-9
     np.testing.assert_array_equal(episode.states[:, 0], episode.sim_states[:, 0].astype(np.float32))
     assert record(env, Perturbed(Right(env), np.random.default_rng(0), 0.0), init=63, seed=4) is None
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_labels_are_what_the_expert_would_do_from_each_visited_state(tmp_path, noise):
+    collect(SUITE, tmp_path, episodes=2, tasks=(0,), views={"agentview": (8, 8)}, noise=noise, label=3)
+    (path,) = tmp_path.glob("*.hdf5")
+    for episode in read_episodes(path):
+        assert episode.expert_actions is not None
+        assert episode.expert_actions.shape == (len(episode), 3, 7)
+        own = episode.is_expert
+        assert np.allclose(episode.expert_actions[own, 0], episode.actions[own], atol=1e-6)
+        if not noise:
+            stacked = np.stack([episode.actions[i : len(episode) - 2 + i] for i in range(3)], axis=1)
+            assert np.allclose(episode.expert_actions[:-2], stacked, atol=1e-3)
+        else:
+            assert not np.allclose(episode.expert_actions[~own, 0], episode.actions[~own], atol=0.05)
+    assert all(success for _, success in replay(path))  # labelling leaves the episode's own physics alone
+
+
+def _stay() -> Any:
+    return lambda observation: np.full((5, 7), 0.01 if "line" in observation["instruction"] else 0.02)
+
+
+def test_a_policy_drives_and_the_expert_ends_the_episode():
+    line = Line(SimpleNamespace(instruction="line"))  # pyright: ignore[reportArgumentType]
+    driver = Driven(_stay(), Right(line), "line", np.random.default_rng(0), until=40, execute=3)
+    episode_actions, flags = [], []
+    observation, _ = line.reset(options={"init": FIRST_INIT})
+    success = False
+    while not success:
+        action, is_expert = driver(observation)
+        episode_actions.append(action[0])
+        flags.append(is_expert)
+        observation, _, success, _, _ = line.step(action)
+    assert np.array_equal(np.array(episode_actions) > 0.1, flags)  # the flag says who acted
+    early, late = flags[:39], flags[42:]
+    assert 0.5 < 1 - np.mean(early) < 1.0
+    assert all(late)
+    runs = np.diff(np.flatnonzero(np.diff([True, *early, True])))
+    assert (runs % 3 == 0).all()  # whole stretches of `execute` steps
+
+
+def test_policy_driven_demonstrations_name_the_policy(tmp_path):
+    arguments: Any = {"label": 2, "policy": _stay, "policy_name": "abc", "tasks": (0,), "episodes": 1}
+    collect(SUITE, tmp_path, views={"agentview": (8, 8)}, **arguments)
+    (path,) = tmp_path.glob("*.hdf5")
+    (episode,) = read_episodes(path)
+    assert not episode.is_expert.all()
+    assert episode.expert_actions is not None
+    assert json.loads((tmp_path / "collect.json").read_text())["policy"] == "abc"
+    with pytest.raises(ValueError, match="choose another directory"):
+        collect(SUITE, tmp_path, views={"agentview": (8, 8)}, **{**arguments, "policy_name": "other"})
 
 
 def test_replay_reports_success_and_drift(tmp_path):

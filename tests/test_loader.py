@@ -112,6 +112,25 @@ def test_positions_are_the_valid_ones(stores: list[TokenStore], pad_chunks: bool
     )
 
 
+def test_every_frame_asks_for_the_experts_own_chunk(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    labels = [rng.uniform(-1, 1, (len(e), 4, 7)).astype(np.float32) for e in EPISODES]
+    told = [replace(e, expert_actions=label) for e, label in zip(EPISODES, labels, strict=True)]
+    write_store(tmp_path / "told", told, PixelSums())
+    loader = make([TokenStore.open(tmp_path / "told")])
+    num_frames = sum(len(e) for e in EPISODES)
+    assert loader.num_train("policy") + loader.num_val("policy") == num_frames  # perturbed and last ones too
+    statistics, vocab = loader.builder.statistics, loader.builder.vocab
+    for frame, label in enumerate(np.concatenate(labels)):
+        sample = loader.sample(frame, "policy")
+        codes = sample.ids[(sample.ids >= vocab.action.start) & (sample.ids < vocab.action.stop)]
+        assert np.array_equal(
+            codes - vocab.action.start, statistics.encode_actions(label[: LAYOUT.chunk]).ravel()
+        )
+    with pytest.raises(ValueError, match=r"chunks of 4 expert actions, layout\.chunk is 5"):
+        make([TokenStore.open(tmp_path / "told")], layout=replace(LAYOUT, chunk=5))
+
+
 def test_held_out_episodes_never_train(stores: list[TokenStore]):
     loader, held_out = make(stores), held_out_frames(stores)
     assert 0 < len(held_out) < sum(map(len, EPISODES))

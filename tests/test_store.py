@@ -6,6 +6,7 @@ pytest tests/test_store.py
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,20 @@ def test_what_goes_in_comes_out(store: Path):
         for name in ("instruction", "suite", "task", "init", "seed"):
             assert getattr(row, name) == getattr(episode, name)
     assert opened.codes["agentview"].dtype == np.uint16
+
+
+def test_the_experts_answers_are_kept_and_not_mixed(tmp_path: Path):
+    labels = [
+        np.random.default_rng(i).random((len(e), 4, 7), dtype=np.float32) for i, e in enumerate(EPISODES)
+    ]
+    told = [replace(e, expert_actions=label) for e, label in zip(EPISODES, labels, strict=True)]
+    write_episodes(tmp_path / "a_demo.hdf5", told, {})
+    tokenize_files([tmp_path / "a_demo.hdf5"], PixelSums(), tmp_path / "store")
+    opened = TokenStore.open(tmp_path / "store")
+    assert opened.expert_actions is not None
+    assert np.array_equal(opened.expert_actions, np.concatenate(labels))
+    with pytest.raises(ValueError, match="stores of their own"):
+        write_store(tmp_path / "mixed", [told[0], EPISODES[1]], PixelSums())
 
 
 def test_batches_do_not_change_the_codes(store: Path, tmp_path: Path):

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +74,23 @@ def _through_bins(files: Sequence[Path]) -> Callable[[Any], Any]:
     return lambda actions: statistics.decode_actions(statistics.encode_actions(actions))
 
 
+@cache
+def _act(checkpoint: str) -> Callable[[Any], Any]:
+    """Return observation -> actions (K, 7) of a checkpoint, for a worker with one core to itself."""
+    import torch
+
+    from worldvla.infer.load import load
+
+    torch.set_num_threads(1)
+    return load(checkpoint).policy().act
+
+
+def _weights(checkpoint: Path) -> str:
+    from worldvla.infer.load import find_checkpoint, weights_digest
+
+    return weights_digest(find_checkpoint(checkpoint))
+
+
 def _short(checkpoint: Path) -> str:
     """Return a directory name for results of `checkpoint`: out/train/NAME/ckpt/step_N becomes NAME_step_N."""
     return "_".join(part for part in checkpoint.parts[-3:] if part not in ("out", "train", "ckpt", "/"))
@@ -96,11 +114,20 @@ class Collect:
     workers: int = 2
     noise: float = 0.15
     """Expected share of perturbed steps, from which the expert recovers."""
+    label: int = 0
+    """K: also store what the expert would do in the K steps from every visited state on. With it, every frame
+    is a clean policy target."""
+    policy: Path | None = None
+    """A checkpoint that drives, the expert taking over for stretches and at last (DAgger). Needs --label."""
+    execute: int = 3
+    """Actions of each of its chunks that are executed."""
 
     def run(self) -> int:
         from worldvla.sim.env import suite
 
         suite(self.suite)
+        if self.policy is not None and not self.label:
+            raise ValueError("--policy without --label K teaches nothing: its own actions are no targets")
         from worldvla.data.collect import collect
 
         out = self.out or Path("out/demos") / self.suite
@@ -112,6 +139,10 @@ class Collect:
             seed=self.seed,
             workers=self.workers,
             noise=self.noise,
+            label=self.label,
+            policy=partial(_act, str(self.policy)) if self.policy else None,
+            policy_name=_weights(self.policy) if self.policy else "",
+            execute=self.execute,
             tasks=self.tasks,
         )
         _say(f"demonstrations: {out}   next: worldvla replay {out}")

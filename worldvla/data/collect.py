@@ -41,6 +41,61 @@ Driver = Callable[[dict[str, Any]], tuple[np.ndarray, bool]]
 
 
 @dataclass
+class Driven:
+    """Drive by a policy, by stretches and at last by the expert: the policy's own errors are visited (DAgger,
+    Ross et al. 2011; the expert ends each episode, so that one that is stuck still succeeds)."""
+
+    act: Callable[[dict[str, Any]], np.ndarray]
+    """Observation, as `Policy.act` takes it -> actions (K, 7)."""
+    expert: sim.Expert
+    instruction: str
+    rng: np.random.Generator
+    until: int
+    """Steps after which the expert drives alone."""
+    execute: int
+    """Actions of each chunk that are executed."""
+    share: float = 0.8
+    """Chance that the next stretch is the policy's."""
+    steps: int = 0
+    ahead: list[np.ndarray] = field(default_factory=list)
+    """Actions of the policy that are still to be executed."""
+    expert_left: int = 0
+
+    def __call__(self, observation: dict[str, Any]) -> tuple[np.ndarray, bool]:
+        if not self.ahead and not self.expert_left:
+            if self.steps < self.until and self.rng.random() < self.share:
+                chunk = self.act({**observation, "instruction": self.instruction})
+                self.ahead = list(chunk[: self.execute])
+            else:
+                self.expert_left = self.execute
+        self.steps += 1
+        if self.ahead:
+            return np.clip(self.ahead.pop(0), -1, 1).astype(np.float32), False
+        self.expert_left -= 1
+        return np.clip(self.expert.act(), -1, 1).astype(np.float32), True
+
+
+@dataclass
+class Labeller:
+    """Ask the expert what it does in the next `chunk` steps, in a second simulator set to the first one's
+    state."""
+
+    scout: Any
+    """An environment of the same task that renders nothing."""
+    expert: sim.Expert
+    chunk: int
+
+    def __call__(self, state: np.ndarray) -> np.ndarray:
+        """Return its actions from simulator state `state` on, (K, 7)."""
+        self.scout.set_state(state)
+        actions = []
+        for _ in range(self.chunk):
+            actions.append(np.clip(self.expert.act(), -1, 1).astype(np.float32))
+            self.scout.step(actions[-1])
+        return np.array(actions)
+
+
+@dataclass
 class Perturbed:
     """Drive by the expert, with bursts of strong noise from which it then recovers.
 
@@ -72,10 +127,15 @@ class Perturbed:
         return np.clip(action, -1, 1), False
 
 
-def record(env: Any, driver: Driver, init: int, seed: int) -> Episode | None:
-    """Return `driver`'s episode from initial state `init` up to its success; None if it has none."""
+def record(
+    env: Any, driver: Driver, init: int, seed: int, label: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Episode | None:
+    """Return `driver`'s episode from initial state `init` up to its success; None if it has none.
+
+    `label`: simulator state -> the expert's chunk (K, 7) from there on.
+    """
     observation, _ = env.reset(seed=seed, options={"init": init})
-    actions, states, sim_states, is_expert = [], [], [], []
+    actions, states, sim_states, is_expert, labels = [], [], [], [], []
     images: dict[str, list[np.ndarray]] = {name: [] for name in observation if name != "state"}
     for _ in range(env.horizon):
         action, expert = driver(observation)
@@ -83,6 +143,8 @@ def record(env: Any, driver: Driver, init: int, seed: int) -> Episode | None:
         states.append(observation["state"])
         sim_states.append(env.get_state())
         is_expert.append(expert)
+        if label is not None:
+            labels.append(label(sim_states[-1]))
         for name, frames in images.items():
             frames.append(observation[name])
         observation, _, success, _, _ = env.step(action)
@@ -98,6 +160,7 @@ def record(env: Any, driver: Driver, init: int, seed: int) -> Episode | None:
                 is_expert=np.array(is_expert, dtype=np.bool_),
                 init=init,
                 seed=seed,
+                expert_actions=np.array(labels) if label is not None else None,
             )
     return None
 
@@ -116,28 +179,44 @@ class _Job:
     noise: float
     make: Callable[..., Any]
     expert: Callable[[Any], sim.Expert]
+    label: int
+    policy: "LoadPolicy | None"
+    execute: int
 
 
+LoadPolicy = Callable[[], Callable[[dict[str, Any]], np.ndarray]]
+"""Importable by a worker; returns what `Driven.act` is, loaded once a process."""
 _kept: dict[tuple[Any, ...], Any] = {}
-"""This process's last environment; LIBERO's cost seconds to make."""
+"""This process's last environment and its scout; LIBERO's cost seconds to make."""
 
 
-def _environment(job: _Job) -> Any:
-    key = (job.make, job.task, json.dumps(job.views))
+def _environments(job: _Job) -> tuple[Any, Any]:
+    """Return the environment and, for labels, its scout."""
+    key = (job.make, job.task, json.dumps(job.views), bool(job.label))
     if key not in _kept:
         for old in _kept.values():
-            old.close()
+            for env in filter(None, old):
+                env.close()
         _kept.clear()
-        _kept[key] = job.make(job.task, job.views)
+        scout = job.make(job.task, {}) if job.label else None
+        if scout is not None:
+            scout.reset(options={"init": 0})
+        _kept[key] = job.make(job.task, job.views), scout
     return _kept[key]
 
 
 def _attempt(job: _Job, attempt: int) -> bool:
     """Run one attempt; leave its episode, or an empty `.failed` file, in the parts. Return its success."""
-    env = _environment(job)
+    env, scout = _environments(job)
     init = FIRST_INIT + job.seed * INITS_PER_SEED + attempt
     rng = np.random.default_rng([job.seed, job.task.index, init])
-    episode = record(env, Perturbed(job.expert(env), rng, job.noise), init, job.seed)
+    label = Labeller(scout, job.expert(scout), job.label) if scout is not None else None
+    if job.policy is None:
+        driver: Driver = Perturbed(job.expert(env), rng, job.noise)
+    else:
+        until = int(rng.uniform(0.2, 0.7) * env.horizon)
+        driver = Driven(job.policy(), job.expert(env), job.task.instruction, rng, until, job.execute)
+    episode = record(env, driver, init, job.seed, label)
     if episode is None:
         (job.parts / f"{attempt}.failed").touch()
         return False
@@ -157,14 +236,21 @@ def collect(
     seed: int = 0,
     workers: int = 2,
     noise: float = 0.15,
+    label: int = 0,
+    policy: LoadPolicy | None = None,
+    policy_name: str = "",
+    execute: int = 3,
     tasks: tuple[int, ...] = (),
     make: Callable[..., Any] = sim.make,
     expert: Callable[[Any], sim.Expert] = sim.expert,
 ) -> dict[str, dict[str, int]]:
     """Write `episodes` successful demonstrations of every task of `suite` (or of those in `tasks`).
 
-    `noise` is the expected share of perturbed steps. Return {task name: {episodes, steps, failed}}: how many
-    were written and how many attempts failed. `make` and `expert` must be importable by the workers.
+    `noise` is the expected share of perturbed steps; with a `policy` it drives instead (`Driven`), `execute`
+    actions of its chunk at a time, and `policy_name` says in the files which one it was. `label`: K, store
+    the expert's next K actions from every visited state. Return {task name: {episodes, steps, failed}}: how
+    many were written and how many attempts failed. `make`, `expert` and `policy` must be importable by the
+    workers.
     """
     table = sim.tasks(suite)
     if bad := [i for i in tasks if not 0 <= i < len(table)]:
@@ -177,10 +263,11 @@ def collect(
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     arguments = {"suite": suite, "episodes": episodes, "seed": seed, "noise": noise, "views": views}
+    arguments |= {"label": label, "policy": policy_name, "execute": execute if policy else 0}
     _guard(out_dir / "collect.json", arguments)
     chosen = [t for t in table if not tasks or t.index in tasks]
     jobs = [
-        _Job(t, out_dir / f".{t.name}.parts", views, seed, noise, make, expert)
+        _Job(t, out_dir / f".{t.name}.parts", views, seed, noise, make, expert, label, policy, execute)
         for t in chosen
         if not _path(out_dir, t).exists()
     ]
@@ -261,7 +348,8 @@ def _merge(out_dir: Path, job: _Job, arguments: dict[str, Any]) -> None:
     good, bad = _done(job)
     found = (episode for attempt in sorted(good) for episode in read_episodes(job.parts / f"{attempt}.hdf5"))
     versions = {name: importlib.metadata.version(name) for name in ("mujoco", "numpy")}
-    told = {"env_name": job.task.suite, "source": "scripted expert", "failed": len(bad), "versions": versions}
+    source = "scripted expert" if job.policy is None else "a policy, the scripted expert at last"
+    told = {"env_name": job.task.suite, "source": source, "failed": len(bad), "versions": versions}
     write_episodes(_path(out_dir, job.task), found, told | arguments)
     shutil.rmtree(job.parts)
 

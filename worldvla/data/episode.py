@@ -53,6 +53,9 @@ class Episode:
     """Index of the initial state; -1: unknown."""
     seed: int
     """Seed of the collection; -1: unknown."""
+    expert_actions: np.ndarray | None = None
+    """(T, K, 7) float32: what the expert does in the K steps from each visited state on, whoever drove. None:
+    not asked."""
 
     def __post_init__(self) -> None:
         length = len(self.actions)
@@ -64,6 +67,8 @@ class Episode:
             "sim_states": (self.sim_states, np.float64, (length, None)),
             "is_expert": (self.is_expert, np.bool_, (length,)),
         }
+        if self.expert_actions is not None:
+            shapes["expert_actions"] = (self.expert_actions, np.float32, (length, None, NUM_ACTION_DIMS))
         shapes |= {f"images[{v}]": (a, np.uint8, (length, None, None, 3)) for v, a in self.images.items()}
         for name, (array, dtype, shape) in shapes.items():
             fits = array.ndim == len(shape) and all(
@@ -165,6 +170,8 @@ def _write_demo(group: h5py.Group, episode: Episode) -> None:
         "obs/ee_states": states[:, :6],
         "obs/gripper_states": states[:, 6:],
     }
+    if episode.expert_actions is not None:
+        columns["expert_actions"] = episode.expert_actions
     for name, array in columns.items():
         group.create_dataset(name, data=array)
     for view, images in episode.images.items():
@@ -258,4 +265,5 @@ def _read_demo(group: h5py.Group, told: dict[str, str], images: bool) -> Episode
         is_expert=is_expert[acts],
         init=int(group.attrs.get("init", -1)),
         seed=int(group.attrs.get("seed", -1)),
+        expert_actions=np.asarray(group["expert_actions"])[acts] if "expert_actions" in group else None,
     )

@@ -42,7 +42,7 @@ class Loader:
         layout = builder.layout
         check_stores(stores, layout, builder.vocab)
         self._stores = list(stores)
-        self._starts, self._stops, is_expert = frame_tables(stores)
+        self._starts, self._stops = frame_spans(stores)
         self._frame_store = np.repeat(np.arange(len(stores)), [len(s) for s in stores])
         self._frame_offset = np.cumsum([0] + [len(s) for s in stores])[self._frame_store]
         self._codes = [[store.codes[view] for view in layout.views] for store in stores]
@@ -51,6 +51,14 @@ class Loader:
         )
         vocab, statistics = builder.vocab, builder.statistics
         self._action_ids = statistics.encode_actions(actions) + vocab.action.start
+        targets = [policy_targets(store, layout.chunk, data.pad_chunks) for store in stores]
+        self._chunk_ids = np.concatenate(
+            [
+                (statistics.encode_actions(chunks) + vocab.action.start).astype(np.int32)
+                for chunks, _ in targets
+            ]
+        )
+        """(F, K, A): the chunk that each frame asks for."""
         self._state_ids = statistics.encode_states(states) + vocab.state.start if layout.state else None
 
         texts = [e.instruction for store in stores for e in store.episodes]
@@ -64,7 +72,7 @@ class Loader:
 
         held_out = np.repeat(np.concatenate([*split(stores, data.val_fraction)]), lengths)
         is_start = {
-            "policy": self._policy_starts(is_expert),
+            "policy": np.concatenate([is_start for _, is_start in targets]),
             "world": np.arange(len(actions)) + 1 < self._stops,
         }
         self._train = {mode: np.flatnonzero(is_start[mode] & ~held_out) for mode in MODES}
@@ -116,15 +124,6 @@ class Loader:
         length = len(self._policy_template(frame)[0]) if mode == "policy" else len(self._world_template)
         return Sample(**{name: table[k, :length].astype(DTYPES[name]) for k, name in enumerate(ROWS)})
 
-    def _policy_starts(self, is_expert: np.ndarray) -> np.ndarray:
-        """Return which frames start a chunk: all actions the expert's and, unless padded, in the episode."""
-        num_frames, chunk = len(is_expert), self.builder.layout.chunk
-        frames = np.arange(num_frames)
-        last = np.minimum(frames + chunk, self._stops)
-        expert_before = np.concatenate([[0], np.cumsum(is_expert)])
-        all_expert = expert_before[last] - expert_before[frames] == last - frames
-        return all_expert if self.data.pad_chunks else all_expert & (frames + chunk <= self._stops)
-
     def _take(self, mode: Mode, first: int, last: int) -> np.ndarray:
         """Return the frames of samples first .. last - 1 of a stream."""
         count, parts = self.num_train(mode), []
@@ -168,13 +167,7 @@ class Loader:
         if self._state_ids is not None:
             ids[template.state] = self._state_ids[frame]
         self._fill_images(ids, template, oldest)
-        stop = frame + self.builder.layout.chunk
-        if stop <= self._stops[frame]:
-            ids[template.actions] = self._action_ids[frame:stop]
-        else:
-            ids[template.actions] = self._action_ids[
-                np.minimum(np.arange(frame, stop), self._stops[frame] - 1)
-            ]
+        ids[template.actions] = self._chunk_ids[frame]
 
     def _fill_world(self, table: np.ndarray, frame: int) -> None:
         template = self._world_template
@@ -230,18 +223,37 @@ def check_stores(stores: Sequence[TokenStore], layout: LayoutConfig, vocab: Voca
             )
 
 
-def frame_tables(stores: Sequence[TokenStore]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return start and stop of every frame's episode and is_expert, (F,) each, counted over all stores."""
+def frame_spans(stores: Sequence[TokenStore]) -> tuple[np.ndarray, np.ndarray]:
+    """Return start and stop of every frame's episode, (F,) each, counted over all stores."""
     offsets = np.cumsum([0] + [len(store) for store in stores])
     spans = [
         (o + e.start, e.length) for store, o in zip(stores, offsets, strict=False) for e in store.episodes
     ]
     starts, lengths = (np.array(column, dtype=np.int64) for column in zip(*spans, strict=True))
-    return (
-        np.repeat(starts, lengths),
-        np.repeat(starts + lengths, lengths),
-        np.concatenate([s.is_expert for s in stores]),
-    )
+    return np.repeat(starts, lengths), np.repeat(starts + lengths, lengths)
+
+
+def policy_targets(store: TokenStore, chunk: int, pad: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the chunk (F, K, A) of every frame, and which frames (F,) a policy may learn from.
+
+    With the expert's answers in the store, those, for every frame. Without, the actions that were executed: a
+    chunk counts if all of it was the expert's and, unless `pad` repeats the last one, inside the episode.
+    """
+    if store.expert_actions is not None:
+        if (known := store.expert_actions.shape[1]) < chunk:
+            raise ValueError(
+                f"{store.path} holds chunks of {known} expert actions, layout.chunk is {chunk}: "
+                f"collect again with --label {chunk}"
+            )
+        return store.expert_actions[:, :chunk], np.ones(len(store), dtype=np.bool_)
+    _, stops = frame_spans([store])
+    frames = np.arange(len(store))
+    last = np.minimum(frames + chunk, stops)
+    expert_before = np.concatenate([[0], np.cumsum(store.is_expert)])
+    is_start = expert_before[last] - expert_before[frames] == last - frames
+    if not pad:
+        is_start &= frames + chunk <= stops
+    return store.actions[np.minimum(frames[:, None] + np.arange(chunk), stops[:, None] - 1)], is_start
 
 
 def split(stores: Sequence[TokenStore], val_fraction: float) -> list[np.ndarray]:

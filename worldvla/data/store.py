@@ -2,6 +2,7 @@
 
 codes_<view>.npy   uint16 (F, N), row-major codes of a view's grid
 actions.npy        float32 (F, A)        states.npy  float32 (F, S)        is_expert.npy  bool (F,)
+expert_actions.npy float32 (F, K, A)     where the demonstrations hold the expert's answer to every state
 episodes.json      [{start, length, instruction, suite, task, init, seed}]
 manifest.json      format, digest of the image tokenizer, counts, grids, source files
 
@@ -59,6 +60,8 @@ class TokenStore:
     actions: np.ndarray
     states: np.ndarray
     is_expert: np.ndarray
+    expert_actions: np.ndarray | None = None
+    """float32 (F, K, A), the expert's next K actions from each frame on; None: not in the demonstrations."""
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -90,6 +93,10 @@ class TokenStore:
         actions = _load(path, "actions", np.float32, (num_frames, manifest["action_dims"]))
         states = _load(path, "states", np.float32, (num_frames, manifest["state_dims"]))
         is_expert = _load(path, "is_expert", np.bool_, (num_frames,))
+        expert_actions = None
+        if label := manifest.get("expert_chunk"):
+            shape = (num_frames, label, manifest["action_dims"])
+            expert_actions = _load(path, "expert_actions", np.float32, shape)
         try:
             episodes = tuple(
                 EpisodeRow(**row) for row in json.loads((path / "episodes.json").read_text(encoding="utf-8"))
@@ -103,7 +110,7 @@ class TokenStore:
             raise ValueError(
                 f"{path}/episodes.json does not cover the {num_frames} frames: run `worldvla tokenize` again"
             )
-        return cls(path, manifest, episodes, codes, actions, states, is_expert)
+        return cls(path, manifest, episodes, codes, actions, states, is_expert, expert_actions)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -222,10 +229,18 @@ class _Writer:
                     f"view {view} changes its grid from {grid} to {codes.shape[1:]}: use one size"
                 )
             self._append(f"codes_{view}", codes.reshape(len(codes), -1))
-        for name in ("actions", "states", "is_expert"):
+        names = ("actions", "states", "is_expert")
+        if episode.expert_actions is not None:
+            names += ("expert_actions",)
+        if self.rows and set(names) != set(self.columns) - {f"codes_{view}" for view in self.views}:
+            raise ValueError(
+                f"an episode of {episode.task!r} has {names}, those before it {sorted(self.columns)}: "
+                "tokenize demonstrations with and without the expert's labels into stores of their own"
+            )
+        for name in names:
             self._append(name, getattr(episode, name))
-        length, names = len(episode.actions), (episode.instruction, episode.suite, episode.task)
-        self.rows.append(EpisodeRow(self.num_frames, length, *names, int(episode.init), int(episode.seed)))
+        length, told = len(episode.actions), (episode.instruction, episode.suite, episode.task)
+        self.rows.append(EpisodeRow(self.num_frames, length, *told, int(episode.init), int(episode.seed)))
         self.num_frames += length
 
     def finish(self, tokenizer: dict[str, Any], source: dict[str, Any]) -> None:
@@ -242,6 +257,9 @@ class _Writer:
             "episodes": len(self.rows),
             "action_dims": self.columns["actions"].shape[0],
             "state_dims": self.columns["states"].shape[0],
+            "expert_chunk": self.columns["expert_actions"].shape[0]
+            if "expert_actions" in self.columns
+            else 0,
             "grids": self.grids,
             "source": source,
         }
