@@ -12,6 +12,7 @@ from worldvla.sim.env import Task
 
 CRASH, DIE, HANG = 1, 2, 3
 """Initial states in which task 1 raises, kills its process, stands still."""
+SLOW_S = 2.0
 TABLE = tuple(Task("tabletop_object", i, f"move_{i}", f"move dot {i}") for i in range(3))
 
 
@@ -56,6 +57,21 @@ class FakeEnv:
 
     def close(self) -> None:
         pass
+
+
+class SlowEnv(FakeEnv):
+    """Task 0 takes long to reset, as LIBERO does."""
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self.task.index == 0:
+            time.sleep(SLOW_S)
+        return super().reset(seed=seed, options=options)
+
+
+def make_slow(task: Task, views: dict[str, tuple[int, int]] | None) -> FakeEnv:
+    return SlowEnv(task, views or {})
 
 
 def make(task: Task, views: dict[str, tuple[int, int]] | None) -> FakeEnv:

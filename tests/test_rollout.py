@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_env import CRASH, DIE, HANG, TABLE, make
+from fake_env import CRASH, DIE, HANG, SLOW_S, TABLE, make, make_slow
 
 from worldvla.eval.actors import BlindActor, ExpertActor, Query, RandomActor, mean_trajectory
 from worldvla.eval.rollout import run
@@ -99,6 +99,18 @@ def test_batches_do_not_depend_on_chance(tmp_path: Path) -> None:
     assert orders[0] == orders[1]
 
 
+def test_nobody_waits_for_a_slow_reset(tmp_path: Path) -> None:
+    actor = Forward()
+    options = {"workers": 2, "videos": 0, "page": False, "make": make_slow, "table": TABLE}
+    record = run(actor, "libero_object", 1, out_dir=tmp_path, **options)  # LIBERO is not run in lockstep
+    assert {len(batch) for batch in actor.asked} == {1}
+    assert [batch[0].task.index for batch in actor.asked] == [1, 1, 2, 2, 2, 2, 0, 0]
+    assert record["simulation_seconds"] >= SLOW_S
+    lockstep = Forward()
+    roll(lockstep, tmp_path / "lockstep", 1, make=make_slow)
+    assert [q.task.index for q in lockstep.asked[0]] == [0, 1]
+
+
 def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     whole = roll(Forward(), tmp_path / "whole", 3, tasks=(0, 2))
     roll(Forward(), tmp_path / "part", 3, tasks=(0, 2))
@@ -110,7 +122,7 @@ def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     assert len({(q.task.index, q.init) for batch in actor.asked for q in batch}) == 4
     for record in (whole, resumed):
         for outcome in record["outcomes"]:
-            del outcome["seconds"]
+            del outcome["seconds"], outcome["simulation_seconds"]
     assert resumed["outcomes"] == whole["outcomes"]
     with pytest.raises(ValueError, match="holds another evaluation"):
         roll(Forward(), tmp_path / "part", 3, seed=1)

@@ -70,6 +70,29 @@ def tabletop() -> Config:
     )
 
 
+def _dagger(rounds: int, init_from: str, steps: int, learning_rate: float, last_rate: float) -> Config:
+    """`tabletop` trained on, from `init_from`, with the states that its predecessors visited."""
+    base = tabletop()
+    names = [f"{d}_{suite}" for d in ["store", "dagger1", "dagger2"][: rounds + 1] for suite in TABLETOP_SUITES]
+    return replace(
+        base,
+        name=f"tabletop_dagger{rounds}",
+        optim=replace(base.optim, learning_rate=learning_rate, min_learning_rate=last_rate, warmup_steps=100),
+        data=replace(base.data, stores=tuple(f"out/tabletop/{name}" for name in names)),
+        train=replace(base.train, steps=steps, batch_size=64, init_from=init_from),
+    )
+
+
+def tabletop_dagger1() -> Config:
+    """`tabletop` with the expert's labels on the states that its first version visited."""
+    return _dagger(1, "out/tabletop/first", 2_600, 5e-4, 3e-4)
+
+
+def tabletop_dagger2() -> Config:
+    """`tabletop_dagger1` with the states that it visited: the shipped small model."""
+    return _dagger(2, "out/tabletop/second", 6_000, 5e-4, 1e-5)
+
+
 def tabletop_pilot() -> Config:
     """The pilot of `tabletop` on one suite: at least 70 % on unseen initial states before a longer run."""
     base = tabletop()
@@ -161,7 +184,18 @@ def worldvla_256() -> Config:
     )
 
 
-RECIPES = {f.__name__: f for f in (tabletop, tabletop_pilot, debug, libero_object_small, worldvla_256)}
+RECIPES = {
+    f.__name__: f
+    for f in (
+        tabletop,
+        tabletop_dagger1,
+        tabletop_dagger2,
+        tabletop_pilot,
+        debug,
+        libero_object_small,
+        worldvla_256,
+    )
+}
 
 
 def recipe(name: str) -> Config:

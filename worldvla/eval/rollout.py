@@ -2,13 +2,15 @@
 
     record = evaluate("out/train/tabletop", "tabletop_object", episodes=10, out_dir=Path("out/eval/object"))
 
-Each worker process steps one environment and never imports torch. All waiting environments are answered at
-once, in lockstep, so that batches, and with them the record, are a function of the arguments. An actor's
+Each worker process steps one environment and never imports torch. Where simulation is cheap all environments
+are answered at once, in lockstep; where it is dear (LIBERO), each as soon as it asks. In both the record is a
+function of the arguments. An actor's
 chunk is executed open loop, then it is asked again; with a history the frames just before go along (WorldVLA
 eval_solver_libero_256.py:136-312).
 """
 
 import multiprocessing
+import multiprocessing.connection
 import signal
 import time
 import traceback
@@ -41,6 +43,9 @@ PATIENCE_S = 600.0
 """A worker that gives no answer for so long is stopped, its episode an error. Making a LIBERO scene takes
 half a minute.
 """
+MOST_AT_ONCE = 1
+"""Queries answered together out of lockstep. One: the record is then a function of the arguments, as it is in
+lockstep, because no answer depends on who else was waiting."""
 MakeEnv = Callable[[sim.Task, dict[str, tuple[int, int]]], Any]
 
 
@@ -75,6 +80,8 @@ class Report:
     reason: str = ""
     grasped: bool = False
     steps: int = 0
+    simulation_s: float = 0.0
+    """Seconds that its worker has simulated and rendered so far, making and resetting included."""
     frames: list[dict[str, np.ndarray]] = field(default_factory=list)
     """Rendered since the last report, for the film."""
 
@@ -153,6 +160,7 @@ def _work(connection: Connection, settings: Settings) -> None:
             return
         if order is None:
             return
+        started, earlier = time.monotonic(), 0.0
         try:
             if isinstance(order, Job):
                 episode = None
@@ -164,12 +172,14 @@ def _work(connection: Connection, settings: Settings) -> None:
                 report = episode.start()
             else:
                 assert episode is not None
+                earlier = episode.report.simulation_s
                 report = episode.execute(order)
         except (
             Exception
         ) as error:  # the process boundary: whatever an environment raises is a record, not the end
             report = episode.report if episode is not None else Report("error")
             report.status, report.reason, env = "error", _reason(error), None
+        report.simulation_s = earlier + time.monotonic() - started
         connection.send(report)
         report.frames.clear()
 
@@ -194,29 +204,39 @@ class _Worker:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs, self.settings), daemon=True)
         self._process.start()
         theirs.close()
         self._is_ready = False
+        self.deadline = time.monotonic() + PATIENCE_S
 
     def begin(self, job: Job) -> None:
         self.job, self.task, self.film, self.started = job, job.task, [], time.monotonic()
         self.send(job)
 
     def send(self, order: Any) -> None:
-        with suppress(OSError):  # it has died; `receive` says so
-            self._connection.send(order)
+        if self._is_ready:
+            self.deadline = time.monotonic() + self.patience_s
+        with suppress(OSError):  # it has died; `poll` says so
+            self.connection.send(order)
 
-    def receive(self) -> Report:
-        reason = f"the worker gave no answer for {self.patience_s:.0f} s"
+    def poll(self) -> Report | None:
+        """Return its answer, None while there is none.
+
+        One that died or is overdue is replaced, its episode an error.
+        """
         try:
-            if not self._is_ready and self._connection.poll(PATIENCE_S):
-                self._is_ready = self._connection.recv() == "ready"
-            if self._is_ready and self._connection.poll(self.patience_s):
-                report: Report = self._connection.recv()
-                self.film += report.frames
-                return report
+            while self.connection.poll(0):
+                message = self.connection.recv()
+                if isinstance(message, Report):
+                    self.film += message.frames
+                    return message
+                self._is_ready = True
+                self.deadline = time.monotonic() + self.patience_s
+            if time.monotonic() < self.deadline:
+                return None
+            reason = f"the worker gave no answer for {self.patience_s:.0f} s"
         except (EOFError, OSError):
             self._process.join(5.0)
             reason = f"the worker process died (exit code {self._process.exitcode})"
@@ -228,7 +248,7 @@ class _Worker:
     def stop(self) -> None:
         self._process.kill()
         self._process.join()
-        self._connection.close()
+        self.connection.close()
 
 
 @contextmanager
@@ -249,27 +269,47 @@ def roll_out(
     workers: int,
     on_end: Callable[[Job, Report, float, list[dict[str, np.ndarray]]], None],
     patience_s: float = PATIENCE_S,
+    lockstep: bool = True,
 ) -> None:
-    """Run every job to its end; `on_end(job, last report, seconds, film)` is called once for each."""
+    """Run every job to its end; `on_end(job, last report, seconds, film)` is called once for each.
+
+    `lockstep`: the actor answers once all environments wait: the largest batches, for simulators that are
+    quick. Else it answers whoever waits, MOST_AT_ONCE of them, and nobody waits for another one's reset.
+    """
     waiting = list(jobs)
+    arrived: dict[_Worker, Report] = {}
     with _workers(min(workers, len(waiting)), settings, patience_s) as pool:
-        while waiting or any(w.job for w in pool):
+
+        def begin() -> None:
             for worker in pool:
                 if worker.job is None and waiting:
                     worker.begin(_next(waiting, worker.task, {w.task for w in pool}))
-            active = [(w, w.job) for w in pool if w.job is not None]
-            asking: list[tuple[_Worker, Query]] = []
-            for worker, job in active:
-                report = worker.receive()
-                if report.status == "running":
-                    asking.append((worker, Query(job.task, job.init, report.steps, report.observation)))
-                else:
-                    worker.job = None
-                    on_end(job, report, time.monotonic() - worker.started, worker.film)
-            if asking:
-                answers = actor.act([query for _, query in asking])
-                for (worker, _), actions in zip(asking, answers, strict=True):
-                    worker.send(actor.execute if actions is None else actions)
+
+        begin()
+        while busy := [w for w in pool if w.job is not None]:
+            silent = [w for w in busy if w not in arrived]
+            if silent and (lockstep or not arrived):
+                left = min(w.deadline for w in silent) - time.monotonic()
+                multiprocessing.connection.wait([w.connection for w in silent], max(0.0, left))
+            arrived |= {w: report for w in silent if (report := w.poll()) is not None}
+            if lockstep and len(arrived) < len(busy):
+                continue
+            for worker in [w for w in pool if w in arrived and arrived[w].status != "running"]:
+                report, job, worker.job = arrived.pop(worker), worker.job, None
+                assert job is not None
+                on_end(job, report, time.monotonic() - worker.started, worker.film)
+            begin()  # before the actor computes: the others' simulators go on meanwhile
+            asking = [w for w in pool if w in arrived] if lockstep else list(arrived)[:MOST_AT_ONCE]
+            if not asking:
+                continue
+            queries = [_query(w, arrived.pop(w)) for w in asking]
+            for worker, actions in zip(asking, actor.act(queries), strict=True):
+                worker.send(actor.execute if actions is None else actions)
+
+
+def _query(worker: _Worker, report: Report) -> Query:
+    assert worker.job is not None
+    return Query(worker.job.task, worker.job.init, report.steps, report.observation)
 
 
 def _next(waiting: list[Job], task: sim.Task | None, taken: set[sim.Task | None]) -> Job:
@@ -354,6 +394,7 @@ def run(
         "horizon": kind.horizon,
         "executed": actor.execute,
         "history": actor.history,
+        "workers": workers,
         "views": {view: list(size) for view, size in actor.views.items()},
     }
     who = actor.identity()
@@ -384,6 +425,7 @@ def run(
                 "steps": report.steps,
                 "reason": report.reason,
                 "seconds": round(seconds, 2),
+                "simulation_seconds": round(report.simulation_s, 2),
                 "video": "",
             }
             if film:
@@ -398,12 +440,13 @@ def run(
             progress.update(bar, advance=1, description=label)
 
         if jobs:
-            roll_out(actor, jobs, settings, workers, on_end, patience_s)
+            roll_out(actor, jobs, settings, workers, on_end, patience_s, lockstep=is_cheap)
         chosen = {task.index for task in listed}
         outcomes = [o for o in journal.outcomes if o["task"] in chosen and o["init"] < episodes]
     outcomes.sort(key=lambda o: (o["task"], o["init"]))
     record = {"suite": suite, "checkpoint": who, **count(outcomes), "seed": seed, "protocol": protocol}
     record["seconds"] = round(earlier + time.monotonic() - start, 1)
+    record["simulation_seconds"] = round(sum(o["simulation_seconds"] for o in outcomes), 1)
     record |= provenance()
     record["tasks"] = [
         {
