@@ -121,7 +121,8 @@ def validate(
 
     Keys appear only for the kinds of targets that the batches hold: loss (mean over batches);
     {action,image,layout}_loss (nats); {action,image}_accuracy; first_{x,y,z,xyz}_l1, of the first action of a
-    chunk; still_xyz_l1, the same of predicting no motion; gripper_accuracy, the sign of the last dimension
+    chunk; end_xyz_l1, of the whole chunk's motion: how well it knows where the hand has to be; still_xyz_l1
+    and still_end_xyz_l1, the same of predicting no motion; gripper_accuracy, the sign of the last dimension
     over the whole chunk.
     """
     parts: dict[str, list[Tensor]] = {}
@@ -160,6 +161,9 @@ def greedy(
         for dim, axis in enumerate("xyz"):
             out[f"first_{axis}_l1"] = (guess_BUA - truth_BUA)[:, 0, dim].abs()
         out["still_xyz_l1"] = (scale.no_motion_A[:3] - truth_BUA[:, 0, :3]).abs()
+        end_BA, true_end_BA = (codes_BUA[..., :3].sum(1) for codes_BUA in (guess_BUA, truth_BUA))
+        out["end_xyz_l1"] = (end_BA - true_end_BA).abs()
+        out["still_end_xyz_l1"] = (len(guess_BUA[0]) * scale.no_motion_A[:3] - true_end_BA).abs()
         out["gripper_accuracy"] = guess_BUA[..., -1].sign() == truth_BUA[..., -1].sign()
     return out
 
