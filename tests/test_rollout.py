@@ -135,6 +135,14 @@ def test_errors_are_tried_again(tmp_path: Path) -> None:
     assert [(q.task.index, q.init) for batch in actor.asked for q in batch] == [(1, CRASH)]
 
 
+@pytest.mark.parametrize("first", [40, 60])
+def test_other_initial_states_can_be_chosen(tmp_path: Path, first: int) -> None:
+    record = roll(Forward(), tmp_path, 2, first=first, tasks=(0,), videos=1)
+    assert [o["init"] for o in record["outcomes"]] == [first, first + 1]
+    assert record["protocol"]["initial_states"] == f"{first}..{first + 1} of each task"
+    assert [bool(o["video"]) for o in record["outcomes"]] == [True, False]
+
+
 def test_films_hold_every_step(tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     record = roll(Forward(), tmp_path, 2, tasks=(0,), videos=1)
@@ -147,7 +155,12 @@ def test_films_hold_every_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"episodes": 0}, r"1\.\.50"), ({"workers": 0}, "worker"), ({"tasks": (7,)}, "0 to 2")],
+    [
+        ({"episodes": 0}, "at least one"),
+        ({"first": 45, "episodes": 6}, "got 6 from 45 on"),
+        ({"workers": 0}, "worker"),
+        ({"tasks": (7,)}, "0 to 2"),
+    ],
 )
 def test_bad_arguments_are_refused_before_anything_starts(
     tmp_path: Path, options: dict[str, Any], message: str

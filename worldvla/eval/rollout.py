@@ -354,6 +354,7 @@ def run(
     out_dir: Path,
     seed: int = 0,
     workers: int = 2,
+    first: int = 0,
     tasks: Sequence[int] = (),
     videos: int = 1,
     film_all: bool | None = None,
@@ -362,16 +363,19 @@ def run(
     table: Sequence[sim.Task] | None = None,
     patience_s: float = PATIENCE_S,
 ) -> dict[str, Any]:
-    """Roll `actor` out from initial states 0..episodes-1 of each task; write record.json, videos/ and
-    index.html; return the record.
+    """Roll `actor` out from initial states first..first+episodes-1 of each task; write record.json, videos/
+    and index.html; return the record.
 
-    The same command again goes on where it stopped. `tasks`: indices, empty for all. `videos`: filmed
-    episodes a task. `film_all`: film every step; default: where rendering is cheap (tabletop). `make`,
-    `table`: another simulator, for tests.
+    States 0 to 49 are for evaluation; from 50 on, in one run, those that demonstrations start from. The same
+    command again goes on where it stopped. `tasks`: indices, empty for all. `videos`: filmed episodes a task.
+    `film_all`: film every step; default: where rendering is cheap (tabletop). `make`, `table`: another
+    simulator, for tests.
     """
-    if not 1 <= episodes <= sim.NUM_INITS:
+    inits = range(first, first + episodes)
+    if not inits or first < 0 or first < sim.NUM_INITS < inits.stop:
         raise ValueError(
-            f"episodes must be in 1..{sim.NUM_INITS}, the fixed initial states of a task, got {episodes}"
+            f"initial states 0..{sim.NUM_INITS - 1} are for evaluation, those after them for demonstrations; "
+            f"ask for at least one and all of one kind, got {episodes} from {first} on"
         )
     if workers < 1:
         raise ValueError(f"an evaluation needs at least one worker, got {workers}")
@@ -390,7 +394,7 @@ def run(
         make, views, bool(actor.views), actor.history, is_cheap if film_all is None else film_all, seed
     )
     protocol = {
-        "initial_states": f"0..{episodes - 1} of each task",
+        "initial_states": f"{first}..{inits[-1]} of each task",
         "horizon": kind.horizon,
         "executed": actor.execute,
         "history": actor.history,
@@ -405,9 +409,9 @@ def run(
         earlier = journal.seconds
         done = {(o["task"], o["init"]): o for o in journal.outcomes}
         jobs = [
-            Job(task, init, init < videos)
+            Job(task, init, init < first + videos)
             for task in listed
-            for init in range(episodes)
+            for init in inits
             if (task.index, init) not in done
         ]
         bar = progress.add_task(
@@ -442,7 +446,7 @@ def run(
         if jobs:
             roll_out(actor, jobs, settings, workers, on_end, patience_s, lockstep=is_cheap)
         chosen = {task.index for task in listed}
-        outcomes = [o for o in journal.outcomes if o["task"] in chosen and o["init"] < episodes]
+        outcomes = [o for o in journal.outcomes if o["task"] in chosen and o["init"] in inits]
     outcomes.sort(key=lambda o: (o["task"], o["init"]))
     record = {"suite": suite, "checkpoint": who, **count(outcomes), "seed": seed, "protocol": protocol}
     record["seconds"] = round(earlier + time.monotonic() - start, 1)

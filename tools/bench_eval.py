@@ -1,0 +1,147 @@
+"""Speed of a LIBERO evaluation beside the plain loop that most evaluations use, in the same run; ends with
+one JSON line.
+
+Run: python tools/bench_eval.py --task 0 --episodes 4 --workers 2 [--checkpoint out/libero/run]
+Plain loop: LIBERO's own OffScreenRenderEnv, one environment, reset anew and both cameras drawn at every step.
+Both execute the same actions (the expert's, found before and not timed) at the default picture, five between
+two looks; with a checkpoint both also ask it at every look, and pay for it.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from worldvla.eval.actors import ModelActor, Query
+from worldvla.eval.record import provenance
+from worldvla.eval.rollout import run
+from worldvla.sim import env as sim
+
+VIEWS = {"agentview": (256, 256), "wrist": (256, 256)}
+EXECUTE = 5
+
+
+class Replay:
+    """Answers with stored actions; asks the model too, if there is one, and forgets what it said."""
+
+    name, history, execute = "replay of the expert", 1, EXECUTE
+
+    def __init__(self, actions: dict[int, np.ndarray], model: ModelActor | None) -> None:
+        self.actions, self.model = actions, model
+        self.views = VIEWS if model is None else model.views
+
+    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
+        if self.model is not None:
+            self.model.act(queries)
+        return [self.actions[q.init][q.step : q.step + EXECUTE] for q in queries]
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name} | ({} if self.model is None else {"model": self.model.identity()})
+
+
+def expert_actions(task: sim.Task, inits: range) -> dict[int, np.ndarray]:
+    """Return the expert's actions (T, 7) from each initial state; one that fails is an error."""
+    env: Any = sim.make(task, {})
+    found = {}
+    for init in inits:
+        env.reset(options={"init": init})
+        expert, actions, success = sim.expert(env), [], False
+        while not success:
+            if len(actions) == env.horizon:
+                raise ValueError(
+                    f"the expert fails {task.name} from initial state {init}: choose another task"
+                )
+            actions.append(expert.act())
+            success = env.step(actions[-1])[2]
+        found[init] = np.array(actions)
+    env.close()
+    return found
+
+
+def plain_loop(task: sim.Task, actions: dict[int, np.ndarray], model: ModelActor | None) -> dict[str, float]:
+    """Run the episodes as peers do; return seconds and successes."""
+    from worldvla.sim import libero
+
+    start, successes = time.monotonic(), 0
+    env: Any = libero._load("libero.libero.envs.env_wrapper").OffScreenRenderEnv(
+        bddl_file_name=str(libero._libero_path("bddl_files") / task.suite / f"{task.name}.bddl"),
+        camera_heights=VIEWS["agentview"][0],
+        camera_widths=VIEWS["agentview"][1],
+    )
+    inits = libero._initial_states(task)
+    for init, todo in actions.items():
+        env.seed(libero.EVALUATION_SEED)
+        env.reset()
+        env.set_init_state(inits[init])
+        seen, done = {}, False
+        for _ in range(libero.SETTLE_STEPS):
+            seen = env.step(list(libero.SETTLE_ACTION))[0]
+        for step, action in enumerate(todo):
+            if model is not None and step % EXECUTE == 0:
+                images = {
+                    view: np.ascontiguousarray(seen[f"{camera}_image"][::-1, ::-1])
+                    for view, camera in libero.CAMERAS.items()
+                }
+                model.act([Query(task, init, step, {**_shrunk(images, model), "state": _state(seen)})])
+            seen, _, done, _ = env.step(action)
+        successes += bool(done)
+    env.close()
+    return {"seconds": time.monotonic() - start, "successes": successes}
+
+
+def _shrunk(images: dict[str, np.ndarray], model: ModelActor) -> dict[str, Any]:
+    small = {v: images[v][:: 256 // rows, :: 256 // cols] for v, (rows, cols) in model.views.items()}
+    return {**{view: np.ascontiguousarray(image) for view, image in small.items()}, "instruction": "x"}
+
+
+def _state(seen: dict[str, Any]) -> np.ndarray:
+    return np.concatenate([seen["robot0_eef_pos"], np.zeros(3), seen["robot0_gripper_qpos"]]).astype(
+        np.float32
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", default="libero_object")
+    parser.add_argument("--task", type=int, default=0)
+    parser.add_argument("--episodes", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--checkpoint", type=Path)
+    args = parser.parse_args()
+    task = sim.tasks(args.suite)[args.task]
+    model = None if args.checkpoint is None else ModelActor(args.checkpoint, EXECUTE)
+    actions = expert_actions(task, range(args.episodes))
+    with tempfile.TemporaryDirectory() as directory:
+        options = {"tasks": (args.task,), "videos": 0, "page": False, "workers": args.workers}
+        record = run(Replay(actions, model), args.suite, args.episodes, out_dir=Path(directory), **options)
+    plain = plain_loop(task, actions, model)
+    hours = {"ours": record["seconds"] / 3600, "plain loop": plain["seconds"] / 3600}
+    numbers = {
+        "episodes_hour": args.episodes / hours["ours"],
+        "episodes_hour_plain": args.episodes / hours["plain loop"],
+        "ratio": hours["plain loop"] / hours["ours"],
+        # What the episodes need on these cores: the workers' own seconds, spread over them.
+        "wall_over_simulation": record["seconds"] / (record["simulation_seconds"] / args.workers),
+        "successes": record["successes"],
+        "successes_plain": plain["successes"],
+        "steps": float(sum(map(len, actions.values()))),
+    }
+    table = Table("what", "value")
+    for name, value in numbers.items():
+        table.add_row(name, f"{value:.2f}")
+    Console(stderr=True).print(table)
+    what = {"suite": args.suite, "task": args.task, "episodes": args.episodes, "workers": args.workers}
+    print(json.dumps({"bench_eval": numbers, **what, "model": model and model.identity(), **provenance()}))
+
+
+if __name__ == "__main__":
+    main()
