@@ -128,16 +128,23 @@ class Perturbed:
 
 
 def record(
-    env: Any, driver: Driver, init: int, seed: int, label: Callable[[np.ndarray], np.ndarray] | None = None
+    env: Any,
+    driver: Driver,
+    init: int,
+    seed: int,
+    label: Callable[[np.ndarray], np.ndarray] | None = None,
+    begin: Callable[[], dict[str, Any]] | None = None,
+    limit: int | None = None,
 ) -> Episode | None:
     """Return `driver`'s episode from initial state `init` up to its success; None if it has none.
 
-    `label`: simulator state -> the expert's chunk (K, 7) from there on.
+    `label`: simulator state -> the expert's chunk (K, 7) from there on. `begin`, in place of a reset, returns
+    the first observation; `limit`: steps, default the horizon.
     """
-    observation, _ = env.reset(seed=seed, options={"init": init})
+    observation = begin() if begin else env.reset(seed=seed, options={"init": init})[0]
     actions, states, sim_states, is_expert, labels = [], [], [], [], []
     images: dict[str, list[np.ndarray]] = {name: [] for name in observation if name != "state"}
-    for _ in range(env.horizon):
+    for _ in range(env.horizon if limit is None else limit):
         action, expert = driver(observation)
         actions.append(action)
         states.append(observation["state"])

@@ -218,6 +218,17 @@ def read_episodes(path: Path, images: bool = True) -> Iterator[Episode]:
             yield episode
 
 
+def count_episodes(path: Path) -> int:
+    """Return the number of episodes in a file without reading them."""
+    try:
+        with h5py.File(path) as file:
+            return len(file["data"])  # pyright: ignore[reportArgumentType]
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            f"{path} is truncated or no robomimic file ({error}): expected a group 'data' with demonstrations"
+        ) from None
+
+
 def _provenance(path: Path, data: h5py.Group) -> dict[str, str]:
     """Return instruction, suite and task from a file's attributes or, without them, its name and folder."""
     task = path.stem.removesuffix("_demo")

