@@ -19,10 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
+from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_pixels
 
 GATE_CM = 1.2
@@ -134,8 +134,7 @@ def _fit(
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
     train_rows = torch.from_numpy(np.flatnonzero(~val))
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         for _ in progress.track(range(steps), description=f"probe of {name}"):
             rows = train_rows[torch.randint(len(train_rows), (batch_size,))]
             with torch.autocast("cpu", torch.bfloat16):
@@ -215,7 +214,7 @@ def from_episodes(files: Sequence[Path], stride: int = 4) -> ProbeData:
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("tasks", "episodes", "gripper", "target")}
     images: dict[str, list[np.ndarray]] = {}
     number = 0
-    with Progress(console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         for index, path in enumerate(progress.track(files, description="states to positions")):
             env: Any = None
             for episode in read_episodes(path):

@@ -1,8 +1,8 @@
 """The verbs: `worldvla VERB ...` parses, calls one function of the library, and says where the result is.
 
 Nothing heavy is imported before a verb runs, so that `worldvla --help` answers at once. Exit codes: 0 done,
-2 bad input (one line on stderr), 3 a replay that failed or an evaluation with more errors than allowed,
-130 interrupted.
+2 bad input (one line on stderr), 3 a replay that failed, an evaluation with more errors than allowed or a
+red line of the doctor, 130 interrupted.
 """
 
 import difflib
@@ -10,214 +10,37 @@ import json
 import os
 import runpy
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from worldvla.config import Config, ImageTokenizerConfig, to_json
+from worldvla.cli_data import (
+    EXIT_EPISODE_ERRORS,
+    Collect,
+    Regenerate,
+    Replay,
+    Tokenize,
+    TrainTokenizer,
+    hdf5_files,
+    say,
+)
+from worldvla.cli_doctor import Doctor
+from worldvla.cli_peers import Compare, Serve, remote_actor
+from worldvla.config import Config, to_json
 
 EXIT_BAD_INPUT = 2
-EXIT_EPISODE_ERRORS = 3
 EXIT_INTERRUPTED = 130
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _views(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Parse 'agentview=64x64' (rows x columns in pixels)."""
-    views = {}
-    for text in texts:
-        name, _, size = text.partition("=")
-        rows, _, cols = size.partition("x")
-        if not (name and rows.isdigit() and cols.isdigit()):
-            raise ValueError(
-                f"bad view {text!r}: expected NAME=ROWSxCOLUMNS in pixels, for example agentview=64x64"
-            )
-        views[name] = (int(rows), int(cols))
-    return views
-
-
-def _hdf5_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files among `paths` and the *.hdf5 files of the directories among them, sorted."""
-    files: list[Path] = []
-    if not paths:
-        raise ValueError("no demonstrations given: expected HDF5 files or directories of them")
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(
-                f"no {path}: expected an HDF5 file or a directory of them; `worldvla collect` makes one"
-            )
-        found = sorted(path.glob("**/*.hdf5")) if path.is_dir() else [path]
-        if not found:
-            raise FileNotFoundError(f"{path} holds no *.hdf5 files; `worldvla collect` makes them")
-        files += found
-    return files
-
-
-def _through_bins(files: Sequence[Path]) -> Callable[[Any], Any]:
-    """Return actions -> the actions that a policy trained on `files` would execute, were it perfect."""
-    import numpy as np
-
-    from worldvla.data.episode import read_episodes
-    from worldvla.tokenizers.action import compute_statistics
-
-    episodes = [episode for path in files for episode in read_episodes(path, images=False)]
-    actions, states = (np.concatenate([getattr(e, name) for e in episodes]) for name in ("actions", "states"))
-    statistics = compute_statistics(actions, states, "minmax")
-    return lambda actions: statistics.decode_actions(statistics.encode_actions(actions))
-
-
-@cache
-def _act(checkpoint: str) -> Callable[[Any], Any]:
-    """Return observation -> actions (K, 7) of a checkpoint, for a worker with one core to itself."""
-    import torch
-
-    from worldvla.infer.load import load
-
-    torch.set_num_threads(1)
-    return load(checkpoint).policy().act
-
-
-def _weights(checkpoint: Path) -> str:
-    from worldvla.infer.load import find_checkpoint, weights_digest
-
-    return weights_digest(find_checkpoint(checkpoint))
 
 
 def _short(checkpoint: Path) -> str:
     """Return a directory name for results of `checkpoint`: out/train/NAME/ckpt/step_N becomes NAME_step_N."""
-    return "_".join(part for part in checkpoint.parts[-3:] if part not in ("out", "train", "ckpt", "/"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collect:
-    """Write successful episodes of the scripted expert as HDF5, one file a task; keep what exists."""
-
-    suite: tyro.conf.Positional[str]
-    """For example tabletop_object; `worldvla --help` lists all."""
-    out: Path | None = None
-    """Directory of the files. Default: out/demos/SUITE."""
-    episodes: int = 50
-    """Successful episodes of each task."""
-    tasks: tuple[int, ...] = ()
-    """Indices of the tasks; empty: all."""
-    views: tuple[str, ...] = ("agentview=64x64", "wrist=32x32")
-    """Cameras as NAME=ROWSxCOLUMNS in pixels."""
-    seed: int = 0
-    workers: int = 2
-    noise: float = 0.15
-    """Expected share of perturbed steps, from which the expert recovers."""
-    label: int = 0
-    """K: also store what the expert would do in the K steps from every visited state on. With it, every frame
-    is a clean policy target."""
-    policy: Path | None = None
-    """A checkpoint that drives, the expert taking over for stretches and at last (DAgger). Needs --label."""
-    execute: int = 3
-    """Actions of each of its chunks that are executed."""
-
-    def run(self) -> int:
-        from worldvla.sim.env import suite
-
-        suite(self.suite)
-        if self.policy is not None and not self.label:
-            raise ValueError("--policy without --label K teaches nothing: its own actions are no targets")
-        from worldvla.data.collect import collect
-
-        out = self.out or Path("out/demos") / self.suite
-        collect(
-            self.suite,
-            out,
-            episodes=self.episodes,
-            views=_views(self.views),
-            seed=self.seed,
-            workers=self.workers,
-            noise=self.noise,
-            label=self.label,
-            policy=partial(_act, str(self.policy)) if self.policy else None,
-            policy_name=_weights(self.policy) if self.policy else "",
-            execute=self.execute,
-            tasks=self.tasks,
-        )
-        _say(f"demonstrations: {out}   next: worldvla replay {out}")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Replay:
-    """Re-run stored actions in the simulator and count the episodes that succeed again."""
-
-    paths: tyro.conf.Positional[tuple[Path, ...]]
-    """HDF5 files, or directories of them."""
-    bins: bool = False
-    """Pass the actions through the policy's 256 bins first: what a perfect policy would lose by them."""
-
-    def run(self) -> int:
-        from rich.console import Console
-        from rich.progress import track
-
-        from worldvla.data.collect import replay
-
-        files = _hdf5_files(self.paths)
-        transform = _through_bins(files) if self.bins else (lambda actions: actions)
-        outcomes = []
-        for path in track(files, "replay", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-            outcomes += [success for _, success in replay(path, transform)]
-        k, n = sum(outcomes), len(outcomes)
-        _say(f"replayed: {k}/{n} episodes succeed again   next: worldvla train-tokenizer {self.paths[0]}")
-        return 0 if k == n or self.bins else EXIT_EPISODE_ERRORS
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainTokenizer:
-    """Train the image tokenizer on the frames of demonstrations; report originals beside reconstructions."""
-
-    paths: tyro.conf.Positional[tuple[Path, ...]]
-    """HDF5 files, or directories of them."""
-    out: Path
-    """Directory of the tokenizer."""
-    config: ImageTokenizerConfig
-    minutes: float = 12.0
-    """Budget; steps, if given, replace it."""
-    steps: int = 0
-    """With a number of steps the result is a function of the seed, whatever the machine's speed."""
-    seed: int = 0
-
-    def run(self) -> int:
-        from worldvla.tokenizers.image_train import train_tokenizer
-
-        minutes, steps = (None, self.steps) if self.steps else (self.minutes, None)
-        files = _hdf5_files(self.paths)
-        train_tokenizer(files, self.config, self.out, minutes=minutes, steps=steps, seed=self.seed)
-        _say(
-            f"image tokenizer: {self.out}/report/index.html   next: worldvla probe {self.out} {self.paths[0]}"
-        )
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tokenize:
-    """Encode every frame once into a TokenStore."""
-
-    paths: tyro.conf.Positional[tuple[Path, ...]]
-    """HDF5 files, or directories of them."""
-    tokenizer: Path
-    """Directory of the image tokenizer."""
-    out: Path
-    """Directory of the store."""
-
-    def run(self) -> int:
-        from worldvla.data.tokenize import tokenize
-
-        tokenize(_hdf5_files(self.paths), self.tokenizer, self.out)
-        _say(f"tokens: {self.out}   next: worldvla train RECIPE --data.stores {self.out}")
-        return 0
+    left_out = ("out", "train", "ckpt", "/", "websocket:", "ws:", "wss:")
+    return "_".join(part for part in checkpoint.parts[-3:] if part not in left_out).replace(":", "_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +61,7 @@ class Train:
         if not outcome.is_finished:
             raise KeyboardInterrupt
         if os.environ.get("RANK", "0") == "0":  # torchrun's other processes stay silent
-            _say(f"checkpoint: {outcome.checkpoint}   next: worldvla eval {outcome.checkpoint} --suite SUITE")
+            say(f"checkpoint: {outcome.checkpoint}   next: worldvla eval {outcome.checkpoint} --suite SUITE")
         return 0
 
 
@@ -247,18 +70,28 @@ class Eval:
     """Roll a checkpoint out on a suite: success with intervals, videos, one HTML page, a JSON record."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A checkpoint, a run directory (its newest checkpoint), or random, expert, blind (with --demos)."""
+    """A checkpoint, a run directory (its newest checkpoint), random, expert, blind (with --demos), or the
+    websocket://HOST:PORT of any policy server that speaks openpi's protocol."""
     suite: str
     out: Path | None = None
     """Directory of the record, videos and page. Default: out/eval/NAME/SUITE."""
     episodes: int = 10
     """Episodes of each task, from its fixed initial states."""
+    first: int = 0
+    """Initial state of the first episode. From 50 on: states that demonstrations start from, to tell a policy
+    that has learnt too little from one that does not generalise."""
     tasks: tuple[int, ...] = ()
     """Indices of the tasks; empty: all."""
     execute: int | None = None
-    """Actions of each chunk that are executed before the next look. Default: all."""
+    """Actions of each chunk that are executed before the next look. Default: all; of a server: 5."""
     demos: Path | None = None
     """Directory of demonstrations whose mean trajectory the blind replay executes."""
+    remote_size: int | None = None
+    """Pixels a side of pictures sent to a server. Default: what it asks for; else 224 (tabletop: 64, 32)."""
+    api_key: str = ""
+    """Key for a server. Default: the environment variable WORLDVLA_API_KEY."""
+    fast_render: bool = False
+    """LIBERO without multisampling, reflections and shadows: quicker, but not the published pictures."""
     videos: int = 1
     """Filmed episodes of each task."""
     seed: int = 0
@@ -282,13 +115,15 @@ class Eval:
             out_dir=out,
             seed=self.seed,
             workers=self.workers,
+            first=self.first,
             tasks=self.tasks,
+            fast_render=self.fast_render,
             videos=self.videos,
         )
         low, high = record["wilson_95"]
         counts = f"{record['successes']}/{record['episodes']} (95% {low:.2f} to {high:.2f})"
-        _say(f"{self.suite}: {counts}, grasped {record['grasped']}, errors {record['errors']}")
-        _say(f"evaluation: {out / 'index.html'}")
+        say(f"{self.suite}: {counts}, grasped {record['grasped']}, errors {record['errors']}")
+        say(f"evaluation: {out / 'index.html'}")
         return 0 if record["errors"] <= self.allow_errors else EXIT_EPISODE_ERRORS
 
     def _actor(self) -> Any:
@@ -302,6 +137,8 @@ class Eval:
             if self.demos is None:
                 raise ValueError("the blind replay needs --demos DIRECTORY; `worldvla collect` makes one")
             return BlindActor.from_demos(self.demos)
+        if "://" in self.checkpoint:
+            return remote_actor(self.checkpoint, self.suite, self.execute, self.remote_size, self.api_key)
         return ModelActor(self.checkpoint, self.execute, self.device)
 
 
@@ -324,12 +161,12 @@ class Imagine:
     def run(self) -> int:
         from worldvla.eval.world import evaluate_world
 
-        files = _hdf5_files(self.paths)
+        files = hdf5_files(self.paths)
         out = self.out or Path("out/imagine") / _short(self.checkpoint)
         evaluate_world(
             self.checkpoint, files, out, self.episodes, self.horizon, self.seed, device=self.device
         )
-        _say(f"imagined videos: {out / 'index.html'}")
+        say(f"imagined videos: {out / 'index.html'}")
         return 0
 
 
@@ -344,7 +181,7 @@ class Export:
     def run(self) -> int:
         from worldvla.infer.load import export
 
-        _say(f"model: {export(self.checkpoint, self.out)}   next: worldvla eval {self.out} --suite SUITE")
+        say(f"model: {export(self.checkpoint, self.out)}   next: worldvla eval {self.out} --suite SUITE")
         return 0
 
 
@@ -364,7 +201,7 @@ class Demo:
         from worldvla.demo import demo
 
         page = demo(self.out, self.checkpoint, self.episodes, self.seed, self.workers)
-        _say(f"demo: open {page.resolve()}")
+        say(f"demo: open {page.resolve()}")
         return 0
 
 
@@ -375,7 +212,7 @@ class ShowConfig:
     config: Annotated[Config, tyro.conf.arg(name="")]
 
     def run(self) -> int:
-        _say(json.dumps(to_json(self.config), indent=2))
+        say(json.dumps(to_json(self.config), indent=2))
         return 0
 
 
@@ -392,13 +229,17 @@ def _run_tool(name: str, args: list[str]) -> int:
 VERBS: dict[str, type[Any]] = {
     "collect": Collect,
     "replay": Replay,
+    "regenerate": Regenerate,
     "train-tokenizer": TrainTokenizer,
     "tokenize": Tokenize,
     "train": Train,
     "eval": Eval,
     "imagine": Imagine,
     "export": Export,
+    "serve": Serve,
+    "compare": Compare,
     "demo": Demo,
+    "doctor": Doctor,
     "config": ShowConfig,
 }
 TAKE_RECIPE = ("train", "config")
@@ -409,12 +250,14 @@ TOOLS = {
 
 
 def _overview() -> str:
-    from worldvla.recipes import LIBERO_SUITES, RECIPES, TABLETOP_SUITES
+    from worldvla.recipes import RECIPES
+    from worldvla.sim.env import SUITES
 
     lines = ["usage: worldvla VERB ...      worldvla VERB --help explains one", ""]
     help_of = {verb: (cls.__doc__ or "").splitlines()[0] for verb, cls in VERBS.items()} | TOOLS
     lines += [f"  {verb:<16} {text}" for verb, text in help_of.items()]
-    lines += ["", "recipes: " + " ".join(RECIPES), "suites:  " + " ".join(TABLETOP_SUITES + LIBERO_SUITES)]
+    lines += ["", "recipes: " + " ".join(RECIPES)]
+    lines += textwrap.wrap("suites:  " + " ".join(SUITES), 100, subsequent_indent=" " * 9)
     return "\n".join(lines)
 
 
@@ -453,7 +296,7 @@ def main(args: Sequence[str] | None = None) -> int:
     show_traceback = "--traceback" in words[:1]
     words = words[show_traceback:]
     if not words or words[0] in ("-h", "--help", "help"):
-        _say(_overview())
+        say(_overview())
         return 0 if words else EXIT_BAD_INPUT
     try:
         if words[0] in TOOLS:

@@ -87,7 +87,7 @@ def _dagger(rounds: int, init_from: str, steps: int, learning_rate: float, last_
 
 def tabletop_dagger1() -> Config:
     """`tabletop` with the expert's labels on the states that its first version visited."""
-    return _dagger(1, "out/tabletop/first", 2_600, 5e-4, 3e-4)
+    return _dagger(1, "out/tabletop/first", 1_500, 5e-4, 3e-4)
 
 
 def tabletop_dagger2() -> Config:

@@ -12,15 +12,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from worldvla.data.episode import Episode, read_episodes, write_episodes
+from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
 
 FIRST_INIT = sim.NUM_INITS
@@ -199,7 +199,7 @@ _kept: dict[tuple[Any, ...], Any] = {}
 
 def _environments(job: _Job) -> tuple[Any, Any]:
     """Return the environment and, for labels, its scout."""
-    key = (job.make, job.task, json.dumps(job.views), bool(job.label))
+    key = (str(job.make), job.task, json.dumps(job.views), bool(job.label))
     if key not in _kept:
         for old in _kept.values():
             for env in filter(None, old):
@@ -247,6 +247,7 @@ def collect(
     policy: LoadPolicy | None = None,
     policy_name: str = "",
     execute: int = 3,
+    fast_render: bool = False,
     tasks: tuple[int, ...] = (),
     make: Callable[..., Any] = sim.make,
     expert: Callable[[Any], sim.Expert] = sim.expert,
@@ -271,6 +272,9 @@ def collect(
     out_dir.mkdir(parents=True, exist_ok=True)
     arguments = {"suite": suite, "episodes": episodes, "seed": seed, "noise": noise, "views": views}
     arguments |= {"label": label, "policy": policy_name, "execute": execute if policy else 0}
+    if fast_render:
+        arguments["fast_render"] = True
+        make = partial(make, fast_render=True)
     _guard(out_dir / "collect.json", arguments)
     chosen = [t for t in table if not tasks or t.index in tasks]
     jobs = [
@@ -278,11 +282,10 @@ def collect(
         for t in chosen
         if not _path(out_dir, t).exists()
     ]
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TimeRemainingColumn())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
-        with Progress(TextColumn(f"collect {suite}"), *columns, console=Console(stderr=True)) as progress:
-            bar = progress.add_task("", total=len(jobs) * episodes)
+        with progress_bar() as progress:
+            bar = progress.add_task(f"collect {suite}", total=len(jobs) * episodes)
             for job, success in _run(pool, jobs, episodes):
                 progress.advance(bar, success)
                 if success and len(_done(job)[0]) >= episodes:

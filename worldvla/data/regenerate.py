@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from worldvla.data.collect import Views, record
 from worldvla.data.episode import Episode, count_episodes, read_episodes, write_episodes
+from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
 
 NO_OP = 1e-4
@@ -93,11 +92,10 @@ def regenerate(
     todo = [path for path in files if not (out_dir / path.name).exists()]
     parts = {path: out_dir / f".{path.stem}.parts" for path in todo}
     jobs = [(path, i) for path in todo for i in range(count_episodes(path))]
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("demonstrations"), TimeRemainingColumn())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
-        with Progress(TextColumn("regenerate"), *columns, console=Console(stderr=True)) as progress:
-            bar = progress.add_task("", total=len(jobs))
+        with progress_bar() as progress:
+            bar = progress.add_task("regenerate", total=len(jobs))
             futures = {}
             for path, i in jobs:
                 parts[path].mkdir(exist_ok=True)

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from worldvla.data.episode import Episode, count_episodes, read_episodes
 from worldvla.data.store import FrameTokenizer, TokenStore, read_manifest, write_store
+from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer
 
 PATTERN = "*_demo.hdf5"
@@ -51,15 +50,8 @@ def tokenize_files(
     manifest = read_manifest(out_dir)
     if manifest is not None and (manifest["tokenizer"], manifest["source"]) == (tokenizer.digest(), source):
         return TokenStore.open(out_dir, tokenizer.digest())
-    columns = (
-        TextColumn("tokenize"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("episodes"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("tokenize", total=sum(count_episodes(path) for path in files))
+    with progress_bar(transient=True) as progress:
+        bar = progress.add_task("tokenize episodes", total=sum(count_episodes(path) for path in files))
         write_store(
             out_dir,
             _episodes(files),

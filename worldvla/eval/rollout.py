@@ -18,25 +18,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from worldvla.eval.actors import Actor, ModelActor, Query
 from worldvla.eval.record import Journal, provenance, write_json
 from worldvla.eval.stats import count
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
+from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
 
 PATIENCE_S = 600.0
@@ -356,6 +349,7 @@ def run(
     workers: int = 2,
     first: int = 0,
     tasks: Sequence[int] = (),
+    fast_render: bool = False,
     videos: int = 1,
     film_all: bool | None = None,
     page: bool = True,
@@ -367,7 +361,8 @@ def run(
     and index.html; return the record.
 
     States 0 to 49 are for evaluation; from 50 on, in one run, those that demonstrations start from. The same
-    command again goes on where it stopped. `tasks`: indices, empty for all. `videos`: filmed episodes a task.
+    command again goes on where it stopped. `tasks`: indices, empty for all. `fast_render`: see `sim.make`.
+    `videos`: filmed episodes a task.
     `film_all`: film every step; default: where rendering is cheap (tabletop). `make`, `table`: another
     simulator, for tests.
     """
@@ -391,21 +386,24 @@ def run(
         else actor.views
     )
     settings = Settings(
-        make, views, bool(actor.views), actor.history, is_cheap if film_all is None else film_all, seed
+        partial(make, fast_render=True) if fast_render else make,
+        views,
+        bool(actor.views),
+        actor.history,
+        is_cheap if film_all is None else film_all,
+        seed,
     )
     protocol = {
         "initial_states": f"{first}..{inits[-1]} of each task",
-        "horizon": kind.horizon,
         "executed": actor.execute,
         "history": actor.history,
         "workers": workers,
-        "views": {view: list(size) for view, size in actor.views.items()},
-    }
+    } | sim.protocol(suite, actor.views, fast_render)
     who = actor.identity()
     fixed = {"suite": suite, "checkpoint": {k: v for k, v in who.items() if k != "path"}, "seed": seed}
-    fixed["executed"] = actor.execute
+    fixed |= {"executed": actor.execute, "fast_render": fast_render}
     start = time.monotonic()
-    with Journal(Path(out_dir) / "episodes.jsonl", fixed) as journal, _progress() as progress:
+    with Journal(Path(out_dir) / "episodes.jsonl", fixed) as journal, progress_bar() as progress:
         earlier = journal.seconds
         done = {(o["task"], o["init"]): o for o in journal.outcomes}
         jobs = [
@@ -472,8 +470,3 @@ def run(
 
         write_page(Path(out_dir) / "index.html", f"{who['name']} on {suite}", evaluations=[Path(out_dir)])
     return record
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))

@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from worldvla.config import ImageTokenizerConfig, to_json
+from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, VectorQuantizer, to_images, to_pixels
 
 TABLETOP = ImageTokenizerConfig(
@@ -67,8 +66,7 @@ class Frames:
 
 @contextmanager
 def _progress(text: str, total: float) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         task = progress.add_task(text, total=total)
         yield lambda done, words=text: progress.update(task, completed=done, description=words)
 

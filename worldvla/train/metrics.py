@@ -14,18 +14,11 @@ from typing import Self
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from torch import Tensor
 
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, Batch
 from worldvla.model.transformer import Transformer
+from worldvla.progress import progress_bar
 from worldvla.train.loss import Loss, Targets
 from worldvla.vocab import Vocab
 
@@ -56,18 +49,8 @@ class Recorder:
         self._file = path.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
-        self._progress = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not sys.stderr.isatty(),
-        )
-        self._task = self._progress.add_task("", total=num_steps, completed=start)
+        self._progress = progress_bar(self._console, disable=not sys.stderr.isatty())
+        self._task = self._progress.add_task("train", total=num_steps, completed=start)
 
     def __enter__(self) -> Self:
         if not self._is_silent:
@@ -83,7 +66,7 @@ class Recorder:
 
     def advance(self, step: int, loss: float) -> None:
         if not self._is_silent:
-            self._progress.update(self._task, completed=step, description=f"loss {loss:.4f}")
+            self._progress.update(self._task, completed=step, description=f"train, loss {loss:.4f}")
 
     def record(self, event: str, step: int, values: dict[str, float]) -> None:
         """Append {"event", "step", ...}; `step` counts finished optimiser steps."""

@@ -1,0 +1,252 @@
+"""The verbs that make data: collect, replay, regenerate, train-tokenizer, tokenize."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from worldvla.config import ImageTokenizerConfig
+
+EXIT_EPISODE_ERRORS = 3
+"""A replay that failed, or an evaluation with more errors than allowed."""
+
+
+def say(text: str) -> None:
+    """Write one line to stdout, at once."""
+    print(text, flush=True)
+
+
+def _views(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Parse 'agentview=64x64' (rows x columns in pixels)."""
+    views = {}
+    for text in texts:
+        name, _, size = text.partition("=")
+        rows, _, cols = size.partition("x")
+        if not (name and rows.isdigit() and cols.isdigit()):
+            raise ValueError(
+                f"bad view {text!r}: expected NAME=ROWSxCOLUMNS in pixels, for example agentview=64x64"
+            )
+        views[name] = (int(rows), int(cols))
+    return views
+
+
+def hdf5_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the files among `paths` and the *.hdf5 files of the directories among them, sorted."""
+    files: list[Path] = []
+    if not paths:
+        raise ValueError("no demonstrations given: expected HDF5 files or directories of them")
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"no {path}: expected an HDF5 file or a directory of them; `worldvla collect` makes one"
+            )
+        found = sorted(path.glob("**/*.hdf5")) if path.is_dir() else [path]
+        if not found:
+            raise FileNotFoundError(f"{path} holds no *.hdf5 files; `worldvla collect` makes them")
+        files += found
+    return files
+
+
+def _through_bins(files: Sequence[Path]) -> Callable[[Any], Any]:
+    """Return actions -> the actions that a policy trained on `files` would execute, were it perfect."""
+    import numpy as np
+
+    from worldvla.data.episode import read_episodes
+    from worldvla.tokenizers.action import compute_statistics
+
+    episodes = [episode for path in files for episode in read_episodes(path, images=False)]
+    actions, states = (np.concatenate([getattr(e, name) for e in episodes]) for name in ("actions", "states"))
+    statistics = compute_statistics(actions, states, "minmax")
+    return lambda actions: statistics.decode_actions(statistics.encode_actions(actions))
+
+
+@cache
+def _act(checkpoint: str) -> Callable[[Any], Any]:
+    """Return observation -> actions (K, 7) of a checkpoint, for a worker with one core to itself."""
+    import torch
+
+    from worldvla.infer.load import load
+
+    torch.set_num_threads(1)
+    return load(checkpoint).policy().act
+
+
+def _weights(checkpoint: Path) -> str:
+    from worldvla.infer.load import find_checkpoint, weights_digest
+
+    return weights_digest(find_checkpoint(checkpoint))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collect:
+    """Write successful episodes of the scripted expert as HDF5, one file a task; keep what exists."""
+
+    suite: tyro.conf.Positional[str]
+    """For example tabletop_object; `worldvla --help` lists all."""
+    out: Path | None = None
+    """Directory of the files. Default: out/demos/SUITE."""
+    episodes: int = 50
+    """Successful episodes of each task."""
+    tasks: tuple[int, ...] = ()
+    """Indices of the tasks; empty: all."""
+    views: tuple[str, ...] = ("agentview=64x64", "wrist=32x32")
+    """Cameras as NAME=ROWSxCOLUMNS in pixels."""
+    seed: int = 0
+    workers: int = 2
+    noise: float = 0.15
+    """Expected share of perturbed steps, from which the expert recovers."""
+    label: int = 0
+    """K: also store what the expert would do in the K steps from every visited state on. With it, every frame
+    is a clean policy target."""
+    policy: Path | None = None
+    """A checkpoint that drives, the expert taking over for stretches and at last (DAgger). Needs --label."""
+    execute: int = 3
+    """Actions of each of its chunks that are executed."""
+    fast_render: bool = False
+    """LIBERO without multisampling, reflections and shadows: quicker, but not the published pictures."""
+
+    def run(self) -> int:
+        from worldvla.sim.env import suite
+
+        suite(self.suite)
+        if self.policy is not None and not self.label:
+            raise ValueError("--policy without --label K teaches nothing: its own actions are no targets")
+        from worldvla.data.collect import collect
+
+        out = self.out or Path("out/demos") / self.suite
+        collect(
+            self.suite,
+            out,
+            episodes=self.episodes,
+            views=_views(self.views),
+            seed=self.seed,
+            workers=self.workers,
+            noise=self.noise,
+            label=self.label,
+            policy=partial(_act, str(self.policy)) if self.policy else None,
+            policy_name=_weights(self.policy) if self.policy else "",
+            execute=self.execute,
+            fast_render=self.fast_render,
+            tasks=self.tasks,
+        )
+        say(f"demonstrations: {out}   next: worldvla replay {out}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """Re-run stored actions in the simulator and count the episodes that succeed again."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """HDF5 files, or directories of them."""
+    bins: bool = False
+    """Pass the actions through the policy's 256 bins first: what a perfect policy would lose by them."""
+
+    def run(self) -> int:
+        from rich.console import Console
+        from rich.progress import track
+
+        from worldvla.data.collect import replay
+
+        files = hdf5_files(self.paths)
+        transform = _through_bins(files) if self.bins else (lambda actions: actions)
+        outcomes = []
+        for path in track(files, "replay", console=Console(stderr=True), disable=not sys.stderr.isatty()):
+            outcomes += [success for _, success in replay(path, transform)]
+        if not all(outcomes) and not self.bins:
+            from worldvla.data.regenerate import diagnose
+
+            for line in (line for path in files for line in diagnose(path)):
+                say(line)
+        k, n = sum(outcomes), len(outcomes)
+        say(f"replayed: {k}/{n} episodes succeed again   next: worldvla train-tokenizer {self.paths[0]}")
+        return 0 if k == n or self.bins else EXIT_EPISODE_ERRORS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regenerate:
+    """Execute published demonstrations again: drop no-ops and what fails, render at any size."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """HDF5 files in LIBERO's layout, or directories of them."""
+    out: Path
+    """Directory of the new files, one for each."""
+    views: tuple[str, ...] = ("agentview=256x256", "wrist=256x256")
+    """Cameras as NAME=ROWSxCOLUMNS in pixels."""
+    keep_no_ops: bool = False
+    """Keep steps that neither move nor change the gripper (the published filter drops them)."""
+    workers: int = 2
+
+    def run(self) -> int:
+        from worldvla.data.regenerate import regenerate
+
+        counts = regenerate(
+            hdf5_files(self.paths),
+            self.out,
+            _views(self.views),
+            drop_no_ops=not self.keep_no_ops,
+            workers=self.workers,
+        )
+        for name, c in counts.items():
+            say(f"{name}: {c.kept} kept, {c.lost} fail now; {c.steps} steps, {c.no_ops} no-ops dropped")
+        say(f"demonstrations: {self.out}   next: worldvla tokenize {self.out} --tokenizer DIR --out DIR")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer:
+    """Train the image tokenizer on the frames of demonstrations; report originals beside reconstructions."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """HDF5 files, or directories of them."""
+    out: Path
+    """Directory of the tokenizer."""
+    config: ImageTokenizerConfig
+    minutes: float = 12.0
+    """Budget; steps, if given, replace it."""
+    steps: int = 0
+    """With a number of steps the result is a function of the seed, whatever the machine's speed."""
+    seed: int = 0
+
+    def run(self) -> int:
+        from worldvla.tokenizers.image_train import train_tokenizer
+
+        minutes, steps = (None, self.steps) if self.steps else (self.minutes, None)
+        files = hdf5_files(self.paths)
+        train_tokenizer(files, self.config, self.out, minutes=minutes, steps=steps, seed=self.seed)
+        say(
+            f"image tokenizer: {self.out}/report/index.html   next: worldvla probe {self.out} {self.paths[0]}"
+        )
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenize:
+    """Encode every frame once into a TokenStore."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """HDF5 files, or directories of them."""
+    tokenizer: Path
+    """Directory of the image tokenizer."""
+    out: Path
+    """Directory of the store."""
+    regenerate: tuple[str, ...] = ()
+    """Cameras as NAME=ROWSxCOLUMNS: first execute and render the demonstrations again at these sizes, into
+    OUT.demos (see `worldvla regenerate`)."""
+    workers: int = 2
+
+    def run(self) -> int:
+        from worldvla.data.tokenize import tokenize
+
+        files = hdf5_files(self.paths)
+        if self.regenerate:
+            demos = self.out.with_name(self.out.name + ".demos")
+            Regenerate(paths=tuple(files), out=demos, views=self.regenerate, workers=self.workers).run()
+            files = hdf5_files([demos])
+        tokenize(files, self.tokenizer, self.out)
+        say(f"tokens: {self.out}   next: worldvla train RECIPE --data.stores {self.out}")
+        return 0
