@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 OUT=out/tabletop
 RESULTS=results/tabletop
 SUITES="tabletop_spatial tabletop_object tabletop_goal tabletop_long"
+STATES="--first 10 --episodes 10"   # initial states 10..19 of each task; choices were made on 0, 1 and 40..49
 EXECUTE=3         # actions of each chunk of five that are executed before the next look
 
 worldvla() { .venv/bin/python -m worldvla "$@"; }
@@ -48,9 +49,9 @@ visit 2 "$OUT/second" 40
 train tabletop_dagger2 worldvla/assets/tabletop
 
 for suite in $SUITES; do
-    worldvla eval worldvla/assets/tabletop --suite "$suite" --episodes 10 --execute $EXECUTE --videos 0 --out "$RESULTS/$suite"
-    .venv/bin/python tools/baselines.py "$suite" --demos "$OUT/demos/$suite" --episodes 10 --out "$RESULTS"
+    worldvla eval worldvla/assets/tabletop --suite "$suite" $STATES --execute $EXECUTE --videos 0 --out "$RESULTS/$suite"
+    .venv/bin/python tools/baselines.py "$suite" --demos "$OUT/demos/$suite" $STATES --out "$RESULTS"
     .venv/bin/python tools/baselines.py "$suite" --policies expert --episodes 50 --out "$RESULTS"
 done
-worldvla eval worldvla/assets/tabletop --suite tabletop_object --episodes 10 --execute 5 --videos 0 --out "$RESULTS/tabletop_object_execute5"
+worldvla eval worldvla/assets/tabletop --suite tabletop_object $STATES --execute 5 --videos 0 --out "$RESULTS/tabletop_object_execute5"
 worldvla imagine worldvla/assets/tabletop "$OUT"/demos/*/ --episodes 8 --out "$RESULTS/imagine"

@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=["random", "blind"])
     parser.add_argument("--demos", type=Path, help="HDF5 files of the suite, for the blind replay")
     parser.add_argument("--episodes", type=int, default=10, help="of each task")
+    parser.add_argument("--first", type=int, default=0, help="initial state of the first episode")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/baselines"))
@@ -38,7 +39,7 @@ def main() -> int:
             "expert": ExpertActor,
         }[name]()
         out = args.out / f"{args.suite}_{name}"
-        options = {"seed": args.seed, "workers": args.workers, "videos": 0, "page": False}
+        options = {"first": args.first, "seed": args.seed, "workers": args.workers, "videos": 0, "page": False}
         record = run(actor, args.suite, args.episodes, out_dir=out, **options)
         low, high = record["wilson_95"]
         counts = f"{record['successes']}/{record['episodes']} (95% {low:.2f} to {high:.2f})"

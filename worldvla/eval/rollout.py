@@ -39,7 +39,8 @@ half a minute.
 MOST_AT_ONCE = 1
 """Queries answered together out of lockstep. One: the record is then a function of the arguments, as it is in
 lockstep, because no answer depends on who else was waiting."""
-MakeEnv = Callable[[sim.Task, dict[str, tuple[int, int]]], Any]
+MakeEnv = Callable[..., Any]
+"""(task, views) -> environment; with fast_render=True too, where that is asked for."""
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,25 @@ def protocol(name: str, views: Mapping[str, tuple[int, int]], fast_render: bool 
     }
 
 
+def spaces(views: Mapping[str, tuple[int, int]]) -> "tuple[gym.spaces.Dict, gym.spaces.Box]":
+    """Return the observation and the action space of an environment with these views."""
+    import gymnasium as gym
+    import numpy as np
+
+    parts: dict[str, Any] = {v: gym.spaces.Box(0, 255, (*size, 3), np.uint8) for v, size in views.items()}
+    parts["state"] = gym.spaces.Box(-np.inf, np.inf, (NUM_STATE_DIMS,), np.float32)
+    return gym.spaces.Dict(parts), gym.spaces.Box(-1.0, 1.0, (NUM_ACTION_DIMS,), np.float32)
+
+
+def init_index(options: Mapping[str, Any] | None, random: Any) -> int:
+    """Return the initial state that `reset` was asked for, or one of the fixed ones drawn by `random`."""
+    init = (options or {}).get("init")
+    index = int(random.integers(NUM_INITS)) if init is None else int(init)
+    if index < 0:
+        raise ValueError(f"init must be >= 0, got {index}")
+    return index
+
+
 def tasks(name: str) -> tuple[Task, ...]:
     """Return the tasks of a suite in their fixed order."""
     if suite(name).simulator == "tabletop":

@@ -25,7 +25,7 @@ import gymnasium as gym
 import numpy as np
 
 from worldvla.sim import opengl
-from worldvla.sim.env import NUM_ACTION_DIMS, NUM_INITS, NUM_STATE_DIMS, RULES, Task, suite
+from worldvla.sim.env import NUM_ACTION_DIMS, NUM_INITS, RULES, Task, init_index, spaces, suite
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 """View -> camera of LIBERO. Both pictures are turned by 180 degrees, as published policies saw them."""
@@ -96,12 +96,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._add_snapshot_sensor()
         self._sampled: dict[str, np.ndarray] = {}
         self._steps = 0
-        spaces: dict[str, gym.Space[Any]] = {
-            name: gym.spaces.Box(0, 255, (*size, 3), np.uint8) for name, size in self.views.items()
-        }
-        spaces["state"] = gym.spaces.Box(-np.inf, np.inf, (NUM_STATE_DIMS,), np.float32)
-        self.observation_space = gym.spaces.Dict(spaces)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (NUM_ACTION_DIMS,), np.float32)
+        self.observation_space, self.action_space = spaces(self.views)
 
     # -- gymnasium ------------------------------------------------------------------------------------------
 
@@ -109,10 +104,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         super().reset(seed=seed)
-        init = (options or {}).get("init")
-        index = int(self.np_random.integers(NUM_INITS)) if init is None else int(init)
-        if index < 0:
-            raise ValueError(f"init must be >= 0, got {index}")
+        index = init_index(options, self.np_random)
         stored = index < NUM_INITS
         with _seeded(EVALUATION_SEED if stored else index):
             self._reset_world()

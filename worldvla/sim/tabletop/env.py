@@ -12,7 +12,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-from worldvla.sim.env import NUM_ACTION_DIMS, NUM_INITS, NUM_STATE_DIMS, RULES, VIEWS, Task, suite
+from worldvla.sim.env import NUM_ACTION_DIMS, RULES, VIEWS, Task, init_index, spaces, suite
 from worldvla.sim.tabletop import world
 from worldvla.sim.tabletop.camera import RayCamera
 from worldvla.sim.tabletop.tasks import FIXTURE_JITTER, JITTER, SPECS, Goal
@@ -54,12 +54,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
             self.model.geom("button_cap").rgba.copy() if "button" in self.scene.fixtures else None
         )
         self._steps = 0
-        spaces: dict[str, gym.Space[Any]] = {
-            name: gym.spaces.Box(0, 255, (*size, 3), np.uint8) for name, size in self.views.items()
-        }
-        spaces["state"] = gym.spaces.Box(-np.inf, np.inf, (NUM_STATE_DIMS,), np.float32)
-        self.observation_space = gym.spaces.Dict(spaces)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (NUM_ACTION_DIMS,), np.float32)
+        self.observation_space, self.action_space = spaces(self.views)
 
     # -- gymnasium
     # ------------------------------------------------------------------------------------------------
@@ -68,10 +63,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         super().reset(seed=seed)
-        init = (options or {}).get("init")
-        index = int(self.np_random.integers(NUM_INITS)) if init is None else int(init)
-        if index < 0:
-            raise ValueError(f"init must be >= 0, got {index}")
+        index = init_index(options, self.np_random)
         rng = np.random.default_rng([zlib.crc32(f"{self.task.suite}/{self.task.name}".encode()), index])
         mujoco.mj_resetData(self.model, self.data)
         self._steps = 0
