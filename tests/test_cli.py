@@ -153,6 +153,12 @@ def test_errors_of_an_evaluation_make_the_exit_code(capsys, monkeypatch, errors,
     assert "1/2" in out
 
 
+def test_a_driving_policy_without_labels_is_refused(capsys):
+    code, _, err = _run(capsys, "collect", "tabletop_object", "--policy", "somewhere")
+    assert code == 2
+    assert "--label" in err
+
+
 @pytest.mark.slow
 def test_whole_line_on_the_debug_recipe(capsys, monkeypatch, tmp_path):
     """From nothing to a success table and an imagined video, by the commands of the README."""
@@ -164,6 +170,11 @@ def test_whole_line_on_the_debug_recipe(capsys, monkeypatch, tmp_path):
         f"train-tokenizer {demos} --out {tokenizer} --steps 2 --config.channels 8",
         f"tokenize {demos} --tokenizer {tokenizer} --out {store}",
         "train debug --train.steps 2 --train.num-threads 1",
+        "collect tabletop_object --out out/visited --tasks 0 --episodes 1 --workers 1 --seed 1 --label 5 "
+        "--policy out/train/debug",
+        f"tokenize out/visited --tokenizer {tokenizer} --out out/debug/visited",
+        f"train debug --name again --train.steps 1 --data.stores {store} out/debug/visited "
+        "--train.init-from out/train/debug/ckpt/step_2",
         "eval out/train/debug --suite tabletop_object --episodes 1 --tasks 0 --workers 1 --out out/eval",
         f"imagine out/train/debug {demos} --episodes 1 --horizon 2 --out out/imagine",
     ]
