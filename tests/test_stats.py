@@ -1,11 +1,12 @@
-"""Wilson intervals against published and closed-form values; counting never loses an episode.
+"""Wilson and Newcombe's paired intervals against published and closed-form values; McNemar's test by hand;
+counting never loses an episode.
 
 Run: pytest tests/test_stats.py
 """
 
 import pytest
 
-from worldvla.eval.stats import Z_95, count, wilson
+from worldvla.eval.stats import Z_95, Pairs, count, mcnemar, paired_interval, wilson
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,34 @@ def test_errors_are_no_failures():
         "wilson_95": [round(x, 4) for x in wilson(1, 3)],
     }
     assert count([])["wilson_95"] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "difference", "low", "high"),
+    [
+        (Pairs(14, 5, 0, 22), 0.1220, 0.0115, 0.2265),  # Altman 2000, Statistics with confidence, p. 52
+        (Pairs(59, 6, 16, 80), -0.0621, -0.1186, -0.0046),  # Fagerland 2017, chapter 8, Cavo 2012
+        (Pairs(0, 10, 0, 0), 1.0, 0.6075, 1.0),  # 1 - sqrt(2) z^2 / (n + z^2)
+        (Pairs(4, 0, 0, 0), 0.0, -0.4899, 0.4899),  # z^2 / (n + z^2)
+    ],
+)
+def test_known_paired_intervals(pairs, difference, low, high):
+    assert pairs.difference == pytest.approx(difference, abs=6e-5)
+    assert paired_interval(pairs) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_paired_intervals_mirror_and_tighten_with_agreement():
+    low, high = paired_interval(Pairs(20, 7, 3, 10))
+    assert paired_interval(Pairs(20, 3, 7, 10)) == pytest.approx((-high, -low))
+    agreeing, crossing = Pairs(16, 4, 4, 16), Pairs(10, 10, 10, 10)  # the same rates, 20/40 each
+    assert paired_interval(agreeing)[1] < paired_interval(crossing)[1]
+    assert paired_interval(Pairs(0, 0, 0, 0)) == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "p"),
+    [(0, 0, 1.0), (1, 5, 14 / 64), (5, 1, 14 / 64), (3, 3, 1.0), (0, 10, 2 / 1024), (2, 12, 212 / 16384)],
+)
+def test_mcnemar_counts_the_tails_of_a_fair_coin(only_a, only_b, p):
+    assert mcnemar(only_a, only_b) == pytest.approx(p, rel=1e-12)
+    assert 0 < mcnemar(0, 1000) < 1e-300

@@ -27,6 +27,10 @@ class Query:
     """As `Policy.act` takes it; without images where the actor needs none."""
 
 
+class ActorError(ValueError):
+    """The actor cannot go on: its message, one line, is why the waiting episodes and the run end."""
+
+
 class Actor(Protocol):
     """`act` answers all waiting environments at once: actions (n, 7) each, or None, upon which the task's
     expert takes n steps.

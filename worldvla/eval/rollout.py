@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from worldvla.eval.actors import Actor, ModelActor, Query
+from worldvla.eval.actors import Actor, ActorError, ModelActor, Query
 from worldvla.eval.record import Journal, provenance, write_json
 from worldvla.eval.stats import count
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
@@ -297,7 +297,17 @@ def roll_out(
             if not asking:
                 continue
             queries = [_query(w, arrived.pop(w)) for w in asking]
-            for worker, actions in zip(asking, actor.act(queries), strict=True):
+            try:
+                answers = actor.act(queries)
+            except ActorError as error:  # nobody else can go on either
+                steps = dict(zip(asking, (q.step for q in queries), strict=True))
+                steps |= {w: report.steps for w, report in arrived.items()}
+                for worker in pool:
+                    if worker.job is not None:
+                        report = Report("error", reason=str(error), steps=steps.get(worker, 0))
+                        on_end(worker.job, report, time.monotonic() - worker.started, worker.film)
+                raise
+            for worker, actions in zip(asking, answers, strict=True):
                 worker.send(actor.execute if actions is None else actions)
 
 
@@ -442,8 +452,12 @@ def run(
             )
             progress.update(bar, advance=1, description=label)
 
-        if jobs:
-            roll_out(actor, jobs, settings, workers, on_end, patience_s, lockstep=is_cheap)
+        stopped: ActorError | None = None
+        try:
+            if jobs:
+                roll_out(actor, jobs, settings, workers, on_end, patience_s, lockstep=is_cheap)
+        except ActorError as error:  # what is done is written first
+            stopped = error
         chosen = {task.index for task in listed}
         outcomes = [o for o in journal.outcomes if o["task"] in chosen and o["init"] in inits]
     outcomes.sort(key=lambda o: (o["task"], o["init"]))
@@ -462,6 +476,8 @@ def run(
     ]
     record["outcomes"] = [{k: v for k, v in o.items() if k != "elapsed"} for o in outcomes]
     write_json(Path(out_dir) / "record.json", record)
+    if stopped is not None:
+        raise stopped
     if isinstance(actor, ModelActor) and actor.example is not None:
         from worldvla.eval.tokens import write_example
 

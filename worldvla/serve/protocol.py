@@ -1,0 +1,78 @@
+"""Messages of a policy server and its client, the bytes of openpi: msgpack, NumPy arrays as maps.
+
+    send(pack({"prompt": "lift the red cube", "observation/image": image}))
+    actions = unpack(receive())["actions"]
+
+The keys of an array's map are bytes, its data are in C order (openpi-client msgpack_numpy.py). There is no
+pickle: arrays of objects, records and complex numbers are refused on both sides. Decoded arrays are
+read-only.
+"""
+
+import math
+import re
+from typing import Any
+
+import msgpack
+import numpy as np
+
+PORT = 8000
+MAX_BYTES = 16 * 2**20
+"""Longest message, bytes: ten pictures of 512 x 512 and room to spare."""
+IMAGE_KEYS = {"agentview": "observation/image", "wrist": "observation/wrist_image"}
+"""View -> openpi's name of its picture."""
+STATE_KEY, PROMPT_KEY = "observation/state", "prompt"
+REFUSED_KINDS = "OVc"
+
+
+def pack(message: Any) -> bytes:
+    """Return the message as bytes; an unknown type raises TypeError, a refused dtype ValueError."""
+    data: Any = msgpack.packb(message, default=_encode)  # bytes, which its stub doubts
+    return data
+
+
+def unpack(data: bytes | str) -> Any:
+    """Return the message in a frame; a text frame, or bytes that are no message, raises ValueError."""
+    if isinstance(data, str):
+        raise ValueError(f"a message must be a binary msgpack frame, got text {data[:40]!r}")
+    try:
+        return msgpack.unpackb(data, object_hook=_decode)
+    except (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException) as error:
+        raise ValueError(
+            f"not a msgpack message of openpi's protocol ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _encode(value: Any) -> Any:
+    if not isinstance(value, np.ndarray | np.generic):
+        raise TypeError(f"cannot send a {type(value).__name__}: expected numbers, texts, lists, maps, arrays")
+    if value.dtype.kind in REFUSED_KINDS:
+        raise ValueError(f"arrays of {value.dtype} are refused: send numbers, bools or texts")
+    dtype = value.dtype.str
+    if isinstance(value, np.ndarray):
+        return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": dtype, b"shape": value.shape}
+    return {b"__npgeneric__": True, b"data": value.item(), b"dtype": dtype}
+
+
+def _decode(value: dict[Any, Any]) -> Any:
+    if b"__npgeneric__" in value:
+        return _dtype(value[b"dtype"]).type(value[b"data"])
+    if b"__ndarray__" not in value:
+        return value
+    data, shape, dtype = value[b"data"], tuple(value[b"shape"]), _dtype(value[b"dtype"])
+    if any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError(f"an array has shape {shape}, expected sizes from 0 on")
+    if len(data) != math.prod(shape) * dtype.itemsize:
+        raise ValueError(
+            f"an array {dtype} {shape} has {len(data)} bytes, expected {math.prod(shape) * dtype.itemsize}"
+        )
+    return np.ndarray(shape, dtype, buffer=data)
+
+
+def _dtype(name: Any) -> np.dtype[Any]:
+    # The pattern of `dtype.str`: np.dtype alone would also read records out of a text.
+    if not isinstance(name, str) or not re.fullmatch(r"[<>|=][a-zA-Z]\d+(\[\w+\])?", name):
+        raise ValueError(f"an array has dtype {name!r}, expected one like '<f4'")
+    dtype = np.dtype(name)
+    if dtype.kind in REFUSED_KINDS:
+        raise ValueError(f"arrays of {dtype} are refused: send numbers, bools or texts")
+    return dtype
