@@ -92,7 +92,7 @@ def tabletop_dagger1() -> Config:
 
 def tabletop_dagger2() -> Config:
     """`tabletop_dagger1` with the states that it visited: the shipped small model."""
-    return _dagger(2, "out/tabletop/second", 6_000, 5e-4, 1e-5)
+    return _dagger(2, "out/tabletop/second", 3_800, 5e-4, 1e-5)
 
 
 def tabletop_pilot() -> Config:
@@ -140,6 +140,23 @@ def libero_object_small() -> Config:
         tokenizer="out/libero/image_tokenizer",
         data=replace(base.data, stores=("out/libero/store_libero_object",)),
         train=replace(base.train, steps=300, eval_every=100, save_every=100),
+    )
+
+
+def libero_object() -> Config:
+    """libero_object from scripted demonstrations: 128 and 64 pixels, wrist and state, 7.5 million parameters.
+
+    `runs/libero_object.sh` makes the stores. For a GPU: --train.device cuda --train.batch-size 256.
+    """
+    base = tabletop()
+    return replace(
+        base,
+        name="libero_object",
+        tokenizer="out/libero_object/image_tokenizer",
+        layout=replace(base.layout, grids=((16, 16), (8, 8))),
+        model=replace(base.model, num_layers=6, width=256, num_heads=4, num_kv_heads=4, hidden=704),
+        data=replace(base.data, stores=("out/libero_object/store",), sequence_length=800),
+        train=replace(base.train, steps=8_000, batch_size=32, eval_every=1_000, save_every=1_000),
     )
 
 
@@ -195,6 +212,7 @@ RECIPES = {
         tabletop_pilot,
         debug,
         libero_object_small,
+        libero_object,
         worldvla_256,
     )
 }
