@@ -67,6 +67,7 @@ def test_a_crash_a_death_and_a_silence_are_one_error_each(tmp_path: Path) -> Non
     assert errors == {(1, CRASH), (1, DIE), (1, HANG)}
     assert record["successes"] == 7
     assert ends[1, CRASH]["reason"].startswith("RuntimeError: the dot fell off (fake_env.py:")
+    assert "in _misbehave" in (tmp_path / ends[1, CRASH]["trace"]).read_text()
     assert "exit code 9" in ends[1, DIE]["reason"]
     assert "no answer for 8 s" in ends[1, HANG]["reason"]
 
