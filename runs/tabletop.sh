@@ -54,4 +54,7 @@ for suite in $SUITES; do
     .venv/bin/python tools/baselines.py "$suite" --policies expert --episodes 50 --out "$RESULTS"
 done
 worldvla eval worldvla/assets/tabletop --suite tabletop_object $STATES --execute 5 --videos 0 --out "$RESULTS/tabletop_object_execute5"
-worldvla imagine worldvla/assets/tabletop "$OUT"/demos/*/ --episodes 8 --out "$RESULTS/imagine"
+for suite in $SUITES; do
+    worldvla collect "$suite" --out "$OUT/held_out/$suite" --episodes 1 --seed 9 --tasks 0 3    # seeds 0, 1 and 2 were trained on
+done
+worldvla imagine worldvla/assets/tabletop "$OUT"/held_out/*/ --episodes 8 --out "$RESULTS/imagine"
