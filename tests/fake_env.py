@@ -74,5 +74,12 @@ def make_slow(task: Task, views: dict[str, tuple[int, int]] | None) -> FakeEnv:
     return SlowEnv(task, views or {})
 
 
+def make_short(task: Task, views: dict[str, tuple[int, int]] | None) -> FakeEnv:
+    """One look and five steps."""
+    env = FakeEnv(task, views or {})
+    env.horizon = 5
+    return env
+
+
 def make(task: Task, views: dict[str, tuple[int, int]] | None) -> FakeEnv:
     return FakeEnv(task, views or {})

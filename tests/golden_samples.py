@@ -18,6 +18,7 @@ from token_stubs import CountedWords
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, KIND_PROMPT, Sample
 from worldvla.config import LayoutConfig
 from worldvla.data.sample import SampleBuilder
+from worldvla.model.pretrained import RELEASES
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA, Statistics
 from worldvla.vocab import Vocab, chameleon, compact
 
@@ -29,6 +30,8 @@ ACTIONS = np.array([[0, 0.1 * k, -0.1 * k, 0.05 * k, 0, -0.3, (-1) ** k] for k i
 STATE = np.array([0.0, 0.1, 0.9, 3.1, 0.0, 0.0, 0.02, -0.02])
 
 WORLDVLA_256 = LayoutConfig()
+WORLDVLA_512 = RELEASES["worldvla_512"].layout
+RYNNVLA_WORLD_512 = RELEASES["rynnvla_world_512"].layout
 RYNNVLA_256 = LayoutConfig(views=("agentview", "wrist"), grids=((16, 16), (16, 16)), state=True)
 TINY = LayoutConfig(
     views=("agentview", "wrist"), grids=((2, 3), (1, 2)), history=2, chunk=2, num_action_dims=2, state=True,
@@ -74,6 +77,17 @@ def cases() -> Iterator[tuple[str, str, Vocab, Sample]]:
     yield "rynnvla_policy", about, rv.vocab, rv.policy(TASK, STATE, frames(rv, 2), ACTIONS)
     world = rv.world(frames(rv, 1), ACTIONS[1], frames(rv, 1, 1)[0])
     yield "rynnvla_world", "RynnVLA-002 256 px world sample, two views", rv.vocab, world
+    wv = published(WORLDVLA_512, WORLDVLA)
+    policy = wv.policy(TASK, None, frames(wv, 2), ACTIONS)
+    yield "worldvla_512_policy", "WorldVLA 512 px, M=2, K=5", wv.vocab, policy
+    world = wv.world(frames(wv, 1), ACTIONS[1], frames(wv, 1, 1)[0])
+    yield "worldvla_512_world", "WorldVLA 512 px world sample", wv.vocab, world
+    wv = published(replace(WORLDVLA_256, chunk=10), WORLDVLA)
+    policy = wv.policy(TASK, None, frames(wv, 2), np.concatenate([ACTIONS, -ACTIONS]))
+    yield "worldvla_10_policy", "WorldVLA 256 px on LIBERO-10, M=2, K=10", wv.vocab, policy
+    rv = published(RYNNVLA_WORLD_512, WORLDVLA)
+    world = rv.world(frames(rv, 1), ACTIONS[1], frames(rv, 1, 1)[0])
+    yield "rynnvla_512_world", "RynnVLA-002 World_model_512: two views", rv.vocab, world
 
     state, actions = np.array([0.0, 0.5, 1.0]), np.array([[0.0, -1.0], [0.5, 1.0]])
     for name, builder, about in (

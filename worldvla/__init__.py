@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from worldvla.infer.load import Model
 
 
-def load(path: Path | str, device: str = "cpu") -> "Model":
-    """Return the model of a checkpoint directory, or the newest of a run: `.policy().act(...)`,
-    `.world().reset(...)`.
+def load(path: Path | str, device: str = "cpu", dtype: "torch.dtype | None" = None) -> "Model":
+    """Return the model of a checkpoint directory, the newest of a run, or one on the hub (`ORG/NAME/FOLDER`):
+    `.policy().act(...)`, `.world().reset(...)`.
     """
     from worldvla.infer.load import load as load_model  # torch is imported here, not with the package
 
-    return load_model(path, device)
+    return load_model(path, device, dtype)

@@ -30,6 +30,7 @@ from worldvla.cli_data import (
     say,
 )
 from worldvla.cli_doctor import Doctor
+from worldvla.cli_models import Convert
 from worldvla.cli_peers import Compare, Serve, remote_actor
 from worldvla.config import Config, to_json
 
@@ -157,15 +158,27 @@ class Imagine:
     """Steps to imagine."""
     seed: int = 0
     device: str = "cpu"
+    drafts: bool = True
+    """Guess each frame and check it in a few passes: the same codes, sooner. Off: one code a pass."""
 
     def run(self) -> int:
         from worldvla.eval.world import evaluate_world
 
         files = hdf5_files(self.paths)
         out = self.out or Path("out/imagine") / _short(self.checkpoint)
-        evaluate_world(
-            self.checkpoint, files, out, self.episodes, self.horizon, self.seed, device=self.device
+        record = evaluate_world(
+            self.checkpoint,
+            files,
+            out,
+            self.episodes,
+            self.horizon,
+            self.seed,
+            device=self.device,
+            drafts=self.drafts,
         )
+        decoding = record["decoding"]
+        passes = sum(decoding["passes"]) / len(decoding["passes"])
+        say(f"a frame of {decoding['codes']} codes took {passes:.1f} model passes")
         say(f"imagined videos: {out / 'index.html'}")
         return 0
 
@@ -236,6 +249,7 @@ VERBS: dict[str, type[Any]] = {
     "eval": Eval,
     "imagine": Imagine,
     "export": Export,
+    "convert": Convert,
     "serve": Serve,
     "compare": Compare,
     "demo": Demo,
@@ -246,6 +260,7 @@ TAKE_RECIPE = ("train", "config")
 TOOLS = {
     "probe": "Read positions off the codes of an image tokenizer: the gate before training on them.",
     "show-sample": "Print one training sample in colour.",
+    "bench": "Speed of the built-in world and of decoding, beside baselines in the same run.",
 }
 
 

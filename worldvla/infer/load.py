@@ -7,17 +7,20 @@ world = model.world(); world.reset(frame); frame = world.step(actions[0])
 
 import hashlib
 import json
+import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from worldvla.config import Config, from_json
 from worldvla.data.sample import SampleBuilder
+from worldvla.infer.hub import fetch
+from worldvla.model.pretrained import INDEX, SINGLE, assign, empty_model, header, read_json, read_tensor
 from worldvla.model.transformer import Transformer
 from worldvla.tokenizers.action import Statistics
 from worldvla.tokenizers.image import ImageTokenizer
@@ -56,17 +59,19 @@ class Model:
 
         return Policy(self)
 
-    def world(self) -> "World":
+    def world(self, drafts: bool = True) -> "World":
         from worldvla.infer.imagine import World
 
-        return World(self)
+        return World(self, drafts)
 
 
-def load(path: Path | str, device: str = "cpu") -> Model:
-    """Read a checkpoint (or the newest one of a run directory); what does not belong together raises
-    ValueError.
+def load(path: Path | str, device: str = "cpu", dtype: torch.dtype | None = None) -> Model:
+    """Read a checkpoint, the newest one of a run directory, or one on the hub (`ORG/NAME[/FOLDER]`).
+
+    What does not belong together raises ValueError. `dtype` of the transformer: by default float32, and of a
+    converted release the type that it is stored in (bfloat16), as published code evaluates it.
     """
-    path = find_checkpoint(Path(path))
+    path = find_checkpoint(fetch(path))
     if missing := [name for name in FILES if not (path / name).is_file()]:
         raise ValueError(
             f"{path} is no complete checkpoint: {', '.join(missing)} missing; save or copy it again"
@@ -95,10 +100,10 @@ def load(path: Path | str, device: str = "cpu") -> Model:
             f"{vocab.num_image_codes}: use those of one run"
         )
     builder = SampleBuilder(config.layout, vocab, text, statistics)
-    transformer = Transformer(config.model, vocab.size, config.layout.num_rows, config.layout.num_cols)
-    _load_weights(path / "model.safetensors", transformer)
-    transformer.eval().requires_grad_(False)
-    return Model(path, config, vocab, builder, image.to(device), transformer.to(device), manifest)
+    transformer = empty_model(config.model, vocab.size, config.layout.num_rows, config.layout.num_cols)
+    stored: torch.dtype = getattr(torch, manifest.get("dtype", "float32"))
+    _load_weights(path / "model.safetensors", transformer, device, dtype or stored)
+    return Model(path, config, vocab, builder, image.to(device), transformer, manifest)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -109,6 +114,12 @@ def find_checkpoint(path: Path) -> Path:
         )
     if (path / "manifest.json").is_file():
         return path
+    has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
+    if has_weights and (path / "config.json").is_file() and "vocab_size" in read_json(path / "config.json"):
+        raise ValueError(
+            f"{path} is a released checkpoint, not one of ours: `worldvla convert {path} --release NAME "
+            "--out DIR` makes one of it (docs/MODELS.md)"
+        )
     found = [file.parent for file in (path / "ckpt").glob("step_*/manifest.json")]
     numbered = [p for p in found if p.name.removeprefix("step_").isdigit()]
     if not numbered:
@@ -152,19 +163,40 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _load_weights(path: Path, model: Transformer) -> None:
+def available_memory(device: str) -> int | None:
+    """Return the free bytes of a device, None where that cannot be told (no Linux, another accelerator)."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if device != "cpu" or not meminfo.is_file():
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    free = [int(found[1]) * 1024] if found else []
+    limit = Path("/sys/fs/cgroup/memory.max")
+    free += [int(text)] if limit.is_file() and (text := limit.read_text().strip()).isdigit() else []
+    return min(free, default=None)
+
+
+def _load_weights(path: Path, model: Transformer, device: str, dtype: torch.dtype) -> None:
+    """Put the weights in place of `model`'s meta tensors, one by one; too little memory is said before."""
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}): restore it") from None
-    own = model.state_dict()
-    wrong = sorted(set(own) ^ set(tensors)) or sorted(
-        n for n, t in own.items() if t.shape != tensors[n].shape
-    )
+        tensors = header(path)[0]
+    except ValueError as error:
+        raise ValueError(str(error).replace("download it again", "restore it")) from None
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n, shape in own.items() if shape != tensors[n])
     if wrong:
-        shapes = [tuple(t[wrong[0]].shape) if wrong[0] in t else None for t in (tensors, own)]
+        shapes = [table.get(wrong[0]) for table in (tensors, own)]
         raise ValueError(
             f"{path} does not fit config.json and vocab.json: {len(wrong)} tensors differ, "
             f"first {wrong[0]} with shape {shapes[0]}, expected {shapes[1]}; use files of one checkpoint"
         )
-    model.load_state_dict(tensors)
+    sizes = [math.prod(shape) * dtype.itemsize for shape in own.values()]
+    needed, free = sum(sizes) + (max(sizes) if device == "cpu" else 0), available_memory(device)
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{path} needs {needed / 1e9:.2f} GB on {device} ({model.num_parameters():,} parameters x "
+            f"{dtype.itemsize} bytes and one tensor), {free / 1e9:.2f} GB are free: use a device with more"
+            + (", or bfloat16" if dtype.itemsize > 2 else "")
+        )
+    assign(model, ((name, read_tensor(path, name)) for name in own), device, dtype)

@@ -246,7 +246,8 @@ class ImageTokenizer(nn.Module):
         else:
             self.quantize = VectorQuantizer(config.num_codes, config.embed_dim)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
-        self.decoder = Decoder(config)
+        self.decoder: Decoder | None = Decoder(config)
+        """None: published weights without one; frames become codes, codes no frames."""
 
     @property
     def num_codes(self) -> int:
@@ -264,6 +265,11 @@ class ImageTokenizer(nn.Module):
 
     def pixels(self, vectors_BERQ: Float[Tensor, "B E R Q"]) -> Float[Tensor, "B 3 Y X"]:
         """Return the decoder's picture of quantised vectors, nominally in [-1, 1]."""
+        if self.decoder is None:
+            raise ValueError(
+                "this image tokenizer has no decoder, so codes cannot be shown: convert with the published "
+                "vqgan.ckpt (--tokenizer)"
+            )
         return self.decoder(self.post_quant_conv(vectors_BERQ))
 
     @torch.no_grad()
@@ -316,6 +322,8 @@ class ImageTokenizer(nn.Module):
         )
         tokenizer = cls(config)
         state = load_file(directory / "model.safetensors")
+        if not any(name.startswith("decoder.") for name in state):
+            tokenizer.decoder = None
         own = tokenizer.state_dict()
         wrong = [
             name

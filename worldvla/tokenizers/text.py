@@ -75,6 +75,10 @@ class TextTokenizer:
         """Return the text of `codes`."""
         return self._tokenizer.decode(list(codes), skip_special_tokens=False)
 
+    def table(self) -> dict[str, int]:
+        """Return every token's name and code."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     @property
     def size(self) -> int:
         return self._tokenizer.get_vocab_size()

@@ -191,7 +191,8 @@ class Trainer:
             yield fetch
 
     def _validate(self, recorder: Recorder) -> None:
-        if dist.rank() > 0:
+        is_without = self.config.data.val_fraction == 0 and not self.overfit  # nothing is held out
+        if dist.rank() > 0 or is_without:
             return
         self.model.eval()
         with self._autocast():

@@ -1,0 +1,291 @@
+"""Released checkpoints become ours and go back bit by bit, are read one tensor at a time, act and train on.
+
+pytest tests/test_pretrained.py   (on synthetic folders with the published names, see released.py)
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from fake_env import TABLE, make_short
+from released import HEAD, IMAGE, MODEL, image_state, transformer_state, write_release, write_tokenizer
+from safetensors.torch import load_file, save_file
+from token_stubs import PixelSums, random_episode
+
+import worldvla
+from worldvla import cli
+from worldvla.data.store import write_store
+from worldvla.eval.actors import ModelActor
+from worldvla.eval.rollout import run
+from worldvla.infer.convert import convert, convert_back
+from worldvla.infer.load import load
+from worldvla.model.pretrained import RELEASES, open_release, published_names
+from worldvla.recipes import worldvla_256
+from worldvla.tokenizers.action import RYNNVLA, WORLDVLA
+from worldvla.tokenizers.published import load_image_tokenizer
+from worldvla.train.loop import train
+from worldvla.vocab import chameleon
+
+FORMS = [
+    ("chameleon", 1, True),
+    ("chameleon", 2, False),
+    ("worldvla_256", 1, False),
+    ("worldvla_512", 2, False),
+]
+FORMS += [("rynnvla_256", 1, False), ("rynnvla_world_512", 1, False), ("rynnvla_action_world_512", 1, True)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory)
+    return directory
+
+
+def folder(path: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize(("release", "norm_rows", "image"), FORMS)
+def test_every_layout_round_trips(
+    release: str, norm_rows: int, image: bool, tmp_path: Path, tokenizer: Path
+) -> None:
+    has_head = RELEASES[release].may_have_head
+    state = transformer_state(MODEL, norm_rows)
+    if norm_rows > 1:  # types may be mixed
+        state["model.norm.weight"] = state["model.norm.weight"].float()
+    shards = 3 if norm_rows == 1 else 1
+    given = write_release(tmp_path / "theirs", shards=shards, image=image, head=has_head, state=state)
+    suite = "libero_10" if RELEASES[release].chunks else ""
+    remarks = convert(
+        tmp_path / "theirs", tmp_path / "ours", release, worldvla_256(), suite, tokenizer, has_head
+    )
+    assert ("6 tensors" in " ".join(remarks)) == has_head
+    model = worldvla.load(tmp_path / "ours")
+    layout = model.config.layout
+    assert layout.chunk == (10 if suite else 5)
+    assert layout.state == (release in ("rynnvla_256", "rynnvla_action_world_512"))
+    assert layout.grids[0] == ((32, 32) if release.endswith("512") else (16, 16))
+    assert len(layout.views) == (2 if "rynnvla" in release else 1)
+    ranges = RYNNVLA if release == "rynnvla_256" else WORLDVLA
+    assert model.builder.statistics.action_low == ranges.action_low
+    assert model.config.model == replace(MODEL, dropout=0.05)
+    assert {p.dtype for p in model.transformer.parameters()} == {torch.bfloat16}
+    for name, key in published_names(MODEL.num_layers).items():
+        theirs = given[key][0] if "q_norm" in name or "k_norm" in name else given[key]
+        assert torch.equal(model.transformer.get_parameter(name), theirs.bfloat16()), name
+
+    convert_back(tmp_path / "ours", tmp_path / "again")
+    back = folder(tmp_path / "again")
+    assert back.keys() == given.keys()
+    assert all(back[k].dtype == v.dtype and torch.equal(back[k], v) for k, v in given.items())
+    kept = {p.name for p in (tmp_path / "theirs").iterdir()}
+    assert {p.name for p in (tmp_path / "again").iterdir()} == kept
+    for name in kept & {"config.json", "model.safetensors.index.json"}:
+        old, new = (json.loads((tmp_path / d / name).read_text()) for d in ("theirs", "again"))
+        assert old == new
+
+
+def test_releases_say_what_was_published() -> None:
+    """M, K, views, state and pixels of reference part 1 and 5, and the tokens of an image: 276 and 1060."""
+    from oracle import VOCAB
+    from token_stubs import CountedWords
+
+    from worldvla.data.sample import SampleBuilder
+
+    lengths = {}
+    for name, release in RELEASES.items():
+        layout = replace(release.layout, chunk=release.chunks.get("libero_goal", 5))
+        ranges = replace(WORLDVLA, state_low=RYNNVLA.state_low, state_high=RYNNVLA.state_high)
+        builder = SampleBuilder(layout, VOCAB, CountedWords(first=16_100), ranges)
+        words = 9  # What action should the robot take to open it?
+        frame = len(builder.policy_template("open it", 2)) - len(builder.policy_template("open it", 1))
+        lengths[name] = frame, len(builder.policy_template("open it", 2)) - words
+        assert layout.history == 2
+    assert lengths["worldvla_256"] == (276, 1 + 552 + 1 + 45 + 1)
+    assert lengths["worldvla_512"] == (1060, 1 + 2120 + 1 + 45 + 1)
+    assert lengths["rynnvla_256"] == (2 * 276, 1 + 10 + 4 * 276 + 1 + 45 + 1)
+    assert lengths["rynnvla_world_512"] == (2120, 1 + 4240 + 1 + 45 + 1)
+    assert RELEASES["rynnvla_256"].chunks == {
+        "libero_spatial": 10, "libero_object": 5, "libero_goal": 5, "libero_10": 10
+    }  # fmt: skip
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from worldvla.model.pretrained import open_release
+from worldvla.model.transformer import Transformer
+from worldvla.vocab import chameleon
+from safetensors.torch import load_file
+def memory(name):
+    return int(Path("/proc/self/status").read_text().split(name)[1].split()[0]) * 1024
+torch.set_num_threads(1)
+source = open_release(Path(sys.argv[2]), chameleon())  # imports what the meta device needs
+Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+before = memory("VmRSS:")
+if sys.argv[1] == "streamed":
+    model = source.transformer()
+else:
+    shards = [load_file(path) for path in Path(sys.argv[2]).glob("*.safetensors")]
+    model = [tensor.clone() for shard in shards for tensor in shard.values()]
+print(memory("VmHWM:") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's memory counters")
+def test_reading_takes_the_model_and_less_than_one_shard(tmp_path: Path) -> None:
+    """Peak resident memory of another process; all shards at once, for comparison, take twice the model."""
+    config = replace(MODEL, num_layers=4, width=128, hidden=8192)
+    state = write_release(tmp_path, config=config, shards=2, state=transformer_state(config))
+    size = sum(v.numel() * v.element_size() for v in state.values())
+    shard = max(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
+
+    def peak(way: str) -> int:
+        command = [sys.executable, "-c", MEASURE, way, str(tmp_path)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert 0.9 * size < peak("streamed") < size + shard < peak("at once")
+
+
+def test_a_downloaded_release_is_converted_evaluated_and_trained_on(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line that a user walks, with a copy for the download, a stand-in for LIBERO and two steps."""
+    hub = tmp_path / "hub"
+    write_release(hub / "model_256/libero_goal")
+    shutil.copytree(tokenizer, hub / "chameleon/tokenizer")
+    (hub / "model_256/libero_goal/optimizer.00000-of-00004.pth").write_bytes(b"large")
+    asked = []
+
+    def snapshot_download(repo: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        assert "*.pth" in ignore_patterns
+        target = tmp_path / "cache"
+        part = allow_patterns[0].removesuffix("/*")
+        shutil.copytree(hub / part, target / part, ignore=shutil.ignore_patterns(*ignore_patterns))
+        return str(target)
+
+    files = [p.relative_to(hub).as_posix() for p in hub.rglob("*") if p.is_file()]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: files)
+    ours, name = tmp_path / "ours", "Some-Org/WorldVLA"
+    words = [
+        "convert",
+        f"{name}/model_256/libero_goal",
+        "--release",
+        "worldvla_256",
+        "--suite",
+        "libero_goal",
+    ]
+    assert cli.main([*words, "--tokenizer", f"{name}/chameleon/tokenizer", "--out", str(ours)]) == 0
+    assert asked == [(name, ["model_256/libero_goal/*"]), (name, ["chameleon/tokenizer/*"])]
+    assert not list((tmp_path / "cache").rglob("*.pth"))
+    with pytest.raises(OSError, match=r"its folders are chameleon/tokenizer, model_256/libero_goal; check"):
+        worldvla.load(name)
+
+    actor = ModelActor(str(ours))
+    record = run(
+        actor, "tabletop_object", 1, out_dir=tmp_path / "eval", tasks=(0,), workers=1, videos=0, page=False,
+        make=make_short, table=TABLE,
+    )  # fmt: skip
+    assert (record["episodes"], record["errors"]) == (1, 0)
+    assert record["checkpoint"]["name"] == actor.model.config.name == "worldvla_256_goal"
+    assert record["protocol"]["executed"] == 5
+    assert actor.model.view_sizes == {"agentview": (256, 256)}
+    single = load(ours, dtype=torch.float32)
+    assert {p.dtype for p in single.transformer.parameters()} == {torch.float32}
+
+    config = actor.model.config
+    episodes = [replace(random_episode(i, views=("agentview",)), instruction="open it") for i in range(2)]
+    for episode in episodes:
+        episode.images["agentview"] = np.zeros((9, 256, 256, 3), np.uint8) + np.uint8(7)
+    stub = PixelSums(16, 8192, actor.model.image.digest())
+    write_store(tmp_path / "store", episodes, stub)
+    config = replace(
+        config,
+        data=replace(config.data, stores=(str(tmp_path / "store"),)),
+        optim=replace(config.optim, warmup_steps=1, learning_rate=1e-3, min_learning_rate=1e-3),
+        train=replace(
+            config.train, steps=2, batch_size=1, device="cpu", dtype="float32", compile=False, num_threads=1,
+            log_every=1, eval_every=2, num_eval_batches=1, init_from=str(ours),
+        ),
+    )  # fmt: skip
+    outcome = train(config, tmp_path / "run")
+    trained = load(outcome.checkpoint)
+    moved = trained.transformer.embed.weight - actor.model.transformer.embed.weight.float()
+    assert 0 < float(moved.abs().max()) < 0.05
+    assert trained.builder.statistics == WORLDVLA
+    convert_back(tmp_path / "run", tmp_path / "back", like=ours)
+    back = folder(tmp_path / "back")
+    assert back.keys() == folder(hub / "model_256/libero_goal").keys()
+    assert torch.equal(back["lm_head.weight"], trained.transformer.head.weight.bfloat16())
+
+
+def test_a_model_of_ours_is_loaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = Path(worldvla.__file__).parent / "assets/tabletop"
+    files = [p.relative_to(shipped).as_posix() for p in shipped.rglob("*") if p.is_file()]
+    asked = []
+
+    def snapshot_download(repo: str, allow_patterns: None, ignore_patterns: list[str]) -> str:
+        asked.append((repo, allow_patterns))
+        shutil.copytree(shipped, tmp_path / "cache", ignore=shutil.ignore_patterns(*ignore_patterns))
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: files)
+    model = worldvla.load("hf://Org/tabletop")
+    assert asked == [("Org/tabletop", None)]
+    assert model.path == tmp_path / "cache"
+    assert {p.dtype for p in model.transformer.parameters()} == {torch.float32}  # stored in bfloat16
+
+
+def test_the_commands_of_the_page_parse() -> None:
+    text = (Path(__file__).parents[1] / "docs/MODELS.md").read_text().replace("\\\n", " ")
+    commands = [line.split() for line in re.findall(r"^(?:`?)(worldvla [^`\n]*)", text, re.MULTILINE)]
+    assert [words[1] for words in commands].count("convert") >= 2
+    for _, verb, *rest in commands:
+        cli._parse(verb, rest)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.vqmodel.", "vqmodel."])
+@pytest.mark.parametrize("decoder", [True, False])
+def test_image_tokenizers_of_every_layout_load(prefix: str, decoder: bool, tmp_path: Path) -> None:
+    state = image_state(decoder)
+    save_file({prefix + k: v for k, v in state.items()}, tmp_path / "model.safetensors")
+    tokenizer = load_image_tokenizer(tmp_path / "model.safetensors")
+    assert tokenizer.config == IMAGE
+    assert all(torch.equal(v, state[k]) for k, v in tokenizer.state_dict().items())
+    codes = tokenizer.encode(torch.zeros(1, 16, 32, 3, dtype=torch.uint8))
+    assert codes.shape == (1, 1, 2)
+    tokenizer.save(tmp_path / "saved")
+    again = type(tokenizer).load(tmp_path / "saved")
+    assert again.digest() == tokenizer.digest()
+    if decoder:
+        assert again.decode(codes).shape == (1, 16, 32, 3)
+    else:
+        with pytest.raises(ValueError, match=r"no decoder.*vqgan\.ckpt"):
+            again.decode(codes)
+
+
+def test_the_base_model_brings_its_own_tokenizer(tmp_path: Path) -> None:
+    """Chameleon as on the hub: codes from `model.vqmodel.*`, text from tokenizer.json; no decoder."""
+    write_release(tmp_path / "base", image=True)
+    write_tokenizer(tmp_path / "other", text="tokenizer.json")
+    shutil.copy(tmp_path / "other/tokenizer.json", tmp_path / "base")
+    remarks = convert(tmp_path / "base", tmp_path / "ours", "chameleon", worldvla_256())
+    assert "no decoder" in remarks[0]
+    model = worldvla.load(tmp_path / "ours")
+    expected = {k: v.bfloat16().float() for k, v in image_state(decoder=False).items()}
+    assert all(torch.equal(v, expected[k]) for k, v in model.image.state_dict().items())
+    assert chameleon().digest() == model.vocab.digest()
+    assert len(open_release(tmp_path / "base", chameleon()).aside) == len(expected)
+    assert len(HEAD) == 6

@@ -1,0 +1,302 @@
+"""Released checkpoints <-> our names: which there are, their keys and shapes, read one tensor at a time.
+
+Chameleon's layout in Hugging Face's words (WorldVLA model/chameleon/modeling_chameleon.py) is what WorldVLA
+and RynnVLA-002 release: safetensors shards of bfloat16 with an index, and a config.json. Every key of the
+folder is placed, set aside (`vqmodel`, action head) or named in an error, before a weight is read.
+
+Memory. Headers alone are checked; then a tensor is copied out of its shard's map in place of a meta tensor,
+so the host holds the model and one tensor: for 7,013,158,912 parameters in bfloat16 14.03 GB, and 0.54 GB for
+the embedding, the largest (a shard: 5 GB). A state dict loaded into a float32 model would take 42 GB.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from worldvla.config import LayoutConfig, ModelConfig
+from worldvla.model.transformer import Transformer
+from worldvla.vocab import Vocab
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+VQ_PREFIX, HEAD_PREFIX = "model.vqmodel.", "action_head."
+HEAD_PARTS = ("action_token_embeddings", "hidden_projection", "transformer_encoder", "output_projection")
+"""Of RynnVLA-002's continuous head (model/modeling_xllmx_chameleon_ck_action_head.py:19-295)."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A family of published checkpoints: what its sequences hold. `chunks`: suite -> K; empty: no policy."""
+
+    layout: LayoutConfig
+    actions: Literal["worldvla", "rynnvla"]
+    """Whose range of actions its bins mean (tokenizers/action.py)."""
+    chunks: Mapping[str, int]
+    may_have_head: bool = False
+    """RynnVLA-002's continuous action head beside the transformer."""
+
+
+def _two_views(side: int, state: bool) -> LayoutConfig:
+    return LayoutConfig(views=("agentview", "wrist"), grids=((side, side),) * 2, state=state)
+
+
+_WORLDVLA_K = {"libero_spatial": 5, "libero_object": 5, "libero_goal": 5, "libero_10": 10}
+_RYNNVLA_K = {"libero_spatial": 10, "libero_object": 5, "libero_goal": 5, "libero_10": 10}
+RELEASES: dict[str, Release] = {
+    "chameleon": Release(LayoutConfig(), "worldvla", {}),  # weights to start from
+    "worldvla_256": Release(LayoutConfig(), "worldvla", _WORLDVLA_K),
+    "worldvla_512": Release(LayoutConfig(grids=((32, 32),)), "worldvla", _WORLDVLA_K),
+    "rynnvla_256": Release(_two_views(16, True), "rynnvla", _RYNNVLA_K, may_have_head=True),
+    # World samples were pretokenised with WorldVLA's range (RynnVLA-002 data/item_processor.py:327-328).
+    "rynnvla_world_512": Release(_two_views(32, False), "worldvla", {}),
+    "rynnvla_action_world_512": Release(_two_views(32, True), "worldvla", _RYNNVLA_K, may_have_head=True),
+}
+"""WorldVLA model_256, model_512; RynnVLA-002 VLA_model_256, World_model_512, Action_World_model_512 (both
+README.md); K by suite: WorldVLA exps_256_all/*.sh, RynnVLA-002's training scripts."""
+
+_TOP = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_LAYER = {f"attention.{n}.weight": f"self_attn.{n}_proj.weight" for n in "qkvo"}
+_LAYER |= {
+    f"attention.{n}.{p}": f"self_attn.{n}.{p}" for n in ("q_norm", "k_norm") for p in ("weight", "bias")
+}
+_LAYER |= {f"mlp.{n}.weight": f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")}
+_LAYER |= {
+    "attention_norm.weight": "input_layernorm.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+}
+
+
+def published_names(num_layers: int) -> dict[str, str]:
+    """Return our parameter name -> the published key, of all that a Transformer has (7B: 419)."""
+    names = {
+        f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}"
+        for i in range(num_layers)
+        for ours, theirs in _LAYER.items()
+    }
+    return _TOP | names
+
+
+def model_config(data: Mapping[str, Any], where: str, vocab: Vocab) -> ModelConfig:
+    """Return the shape that a published config.json names; another architecture or vocabulary raises."""
+    if (size := data.get("vocab_size")) != vocab.size:
+        raise ValueError(
+            f"{where}: vocab_size is {size}, vocabulary {vocab.name} has {vocab.size}: another vocabulary; "
+            "take a checkpoint of Chameleon's"
+        )
+    plain: dict[str, Any] = dict.fromkeys(("swin_norm", "attention_bias", "mlp_bias"), False)
+    plain |= {"tie_word_embeddings": False, "hidden_act": "silu"}
+    if strange := {k: data[k] for k, v in plain.items() if k in data and data[k] != v}:
+        raise ValueError(
+            f"{where}: {strange}, expected {plain}: another architecture (the 34B?), not supported"
+        )
+    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    if missing := [key for key in keys if not isinstance(data.get(key), int)]:
+        raise ValueError(f"{where}: {missing} missing: expected the config.json of a Chameleon checkpoint")
+    layers, width, heads, hidden = (data[key] for key in keys)
+    rope = data.get("rope_parameters") or {}
+    return ModelConfig(
+        num_layers=layers,
+        width=width,
+        num_heads=heads,
+        num_kv_heads=data.get("num_key_value_heads") or heads,
+        hidden=hidden,
+        rope_theta=float(data.get("rope_theta") or rope.get("rope_theta", 10000.0)),
+        norm_eps=float(data.get("rms_norm_eps", 1e-5)),
+        dropout=0.05,
+    )
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released folder whose every key has been accounted for; no weight has been read."""
+
+    directory: Path
+    hub_config: dict[str, Any]
+    config: ModelConfig
+    vocab: Vocab
+    files: dict[str, str]
+    """Their key -> shard."""
+    aside: tuple[str, ...]
+    """Keys beside the transformer's: `model.vqmodel.*`, `action_head.*`."""
+    norm_rows: dict[str, int]
+    """Rows of a QK-norm's tensor as stored, by our parameter's name: 1, or one a head."""
+    dtypes: dict[str, str]
+    """Of every tensor as stored, by our parameter's name: bfloat16, as published."""
+
+    def read(self, key: str) -> Tensor:
+        return read_tensor(self.directory / self.files[key], key)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield our name and the tensor, shard after shard, one at a time, in its stored type."""
+        names = published_names(self.config.num_layers)
+        for name, key in sorted(names.items(), key=lambda pair: self.files[pair[1]]):
+            yield name, _one_row(self.read(key), key) if _is_qk_norm(name) else self.read(key)
+
+    def transformer(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+        """Return the model, evaluation mode, in the stored type unless `dtype` is given."""
+        return assign(empty_model(self.config, self.vocab.size), self.tensors(), device, dtype)
+
+
+def open_release(
+    directory: Path, vocab: Vocab, may_have_head: bool = False, keep_head: bool = False
+) -> Released:
+    """Check a released folder by its headers; whatever is missing, too much or misshapen raises ValueError.
+
+    `may_have_head`: of such a release a continuous action head, which this model lacks, is refused by that
+    name, or its keys are set aside (`keep_head`); of others its keys are unknown ones.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path}: expected a released folder, config.json beside *.safetensors shards"
+        )
+    hub_config = read_json(path)
+    config = model_config(hub_config, str(path), vocab)
+    files, shapes, dtypes = _headers(directory)
+    names = published_names(config.num_layers)
+    own = {names[n]: tuple(t.shape) for n, t in empty_model(config, vocab.size).state_dict().items()}
+    heads = {"q_norm": config.num_heads, "k_norm": config.num_kv_heads}
+    head = sorted(k for k in shapes if k.startswith(tuple(HEAD_PREFIX + part + "." for part in HEAD_PARTS)))
+    image = sorted(k for k in shapes if k.startswith(VQ_PREFIX))
+    aside = (*image, *head) if may_have_head else tuple(image)
+    unknown, other = sorted(set(shapes) - set(own) - set(aside)), "choose another --release"
+    _named(directory, "lacks", sorted(set(own) - set(shapes)), f"download it again, or {other}")
+    _named(directory, "has unknown", unknown, other)
+    fix = "this model has none: --without-action-head leaves it out"
+    _named(directory, "has a continuous action head,", [] if keep_head else head, fix)
+    strange = sorted(key for key in own if dtypes[key] not in _DTYPES.values())
+    _named(directory, f"has other types than {', '.join(_DTYPES.values())}:", strange, "dequantise it")
+    wrong, rows = [], {}
+    for name, key in names.items():
+        shape, expected = shapes[key], own[key]
+        if _is_qk_norm(name):
+            rows[name] = shape[0] if len(shape) == 2 else 0
+            count = heads[name.split(".")[-2]]
+            expected = (rows[name] if rows[name] in (1, count) else count, *expected)
+        if shape != expected:
+            wrong.append(f"{key} {shape}, expected {expected}")
+    _named(directory, "has other shapes than config.json says:", wrong, "use files of one checkpoint")
+    types = {name: dtypes[key] for name, key in names.items()}
+    return Released(directory, hub_config, config, vocab, files, aside, rows, types)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Initial weights are not drawn: on the meta device that is a second of imports, for nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def empty_model(config: ModelConfig, vocab_size: int, num_rows: int = 1, num_cols: int = 1) -> Transformer:
+    """Return the model on the meta device: names and shapes without memory, for `assign`."""
+    with torch.device("meta"), _Undrawn():
+        return Transformer(config, vocab_size, num_rows, num_cols)
+
+
+def assign(
+    model: Transformer,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Transformer:
+    """Put each tensor in place of a parameter of `model`, which is on the meta device; one copy at a time."""
+    for name, tensor in tensors:
+        owner, _, leaf = name.rpartition(".")
+        placed = tensor.to(device, dtype or tensor.dtype, copy=True)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(placed, requires_grad=False))
+        del tensor
+    return model.eval()
+
+
+def published_tensors(
+    ours: Iterable[tuple[str, Tensor]], norm_rows: Mapping[str, int], dtypes: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the published key and tensor of each of ours, in the stored form: the way back."""
+    names = published_names(sum(name.endswith("mlp_norm.weight") for name in dtypes))
+    for name, tensor in ours:
+        tensor = tensor.to(getattr(torch, dtypes[name]))
+        yield names[name], tensor.expand(norm_rows[name], -1).contiguous() if name in norm_rows else tensor
+
+
+def read_tensor(path: Path, key: str) -> Tensor:
+    """Return one tensor, a view of the file's map, which is released with it (so opened anew each time)."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(key)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds; anything else raises ValueError."""
+    data = None
+    with suppress(ValueError):
+        data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds no JSON object: it is damaged; download it again")
+    return data
+
+
+def header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return shapes and torch names of types of a safetensors file, by key; a damaged file raises."""
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
+            return shapes, {key: _DTYPES.get(str(s.get_dtype()), "") for key, s in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): download it again") from None
+
+
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def _headers(directory: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return their key -> shard, shape and type; index and shards must agree."""
+    if (directory / INDEX).is_file():
+        promised = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(promised, dict):
+            raise ValueError(f"{directory / INDEX} has no weight_map: it is damaged; download it again")
+    elif (directory / SINGLE).is_file():
+        promised = dict.fromkeys(header(directory / SINGLE)[0], SINGLE)
+    else:
+        found = sorted(p.name for p in directory.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        because = f"{', '.join(found)} may be pickles, which are not opened" if found else "none is there"
+        raise ValueError(f"{directory} has no {SINGLE} and no {INDEX}: {because}; take the safetensors files")
+    shards = sorted(set(promised.values()))
+    _named(directory, "lacks shards,", [s for s in shards if not (directory / s).is_file()], "download them")
+    files, shapes, dtypes = {}, {}, {}
+    for shard in shards:
+        shard_shapes, shard_dtypes = header(directory / shard)
+        files |= dict.fromkeys(shard_shapes, shard)
+        shapes, dtypes = shapes | shard_shapes, dtypes | shard_dtypes
+    differing = sorted(k for k in promised.keys() | files.keys() if promised.get(k) != files.get(k))
+    _named(directory, f"has keys that are not where {INDEX} says:", differing, "download it again")
+    return files, shapes, dtypes
+
+
+def _named(directory: Path, what: str, keys: list[str], fix: str) -> None:
+    if keys:
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise ValueError(f"{directory} {what} {', '.join(keys[:3])}{more}: {fix}")
+
+
+def _is_qk_norm(name: str) -> bool:
+    return "q_norm" in name or "k_norm" in name
+
+
+def _one_row(norm_HK: Tensor, key: str) -> Tensor:
+    """Return the row that all heads share, stored once or once a head; rows that differ raise ValueError."""
+    if not torch.equal(norm_HK, norm_HK[:1].expand_as(norm_HK)):
+        raise ValueError(f"{key} differs from head to head: this model shares one QK-norm (as the 7B does)")
+    return norm_HK[0]
