@@ -50,10 +50,13 @@ train tabletop_dagger2 worldvla/assets/tabletop
 
 for suite in $SUITES; do
     worldvla eval worldvla/assets/tabletop --suite "$suite" $STATES --execute $EXECUTE --videos 0 --out "$RESULTS/$suite"
+    worldvla eval worldvla/assets/tabletop --suite "$suite" $STATES --execute 5 --videos 0 --out "$RESULTS/${suite}_execute5"
+    # The states on which the first model, before its rounds, is on record in results/tabletop/first: a paired comparison.
+    worldvla eval worldvla/assets/tabletop --suite "$suite" --episodes 10 --execute $EXECUTE --videos 0 --out "$RESULTS/states_0_9/$suite"
+    worldvla compare "$RESULTS/states_0_9/$suite" "$RESULTS/first/$suite"
     .venv/bin/python tools/baselines.py "$suite" --demos "$OUT/demos/$suite" $STATES --out "$RESULTS"
     .venv/bin/python tools/baselines.py "$suite" --policies expert --episodes 50 --out "$RESULTS"
 done
-worldvla eval worldvla/assets/tabletop --suite tabletop_object $STATES --execute 5 --videos 0 --out "$RESULTS/tabletop_object_execute5"
 for suite in $SUITES; do
     worldvla collect "$suite" --out "$OUT/held_out/$suite" --episodes 1 --seed 9 --tasks 0 3    # seeds 0, 1 and 2 were trained on
 done
