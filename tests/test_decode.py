@@ -1,20 +1,33 @@
 """Decoding with a cache, side by side and over ragged batches gives the ids of the slow way: one id at a
-time, everything recomputed.
+time, everything recomputed. Drawn actions follow the model's distribution.
 
 Run: pytest tests/test_decode.py
 """
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_run import MODEL
 
+import worldvla.infer.decode as decode
+import worldvla.vocab
 from worldvla.batch import KIND_IMAGE, Batch, Sample
 from worldvla.config import LayoutConfig
 from worldvla.data.sample import SampleBuilder
-from worldvla.infer.decode import best_bin, decode_actions, decode_images
+from worldvla.infer.decode import (
+    CLOSE,
+    SIDE_BY_SIDE,
+    best_bin,
+    bin_scores,
+    chunk_path,
+    decode_actions,
+    decode_chunk,
+    decode_images,
+)
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
 from worldvla.tokenizers.action import compute_statistics
@@ -60,23 +73,33 @@ def policy_prompts(builder: SampleBuilder, rng: np.random.Generator) -> list[Sam
     ]
 
 
-@torch.no_grad()
 def slow(
     model: Transformer, prompt: Sample, tail: Sample, span: range, opens: list[int], bins: bool
 ) -> np.ndarray:
+    return slow_with_margins(model, prompt, tail, span, opens, bins)[0]
+
+
+@torch.no_grad()
+def slow_with_margins(
+    model: Transformer, prompt: Sample, tail: Sample, span: range, opens: list[int], bins: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Fill the open positions of prompt + tail from left to right; the whole sequence is computed anew for
-    each.
+    each. Also return by how many standard deviations the best score leads.
     """
+    margins = []
     whole = Sample(**{f: np.concatenate([getattr(prompt, f), getattr(tail, f)]) for f in vars(tail)})
     batch = Batch.stack([whole], pad=1)
     for position in opens:
         stop = len(prompt) + position
         chunk = batch.chunk_BT[:, :stop]
         x = model(batch.ids_BT[:, :stop], dense_mask(chunk), batch.row_BT[:, :stop], batch.col_BT[:, :stop])
-        logits = model.logits(x[0, -1], span)
+        logits = F.linear(x[0, -1].float(), model.head.weight[span.start : span.stop].float())
         code = best_bin(logits) if bins else logits.argmax(-1)
+        best = (bin_scores(logits) if bins else logits).topk(2).values
+        margins.append(float((best[0] - best[1]) / logits.std()))
         batch.ids_BT[0, stop] = code + span.start
-    return batch.ids_BT[0, [len(prompt) + p for p in opens]].numpy() - span.start
+    ids = batch.ids_BT[0, [len(prompt) + p for p in opens]].numpy()
+    return ids - span.start, np.array(margins)
 
 
 @pytest.mark.parametrize("is_selective", [True, False])
@@ -136,3 +159,151 @@ def test_the_two_codes_of_the_last_bin_count_as_one() -> None:
     assert best_bin(logits).item() == 254
     logits[254:] = -9.0
     assert best_bin(logits).item() == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("chunk", [1, 2, 5, 10, 25])
+def test_side_by_side_is_one_by_one(chunk: int, dtype: torch.dtype) -> None:
+    """For any K, ragged batches and both types. In bfloat16 an action may leave the slow way only where the
+    slow way's own two best codes are nearly equal.
+    """
+    rng = np.random.default_rng(chunk)
+    builder, model = build(rng, replace(LAYOUT, chunk=chunk))
+    model = model.to(dtype)
+    prompts, tail, blocks = (
+        policy_prompts(builder, rng),
+        builder.policy_tail(),
+        builder.action_block_positions(0),
+    )
+    assert chunk_path(tail, blocks) == SIDE_BY_SIDE
+    together = decode_actions(model, builder.vocab, prompts, tail, blocks)
+    alone = decode_actions(model, builder.vocab, prompts[2:], tail, blocks)
+    in_turn = decode_chunk(model, builder.vocab, prompts, tail, blocks, together=False).codes_BKA
+    assert dtype == torch.bfloat16 or (in_turn == together).all()
+    opens, differing = blocks[:, 1:-1].reshape(-1).tolist(), 0
+    for row, prompt in enumerate(prompts):
+        span = builder.vocab.action
+        codes, margins = slow_with_margins(model, prompt, tail, span, opens, bins=True)
+        for got in [together[row]] + ([alone[0]] if row == 2 else []):
+            is_wrong_KA = got != codes.reshape(chunk, -1)
+            first = [int(dims.argmax()) for dims in is_wrong_KA if dims.any()]
+            leads = margins.reshape(chunk, -1)[is_wrong_KA.any(1), first]
+            assert (leads < CLOSE[dtype]).all(), leads
+            differing += len(first)
+    assert differing == 0 or (dtype == torch.bfloat16 and differing <= 0.2 * 4 * chunk + 1)
+
+
+@pytest.mark.parametrize("change", ["causal", "same chunk", "chunk 0 inside"])
+def test_other_masks_are_decoded_one_by_one_and_say_so(rng: np.random.Generator, change: str) -> None:
+    builder, model = build(rng, replace(LAYOUT, selective_mask=change != "causal"))
+    tail, blocks = builder.policy_tail(), builder.action_block_positions(0)
+    chunk = tail.chunk.copy()
+    if change == "same chunk":
+        chunk[blocks[1]] = chunk[blocks[0]]
+    elif change == "chunk 0 inside":
+        chunk[blocks[1, 3]] = 0
+    tail = replace(tail, chunk=chunk)
+    prompts = policy_prompts(builder, rng)
+    found = decode_chunk(model, builder.vocab, prompts, tail, blocks)
+    assert found.path.startswith("one by one: actions of a chunk see those before them")
+    opens = blocks[:, 1:-1].reshape(-1).tolist()
+    expected = [slow(model, p, tail, builder.vocab.action, opens, bins=True).reshape(3, 7) for p in prompts]
+    np.testing.assert_array_equal(found.codes_BKA, expected)
+
+
+def test_nothing_to_decode_is_one_line(rng: np.random.Generator) -> None:
+    builder, model = build(rng)
+    tail, blocks = builder.policy_tail(), builder.action_block_positions(0)
+    prompts = policy_prompts(builder, rng)
+    with pytest.raises(ValueError, match="got no prompts, expected at least one"):
+        decode_actions(model, builder.vocab, [], tail, blocks)
+    with pytest.raises(ValueError, match=r"got K = 0: raise layout\.chunk"):
+        decode_actions(model, builder.vocab, prompts, tail, blocks[:0])
+    with pytest.raises(ValueError, match="temperature must be 0"):
+        decode_actions(model, builder.vocab, prompts, tail, blocks, temperature=-1.0)
+
+
+def tiny_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four bins, the last two of which mean the same: three codes."""
+    monkeypatch.setattr(worldvla.vocab, "NUM_BIN_CODES", 4)
+    monkeypatch.setattr(decode, "NUM_BIN_CODES", 4)
+
+
+def g_test(counts: np.ndarray, p: np.ndarray) -> float:
+    """Return the likelihood-ratio statistic of counts against probabilities: chi-square with len - 1 degrees
+    of freedom."""
+    seen = counts > 0
+    return float(2 * (counts[seen] * np.log(counts[seen] / (counts.sum() * p[seen]))).sum())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_drawn_actions_follow_the_models_distribution(
+    monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """Exact joint of two dims by enumeration; and two actions of a chunk are independent."""
+    tiny_vocabulary(monkeypatch)
+    rng, num = np.random.default_rng(3), 8_000
+    layout = LayoutConfig(grids=((1, 2),), chunk=2, num_action_dims=2, policy_prompt="{task}")
+    builder, model = _tiny(rng, layout)
+    prompt = builder.policy_prompt("go", None, [(np.array([1, 0]),)])
+    tail, blocks, span = builder.policy_tail(), builder.action_block_positions(0), builder.vocab.action
+    codes = decode_actions(model, builder.vocab, [prompt] * num, tail, blocks, temperature, seed=5)
+    assert codes.shape == (num, 2, 2)
+    assert codes.max() == 2
+
+    whole = Sample(**{f: np.concatenate([getattr(prompt, f), getattr(tail, f)]) for f in vars(tail)})
+    joint_KXY = np.ones((2, 3, 3))
+    for k, (x, y) in itertools.product(range(2), itertools.product(range(3), repeat=2)):
+        for dim in range(2):
+            batch = Batch.stack([whole], pad=1)
+            batch.ids_BT[0, len(prompt) + blocks[k, 1]] = span.start + x
+            with torch.no_grad():
+                hidden = model(batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT)
+            scores = bin_scores(model.logits(hidden[0, len(prompt) + blocks[k, dim]], span))
+            joint_KXY[k, x, y] *= float((scores.detach() / temperature).softmax(-1)[(x, y)[dim]])
+    np.testing.assert_allclose(joint_KXY.sum((1, 2)), 1, atol=1e-5)
+    assert 0.5 < joint_KXY.max() / joint_KXY.mean() < 9
+    pair = codes[..., 0] * 3 + codes[..., 1]
+    for k in range(2):
+        assert g_test(np.bincount(pair[:, k], minlength=9), joint_KXY[k].reshape(-1)) < 26.1  # p = 0.001
+    product = np.outer(joint_KXY[0], joint_KXY[1]).reshape(-1)
+    both = np.bincount(pair[:, 0] * 9 + pair[:, 1], minlength=81)
+    assert g_test(both, product) < 124.8  # 80 degrees of freedom, p = 0.001
+    again = decode_actions(model, builder.vocab, [prompt] * num, tail, blocks, temperature, seed=5)
+    np.testing.assert_array_equal(codes, again)
+    other = decode_actions(model, builder.vocab, [prompt] * num, tail, blocks, temperature, seed=6)
+    assert (codes != other).any()
+
+
+def _tiny(rng: np.random.Generator, layout: LayoutConfig) -> tuple[SampleBuilder, Transformer]:
+    statistics = compute_statistics(
+        rng.uniform(-1, 1, (9, layout.num_action_dims)), np.ones((9, 8)), "minmax"
+    )
+    text = TextTokenizer.train(INSTRUCTIONS, 300)
+    vocab = compact(3, text.size)
+    model = Transformer(MODEL, vocab.size, layout.num_rows, layout.num_cols)
+    model.init_weights(1)
+    with torch.no_grad():
+        model.head.weight.mul_(8.0)
+    return SampleBuilder(layout, vocab, text, statistics), model.eval()
+
+
+def test_confidence_is_the_entropy_and_the_lead(rng: np.random.Generator) -> None:
+    """From the scores of one whole pass over the decoded sequence."""
+    builder, model = build(rng)
+    with torch.no_grad():
+        model.head.weight.mul_(0.1)
+    prompts, tail = policy_prompts(builder, rng)[:1], builder.policy_tail()
+    blocks, span = builder.action_block_positions(0), builder.vocab.action
+    found = decode_chunk(model, builder.vocab, prompts, tail, blocks)
+    whole = Sample(**{f: np.concatenate([getattr(prompts[0], f), getattr(tail, f)]) for f in vars(tail)})
+    batch = Batch.stack([whole], pad=1)
+    batch.ids_BT[0, len(prompts[0]) + blocks[:, 1:-1]] = torch.from_numpy(found.codes_BKA[0]) + span.start
+    with torch.no_grad():
+        hidden = model(batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT)
+        p = bin_scores(model.logits(hidden[0, len(prompts[0]) + blocks[:, :-2]], span)).double().softmax(-1)
+    entropy = -(p * p.log()).sum(-1)
+    best = p.sort(-1).values
+    np.testing.assert_allclose(found.entropy_BKA[0], entropy, rtol=1e-4)
+    np.testing.assert_allclose(found.margin_BKA[0], best[..., -1] - best[..., -2], rtol=1e-3, atol=1e-6)
+    assert 0.1 < found.entropy_BKA.mean() < 5.5

@@ -18,6 +18,7 @@ from tiny_run import tiny_config, write_tiny
 
 import worldvla
 from worldvla.infer.load import Model, export
+from worldvla.infer.policy import SEEN
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train.build import build, build_model
 from worldvla.train.checkpoint import save
@@ -117,6 +118,67 @@ def test_bad_observations_are_one_line(model: Model, change: Observation, messag
     assert "\n" not in str(error.value)
 
 
+def test_confidence_comes_with_the_same_actions(model: Model) -> None:
+    policy, observations = model.policy(), [observe(0), observe(1, 1)]
+    decision = policy.decide(observations)
+    np.testing.assert_array_equal(decision.actions, policy.act(observations))
+    assert decision.entropy.shape == decision.margin.shape == (2, 3, 7)
+    assert ((decision.entropy > 0) & (decision.entropy <= np.log(255) + 1e-4)).all()
+    assert ((decision.margin >= 0) & (decision.margin <= 1)).all()
+    one = policy.decide(observations[1])
+    np.testing.assert_allclose(one.entropy, decision.entropy[1], rtol=1e-4)
+    assert policy.decide([]).entropy.shape == (0, 3, 7)
+    assert policy.decoding == "side by side"
+
+
+def test_drawn_actions_belong_to_their_seed(model: Model) -> None:
+    policy, observation = model.policy(), observe(0)
+    drawn = policy.act(observation, temperature=1.0, seed=1)
+    np.testing.assert_array_equal(drawn, policy.act(observation, temperature=1.0, seed=1))
+    assert (drawn != policy.act(observation, temperature=1.0, seed=2)).any()
+    np.testing.assert_array_equal(policy.act(observation, temperature=1e-6, seed=1), policy.act(observation))
+
+
+def test_frames_seen_lately_are_not_encoded_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, encode, seen = model.policy(), ImageTokenizer.encode, []
+
+    def counted(self: ImageTokenizer, images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(ImageTokenizer, "encode", counted)
+    first, second = observe(0), observe(1)
+    policy.act(first)
+    assert seen == [1, 1]  # two views
+    actions = policy.act({**second, "previous": [first]})
+    assert seen == [1, 1, 1, 1]
+    np.testing.assert_array_equal(actions, model.policy().act({**second, "previous": [first]}))
+    changed = {**first, "wrist": first["wrist"] ^ 1}
+    policy.act({**second, "previous": [changed]})
+    assert seen[-2:] == [1, 1]
+    for i in range(2, 2 + SEEN):
+        policy.act(observe(i))
+    assert len(policy._seen) == SEEN
+    policy.act([first, first])
+    assert seen[-2:] == [1, 1]
+
+
+def test_guessing_frames_changes_no_frame(model: Model) -> None:
+    world, plain = model.world(), model.world(drafts=False)
+    world.reset(observe(0))
+    plain.reset(observe(0))
+    for t in range(3):
+        world.step(np.full(7, 0.2 * t))
+        plain.step(np.full(7, 0.2 * t))
+        for view, codes in plain.codes.items():
+            np.testing.assert_array_equal(world.codes[view], codes)
+    assert [s.passes for s in plain.stats] == [13, 13, 13]
+    assert len(world.stats) == 3
+    assert all(s.passes <= 13 and s.judged == s.codes == 13 for s in world.stats)
+    world.reset(observe(1))
+    assert world.stats == []
+
+
 def test_world_feeds_its_own_codes_back(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     world, observation = model.world(), observe(0)
     with pytest.raises(ValueError, match="reset"):
@@ -159,6 +221,10 @@ def test_bad_frames_and_actions_are_refused(model: Model) -> None:
     with pytest.raises(ValueError, match="same number of frames"):
         world.reset(
             {"agentview": np.zeros((2, 6, 6, 3), np.uint8), "wrist": np.zeros((1, 4, 4, 3), np.uint8)}
+        )
+    with pytest.raises(ValueError, match="at least one frame, got none"):
+        world.reset(
+            {"agentview": np.zeros((0, 6, 6, 3), np.uint8), "wrist": np.zeros((0, 4, 4, 3), np.uint8)}
         )
     world.reset(observe(0))
     with pytest.raises(ValueError, match=r"shape \(7,\), got \(6,\)"):

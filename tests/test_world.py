@@ -110,6 +110,10 @@ def test_the_record_and_its_page_are_complete(root: Path, tmp_path: Path) -> Non
     record = evaluate_world(root / "run", sorted(root.glob("*.hdf5")), tmp_path, episodes=2, horizon=3)
     assert json.loads((tmp_path / "record.json").read_text()) == record
     assert set(record["views"]) == {"agentview", "wrist"}
+    decoding = record["decoding"]
+    assert (decoding["drafts"], decoding["codes"], decoding["close"]) == (True, 13, 0)
+    assert len(decoding["passes"]) == len(decoding["acceptance"]) == 3
+    assert all(1 <= n <= 13 for n in decoding["passes"])
     assert all(len(v) == 3 for v in record["views"]["wrist"]["imagined"].values())
     assert all((tmp_path / clip["video"]).stat().st_size for clip in record["clips"])
     assert "Imagination" in (tmp_path / "index.html").read_text()

@@ -22,6 +22,8 @@ from worldvla.data.episode import Episode, read_episodes
 from worldvla.eval.record import provenance, write_json
 from worldvla.eval.tokens import write_example
 from worldvla.eval.video import FPS, side_by_side, write_mp4
+from worldvla.infer.draft import FrameStats, summary
+from worldvla.infer.imagine import World
 from worldvla.infer.load import Model, load, weights_digest
 from worldvla.sim.env import SUITES
 
@@ -57,6 +59,7 @@ def evaluate_world(
     videos: int = 8,
     device: str = "cpu",
     page: bool = True,
+    drafts: bool = True,
 ) -> dict[str, Any]:
     """Imagine `episodes` clips of at most `horizon` steps; write record.json, videos/ and index.html; return
     the record.
@@ -64,10 +67,13 @@ def evaluate_world(
     model = load(checkpoint, device)
     chosen = choose(paths, episodes, seed)
     clips: list[Clip] = []
+    spent: list[list[FrameStats]] = []
     batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     for i, batch in enumerate(batches):
         label = f"imagine {len(batch)} clips" + (f" ({i + 1} of {len(batches)})" if len(batches) > 1 else "")
-        clips += imagine(model, batch, horizon, label)
+        world = model.world(drafts)
+        clips += imagine(model, batch, horizon, label, world)
+        spent.append(world.stats)
     record: dict[str, Any] = {
         "checkpoint": {
             "name": model.config.name,
@@ -84,6 +90,7 @@ def evaluate_world(
             "metrics": "per frame, RGB 0..255, mean over clips; SSIM window 11, sigma 1.5, borders reflected",
         },
         **score(clips),
+        "decoding": {"drafts": drafts, **summary(spent, sum(model.config.layout.codes_per_view))},
         **provenance(),
     }
     record["clips"] = []
@@ -129,7 +136,13 @@ def choose(paths: Sequence[Path], episodes: int, seed: int) -> list[Episode]:
     return found
 
 
-def imagine(model: Model, episodes: Sequence[Episode], horizon: int, label: str = "imagine") -> list[Clip]:
+def imagine(
+    model: Model,
+    episodes: Sequence[Episode],
+    horizon: int,
+    label: str = "imagine",
+    world: World | None = None,
+) -> list[Clip]:
     """Imagine all episodes side by side, each for `horizon` steps or to its last observation."""
     views = model.config.layout.views
     for episode in episodes:
@@ -138,7 +151,7 @@ def imagine(model: Model, episodes: Sequence[Episode], horizon: int, label: str 
                 f"episode of {episode.task!r} lacks the views {missing} of the model: collect it with them"
             )
     steps = [min(horizon, len(episode) - 1) for episode in episodes]
-    world = model.world()
+    world = world or model.world()
     frame = world.reset({view: np.stack([e.images[view][0] for e in episodes]) for view in views})
     imagined = {view: [images] for view, images in _views(frame, views).items()}
     for t in track(range(max(steps)), label, console=Console(stderr=True)):

@@ -1,8 +1,11 @@
 """Keys and values of positions that were fed before, one buffer a layer.
 
-Dims: B batch, G kv heads, S key positions, K head dim.
+Dims: B batch, G kv heads, S key positions, T new positions, K head dim.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
@@ -14,24 +17,41 @@ class Cache:
         self._keys: list[Tensor | None] = [None] * num_layers
         self._values: list[Tensor | None] = [None] * num_layers
         self._used = [0] * num_layers
+        self._starts: list[int] | None = None
 
     @property
     def length(self) -> int:
         """Positions held by the last layer; between two passes by all."""
         return self._used[-1]
 
-    def update(self, layer: int, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new positions of one layer; return views of all that it holds now."""
-        start, stop = self._used[layer], self._used[layer] + k_BGSK.shape[2]
+    def seek(self, starts: Sequence[int]) -> None:
+        """From the next pass on row b writes its T positions to starts[b] .. starts[b] + T - 1, over what is
+        there; a pass then returns everything up to the last of them. The mask must hide what is stale.
+        """
+        self._starts = list(starts)
+
+    def update(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new positions of one layer, by default after the last; return views of all that it holds."""
+        batch, heads, length, head_dim = k_BGTK.shape
+        starts = [self._used[layer]] if self._starts is None else self._starts
+        stop = max(starts) + length
         if stop > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} positions, got {stop}: make it larger")
         keys, values = self._keys[layer], self._values[layer]
         if keys is None or values is None:
-            batch, heads, _, head_dim = k_BGSK.shape
-            keys = k_BGSK.new_empty(batch, heads, self.capacity, head_dim)
-            values = v_BGSK.new_empty(batch, heads, self.capacity, head_dim)
+            # Zeros: a slot that is not written yet may lie between two that are; hidden NaNs are still NaNs.
+            keys = k_BGTK.new_zeros(batch, heads, self.capacity, head_dim)
+            values = v_BGTK.new_zeros(batch, heads, self.capacity, head_dim)
             self._keys[layer], self._values[layer] = keys, values
-        keys[:, :, start:stop] = k_BGSK
-        values[:, :, start:stop] = v_BGSK
+        if min(starts) == max(starts):
+            keys[:, :, starts[0] : stop] = k_BGTK
+            values[:, :, starts[0] : stop] = v_BGTK
+        else:
+            rows_B1 = torch.arange(batch, device=keys.device)[:, None]
+            slots_BT = torch.tensor(starts, device=keys.device)[:, None] + torch.arange(
+                length, device=keys.device
+            )
+            keys[rows_B1, :, slots_BT] = k_BGTK.transpose(1, 2)
+            values[rows_B1, :, slots_BT] = v_BGTK.transpose(1, 2)
         self._used[layer] = stop
         return keys[:, :, :stop], values[:, :, :stop]

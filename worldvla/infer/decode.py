@@ -1,78 +1,239 @@
-"""Prompts -> action codes or image codes: greedy, structure forced, scores taken over one modality only.
+"""Prompts -> action codes or image codes: structure forced, scores taken over one modality only.
 
 Dims: B batch, T positions fed at once, S cached positions, G actions decoded side by side, K actions of a
-chunk, A action dims, N open codes of a frame.
+chunk, A action dims, N open codes of a frame, V scores of one code.
 
 The mask makes the K actions of a chunk independent given the prompt, and structure is never sampled, so their
 positions are known before any is decoded: block k token j stands at P + (A + 2)(k - 1) + j. All K are decoded
 side by side, A passes a chunk, with the tokens of one-by-one decoding (WorldVLA: (A + 2) K + 1 passes). Under
 the plain causal mask they follow one another.
+
+The codes of a frame do depend on each other, so they are guessed and checked: see `decode_frame`, and
+docs/DECODING.md for why both give the tokens of one-by-one decoding. Scores are float32 whatever the model's
+type: rounded to bfloat16, the best two would often be one number.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from worldvla.batch import KIND_IMAGE, Batch, Sample
 from worldvla.infer.cache import Cache
+from worldvla.infer.draft import FrameStats, Window
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
 from worldvla.vocab import NUM_BIN_CODES, Vocab
 
 HIDDEN_POSITION = 2**30
 """Mask position of padding: after every query, so nothing attends to it."""
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+"""Scores that lie nearer than this, relative to their spread, may change places by rounding alone."""
+SIDE_BY_SIDE = "side by side"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Actions of a batch of prompts and how sure the model is of them."""
+
+    codes_BKA: np.ndarray
+    """int64 in 0..254."""
+    entropy_BKA: np.ndarray
+    """Nats, of each dim given those before it as decoded; at most ln 255. An action's is the sum."""
+    margin_BKA: np.ndarray
+    """Probability of the likeliest code minus that of the second; at temperature 1, whatever was drawn."""
+    path: str
+    """`side by side`, or why the actions were decoded one by one."""
+
+
+def decode_actions(
+    model: Transformer,
+    vocab: Vocab,
+    prompts: Sequence[Sample],
+    tail: Sample,
+    blocks_KA: np.ndarray,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> np.ndarray:
+    """Return action codes (B, K, A), int64 in 0..254: `decode_chunk` without the confidence."""
+    return decode_chunk(model, vocab, prompts, tail, blocks_KA, temperature, seed).codes_BKA
 
 
 @torch.inference_mode()
-def decode_actions(
-    model: Transformer, vocab: Vocab, prompts: Sequence[Sample], tail: Sample, blocks_KA: np.ndarray
-) -> np.ndarray:
-    """Return action codes (B, K, A), int64 in 0..254.
+def decode_chunk(
+    model: Transformer,
+    vocab: Vocab,
+    prompts: Sequence[Sample],
+    tail: Sample,
+    blocks_KA: np.ndarray,
+    temperature: float = 0.0,
+    seed: int = 0,
+    together: bool = True,
+) -> Chunk:
+    """Decode the chunk of every prompt: greedy, or drawn at `temperature` by a generator seeded with `seed`.
 
     `tail`: what follows every prompt (`SampleBuilder.policy_tail`). `blocks_KA`: (K, A + 2), where in the
     tail each action's begin, dims and end stand. Whether the chunk's actions see each other is read from
-    `tail.chunk`.
+    `tail.chunk`. `together` off: one by one even where the mask does not ask for it, to compare with.
     """
+    if not len(blocks_KA):
+        raise ValueError("a chunk needs at least one action, got K = 0: raise layout.chunk")
+    path = chunk_path(tail, blocks_KA)
     stream = _Stream(model, prompts, tail, vocab.pad)
     num_dims = blocks_KA.shape[1] - 2
-    side_by_side = bool((tail.chunk[blocks_KA[:, 0]] > 0).all())
-    groups = [blocks_KA] if side_by_side else [blocks_KA[k : k + 1] for k in range(len(blocks_KA))]
-    waiting = np.zeros(0, dtype=np.int64)
+    if path == SIDE_BY_SIDE and together:
+        groups = [blocks_KA]
+    else:
+        groups = [blocks_KA[k : k + 1] for k in range(len(blocks_KA))]
+    head_VD = _head(model, vocab.action)
+    noise_BKAV = _noise((len(prompts), len(blocks_KA), num_dims, NUM_BIN_CODES - 1), temperature, seed)
+    waiting, found, start = np.zeros(0, dtype=np.int64), [], 0
     for group in groups:
+        scores = []
         for dim in range(num_dims):
             x_BGD = stream.feed(np.concatenate([waiting, group[:, dim]]), len(group))
-            codes_BG = best_bin(model.logits(x_BGD, vocab.action))
+            scores.append(bin_scores(F.linear(x_BGD.float(), head_VD)))
+            noise = None if noise_BKAV is None else noise_BKAV[:, start : start + len(group), dim]
+            codes_BG = _disturbed(scores[-1], temperature, noise).argmax(-1)
             stream.write(group[:, dim + 1], codes_BG + vocab.action.start)
             waiting = waiting[:0]
-        waiting = group[:, num_dims:].reshape(
-            -1
-        )  # the last dim and the end: only later blocks of a causal chain see them
-    return stream.read(blocks_KA[:, 1:-1]).cpu().numpy() - vocab.action.start
+        # The last dim and the end: only later blocks of a causal chain see them.
+        waiting = group[:, num_dims:].reshape(-1)
+        found.append(torch.stack(scores, 2))
+        start += len(group)
+    log_p_BKAV = torch.cat(found, 1).log_softmax(-1)
+    best_BKA2 = log_p_BKAV.topk(2).values.exp()
+    return Chunk(
+        codes_BKA=stream.read(blocks_KA[:, 1:-1]).cpu().numpy() - vocab.action.start,
+        entropy_BKA=-(log_p_BKAV.exp() * log_p_BKAV).sum(-1).cpu().numpy(),
+        margin_BKA=(best_BKA2[..., 0] - best_BKA2[..., 1]).cpu().numpy(),
+        path=path,
+    )
+
+
+def chunk_path(tail: Sample, blocks_KA: np.ndarray) -> str:
+    """Return SIDE_BY_SIDE where the mask makes that exact: no action sees another; else the reason."""
+    chunk_KA = tail.chunk[blocks_KA]
+    is_apart = chunk_KA.min() > 0 and (chunk_KA == chunk_KA[:, :1]).all()
+    if len(blocks_KA) == 1 or (is_apart and len(np.unique(chunk_KA[:, 0])) == len(blocks_KA)):
+        return SIDE_BY_SIDE
+    return "one by one: actions of a chunk see those before them (layout.selective_mask is off)"
+
+
+def decode_images(model: Transformer, vocab: Vocab, prompts: Sequence[Sample], tail: Sample) -> np.ndarray:
+    """Return image codes (B, N) int64 of the next frame, all views in order of generation."""
+    return decode_frame(model, vocab, prompts, tail)[0]
 
 
 @torch.inference_mode()
-def decode_images(model: Transformer, vocab: Vocab, prompts: Sequence[Sample], tail: Sample) -> np.ndarray:
-    """Return image codes (B, N) int64 of the next frame, all views in order of generation.
+def decode_frame(
+    model: Transformer,
+    vocab: Vocab,
+    prompts: Sequence[Sample],
+    tail: Sample,
+    draft_BN: np.ndarray | None = None,
+    window: Window | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> tuple[np.ndarray, FrameStats]:
+    """Return image codes (B, N) int64 of the next frame, all views in order of generation, and their cost.
 
-    `tail`: `SampleBuilder.world_tail`; its open positions have kind KIND_IMAGE.
+    `tail`: `SampleBuilder.world_tail`; its open positions have kind KIND_IMAGE. `draft_BN`: a guess of the
+    codes, of which a pass checks a window: all up to the first that is not the model's own choice are kept,
+    that one is corrected, and the model's choices after it replace the guess. Without, one code a pass. The
+    codes do not depend on the guess: each is the model's choice given all before it. With a temperature that
+    choice is the best of scores / temperature + Gumbel noise, drawn once for each row and position, which
+    makes it a draw from the softmax and, given the noise, as certain as a greedy one.
     """
     stream = _Stream(model, prompts, tail, vocab.pad)
-    open_N = np.flatnonzero(tail.kind == KIND_IMAGE)
-    for start, stop in zip([0, *open_N[:-1]], open_N, strict=True):
-        x_B1D = stream.feed(np.arange(start, stop), 1)  # the code before, and structure since
-        codes_B1 = model.logits(x_B1D, vocab.image).argmax(-1)
-        stream.write(np.array([stop]), codes_B1 + vocab.image.start)
-    return stream.read(open_N).cpu().numpy() - vocab.image.start
+    device, span, batch = stream.lengths_B.device, vocab.image, len(prompts)
+    open_N, is_open_T = np.flatnonzero(tail.kind == KIND_IMAGE), torch.from_numpy(tail.kind == KIND_IMAGE)
+    num_codes, end, is_open_T = len(open_N), int(open_N[-1]), is_open_T.to(device)
+    is_drafted = draft_BN is not None
+    if draft_BN is not None:
+        if draft_BN.shape != (batch, num_codes):
+            raise ValueError(
+                f"a draft of {batch} frames needs codes {(batch, num_codes)}, got {draft_BN.shape}"
+            )
+        stream.write(open_N, torch.from_numpy(draft_BN).to(device) + span.start)
+    window = window or Window(device)
+    head_VD, stats = _head(model, span), FrameStats(codes=batch * num_codes)
+    noise_BNV = _noise((batch, num_codes, len(span)), temperature, seed)
+    if noise_BNV is not None:
+        noise_BNV = noise_BNV.to(device)
+    nth_T = is_open_T.cumsum(0) - 1
+    rows_B1 = torch.arange(batch, device=device)[:, None]
+    done_B = np.zeros(batch, dtype=np.int64)
+    while (done_B < num_codes).any():
+        # Each row goes on from its last decided code; all feed the same number of tokens.
+        width = window.width(num_codes) if is_drafted else 1
+        first_B = np.where(done_B == 0, 0, open_N[done_B - 1])
+        length = int((open_N[np.minimum(done_B + width, num_codes) - 1] - first_B).max())
+        first_B = np.minimum(first_B, end - length)  # near the end some codes are fed again
+        x_BTD = stream.feed_rows(first_B, length)
+        where_BT = torch.from_numpy(first_B).to(device)[:, None] + torch.arange(1, length + 1, device=device)
+        noise = None if noise_BNV is None else noise_BNV[rows_B1, nth_T[where_BT].clamp_min(0)]
+        scores_BTV = _disturbed(F.linear(x_BTD.float(), head_VD), temperature, noise)
+        choice_BT = scores_BTV.argmax(-1) + span.start
+
+        done = torch.from_numpy(done_B).to(device)[:, None]
+        is_new_BT = is_open_T[where_BT] & (nth_T[where_BT] >= done)
+        ids_BT = stream.tail.ids_BT.gather(1, where_BT)
+        is_wrong_BT = is_new_BT & (ids_BT != choice_BT)
+        num_wrong_BT = is_wrong_BT.cumsum(1)
+        is_right_BT = is_new_BT & (num_wrong_BT == 0)
+        is_kept_BT = is_right_BT | (is_wrong_BT & (num_wrong_BT == 1))
+        stream.tail.ids_BT.scatter_(1, where_BT, torch.where(is_new_BT, choice_BT, ids_BT))
+        is_close_BT = is_kept_BT & _is_close(scores_BTV, stream.dtype)
+        kept_B, right_B, close_B = torch.stack((is_kept_BT, is_right_BT, is_close_BT)).sum(2).cpu().numpy()
+        done_B = done_B + kept_B
+        stats.passes += 1
+        stats.close += int(close_B.sum())
+        if is_drafted:
+            stats.judged += int(kept_B.sum())
+            stats.accepted += int(right_B.sum())
+            window.update(int(kept_B.max()))
+    return stream.read(open_N).cpu().numpy() - span.start, stats
 
 
 def best_bin(logits: Tensor) -> Tensor:
-    """Return the likeliest code, 0..254, of scores over all 256: code 255 decodes like 254, so their
+    """Return the likeliest code, 0..254, of scores over all 256."""
+    return bin_scores(logits).argmax(-1)
+
+
+def bin_scores(logits: Tensor) -> Tensor:
+    """Return float32 scores of codes 0..254 from those of all 256: code 255 decodes like 254, so their
     probabilities add.
     """
+    logits = logits.float()
     last = torch.logaddexp(logits[..., NUM_BIN_CODES - 2], logits[..., NUM_BIN_CODES - 1])
-    return torch.cat((logits[..., : NUM_BIN_CODES - 2], last[..., None]), -1).argmax(-1)
+    return torch.cat((logits[..., : NUM_BIN_CODES - 2], last[..., None]), -1)
+
+
+def _head(model: Transformer, span: range) -> Tensor:
+    return model.head.weight[span.start : span.stop].float()
+
+
+def _noise(shape: tuple[int, ...], temperature: float, seed: int) -> Tensor | None:
+    """Return standard Gumbel noise: the argmax of log p + noise is a draw from p. None at temperature 0."""
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}")
+    if temperature == 0:
+        return None
+    return -torch.empty(shape).exponential_(generator=torch.Generator().manual_seed(seed)).log()
+
+
+def _disturbed(scores: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
+    """Return the scores whose best is the choice."""
+    return scores if noise is None else scores / temperature + noise.to(scores.device)
+
+
+def _is_close(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    best = scores.topk(2).values
+    return best[..., 0] - best[..., 1] < CLOSE.get(dtype, CLOSE[torch.bfloat16]) * scores.std(-1)
 
 
 class _Stream:
@@ -81,7 +242,9 @@ class _Stream:
     """
 
     def __init__(self, model: Transformer, prompts: Sequence[Sample], tail: Sample, pad: int) -> None:
-        self.model = model
+        if not prompts:
+            raise ValueError("nothing to decode: got no prompts, expected at least one")
+        self.model, self.dtype = model, model.head.weight.dtype
         device = next(model.parameters()).device
         self.prompt = Batch.stack(prompts, pad).to(device)
         self.tail = Batch.stack([tail] * len(prompts), pad).to(device)
@@ -120,6 +283,36 @@ class _Stream:
         keep_P = (rows_B1 + torch.arange(length - keep, length, device=where.device)).reshape(-1)
         x_PD = self.model(ids_BT, mask, row_BT, col_BT, positions_BT, self.cache, keep_P)
         return x_PD.view(batch, keep, -1)
+
+    def feed_rows(self, first_B: np.ndarray, length: int) -> Tensor:
+        """Feed each row's tail tokens first_B[b] .. first_B[b] + length - 1 (the first time: all
+        from 0, after the prompts), over whatever was fed there; return their hidden states (B, length, D).
+
+        For tails without chunks, which keep one cache slot a token: what comes later is hidden by causality.
+        """
+        if self.cache.length == 0:
+            assert not first_B.any()
+            hidden = self.feed(np.arange(length), length)
+            missing = self.tail.ids_BT.shape[1]
+            rest_BT = self.lengths_B[:, None] + torch.arange(length, missing, device=self.lengths_B.device)
+            self.positions_BS = torch.cat((self.positions_BS, rest_BT), 1)
+            self.chunk_BS = torch.zeros_like(self.positions_BS)
+            return hidden
+        longest = self.prompt.ids_BT.shape[1]
+        where_BT = torch.from_numpy(first_B).to(self.lengths_B.device)[:, None] + torch.arange(
+            length, device=self.lengths_B.device
+        )
+        ids_BT, row_BT, col_BT = (
+            getattr(self.tail, n).gather(1, where_BT) for n in ("ids_BT", "row_BT", "col_BT")
+        )
+        positions_BT = self.lengths_B[:, None] + where_BT
+        self.cache.seek((first_B + longest).tolist())
+        stop = longest + int(first_B.max()) + length
+        mask = None
+        if length > 1 or not self.is_causal or first_B.min() != first_B.max():
+            chunk_BT = torch.zeros_like(where_BT)
+            mask = dense_mask(chunk_BT, self.chunk_BS[:, :stop], positions_BT, self.positions_BS[:, :stop])
+        return self.model(ids_BT, mask, row_BT, col_BT, positions_BT, self.cache)
 
     def write(self, offsets: np.ndarray, ids: Tensor) -> None:
         self.tail.ids_BT[:, torch.from_numpy(offsets).to(ids.device)] = ids

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldvla.infer.decode import decode_images
+from worldvla.infer.decode import decode_frame
+from worldvla.infer.draft import FrameStats, Window
 from worldvla.infer.load import Model
 from worldvla.infer.policy import encode_frames
 
@@ -20,8 +21,15 @@ Frame = np.ndarray | dict[str, np.ndarray]
 
 
 class World:
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    """`drafts`: guess the next frame from this one and check it in a few passes; off: one code a pass. The
+    codes are the same, up to what docs/DECODING.md says of rounding.
+    """
+
+    def __init__(self, model: Model, drafts: bool = True) -> None:
+        self.model, self.drafts = model, drafts
+        self.stats: list[FrameStats] = []
+        """What each step since the last reset took."""
+        self._window = Window(model.device)
         self._tail = model.builder.world_tail()
         self._codes_BN: np.ndarray | None = None
         self._is_batch = self._is_dict = False
@@ -50,9 +58,12 @@ class World:
             counts = {view: len(frame[view]) for view in names}
             if len(set(counts.values())) != 1:
                 raise ValueError(f"every view needs the same number of frames, got {counts}")
+            if not counts[views[0]]:
+                raise ValueError("a batch of worlds needs at least one frame, got none")
             frames = [{view: frame[view][i] for view in names} for i in range(counts[views[0]])]
         else:
             frames = [frame]
+        self.stats, self._window = [], Window(self.model.device)
         self._codes_BN = np.stack([np.concatenate(codes) for codes in encode_frames(self.model, frames)])
         return self.frame()
 
@@ -73,7 +84,11 @@ class World:
             builder.world_prompt([builder.split_views(codes)], action)
             for codes, action in zip(codes_BN, actions_BA, strict=True)
         ]
-        self._codes_BN = decode_images(self.model.transformer, self.model.vocab, prompts, self._tail)
+        draft_BN = codes_BN if self.drafts else None
+        self._codes_BN, stats = decode_frame(
+            self.model.transformer, self.model.vocab, prompts, self._tail, draft_BN, self._window
+        )
+        self.stats.append(stats)
         return self.frame()
 
     def frame(self) -> Frame:

@@ -6,16 +6,30 @@ sim/env.py, and for models with a history `"previous"`: the image dicts of the s
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from worldvla.batch import Sample
-from worldvla.infer.decode import decode_actions
+from worldvla.infer.decode import chunk_path, decode_chunk
 from worldvla.infer.load import Model
 
 Observation = Mapping[str, Any]
+SEEN = 64
+"""Frames whose codes a policy with a history remembers."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Actions (K, 7) float32 and how sure the model is of each dim; with B in front for a list."""
+
+    actions: np.ndarray
+    entropy: np.ndarray
+    """Nats, of each dim given those before it; an action's is the sum over its dims."""
+    margin: np.ndarray
+    """Probability of the likeliest bin minus that of the second. Small among neighbouring bins too."""
 
 
 class Policy:
@@ -25,25 +39,52 @@ class Policy:
         self.model = model
         self._tail = model.builder.policy_tail()
         self._blocks_KA = model.builder.action_block_positions(0)
+        self._seen: dict[bytes, tuple[np.ndarray, ...]] = {}
 
-    def act(self, observation: Observation | Sequence[Observation]) -> np.ndarray:
-        """Return actions (K, 7) float32 of one observation, (B, K, 7) of a list of them."""
-        if isinstance(observation, Mapping):
-            return self.act([observation])[0]
+    @property
+    def decoding(self) -> str:
+        """`side by side`, or `one by one: ` and why the mask asks for it."""
+        return chunk_path(self._tail, self._blocks_KA)
+
+    def act(
+        self, observation: Observation | Sequence[Observation], temperature: float = 0.0, seed: int = 0
+    ) -> np.ndarray:
+        """Return actions (K, 7) float32 of one observation, (B, K, 7) of a list of them.
+
+        The likeliest ones; with a `temperature` they are drawn, the same for the same seed.
+        """
+        return self.decide(observation, temperature, seed).actions
+
+    def decide(
+        self, observation: Observation | Sequence[Observation], temperature: float = 0.0, seed: int = 0
+    ) -> Decision:
+        """Return what `act` does, with the model's confidence, which costs nothing."""
         layout, statistics = self.model.config.layout, self.model.builder.statistics
+        if isinstance(observation, Mapping):
+            one = self.decide([observation], temperature, seed)
+            return Decision(one.actions[0], one.entropy[0], one.margin[0])
         if not observation:
-            return np.zeros((0, layout.chunk, layout.num_action_dims), dtype=np.float32)
-        prompts = self.prompts(observation)
-        codes = decode_actions(self.model.transformer, self.model.vocab, prompts, self._tail, self._blocks_KA)
+            nothing = np.zeros((0, layout.chunk, layout.num_action_dims), dtype=np.float32)
+            return Decision(nothing, nothing, nothing)
+        chunk = decode_chunk(
+            self.model.transformer,
+            self.model.vocab,
+            self.prompts(observation),
+            self._tail,
+            self._blocks_KA,
+            temperature,
+            seed,
+        )
         low, high = (np.asarray(v, dtype=np.float32) for v in (statistics.action_low, statistics.action_high))
-        return np.clip(statistics.decode_actions(codes), low, high)
+        actions = np.clip(statistics.decode_actions(chunk.codes_BKA), low, high)
+        return Decision(actions, chunk.entropy_BKA, chunk.margin_BKA)
 
     def prompts(self, observations: Sequence[Observation]) -> list[Sample]:
         """Return the sequences that the model reads; bad input raises ValueError."""
         layout = self.model.config.layout
         frames = [[*_previous(o, layout.history), o] for o in observations]
         flat = [frame for sequence in frames for frame in sequence]
-        codes = iter(encode_frames(self.model, flat))
+        codes = iter(self._encode(flat))
         prompts = []
         for observation, sequence in zip(observations, frames, strict=True):
             instruction = observation.get("instruction")
@@ -56,6 +97,20 @@ class Policy:
                 self.model.builder.policy_prompt(instruction, state, [next(codes) for _ in sequence])
             )
         return prompts
+
+    def _encode(self, frames: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, ...]]:
+        """Return what `encode_frames` does; with a history, frames seen lately are not encoded again."""
+        if self.model.config.layout.history == 1:
+            return encode_frames(self.model, frames)
+        sizes = self.model.view_sizes
+        keys = [b"".join(_image(f, v, size).tobytes() for v, size in sizes.items()) for f in frames]
+        new = {key: frame for key, frame in zip(keys, frames, strict=True) if key not in self._seen}
+        if new:
+            self._seen |= zip(new, encode_frames(self.model, list(new.values())), strict=True)
+        codes = [self._seen[key] for key in keys]
+        for key in list(self._seen)[: max(0, len(self._seen) - SEEN)]:
+            del self._seen[key]
+        return codes
 
     def _state(self, observation: Observation) -> np.ndarray:
         num_dims = self.model.config.layout.num_state_dims
