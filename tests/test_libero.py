@@ -190,9 +190,9 @@ def test_errors_say_what_is_wrong(env):
         env.set_state(np.zeros(3))
     with pytest.raises(ValueError, match="unknown views"):
         libero.LiberoEnv(env.task, {"front": (8, 8)})
-    other = sim.Task("libero_goal", 0, "open_the_middle_drawer_of_the_cabinet", "open the middle drawer")
-    mock: Any = SimpleNamespace(task=other)
-    with pytest.raises(ValueError, match="no scripted expert for libero_goal"):
+    other = sim.Task("libero_10", 9, "put_the_mug_in_the_microwave", "put the mug in the microwave")
+    mock: Any = SimpleNamespace(task=other, goals=(("in", "mug_1", "microwave_1_heating_region"),))
+    with pytest.raises(ValueError, match="no scripted expert for libero_10"):
         sim.expert(mock)
 
 

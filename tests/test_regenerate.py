@@ -15,6 +15,7 @@ from worldvla.data.collect import collect
 from worldvla.data.episode import read_episodes, write_episodes
 from worldvla.data.regenerate import Counts, diagnose, is_no_op, regenerate
 
+INVERTED = np.array([1, 1, 1, 1, 1, 1, -1], dtype=np.float32)
 SIZE = {"agentview": (16, 16)}
 
 
@@ -71,7 +72,7 @@ def test_no_ops_go_and_failures_are_counted(demos: list[Any], tmp_path: Path) ->
 
 def test_an_inverted_gripper_and_turned_pictures_are_named(demos: list[Any], tmp_path: Path) -> None:
     assert diagnose(write(tmp_path / "right_demo.hdf5", demos[:1])) == []
-    inverted = replace(demos[0], actions=demos[0].actions * np.float32([1, 1, 1, 1, 1, 1, -1]))
+    inverted = replace(demos[0], actions=demos[0].actions * INVERTED)
     turned = {view: frames[:, ::-1, ::-1].copy() for view, frames in demos[0].images.items()}
     wrong = write(tmp_path / "wrong_demo.hdf5", [replace(inverted, images=turned)])
     pictures, gripper = diagnose(wrong)
@@ -85,7 +86,7 @@ def test_an_inverted_gripper_and_turned_pictures_are_named(demos: list[Any], tmp
 def test_replay_says_what_is_wrong(
     demos: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inverted = replace(demos[0], actions=demos[0].actions * np.float32([1, 1, 1, 1, 1, 1, -1]))
+    inverted = replace(demos[0], actions=demos[0].actions * INVERTED)
     assert main(["replay", str(write(tmp_path / "wrong_demo.hdf5", [inverted]))]) == 3
     assert "the gripper is inverted" in capsys.readouterr().out
 

@@ -39,8 +39,8 @@ def main() -> int:
             "expert": ExpertActor,
         }[name]()
         out = args.out / f"{args.suite}_{name}"
-        options = {"first": args.first, "seed": args.seed, "workers": args.workers, "videos": 0, "page": False}
-        record = run(actor, args.suite, args.episodes, out_dir=out, **options)
+        options = {"first": args.first, "seed": args.seed, "workers": args.workers}
+        record = run(actor, args.suite, args.episodes, out_dir=out, videos=0, page=False, **options)
         low, high = record["wilson_95"]
         counts = f"{record['successes']}/{record['episodes']} (95% {low:.2f} to {high:.2f})"
         print(f"{args.suite}, {actor.name}: {counts}, errors {record['errors']}   {out}/record.json")
