@@ -3,6 +3,7 @@
 # about three minutes a suite at 10 states a task. Needs: pip install -e '.[libero]' -c constraints.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# The record of libero_object is of EPISODES=50.
 for suite in libero_spatial libero_object libero_goal libero_10; do
     OMP_NUM_THREADS=1 .venv/bin/python tools/baselines.py "$suite" --policies expert --episodes "${EPISODES:-10}" --out results/libero || true
 done    # the exit code counts errors: libero_10 task 9 has no expert, and its ten episodes are errors
