@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 OUT=out/tabletop
-RESULTS=results/tabletop
+RESULTS=${RESULTS:-results/tabletop}   # set it elsewhere to run again: a record is not mixed with another model's
 SUITES="tabletop_spatial tabletop_object tabletop_goal tabletop_long"
 STATES="--first 10 --episodes 10"   # initial states 10..19 of each task; choices were made on 0, 1 and 40..49
 EXECUTE=3         # actions of each chunk of five that are executed before the next look
@@ -45,15 +45,21 @@ visit() {  # round, policy, episodes of a task: its states, labelled by the expe
 train tabletop "$OUT/first"
 visit 1 "$OUT/first" 40     # the shipped model: 60 of tabletop_spatial
 train tabletop_dagger1 "$OUT/second"
+for suite in $SUITES; do
+    worldvla eval "$OUT/second" --suite "$suite" $STATES --execute $EXECUTE --videos 0 --out "$RESULTS/round1/$suite"
+done
 visit 2 "$OUT/second" 40
 train tabletop_dagger2 worldvla/assets/tabletop
+for recipe in tabletop_dagger1 tabletop_dagger2; do    # errors on held-out episodes
+    grep '"val"' "$OUT/run_$recipe/metrics.jsonl" | sed "s/^{/{\"run\": \"$recipe\", /"
+done > "$RESULTS/validation.jsonl"
 
 for suite in $SUITES; do
     worldvla eval worldvla/assets/tabletop --suite "$suite" $STATES --execute $EXECUTE --videos 0 --out "$RESULTS/$suite"
     worldvla eval worldvla/assets/tabletop --suite "$suite" $STATES --execute 5 --videos 0 --out "$RESULTS/${suite}_execute5"
     # The states on which the first model, before its rounds, is on record in results/tabletop/first: a paired comparison.
     worldvla eval worldvla/assets/tabletop --suite "$suite" --episodes 10 --execute $EXECUTE --videos 0 --out "$RESULTS/states_0_9/$suite"
-    worldvla compare "$RESULTS/states_0_9/$suite" "$RESULTS/first/$suite"
+    worldvla compare "$RESULTS/states_0_9/$suite" "results/tabletop/first/$suite"
     .venv/bin/python tools/baselines.py "$suite" --demos "$OUT/demos/$suite" $STATES --out "$RESULTS"
     .venv/bin/python tools/baselines.py "$suite" --policies expert --episodes 50 --out "$RESULTS"
 done
