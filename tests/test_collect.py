@@ -125,6 +125,8 @@ def test_stopped_and_resumed_equals_not_stopped(tmp_path, monkeypatch):
         ({"episodes": 0}, "episodes >= 1"),
         ({"workers": 0}, "workers >= 1"),
         ({"seed": -1}, "seed >= 0"),
+        ({"label": -1}, "label >= 0"),
+        ({"execute": 0}, "execute >= 1"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changed, message):

@@ -268,6 +268,8 @@ def collect(
             "expected 0 <= noise < 0.9, episodes >= 1, workers >= 1 and seed >= 0, "
             f"got {noise}, {episodes}, {workers} and {seed}"
         )
+    if label < 0 or execute < 1:
+        raise ValueError(f"expected label >= 0 and execute >= 1 steps, got {label} and {execute}")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     arguments = {"suite": suite, "episodes": episodes, "seed": seed, "noise": noise, "views": views}
