@@ -132,17 +132,18 @@ def record(
     driver: Driver,
     init: int,
     seed: int,
-    label: Callable[[np.ndarray], np.ndarray] | None = None,
+    label: Labeller | None = None,
     begin: Callable[[], dict[str, Any]] | None = None,
     limit: int | None = None,
 ) -> Episode | None:
     """Return `driver`'s episode from initial state `init` up to its success; None if it has none.
 
-    `label`: simulator state -> the expert's chunk (K, 7) from there on. `begin`, in place of a reset, returns
-    the first observation; `limit`: steps, default the horizon.
+    `label`: simulator state -> the expert's chunk (K, 7) from there on; it is asked only where the K actions
+    that were executed are not the expert's own. `begin`, in place of a reset, returns the first observation;
+    `limit`: steps, default the horizon.
     """
     observation = begin() if begin else env.reset(seed=seed, options={"init": init})[0]
-    actions, states, sim_states, is_expert, labels = [], [], [], [], []
+    actions, states, sim_states, is_expert = [], [], [], []
     images: dict[str, list[np.ndarray]] = {name: [] for name in observation if name != "state"}
     for _ in range(env.horizon if limit is None else limit):
         action, expert = driver(observation)
@@ -150,8 +151,6 @@ def record(
         states.append(observation["state"])
         sim_states.append(env.get_state())
         is_expert.append(expert)
-        if label is not None:
-            labels.append(label(sim_states[-1]))
         for name, frames in images.items():
             frames.append(observation[name])
         observation, _, success, _, _ = env.step(action)
@@ -167,9 +166,21 @@ def record(
                 is_expert=np.array(is_expert, dtype=np.bool_),
                 init=init,
                 seed=seed,
-                expert_actions=np.array(labels) if label is not None else None,
+                expert_actions=_labels(label, actions, is_expert, sim_states) if label else None,
             )
     return None
+
+
+def _labels(
+    label: Labeller, actions: list[np.ndarray], is_expert: list[bool], sim_states: list[np.ndarray]
+) -> np.ndarray:
+    """Return the expert's next K actions from every visited state, (T, K, 7)."""
+    labels = []
+    for t, state in enumerate(sim_states):
+        ahead = slice(t, t + label.chunk)
+        own = all(is_expert[ahead]) and len(actions[ahead]) == label.chunk
+        labels.append(np.array(actions[ahead]) if own else label(state))
+    return np.array(labels)
 
 
 # -- one attempt, in a worker ------------------------------------------------------------
