@@ -7,6 +7,7 @@ Run: pytest tests/test_rollout.py
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,19 @@ def test_batches_do_not_depend_on_chance(tmp_path: Path) -> None:
     assert orders[0] == orders[1]
 
 
+@pytest.mark.parametrize("suite", ["tabletop_object", "libero_object"])
+def test_the_time_of_the_policy_is_told(tmp_path: Path, suite: str) -> None:
+    class Thoughtful(Forward):
+        def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
+            time.sleep(0.1)
+            return super().act(queries)
+
+    actor = Thoughtful()
+    options = {"workers": 2, "videos": 0, "page": False, "make": make, "table": TABLE}
+    record = run(actor, suite, 1, out_dir=tmp_path, **options)
+    assert 0.1 * len(actor.asked) - 0.05 <= record["policy_seconds"] <= record["seconds"] + 0.05
+
+
 def test_nobody_waits_for_a_slow_reset(tmp_path: Path) -> None:
     actor = Forward()
     options = {"workers": 2, "videos": 0, "page": False, "make": make_slow, "table": TABLE}
@@ -123,7 +137,7 @@ def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     assert len({(q.task.index, q.init) for batch in actor.asked for q in batch}) == 4
     for record in (whole, resumed):
         for outcome in record["outcomes"]:
-            del outcome["seconds"], outcome["simulation_seconds"]
+            del outcome["seconds"], outcome["simulation_seconds"], outcome["policy_seconds"]
     assert resumed["outcomes"] == whole["outcomes"]
     with pytest.raises(ValueError, match="holds another evaluation"):
         roll(Forward(), tmp_path / "part", 3, seed=1)

@@ -144,7 +144,7 @@ def libero_object_small() -> Config:
 
 
 def libero_object() -> Config:
-    """libero_object from scripted demonstrations: 128 and 64 pixels, wrist and state, 7.5 million parameters.
+    """libero_object from scripted demonstrations: 128 and 64 pixels at 16 a code, wrist and state.
 
     `runs/libero_object.sh` makes the stores. For a GPU: --train.device cuda --train.batch-size 256.
     """
@@ -153,10 +153,9 @@ def libero_object() -> Config:
         base,
         name="libero_object",
         tokenizer="out/libero_object/image_tokenizer",
-        layout=replace(base.layout, grids=((16, 16), (8, 8))),
-        model=replace(base.model, num_layers=6, width=256, num_heads=4, num_kv_heads=4, hidden=704),
-        data=replace(base.data, stores=("out/libero_object/store",), sequence_length=800),
-        train=replace(base.train, steps=8_000, batch_size=32, eval_every=1_000, save_every=1_000),
+        model=replace(base.model, num_layers=5),
+        data=replace(base.data, stores=("out/libero_object/store",)),
+        train=replace(base.train, steps=2_200, batch_size=64, eval_every=550, save_every=550),
     )
 
 

@@ -71,6 +71,7 @@ def roll_out(
             if not asking:
                 continue
             queries = [_query(w, arrived.pop(w)) for w in asking]
+            asked = time.monotonic()
             try:
                 answers = actor.act(queries)
             except ActorError as error:  # nobody else can go on either
@@ -82,6 +83,7 @@ def roll_out(
                         on_end(worker.job, report, time.monotonic() - worker.started, worker.film)
                 raise
             for worker, actions in zip(asking, answers, strict=True):
+                worker.policy_s += (time.monotonic() - asked) / len(asking)
                 worker.send(actor.execute if actions is None else actions)
 
 
@@ -213,6 +215,7 @@ def run(
                 "reason": report.reason,
                 "seconds": round(seconds, 2),
                 "simulation_seconds": round(report.simulation_s, 2),
+                "policy_seconds": round(report.policy_s, 2),
                 "video": "",
             }
             if report.trace:
@@ -241,7 +244,8 @@ def run(
     outcomes.sort(key=lambda o: (o["task"], o["init"]))
     record = {"suite": suite, "checkpoint": who, **count(outcomes), "seed": seed, "protocol": protocol}
     record["seconds"] = round(earlier + time.monotonic() - start, 1)
-    record["simulation_seconds"] = round(sum(o["simulation_seconds"] for o in outcomes), 1)
+    for name in ("simulation_seconds", "policy_seconds"):
+        record[name] = round(sum(o.get(name, 0.0) for o in outcomes), 1)
     record |= provenance()
     record["tasks"] = [
         {

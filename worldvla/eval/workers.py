@@ -61,6 +61,8 @@ class Report:
     steps: int = 0
     simulation_s: float = 0.0
     """Seconds that its worker has simulated and rendered so far, making and resetting included."""
+    policy_s: float = 0.0
+    """Seconds in which its queries were answered; those of a batch in equal parts."""
     frames: list[dict[str, np.ndarray]] = field(default_factory=list)
     """Rendered since the last report, for the film."""
 
@@ -179,6 +181,7 @@ class Worker:
         self.task: sim.Task | None = None
         """Whose environment it holds."""
         self.started = 0.0
+        self.policy_s = 0.0
         self.film: list[dict[str, np.ndarray]] = []
         self._start()
 
@@ -193,6 +196,7 @@ class Worker:
 
     def begin(self, job: Job) -> None:
         self.job, self.task, self.film, self.started = job, job.task, [], time.monotonic()
+        self.policy_s = 0.0
         self.send(job)
 
     def send(self, order: Any) -> None:
@@ -210,6 +214,7 @@ class Worker:
             while self.connection.poll(0):
                 message = self.connection.recv()
                 if isinstance(message, Report):
+                    message.policy_s = self.policy_s
                     self.film += message.frames
                     return message
                 self._is_ready = True
