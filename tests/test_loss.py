@@ -163,3 +163,29 @@ def test_micro_batches_share_one_normaliser() -> None:
         chunks = x_PD.split([len(t) for t in apart])
         shares = [float(loss(x, head_VD, t, totals)[0]) for x, t in zip(chunks, apart, strict=True)]
         assert sum(shares) == pytest.approx(float(loss(x_PD, head_VD, together, totals)[0]), rel=1e-5)
+
+
+def test_what_decoding_forces_need_not_be_supervised() -> None:
+    """Action dims and image codes alone, each against its own ids; a forced token has no part in it."""
+    batch = batch_of(POLICY_ROW, WORLD_ROW)
+    everything, loss = Loss(NO_Z, VOCAB), Loss(replace(NO_Z, supervise="decoded"), VOCAB)
+    every, targets = everything.targets(batch), loss.targets(batch)
+    is_dim_P = (every.ids_P >= ACTION) & (every.ids_P < VOCAB.action.stop)
+    is_code_P = (every.ids_P >= VOCAB.image.start) & (every.ids_P < VOCAB.image.stop)
+    assert 0 < int(is_dim_P.sum()) + int(is_code_P.sum()) < len(every)
+    assert torch.equal(targets.positions_P, every.positions_P[is_dim_P | is_code_P])
+    x_PD = torch.randn(len(targets), 4, requires_grad=True)
+    head_VD = torch.randn(VOCAB.size, 4, requires_grad=True)
+    totals = loss.totals([targets])
+    value, each_P = loss(x_PD, head_VD, targets, totals)
+    by_hand = []
+    for row, id_ in enumerate(targets.ids_P.tolist()):
+        span = VOCAB.action if id_ in VOCAB.action else VOCAB.image
+        logits = (x_PD[row] @ head_VD.T)[span.start : span.stop]
+        by_hand.append(F.cross_entropy(logits[None], torch.tensor([id_ - span.start])))
+    assert torch.allclose(each_P, torch.stack(by_hand), atol=1e-5)
+    expected = sum(ce * w for ce, w in zip(by_hand, loss.weights(targets, totals), strict=True))
+    assert torch.allclose(value, expected, atol=1e-6)
+    gradients = torch.autograd.grad(value, [x_PD, head_VD], retain_graph=True)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, [x_PD, head_VD]), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -200,20 +200,24 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Roll the shipped model out on the four tabletop suites, imagine, and write one HTML page."""
+    """Roll the shipped model out, imagine, and write one HTML page."""
 
-    out: Path = Path("out/demo")
+    suite: Literal["tabletop", "libero_object"] = "tabletop"
+    """All four tabletop suites, or a real Franka's (needs the libero extra)."""
+    out: Path | None = None
+    """Default: out/demo_SUITE."""
     checkpoint: Path | None = None
     """Default: the model that is shipped inside the package."""
     episodes: int = 1
-    """Episodes of each of the 40 tasks."""
+    """Episodes of each task."""
     seed: int = 0
     workers: int = 4
 
     def run(self) -> int:
         from worldvla.demo import demo
 
-        page = demo(self.out, self.checkpoint, self.episodes, self.seed, self.workers)
+        out = self.out or Path(f"out/demo_{self.suite}")
+        page = demo(out, self.suite, self.checkpoint, self.episodes, self.seed, self.workers)
         say(f"demo: open {page.resolve()}")
         return 0
 

@@ -1,6 +1,7 @@
-"""What `make demo` runs: the shipped model on the four tabletop suites, what it imagines, one page of it.
+"""What `make demo` runs: a shipped model on its suites, what it imagines, one page of it.
 
-    page = demo(Path("out/demo"))
+    page = demo(Path("out/demo"))                             # the four tabletop suites
+    page = demo(Path("out/demo_libero"), "libero_object")     # needs `pip install worldvla[libero]`
 
 Under five minutes on two cores. The same call again goes on where it stopped, or just writes the page.
 """
@@ -15,7 +16,9 @@ from worldvla.eval.world import evaluate_world
 from worldvla.infer.load import load, weights_digest
 from worldvla.recipes import TABLETOP_SUITES
 
-SHIPPED = Path(__file__).parent / "assets/tabletop"
+ASSETS = Path(__file__).parent / "assets"
+SUITES = {"tabletop": TABLETOP_SUITES, "libero_object": ("libero_object",)}
+"""Shipped model, by its directory in ASSETS -> the suites it is shown on."""
 DEMONSTRATION_SEED = 9
 """Of the episodes that are imagined: not the one that any recipe collects with."""
 EXECUTE = 3
@@ -25,26 +28,34 @@ IMAGINED_TASKS = (0, 3)
 
 
 def demo(
-    out_dir: Path, checkpoint: Path | None = None, episodes: int = 1, seed: int = 0, workers: int = 4
+    out_dir: Path,
+    suite: str = "tabletop",
+    checkpoint: Path | None = None,
+    episodes: int = 1,
+    seed: int = 0,
+    workers: int = 4,
 ) -> Path:
-    """Roll out `episodes` of each of the 40 tasks, imagine a few clips, and return the path of the page."""
-    path = SHIPPED if checkpoint is None else checkpoint
+    """Roll out `episodes` of each task, imagine a few clips, and return the path of the page."""
+    if suite not in SUITES:
+        raise ValueError(f"a model is shipped for {', '.join(SUITES)}, got {suite!r}: see `worldvla eval`")
+    suites = SUITES[suite]
+    path = ASSETS / suite if checkpoint is None else checkpoint
     if not path.exists():
-        fix = "train one by runs/tabletop.sh, or give yours: worldvla demo --checkpoint PATH"
+        fix = f"train one by runs/{suite}.sh, or give yours: worldvla demo --checkpoint PATH"
         raise FileNotFoundError(f"no model at {path}: {fix}")
     model = load(path)
     parts = out_dir / f"{weights_digest(model.path)}_{seed}"  # results of another model are not mixed in
     arguments = {"seed": seed, "workers": workers, "page": False}
-    for suite in TABLETOP_SUITES:
-        evaluate(path, suite, episodes, out_dir=parts / suite, execute=EXECUTE, **arguments)
+    for name in suites:
+        evaluate(path, name, episodes, out_dir=parts / name, execute=EXECUTE, **arguments)
     baselines = [
-        run(RandomActor(seed), suite, episodes, out_dir=parts / "random" / suite, videos=0, **arguments)
-        for suite in TABLETOP_SUITES
+        run(RandomActor(seed), name, episodes, out_dir=parts / "random" / name, videos=0, **arguments)
+        for name in suites
     ]
-    for suite in TABLETOP_SUITES:
+    for name in suites:
         collect(
-            suite,
-            parts / "demos" / suite,
+            name,
+            parts / "demos" / name,
             episodes=1,
             views=model.view_sizes,
             seed=DEMONSTRATION_SEED,
@@ -54,10 +65,10 @@ def demo(
     files = sorted((parts / "demos").glob("*/*.hdf5"))
     evaluate_world(path, files, parts / "imagined", episodes=len(files), seed=seed, page=False)
     page = out_dir / "index.html"
-    evaluations = [parts / suite for suite in TABLETOP_SUITES]
+    evaluations = [parts / name for name in suites]
     return write_page(
         page,
-        "WorldVLA on the tabletop",
+        f"WorldVLA on {suite}",
         evaluations=evaluations,
         worlds=[parts / "imagined"],
         baselines=baselines,

@@ -154,8 +154,22 @@ def libero_object() -> Config:
         name="libero_object",
         tokenizer="out/libero_object/image_tokenizer",
         model=replace(base.model, num_layers=5),
+        loss=replace(base.loss, supervise="decoded"),
+        optim=replace(base.optim, min_learning_rate=1e-4),
         data=replace(base.data, stores=("out/libero_object/store",)),
         train=replace(base.train, steps=2_200, batch_size=64, eval_every=550, save_every=550),
+    )
+
+
+def libero_object_dagger1() -> Config:
+    """`libero_object` with the expert's labels on the states that its first version visited."""
+    base = libero_object()
+    return replace(
+        base,
+        name="libero_object_dagger1",
+        optim=replace(base.optim, learning_rate=5e-4, min_learning_rate=1e-5, warmup_steps=50),
+        data=replace(base.data, stores=("out/libero_object/store", "out/libero_object/dagger1_store")),
+        train=replace(base.train, steps=1_600, init_from="out/libero_object/first"),
     )
 
 
@@ -212,6 +226,7 @@ RECIPES = {
         debug,
         libero_object_small,
         libero_object,
+        libero_object_dagger1,
         worldvla_256,
     )
 }

@@ -140,9 +140,9 @@ class Trainer:
 
     def backward(self, batches: list[Batch]) -> dict[str, float]:
         """Add the gradients of one step's loss, means over all micro-batches; return its parts."""
-        totals = self.loss.totals([Targets.of(batch) for batch in batches])
+        totals = self.loss.totals([self.loss.targets(batch) for batch in batches])
         batches = [own for batch in batches if len((own := dist.own_rows(batch)).ids_BT)]
-        targets = [Targets.of(batch) for batch in batches]
+        targets = [self.loss.targets(batch) for batch in batches]
         total, cross_entropies = 0.0, []
         for batch, target in zip(batches, targets, strict=True):
             with self._autocast():

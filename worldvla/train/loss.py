@@ -68,6 +68,18 @@ class Loss:
         self.vocab = vocab
         self.smooth_CC = smoothing_matrix(len(vocab.action), config.action_smoothing)
 
+    def targets(self, batch: Batch) -> Targets:
+        """Return what of `batch` is supervised."""
+        found = Targets.of(batch)
+        if self.config.supervise == "all":
+            return found
+        chosen_P = self._is_in(found, self.vocab.action) | self._is_in(found, self.vocab.image)
+        return Targets(**{name: tensor[chosen_P] for name, tensor in vars(found).items()})
+
+    @staticmethod
+    def _is_in(targets: Targets, span: range) -> Tensor:
+        return (targets.ids_P >= span.start) & (targets.ids_P < span.stop)
+
     def totals(self, targets: Sequence[Targets]) -> Totals:
         num_action = sum(int((t.kind_P == KIND_ACTION).sum()) for t in targets)
         class_weight = sum(float(self.class_weight(t.ids_P).sum()) for t in targets)
@@ -97,9 +109,20 @@ class Loss:
         weight_P = self.weights(targets, totals)
         z_weight = self.config.z_weight / max(totals.supervised, 1)
         action = self.vocab.action if self.smooth_CC is not None else None
-        return HeadLoss.apply(  # pyright: ignore[reportReturnType]
-            x_PD, head_VD, targets.ids_P, weight_P, z_weight, action, self.smooth_CC
-        )
+        if self.config.supervise == "all":
+            return HeadLoss.apply(  # pyright: ignore[reportReturnType]
+                x_PD, head_VD, targets.ids_P, weight_P, z_weight, action, self.smooth_CC
+            )
+        total, cross_entropy_P = x_PD.new_zeros(()), torch.empty(len(targets), device=x_PD.device)
+        for span in (self.vocab.action, self.vocab.image):
+            rows = self._is_in(targets, span).nonzero().squeeze(1)
+            inner = range(len(span)) if span == action else None
+            ids_R, head_SD = targets.ids_P[rows] - span.start, head_VD[span.start : span.stop]
+            share, cross_entropy_P[rows] = HeadLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
+                x_PD[rows], head_SD, ids_R, weight_P[rows], z_weight, inner, self.smooth_CC
+            )
+            total = total + share
+        return total, cross_entropy_P
 
 
 def smoothing_matrix(num_codes: int, std: float) -> Tensor | None:

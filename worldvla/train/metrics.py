@@ -111,7 +111,7 @@ def validate(
     parts: dict[str, list[Tensor]] = {}
     totals: list[float] = []
     for batch in batches:
-        targets = Targets.of(batch)
+        targets = loss.targets(batch)
         x_PD = forward(batch, targets)
         value, cross_entropy_P = loss(x_PD, model.head.weight, targets, loss.totals([targets]))
         totals.append(float(value))
