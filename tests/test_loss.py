@@ -26,7 +26,7 @@ def batch_of(*rows: list[tuple[int, int]]) -> Batch:
     """Build a batch from rows of (id, kind)."""
     ids_BT, kind_BT = torch.tensor(rows).unbind(-1)
     zeros = torch.zeros_like(ids_BT)
-    return Batch(ids_BT, zeros, kind_BT, zeros, zeros)
+    return Batch(ids_BT, zeros, kind_BT, zeros, zeros, torch.full(ids_BT.shape, torch.nan))
 
 
 POLICY_ROW = [(VOCAB.bos, KIND_PROMPT), (IMAGE, KIND_PROMPT), (ACTION, KIND_ACTION), (SEP, KIND_ACTION)]

@@ -34,9 +34,11 @@ def test_errors_of_the_first_action_and_of_the_whole_chunk() -> None:
     guess_UA[:, 1] += 2  # y: 0.02 too far twice
     truth_UA[1, 2] = guess_UA[1, 2] = 15
     ids_P = truth_UA.flatten() + vocab.action.start
-    targets = Targets(torch.arange(14), ids_P, torch.full((14,), KIND_ACTION))
+    values_N = guess_UA.flatten() / 100.0 + 0.01
+    targets = Targets(torch.arange(14), ids_P, torch.full((14,), KIND_ACTION), values_N)
     model: Any = Echo()
     found = greedy(model, vocab, F.one_hot(guess_UA.flatten(), num_codes).float(), targets, scale)
+    assert found["action_l1"].flatten().tolist() == pytest.approx([0.01] * 14, abs=1e-6)
     assert found["first_x_l1"].item() == pytest.approx(0.03)
     assert found["end_xyz_l1"].tolist()[0] == pytest.approx([0.0, 0.04, 0.0], abs=1e-6)
     assert found["still_xyz_l1"].tolist()[0] == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)

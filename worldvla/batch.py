@@ -47,13 +47,18 @@ class Sample:
 @dataclass(frozen=True)
 class Batch:
     """Right-padded samples, int64 (B, T) each; padding has kind 0 and the pad id, so causality alone keeps
-    it harmless."""
+    it harmless.
+
+    value_BT: float32, of an action dim that is a target its value in [-1, 1] before it became a bin; NaN
+    elsewhere, and everywhere in a batch that was stacked from samples.
+    """
 
     ids_BT: Tensor
     chunk_BT: Tensor
     kind_BT: Tensor
     row_BT: Tensor
     col_BT: Tensor
+    value_BT: Tensor
 
     @classmethod
     def stack(cls, samples: Sequence[Sample], pad: int, length: int | None = None) -> Self:
@@ -71,7 +76,7 @@ class Batch:
             for i, sample in enumerate(samples):
                 array[i, : len(sample)] = getattr(sample, f.name)
             out[f.name + "_BT"] = torch.from_numpy(array)
-        return cls(**out)
+        return cls(**out, value_BT=torch.full((len(samples), length), torch.nan))
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})

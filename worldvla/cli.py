@@ -87,6 +87,8 @@ class Eval:
     """Actions of each chunk that are executed before the next look. Default: all; of a server: 5."""
     demos: Path | None = None
     """Directory of demonstrations whose mean trajectory the blind replay executes."""
+    head: Literal["discrete", "continuous"] = "discrete"
+    """Which head of a checkpoint acts: bins, or the continuous one of a model that has one."""
     remote_size: int | None = None
     """Pixels a side of pictures sent to a server. Default: what it asks for; else 224 (tabletop: 64, 32)."""
     api_key: str = ""
@@ -130,6 +132,12 @@ class Eval:
     def _actor(self) -> Any:
         from worldvla.eval.actors import BlindActor, ExpertActor, ModelActor, RandomActor
 
+        if self.head != "discrete" and (
+            self.checkpoint in ("random", "expert", "blind") or "://" in self.checkpoint
+        ):
+            raise ValueError(
+                f"--head is for a checkpoint, not for {self.checkpoint}; of a server: serve --head"
+            )
         if self.checkpoint == "random":
             return RandomActor(self.seed)
         if self.checkpoint == "expert":
@@ -140,7 +148,7 @@ class Eval:
             return BlindActor.from_demos(self.demos)
         if "://" in self.checkpoint:
             return remote_actor(self.checkpoint, self.suite, self.execute, self.remote_size, self.api_key)
-        return ModelActor(self.checkpoint, self.execute, self.device)
+        return ModelActor(self.checkpoint, self.execute, self.device, self.head)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -36,6 +36,8 @@ class Serve:
     """Key that clients must send. Default: the environment variable WORLDVLA_API_KEY; none: let all in."""
     resize: bool = False
     """Resize pictures of another size, with black borders, instead of refusing them."""
+    head: Literal["discrete", "continuous"] = "discrete"
+    """Which head acts: bins, or the continuous one of a model that has one."""
     device: str = "cpu"
 
     def run(self) -> int:
@@ -46,6 +48,7 @@ class Serve:
             host=self.host,
             port=self.port,
             api_key=_key(self.api_key),
+            head=self.head,
             resize=self.resize,
             device=self.device,
             on_start=lambda at: say(f"serving at {at}   next: worldvla eval websocket://{at} --suite SUITE"),

@@ -99,6 +99,27 @@ class LayoutConfig:
     def num_cols(self) -> int:
         return 1 + sum(cols for _, cols in self.grids)
 
+    @property
+    def action_shape(self) -> tuple[int, int]:
+        """(K, A): what an action head answers."""
+        return self.chunk, self.num_action_dims
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """Shape of the continuous action head (published: 2 layers, width 1024, 4 heads, hidden 4096)."""
+
+    num_layers: int = 0
+    """0: no head; the policy has its bins alone."""
+    width: int = 1024
+    num_heads: int = 4
+    hidden: int = 4096
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(f"head width {self.width} must divide by its num_heads {self.num_heads}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -119,6 +140,7 @@ class ModelConfig:
     codebook_init: bool = False
     """Start the embeddings of image codes from the tokenizer's codebook, those of bins from a smooth
     curve."""
+    head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
@@ -146,6 +168,9 @@ class LossConfig:
     action_smoothing: float = 0.0
     """Standard deviation, in bins, of the Gaussian that replaces the one-hot target of an action dim (0:
     one-hot, as published)."""
+    head_weight: float = 10.0
+    """Of the continuous head's mean absolute error, where there is a head (RynnVLA-002
+    pretrain_ck_action_head.py:274)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +238,12 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.model.head.num_layers and self.data.world_fraction == 1:
+            raise ValueError(
+                "world_fraction 1 never trains the action head: lower it, or set model.head.num_layers 0"
+            )
 
 
 def to_json(config: Any) -> dict[str, Any]:

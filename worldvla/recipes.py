@@ -9,6 +9,7 @@ from dataclasses import replace
 from worldvla.config import (
     Config,
     DataConfig,
+    HeadConfig,
     LayoutConfig,
     LossConfig,
     ModelConfig,
@@ -68,6 +69,16 @@ def tabletop() -> Config:
             save_every=500,
         ),
     )
+
+
+def tabletop_head() -> Config:
+    """`tabletop` with a continuous action head beside its bins; the transformer starts alike.
+
+    `runs/action_head.sh` trains both and compares them.
+    """
+    base = tabletop()
+    head = HeadConfig(num_layers=2, width=128, num_heads=4, hidden=512)
+    return replace(base, name="tabletop_head", model=replace(base.model, head=head))
 
 
 def _dagger(rounds: int, init_from: str, steps: int, learning_rate: float, last_rate: float) -> Config:
@@ -220,6 +231,7 @@ RECIPES = {
     f.__name__: f
     for f in (
         tabletop,
+        tabletop_head,
         tabletop_dagger1,
         tabletop_dagger2,
         tabletop_pilot,

@@ -18,7 +18,7 @@ from worldvla.batch import Batch, Sample
 from worldvla.config import DataConfig, LayoutConfig
 from worldvla.data.sample import DTYPES, ROWS, SampleBuilder, Template
 from worldvla.data.store import EpisodeRow, TokenStore
-from worldvla.tokenizers.action import Statistics, compute_statistics
+from worldvla.tokenizers.action import Statistics, compute_statistics, normalize, quantize
 from worldvla.vocab import Vocab
 
 Mode = Literal["policy", "world"]
@@ -52,13 +52,12 @@ class Loader:
         vocab, statistics = builder.vocab, builder.statistics
         self._action_ids = statistics.encode_actions(actions) + vocab.action.start
         targets = [policy_targets(store, layout.chunk, data.pad_chunks) for store in stores]
-        self._chunk_ids = np.concatenate(
-            [
-                (statistics.encode_actions(chunks) + vocab.action.start).astype(np.int32)
-                for chunks, _ in targets
-            ]
-        )
+        low, high = statistics.action_low, statistics.action_high
+        values = [normalize(chunks, low, high) for chunks, _ in targets]
+        self._chunk_ids = np.concatenate([(quantize(v) + vocab.action.start).astype(np.int32) for v in values])
         """(F, K, A): the chunk that each frame asks for."""
+        self._chunk_values = np.concatenate([v.astype(np.float32) for v in values])
+        """(F, K, A): the same in [-1, 1], not quantised."""
         self._state_ids = statistics.encode_states(states) + vocab.state.start if layout.state else None
 
         texts = [e.instruction for store in stores for e in store.episodes]
@@ -143,7 +142,11 @@ class Loader:
 
     def _assemble(self, policy: np.ndarray, world: np.ndarray) -> Batch:
         tables = self._tables(policy, world)
-        return Batch(**{f"{name}_BT": torch.from_numpy(tables[k]) for k, name in enumerate(ROWS)})
+        values_BT = np.full(tables.shape[1:], np.nan, dtype=np.float32)
+        for i, frame in enumerate(policy.tolist()):
+            values_BT[i, self._policy_template(frame)[0].actions] = self._chunk_values[frame]
+        ints = {f"{name}_BT": torch.from_numpy(tables[k]) for k, name in enumerate(ROWS)}
+        return Batch(**ints, value_BT=torch.from_numpy(values_BT))
 
     def _tables(self, policy: np.ndarray, world: np.ndarray) -> np.ndarray:
         """Return (5, B, T) int64: policy samples first, then world samples, padded to the sequence length."""

@@ -52,7 +52,13 @@ class Actor(Protocol):
 class ModelActor:
     name = "model"
 
-    def __init__(self, checkpoint: Path | str, execute: int | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        checkpoint: Path | str,
+        execute: int | None = None,
+        device: str = "cpu",
+        head: str = "discrete",
+    ) -> None:
         from worldvla.infer.load import load
 
         self.model = load(checkpoint, device)
@@ -66,7 +72,9 @@ class ModelActor:
             )
         self.example: Mapping[str, Any] | None = None
         """The first observation it saw, for the report."""
-        self._policy = self.model.policy()
+        self.head = head
+        """Of the model's two: `discrete` or `continuous`."""
+        self._policy = self.model.policy(head)
 
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
         self.example = self.example or queries[0].observation

@@ -111,12 +111,15 @@ def evaluate(
     workers: int = 2,
     execute: int | None = None,
     device: str = "cpu",
+    head: str = "discrete",
     **options: Any,
 ) -> dict[str, Any]:
-    """Roll a checkpoint out; see `run`. `execute`: actions of each chunk that are executed (default: all)."""
+    """Roll a checkpoint out; see `run`. `execute`: actions of each chunk that are executed (default: all);
+    `head`: the one that acts.
+    """
     sim.suite(suite)
     return run(
-        ModelActor(checkpoint, execute, device),
+        ModelActor(checkpoint, execute, device, head),
         suite,
         episodes,
         out_dir=out_dir,
@@ -189,6 +192,10 @@ def run(
     who = actor.identity()
     fixed = {"suite": suite, "checkpoint": {k: v for k, v in who.items() if k != "path"}, "seed": seed}
     fixed |= {"executed": actor.execute, "fast_render": fast_render}
+    if isinstance(actor, ModelActor):
+        protocol["head"] = actor.head
+        # Journals of before there were two do not name the discrete one.
+        fixed |= {"head": actor.head} if actor.head != "discrete" else {}
     start = time.monotonic()
     with Journal(Path(out_dir) / "episodes.jsonl", fixed) as journal, progress_bar() as progress:
         earlier = journal.seconds
@@ -263,7 +270,7 @@ def run(
     if isinstance(actor, ModelActor) and actor.example is not None:
         from worldvla.eval.tokens import write_example
 
-        write_example(Path(out_dir), actor.model, actor.example)
+        write_example(Path(out_dir), actor.model, actor.example, actor.head)
     if page:
         from worldvla.eval.report import write_page
 

@@ -17,7 +17,9 @@ from worldvla.infer.load import Model
 FILE = "tokens.npz"
 
 
-def write_example(directory: Path, model: Model, observation: Mapping[str, Any]) -> None:
+def write_example(
+    directory: Path, model: Model, observation: Mapping[str, Any], head: str = "discrete"
+) -> None:
     """Write `directory`/tokens.npz atomically."""
     layout, arrays = model.config.layout, {}
     palette = code_colors(model.image.codebook().cpu().numpy())
@@ -28,7 +30,7 @@ def write_example(directory: Path, model: Model, observation: Mapping[str, Any])
         arrays[f"{view}_codes"] = codes[0].cpu().numpy()
         arrays[f"{view}_colors"] = palette[codes[0].cpu().numpy()]
         arrays[f"{view}_reconstruction"] = model.image.decode(codes)[0].cpu().numpy()
-    policy = model.policy()
+    policy = model.policy(head)
     observation = {**observation, "previous": []}
     arrays["actions"] = policy.act(observation)
     arrays["action_low"] = np.array(model.builder.statistics.action_low)

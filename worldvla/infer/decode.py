@@ -114,6 +114,17 @@ def decode_chunk(
     )
 
 
+@torch.inference_mode()
+def regress_chunk(model: Transformer, vocab: Vocab, prompts: Sequence[Sample]) -> np.ndarray:
+    """Return the continuous head's normalised actions (B, K, A) float32: one pass over the prompts."""
+    assert model.action_head is not None
+    device = next(model.parameters()).device
+    batch = Batch.stack(prompts, vocab.pad).to(device)
+    x_BTD = model(batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT)
+    lengths_B = torch.tensor([len(p) for p in prompts], device=device)
+    return model.action_head(x_BTD, lengths_B).cpu().numpy()
+
+
 def chunk_path(tail: Sample, blocks_KA: np.ndarray) -> str:
     """Return SIDE_BY_SIDE where the mask makes that exact: no action sees another; else the reason."""
     chunk_KA = tail.chunk[blocks_KA]

@@ -54,10 +54,11 @@ class Model:
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 
-    def policy(self) -> "Policy":
+    def policy(self, head: str = "discrete") -> "Policy":
+        """Return what acts: by bins, or by the continuous head of a model that has one."""
         from worldvla.infer.policy import Policy
 
-        return Policy(self)
+        return Policy(self, head)
 
     def world(self, drafts: bool = True) -> "World":
         from worldvla.infer.imagine import World
@@ -100,7 +101,9 @@ def load(path: Path | str, device: str = "cpu", dtype: torch.dtype | None = None
             f"{vocab.num_image_codes}: use those of one run"
         )
     builder = SampleBuilder(config.layout, vocab, text, statistics)
-    transformer = empty_model(config.model, vocab.size, config.layout.num_rows, config.layout.num_cols)
+    layout = config.layout
+    sizes = layout.num_rows, layout.num_cols, layout.action_shape
+    transformer = empty_model(config.model, vocab.size, *sizes)
     stored: torch.dtype = getattr(torch, manifest.get("dtype", "float32"))
     _load_weights(path / "model.safetensors", transformer, device, dtype or stored)
     return Model(path, config, vocab, builder, image.to(device), transformer, manifest)

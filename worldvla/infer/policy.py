@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from worldvla.batch import Sample
-from worldvla.infer.decode import chunk_path, decode_chunk
+from worldvla.infer.decode import chunk_path, decode_chunk, regress_chunk
 from worldvla.infer.load import Model
+from worldvla.tokenizers.action import denormalize
 
 Observation = Mapping[str, Any]
+HEADS = ("discrete", "continuous")
 SEEN = 64
 """Frames whose codes a policy with a history remembers."""
 
@@ -29,22 +31,32 @@ class Decision:
     entropy: np.ndarray
     """Nats, of each dim given those before it; an action's is the sum over its dims."""
     margin: np.ndarray
-    """Probability of the likeliest bin minus that of the second. Small among neighbouring bins too."""
+    """Probability of the likeliest bin minus that of the second. Small among neighbouring bins too.
+
+    Both are NaN of the continuous head, which knows no probabilities.
+    """
 
 
 class Policy:
-    """Holds no state between calls: the same observation gives the same actions."""
+    """Holds no state between calls: the same observation gives the same actions. `head`: one of HEADS."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, head: str = "discrete") -> None:
+        if head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+        if head == "continuous" and model.transformer.action_head is None:
+            raise ValueError(
+                f"{model.path} has no continuous action head: use head 'discrete', or train one "
+                "(model.head.num_layers above 0)"
+            )
+        self.model, self.head = model, head
         self._tail = model.builder.policy_tail()
         self._blocks_KA = model.builder.action_block_positions(0)
         self._seen: dict[bytes, tuple[np.ndarray, ...]] = {}
 
     @property
     def decoding(self) -> str:
-        """`side by side`, or `one by one: ` and why the mask asks for it."""
-        return chunk_path(self._tail, self._blocks_KA)
+        """`side by side`, or `one by one: ` and why the mask asks for it; `at once`: the continuous head."""
+        return "at once" if self.head == "continuous" else chunk_path(self._tail, self._blocks_KA)
 
     def act(
         self, observation: Observation | Sequence[Observation], temperature: float = 0.0, seed: int = 0
@@ -66,6 +78,16 @@ class Policy:
         if not observation:
             nothing = np.zeros((0, layout.chunk, layout.num_action_dims), dtype=np.float32)
             return Decision(nothing, nothing, nothing)
+        low, high = (np.asarray(v, dtype=np.float32) for v in (statistics.action_low, statistics.action_high))
+        if self.head == "continuous":
+            if temperature != 0:
+                raise ValueError(
+                    f"the continuous head draws nothing: temperature must be 0, got {temperature}"
+                )
+            values = regress_chunk(self.model.transformer, self.model.vocab, self.prompts(observation))
+            actions = denormalize(values, statistics.action_low, statistics.action_high).astype(np.float32)
+            unknown = np.full_like(actions, np.nan)
+            return Decision(np.clip(actions, low, high), unknown, unknown)
         chunk = decode_chunk(
             self.model.transformer,
             self.model.vocab,
@@ -75,7 +97,6 @@ class Policy:
             temperature,
             seed,
         )
-        low, high = (np.asarray(v, dtype=np.float32) for v in (statistics.action_low, statistics.action_high))
         actions = np.clip(statistics.decode_actions(chunk.codes_BKA), low, high)
         return Decision(actions, chunk.entropy_BKA, chunk.margin_BKA)
 

@@ -153,8 +153,8 @@ def open_release(
 ) -> Released:
     """Check a released folder by its headers; whatever is missing, too much or misshapen raises ValueError.
 
-    `may_have_head`: of such a release a continuous action head, which this model lacks, is refused by that
-    name, or its keys are set aside (`keep_head`); of others its keys are unknown ones.
+    `may_have_head`: of such a release a continuous action head, which is not converted (docs/MODELS.md), is
+    refused by that name, or its keys are set aside (`keep_head`); of others its keys are unknown ones.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -173,7 +173,7 @@ def open_release(
     unknown, other = sorted(set(shapes) - set(own) - set(aside)), "choose another --release"
     _named(directory, "lacks", sorted(set(own) - set(shapes)), f"download it again, or {other}")
     _named(directory, "has unknown", unknown, other)
-    fix = "this model has none: --without-action-head leaves it out"
+    fix = "it is not converted: --without-action-head leaves it out"
     _named(directory, "has a continuous action head,", [] if keep_head else head, fix)
     strange = sorted(key for key in own if dtypes[key] not in _DTYPES.values())
     _named(directory, f"has other types than {', '.join(_DTYPES.values())}:", strange, "dequantise it")
@@ -200,10 +200,16 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def empty_model(config: ModelConfig, vocab_size: int, num_rows: int = 1, num_cols: int = 1) -> Transformer:
+def empty_model(
+    config: ModelConfig,
+    vocab_size: int,
+    num_rows: int = 1,
+    num_cols: int = 1,
+    action_shape: tuple[int, int] = (0, 0),
+) -> Transformer:
     """Return the model on the meta device: names and shapes without memory, for `assign`."""
     with torch.device("meta"), _Undrawn():
-        return Transformer(config, vocab_size, num_rows, num_cols)
+        return Transformer(config, vocab_size, num_rows, num_cols, action_shape)
 
 
 def assign(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from worldvla.config import ModelConfig
+from worldvla.model.action_head import ActionHead
 from worldvla.model.mask import additive_mask
 
 EMBED_STD = 0.1
@@ -104,9 +105,18 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`num_rows`, `num_cols`: sizes of the place tables, index 0 (no place) included."""
+    """`num_rows`, `num_cols`: sizes of the place tables, index 0 (no place) included. `action_shape`: (K, A)
+    of the continuous head, where the config has one; `forward` does not run it.
+    """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, num_rows: int = 1, num_cols: int = 1) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        num_rows: int = 1,
+        num_cols: int = 1,
+        action_shape: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
@@ -117,6 +127,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, vocab_size, bias=False)
+        has_head = config.head.num_layers > 0
+        self.action_head = ActionHead(config.head, config.width, *action_shape) if has_head else None
 
     def forward(
         self,
@@ -170,10 +182,13 @@ class Transformer(nn.Module):
         o, down                       normal, fan_in ** -0.5 / sqrt(2 num_layers): all branches together start
         at unit scale head                          normal, HEAD_STD norms                         weight 1,
         bias 0
+        action_head                   its own `init_weights`
         """
         generator = torch.Generator().manual_seed(seed)
         branch_scale = (2 * self.config.num_layers) ** -0.5
         for name, parameter in self.named_parameters():
+            if name.startswith("action_head."):
+                continue
             if "norm" in name:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
                 continue
@@ -188,6 +203,8 @@ class Transformer(nn.Module):
         for table in (self.row_embed, self.col_embed):
             if table is not None:
                 table.weight[0] = 0.0
+        if self.action_head is not None:
+            self.action_head.init_weights(seed)
 
     @torch.no_grad()
     def init_codebook(
@@ -217,7 +234,8 @@ class Transformer(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops(self, num_positions: int, num_logits: int | None = None, num_keys: int | None = None) -> int:
-        """Return the floating-point operations of one sequence's forward pass (training: 3 times).
+        """Return the floating-point operations of one sequence's forward pass (training: 3 times), without
+        those of an action head.
 
         `num_logits`: positions that reach the head (default all); `num_keys`: keys of a query (default
         `num_positions`).

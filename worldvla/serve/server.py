@@ -53,9 +53,14 @@ class Served:
 
 
 def serve_checkpoint(
-    checkpoint: Path | str, *, resize: bool = False, device: str = "cpu", **options: Any
+    checkpoint: Path | str,
+    *,
+    head: str = "discrete",
+    resize: bool = False,
+    device: str = "cpu",
+    **options: Any,
 ) -> None:
-    """Serve a checkpoint until interrupted; `options` as those of `serve`."""
+    """Serve a checkpoint until interrupted; `options` as of `serve`, `head` as of `Model.policy`."""
     from worldvla.infer.load import load, weights_digest
 
     model = load(checkpoint, device)
@@ -67,10 +72,11 @@ def serve_checkpoint(
         "parameters": model.transformer.num_parameters(),
         "chunk": layout.chunk,
         "history": layout.history,
+        "head": head,
         "views": {view: list(size) for view, size in model.view_sizes.items()},
         "worldvla": importlib.metadata.version("worldvla"),
     }
-    policy = model.policy()
+    policy = model.policy(head)
     served = Served(
         act=lambda observation: policy.act(observation),
         views=model.view_sizes,

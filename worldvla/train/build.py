@@ -63,7 +63,8 @@ def build(config: Config) -> Pieces:
 def build_model(pieces: Pieces) -> Transformer:
     """Return the model with its initial weights, on the CPU."""
     config, vocab = pieces.config, pieces.vocab
-    model = Transformer(config.model, vocab.size, config.layout.num_rows, config.layout.num_cols)
+    layout = config.layout
+    model = Transformer(config.model, vocab.size, layout.num_rows, layout.num_cols, layout.action_shape)
     model.init_weights(config.train.seed)
     if config.model.codebook_init:
         codebook, bins = pieces.image.codebook().detach(), [vocab.action, vocab.state]

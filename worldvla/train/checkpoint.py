@@ -90,10 +90,15 @@ def resume(path: Path, pieces: Pieces, model: nn.Module, optimizer: torch.optim.
     return json.loads((path / "trainer.json").read_text())
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load model.safetensors strictly; another shape or vocabulary raises ValueError naming what differs."""
+def load_weights(path: Path, model: nn.Module, may_lack: str = "") -> None:
+    """Load model.safetensors strictly; another shape or vocabulary raises ValueError naming what differs.
+
+    A module `may_lack` that the file has nothing of keeps its weights: a trained model can be given a head.
+    """
     tensors = load_file(path / "model.safetensors")
     own = model.state_dict()
+    if may_lack and not any(name.startswith(may_lack) for name in tensors):
+        tensors |= {name: tensor for name, tensor in own.items() if name.startswith(may_lack)}
     wrong = sorted(set(own) ^ set(tensors))
     wrong = wrong or sorted(name for name, tensor in own.items() if tensor.shape != tensors[name].shape)
     if wrong:

@@ -23,6 +23,7 @@ from torch import Tensor
 from worldvla.batch import KIND_ACTION, Batch
 from worldvla.config import Config
 from worldvla.data.loader import MODES
+from worldvla.model.action_head import ActionHead
 from worldvla.model.mask import additive_mask, dense_mask
 from worldvla.train import checkpoint, dist
 from worldvla.train.build import Pieces, action_scale, build, build_model
@@ -78,15 +79,17 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(pieces)
         if config.init_from:
-            checkpoint.load_weights(Path(config.init_from), self.model)
+            checkpoint.load_weights(Path(config.init_from), self.model, may_lack="action_head.")
         self.model.to(self.device)
         self.optimizer = build_optimizer(self.model, self.config.optim)
         self.loss = Loss(self.config.loss, pieces.vocab)
         self.state = State()
         if (path := checkpoint.latest(run_dir)) is not None:
             self.state = State(**checkpoint.resume(path, pieces, self.model, self.optimizer))
-        hidden = torch.compile(self.model) if config.compile else self.model
-        self.forward = make_forward(hidden, config.dtype)
+        hidden, head = torch.compile(self.model) if config.compile else self.model, self.model.action_head
+        if config.compile and head is not None:
+            head.compile()
+        self.forward = make_forward(hidden, config.dtype, head)
 
     def run(self) -> Outcome:
         config, state = self.config.train, self.state
@@ -143,11 +146,15 @@ class Trainer:
         totals = self.loss.totals([self.loss.targets(batch) for batch in batches])
         batches = [own for batch in batches if len((own := dist.own_rows(batch)).ids_BT)]
         targets = [self.loss.targets(batch) for batch in batches]
-        total, cross_entropies = 0.0, []
+        total, cross_entropies, errors = 0.0, [], []
         for batch, target in zip(batches, targets, strict=True):
             with self._autocast():
-                x_PD = self.forward(batch, target)
+                x_PD, actions_BUA = self.forward(batch, target)
                 value, cross_entropy_P = self.loss(x_PD, self.model.head.weight, target, totals)
+                if actions_BUA is not None:
+                    share, error_BUA = self.loss.of_actions(actions_BUA, target, totals)
+                    value = value + share
+                    errors.append(error_BUA.flatten())
             value.backward()
             total += float(value.detach())
             cross_entropies.append(cross_entropy_P)
@@ -155,6 +162,7 @@ class Trainer:
         cross_entropy_P = torch.cat(cross_entropies)
         kind_P = torch.cat([target.kind_P for target in targets])
         per_kind = {f"{name}_loss": cross_entropy_P[kind_P == kind] for name, kind in KINDS.items()}
+        per_kind |= {"head_l1": torch.cat(errors)} if errors else {}
         return {
             "loss": total,
             **{name: float(values.mean()) for name, values in per_kind.items() if len(values)},
@@ -227,13 +235,24 @@ class Trainer:
         return {**means, "train_seconds": round(self.state.train_seconds, 1)}
 
 
-def make_forward(model: Callable[..., Tensor], dtype: str) -> Forward:
-    """Return batch -> hidden states at its targets; the mask is built once for all layers."""
+def make_forward(model: Callable[..., Tensor], dtype: str, head: ActionHead | None) -> Forward:
+    """Return batch -> hidden states at its targets, and the head's actions where there is a head and a policy
+    sample; the mask is built once for all layers.
+    """
     mask_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
 
-    def forward(batch: Batch, targets: Targets) -> Tensor:
+    def forward(batch: Batch, targets: Targets) -> tuple[Tensor, Tensor | None]:
         mask = additive_mask(dense_mask(batch.chunk_BT), mask_dtype)
-        return model(batch.ids_BT, mask, batch.row_BT, batch.col_BT, keep_P=targets.positions_P)
+        inputs = batch.ids_BT, mask, batch.row_BT, batch.col_BT
+        is_action_BT = batch.kind_BT == KIND_ACTION
+        rows = is_action_BT.any(1).nonzero().squeeze(1) if head is not None else ()
+        if head is None or not len(rows):
+            return model(*inputs, keep_P=targets.positions_P), None
+        # Prompt and targets are nearly all positions of a policy sample: nothing is left out.
+        x_BTD = model(*inputs)
+        lengths_B = is_action_BT[rows].int().argmax(1)
+        actions_BUA = head(x_BTD[rows, : int(lengths_B.max())], lengths_B)
+        return x_BTD.flatten(0, 1).index_select(0, targets.positions_P), actions_BUA
 
     return forward
 

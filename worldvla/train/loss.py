@@ -1,10 +1,12 @@
-"""Hidden states + Batch -> loss: actions + alpha x world tokens + z-loss, at supervised positions only.
+"""Hidden states + Batch -> loss: actions + alpha x world tokens + z-loss, at supervised positions only; and,
+with a continuous head, its mean absolute error.
 
-Dims: B batch, T positions, P supervised positions of a batch, D width, V vocab.
+Dims: B batch, T positions, P supervised positions of a batch, N action dims among them, D width, V vocab, U
+actions of a chunk, A action dims.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -24,12 +26,13 @@ class Targets:
     """The supervised positions of one batch, in row-major order.
 
     positions_P: index into the flattened (B * T) hidden states from which the target is predicted (one before
-    it).
+    it). values_N: what the action dims were before they became bins, in [-1, 1]; empty if unknown.
     """
 
     positions_P: Tensor
     ids_P: Tensor
     kind_P: Tensor
+    values_N: Tensor
 
     @classmethod
     def of(cls, batch: Batch) -> Self:
@@ -40,7 +43,8 @@ class Targets:
         shifted_BT = torch.zeros_like(batch.kind_BT)
         shifted_BT[:, :-1] = batch.kind_BT[:, 1:]
         positions_P = shifted_BT.flatten().nonzero().squeeze(1)
-        return cls(positions_P, batch.ids_BT.flatten()[positions_P + 1], shifted_BT.flatten()[positions_P])
+        ids_P, kind_P = batch.ids_BT.flatten()[positions_P + 1], shifted_BT.flatten()[positions_P]
+        return cls(positions_P, ids_P, kind_P, batch.value_BT[~batch.value_BT.isnan()])
 
     def __len__(self) -> int:
         return len(self.ids_P)
@@ -54,6 +58,8 @@ class Totals:
     world: int
     class_weight: float
     """Sum of the published class weights."""
+    values: int
+    """Action dims that the continuous head answers."""
 
     @property
     def supervised(self) -> int:
@@ -74,7 +80,8 @@ class Loss:
         if self.config.supervise == "all":
             return found
         chosen_P = self._is_in(found, self.vocab.action) | self._is_in(found, self.vocab.image)
-        return Targets(**{name: tensor[chosen_P] for name, tensor in vars(found).items()})
+        chosen = {name: getattr(found, name)[chosen_P] for name in ("positions_P", "ids_P", "kind_P")}
+        return replace(found, **chosen)
 
     @staticmethod
     def _is_in(targets: Targets, span: range) -> Tensor:
@@ -83,7 +90,8 @@ class Loss:
     def totals(self, targets: Sequence[Targets]) -> Totals:
         num_action = sum(int((t.kind_P == KIND_ACTION).sum()) for t in targets)
         class_weight = sum(float(self.class_weight(t.ids_P).sum()) for t in targets)
-        return Totals(num_action, sum(len(t) for t in targets) - num_action, class_weight)
+        num_values = sum(len(t.values_N) for t in targets)
+        return Totals(num_action, sum(len(t) for t in targets) - num_action, class_weight, num_values)
 
     def class_weight(self, ids_P: Tensor) -> Tensor:
         """Return the published weight of each id: alpha in a slice one id too early (pretrain_ck.py:931)."""
@@ -123,6 +131,16 @@ class Loss:
             )
             total = total + share
         return total, cross_entropy_P
+
+    def of_actions(
+        self, actions_BUA: Float[Tensor, "B U A"], targets: Targets, totals: Totals
+    ) -> tuple[Tensor, Float[Tensor, "B U A"]]:
+        """Return the continuous head's share of the loss, and its absolute errors (no gradient).
+
+        Both heads have the same targets: where data.pad_chunks repeats an action, it counts here too.
+        """
+        error_BUA = (actions_BUA - targets.values_N.view_as(actions_BUA)).abs()
+        return self.config.head_weight * error_BUA.sum() / max(totals.values, 1), error_BUA.detach()
 
 
 def smoothing_matrix(num_codes: int, std: float) -> Tensor | None:

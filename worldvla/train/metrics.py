@@ -23,8 +23,8 @@ from worldvla.train.loss import Loss, Targets
 from worldvla.vocab import Vocab
 
 KINDS = {"action": KIND_ACTION, "image": KIND_IMAGE, "layout": KIND_LAYOUT}
-Forward = Callable[[Batch, Targets], Tensor]
-"""Hidden states at the targets' positions, (P, D)."""
+Forward = Callable[[Batch, Targets], tuple[Tensor, Tensor | None]]
+"""Hidden states at the targets' positions, (P, D), and the continuous head's actions (B, U, A), if any."""
 
 
 class Recorder:
@@ -106,22 +106,30 @@ def validate(
     {action,image,layout}_loss (nats); {action,image}_accuracy; first_{x,y,z,xyz}_l1, of the first action of a
     chunk; end_xyz_l1, of the whole chunk's motion: how well it knows where the hand has to be; still_xyz_l1
     and still_end_xyz_l1, the same of predicting no motion; gripper_accuracy, the sign of the last dimension
-    over the whole chunk.
+    over the whole chunk; action_l1, of all dims of the chunk, against what they were before they became bins.
+    The continuous head's, all against that: head_l1, head_first_x_l1, ...
     """
     parts: dict[str, list[Tensor]] = {}
     totals: list[float] = []
     for batch in batches:
         targets = loss.targets(batch)
-        x_PD = forward(batch, targets)
+        x_PD, actions_BUA = forward(batch, targets)
         value, cross_entropy_P = loss(x_PD, model.head.weight, targets, loss.totals([targets]))
+        if actions_BUA is not None:
+            share, error_BUA = loss.of_actions(actions_BUA, targets, loss.totals([targets]))
+            value = value + share
+            found = {"l1": error_BUA} | motion_errors(actions_BUA, targets.values_N.view_as(actions_BUA))
+            for name, values in found.items():
+                parts.setdefault(f"head_{name}", []).append(values.float().flatten())
         totals.append(float(value))
         for name, kind in KINDS.items():
             parts.setdefault(f"{name}_loss", []).append(cross_entropy_P[targets.kind_P == kind])
         for name, values in greedy(model, loss.vocab, x_PD, targets, scale).items():
             parts.setdefault(name, []).append(values.float().flatten())
     means = {name: float(torch.cat(values).mean()) for name, values in parts.items() if sum(map(len, values))}
-    if "first_x_l1" in means:
-        means["first_xyz_l1"] = sum(means[f"first_{axis}_l1"] for axis in "xyz") / 3
+    for head in ("", "head_"):
+        if f"{head}first_x_l1" in means:
+            means[f"{head}first_xyz_l1"] = sum(means[f"{head}first_{axis}_l1"] for axis in "xyz") / 3
     return {"loss": sum(totals) / max(1, len(totals)), **means}
 
 
@@ -141,13 +149,20 @@ def greedy(
         truth_BUA = (targets.ids_P[is_bin_P] - vocab.action.start).reshape(shape)
         out["action_accuracy"] = guess_BUA == truth_BUA
         guess_BUA, truth_BUA = scale.centres_C[guess_BUA], scale.centres_C[truth_BUA]
-        for dim, axis in enumerate("xyz"):
-            out[f"first_{axis}_l1"] = (guess_BUA - truth_BUA)[:, 0, dim].abs()
-        out["still_xyz_l1"] = (scale.no_motion_A[:3] - truth_BUA[:, 0, :3]).abs()
-        end_BA, true_end_BA = (codes_BUA[..., :3].sum(1) for codes_BUA in (guess_BUA, truth_BUA))
-        out["end_xyz_l1"] = (end_BA - true_end_BA).abs()
-        out["still_end_xyz_l1"] = (len(guess_BUA[0]) * scale.no_motion_A[:3] - true_end_BA).abs()
-        out["gripper_accuracy"] = guess_BUA[..., -1].sign() == truth_BUA[..., -1].sign()
+        out |= motion_errors(guess_BUA, truth_BUA)
+        still_BUA = scale.no_motion_A.expand_as(truth_BUA)
+        out["still_xyz_l1"] = (still_BUA - truth_BUA)[:, 0, :3].abs()
+        out["still_end_xyz_l1"] = motion_errors(still_BUA, truth_BUA)["end_xyz_l1"]
+        if len(targets.values_N):
+            out["action_l1"] = (guess_BUA - targets.values_N.view_as(guess_BUA)).abs()
+    return out
+
+
+def motion_errors(guess_BUA: Tensor, truth_BUA: Tensor) -> dict[str, Tensor]:
+    """Return how far off the first action, the whole chunk's motion and the gripper's sign are."""
+    out = {f"first_{axis}_l1": (guess_BUA - truth_BUA)[:, 0, dim].abs() for dim, axis in enumerate("xyz")}
+    out["end_xyz_l1"] = (guess_BUA[..., :3].sum(1) - truth_BUA[..., :3].sum(1)).abs()
+    out["gripper_accuracy"] = guess_BUA[..., -1].sign() == truth_BUA[..., -1].sign()
     return out
 
 
