@@ -108,6 +108,9 @@ def test_nearest_names_are_offered(capsys):
 def test_missing_and_malformed_input_is_one_line(capsys, tmp_path):
     assert "worldvla collect" in _fails(capsys, "replay", tmp_path / "none")
     assert "hdf5" in _fails(capsys, "replay", tmp_path)
+    words = ("--suite", "tabletop_object", "--head", "continuous")
+    assert "not for random" in _fails(capsys, "eval", "random", *words)
+    assert "has no continuous action head" in _fails(capsys, "eval", "worldvla/assets/tabletop", *words)
     broken = tmp_path / "broken_demo.hdf5"
     broken.write_bytes(b"not HDF5")
     assert str(broken) in _fails(capsys, "replay", broken)
@@ -174,8 +177,10 @@ def test_whole_line_on_the_debug_recipe(capsys, monkeypatch, tmp_path):
         "--policy out/train/debug",
         f"tokenize out/visited --tokenizer {tokenizer} --out out/debug/visited",
         f"train debug --name again --train.steps 1 --data.stores {store} out/debug/visited "
-        "--train.init-from out/train/debug/ckpt/step_2",
+        "--train.init-from out/train/debug/ckpt/step_2 --model.head.num-layers 1 --model.head.width 16",
         "eval out/train/debug --suite tabletop_object --episodes 1 --tasks 0 --workers 1 --out out/eval",
+        "eval out/train/again --suite tabletop_object --episodes 1 --tasks 0 --workers 1 --out out/by_head "
+        "--head continuous",
         f"imagine out/train/debug {demos} --episodes 1 --horizon 2 --out out/imagine",
     ]
     for line in lines:
@@ -184,4 +189,7 @@ def test_whole_line_on_the_debug_recipe(capsys, monkeypatch, tmp_path):
         assert "out/" in out.splitlines()[-1], line
     record = json.loads((tmp_path / "out/eval/record.json").read_text())
     assert record["episodes"] == record["successes"] + record["failures"] + record["errors"] == 1
+    assert record["protocol"]["head"] == "discrete"
+    record = json.loads((tmp_path / "out/by_head/record.json").read_text())
+    assert (record["protocol"]["head"], record["errors"]) == ("continuous", 0)
     assert not list(tmp_path.rglob("*.tmp"))

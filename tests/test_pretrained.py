@@ -200,6 +200,7 @@ def test_a_downloaded_release_is_converted_evaluated_and_trained_on(
     assert (record["episodes"], record["errors"]) == (1, 0)
     assert record["checkpoint"]["name"] == actor.model.config.name == "worldvla_256_goal"
     assert record["protocol"]["executed"] == 5
+    assert record["protocol"]["head"] == "discrete"
     assert actor.model.view_sizes == {"agentview": (256, 256)}
     single = load(ours, dtype=torch.float32)
     assert {p.dtype for p in single.transformer.parameters()} == {torch.float32}

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from worldvla.config import HeadConfig
 
-NUM_MLP_BLOCKS = 2
 SMALL_STD = 0.02
-"""Of the queries (as published) and of the last matrix, so that answers start near 0, the middle of the
-range."""
+"""Of the queries (as published) and of the last matrix, so that answers start near 0."""
 
 
 class EncoderLayer(nn.Module):
@@ -27,12 +25,10 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(
-            config.width, config.num_heads, config.dropout, batch_first=True
-        )
-        self.linear1 = nn.Linear(config.width, config.hidden)
-        self.linear2 = nn.Linear(config.hidden, config.width)
-        self.norm1, self.norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        width, hidden = config.width, config.hidden
+        self.self_attn = nn.MultiheadAttention(width, config.num_heads, config.dropout, batch_first=True)
+        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BNW: Tensor, is_hidden_BN: Tensor, num_last: int) -> Tensor:
@@ -71,7 +67,7 @@ class MLPResNet(nn.Module):
     def __init__(self, num_in: int, width: int, num_out: int) -> None:
         super().__init__()
         self.layer_norm1, self.fc1 = nn.LayerNorm(num_in), nn.Linear(num_in, width)
-        self.mlp_resnet_blocks = nn.ModuleList(MLPBlock(width) for _ in range(NUM_MLP_BLOCKS))
+        self.mlp_resnet_blocks = nn.ModuleList(MLPBlock(width) for _ in range(2))
         self.layer_norm2, self.fc2 = nn.LayerNorm(width), nn.Linear(width, num_out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +114,6 @@ class ActionHead(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-                continue
-            is_small = "embed" in name or "fc2" in name
-            std = SMALL_STD if is_small else parameter.shape[1] ** -0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            else:
+                std = SMALL_STD if "embed" in name or "fc2" in name else parameter.shape[1] ** -0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
