@@ -122,8 +122,11 @@ def test_the_transformer_starts_alike_with_and_without(root: Path, tmp_path: Pat
     assert torch.equal(added.model.embed.weight, worldvla.load(first).transformer.embed.weight)
 
 
-def test_accumulation_divides_by_all_actions(root: Path, tmp_path: Path) -> None:
-    trainer = Trainer(build(with_head(tiny_config(root))), tmp_path / "run")
+@pytest.mark.parametrize("supervise", ["all", "decoded"])
+def test_accumulation_divides_by_all_actions(root: Path, tmp_path: Path, supervise: Any) -> None:
+    config = with_head(tiny_config(root))
+    config = replace(config, loss=replace(config.loss, supervise=supervise))
+    trainer = Trainer(build(config), tmp_path / "run")
     whole = trainer.pieces.loader.batch(0)
     rows = (slice(0, 1), slice(1, 4))
     uneven = [Batch(**{n: t[part] for n, t in vars(whole).items()}) for part in rows]
