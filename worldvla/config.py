@@ -162,9 +162,9 @@ class LossConfig:
     both, ids 3..8194 (off by one) at alpha, in which alpha cancels on image-only batches
     (docs/DETAILS.md)."""
     supervise: Literal["all", "decoded"] = "all"
-    """decoded: only what decoding chooses, action dims and image codes, each against the ids that it is chosen
-    from. all (as published): begin and end tokens too, and against the whole vocabulary, which costs most of
-    a small model's step."""
+    """decoded: only what decoding chooses, action dims and image codes, each against the ids that it is
+    chosen from. all (as published): begin and end tokens too, and against the whole vocabulary, which costs
+    most of a small model's step."""
     action_smoothing: float = 0.0
     """Standard deviation, in bins, of the Gaussian that replaces the one-hot target of an action dim (0:
     one-hot, as published)."""
