@@ -28,7 +28,7 @@ from worldvla.eval.rollout import run
 from worldvla.infer.convert import convert, convert_back
 from worldvla.infer.load import load
 from worldvla.model.pretrained import RELEASES, open_release, published_names
-from worldvla.recipes import worldvla_256
+from worldvla.recipes import libero
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA
 from worldvla.tokenizers.published import load_image_tokenizer
 from worldvla.train.loop import train
@@ -65,9 +65,7 @@ def test_every_layout_round_trips(
     shards = 3 if norm_rows == 1 else 1
     given = write_release(tmp_path / "theirs", shards=shards, image=image, head=has_head, state=state)
     suite = "libero_10" if RELEASES[release].chunks else ""
-    remarks = convert(
-        tmp_path / "theirs", tmp_path / "ours", release, worldvla_256(), suite, tokenizer, has_head
-    )
+    remarks = convert(tmp_path / "theirs", tmp_path / "ours", release, libero(), suite, tokenizer, has_head)
     assert ("6 tensors" in " ".join(remarks)) == has_head
     model = worldvla.load(tmp_path / "ours")
     layout = model.config.layout
@@ -281,7 +279,7 @@ def test_the_base_model_brings_its_own_tokenizer(tmp_path: Path) -> None:
     write_release(tmp_path / "base", image=True)
     write_tokenizer(tmp_path / "other", text="tokenizer.json")
     shutil.copy(tmp_path / "other/tokenizer.json", tmp_path / "base")
-    remarks = convert(tmp_path / "base", tmp_path / "ours", "chameleon", worldvla_256())
+    remarks = convert(tmp_path / "base", tmp_path / "ours", "chameleon", libero())
     assert "no decoder" in remarks[0]
     model = worldvla.load(tmp_path / "ours")
     expected = {k: v.bfloat16().float() for k, v in image_state(decoder=False).items()}

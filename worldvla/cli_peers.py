@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -37,6 +37,8 @@ class Serve:
     resize: bool = False
     """Resize pictures of another size, with black borders, instead of refusing them."""
     device: str = "cpu"
+    quantize: Literal["", "int8", "int4"] = ""
+    """Hold the model's large matrices in 8 or 4 bits: less memory, not less time (docs/MODELS.md)."""
 
     def run(self) -> int:
         from worldvla.serve.server import serve_checkpoint
@@ -48,6 +50,7 @@ class Serve:
             api_key=_key(self.api_key),
             resize=self.resize,
             device=self.device,
+            quantize=self.quantize,
             on_start=lambda at: say(f"serving at {at}   next: worldvla eval websocket://{at} --suite SUITE"),
         )
         return 0

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from websockets.asyncio.server import ServerConnection
@@ -53,18 +53,24 @@ class Served:
 
 
 def serve_checkpoint(
-    checkpoint: Path | str, *, resize: bool = False, device: str = "cpu", **options: Any
+    checkpoint: Path | str,
+    *,
+    resize: bool = False,
+    device: str = "cpu",
+    quantize: Literal["", "int8", "int4"] = "",
+    **options: Any,
 ) -> None:
     """Serve a checkpoint until interrupted; `options` as those of `serve`."""
     from worldvla.infer.load import load, weights_digest
 
-    model = load(checkpoint, device)
+    model = load(checkpoint, device, quantize=quantize)
     layout = model.config.layout
     metadata = {
         "name": model.config.name,
         "step": model.manifest.get("step"),
         "digest": weights_digest(model.path),
         "parameters": model.transformer.num_parameters(),
+        "quantize": quantize,
         "chunk": layout.chunk,
         "history": layout.history,
         "views": {view: list(size) for view, size in model.view_sizes.items()},
