@@ -22,11 +22,12 @@ from token_stubs import PixelSums, random_episode
 
 import worldvla
 from worldvla import cli
+from worldvla.config import LoraConfig
 from worldvla.data.store import write_store
 from worldvla.eval.actors import ModelActor
 from worldvla.eval.rollout import run
 from worldvla.infer.convert import convert, convert_back
-from worldvla.infer.load import load
+from worldvla.infer.load import export, load
 from worldvla.model.pretrained import RELEASES, open_release, published_names
 from worldvla.recipes import libero
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA
@@ -226,6 +227,18 @@ def test_a_downloaded_release_is_converted_evaluated_and_trained_on(
     back = folder(tmp_path / "back")
     assert back.keys() == folder(hub / "model_256/libero_goal").keys()
     assert torch.equal(back["lm_head.weight"], trained.transformer.head.weight.bfloat16())
+
+    tuned = replace(config, lora=LoraConfig(rank=2, base="int8"))
+    train(tuned, tmp_path / "lora")
+    plain = load(export(tmp_path / "lora", tmp_path / "plain"))
+    state = plain.transformer.state_dict()
+    moved = {k for k, v in actor.model.transformer.state_dict().items() if not torch.equal(v, state[k])}
+    assert {k.split(".")[-2] for k in moved} == set("qkvo") | {"gate", "up", "down"}
+    assert {p.dtype for p in state.values()} == {torch.bfloat16}
+    observation = {"agentview": np.zeros((256, 256, 3), np.uint8), "instruction": "open it"}
+    assert plain.policy().act(observation).shape == (5, 7)
+    convert_back(tmp_path / "plain", tmp_path / "merged", like=ours)
+    assert folder(tmp_path / "merged").keys() == back.keys()
 
 
 def test_a_model_of_ours_is_loaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,11 @@ one JSON line.
 
 Run: python tools/memory.py   (or: python tools/memory.py tabletop --lora-rank 8)
 
-Counted are tensors that have the shapes and types of the real ones (train/build.py, infer/load.py; checked by
-tests/test_memory.py). `copies`: bfloat16 copies of float32 matrices that autocast keeps from the forward pass
-to the backward pass; with layers computed again they are gone before gradients are there. `inputs`: what that
-keeps of one sample of the full length, the input of each layer. Not counted: everything else that the backward
-pass needs, CUDA's own memory, keys and values.
+Counted are tensors that have the shapes and types of the real ones (train/build.py, infer/load.py; checked
+by tests/test_memory.py). `copies`: bfloat16 copies of float32 matrices that autocast keeps from the forward
+to the backward pass; with layers computed again they are gone before gradients are. `inputs`: what that keeps
+of one sample of the full length, the input of each layer. Not counted: everything else that the backward pass
+needs, CUDA's own memory, keys and values.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def training(config: Config, vocab_size: int) -> dict[str, int]:
 
 
 def inference(config: Config, vocab_size: int, dtype: torch.dtype, form: Form | None) -> dict[str, int]:
-    """Return the bytes of a model that acts or imagines, read in `dtype`, its large matrices held in `form`."""
+    """Return the bytes of a model that acts or imagines in `dtype`, its large matrices held in `form`."""
     model = _empty(config, vocab_size)
     model = assign(model, list(model.state_dict().items()), "meta", dtype, form)
     return _summed(weights=_bytes([*model.parameters(), *model.buffers()]))
