@@ -29,7 +29,7 @@ from worldvla.eval.rollout import run
 from worldvla.infer.convert import convert, convert_back
 from worldvla.infer.load import export, load
 from worldvla.model.pretrained import RELEASES, open_release, published_names
-from worldvla.recipes import libero
+from worldvla.recipes import RECIPES, libero
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA
 from worldvla.tokenizers.published import load_image_tokenizer
 from worldvla.train.loop import train
@@ -116,6 +116,31 @@ def test_releases_say_what_was_published() -> None:
     assert RELEASES["rynnvla_256"].chunks == {
         "libero_spatial": 10, "libero_object": 5, "libero_goal": 5, "libero_10": 10
     }  # fmt: skip
+
+
+def test_recipes_are_what_was_published() -> None:
+    """Reference 5.1 and 5.2: batch, rate, decay, dropout, K, of every suite; 40 epochs."""
+    assert len([name for name in RECIPES if name.startswith(("libero_256", "libero_512", "rynnvla"))]) == 16
+    for name, batch, rate, decay, dropout, chunk, steps in (
+        ("libero_256_goal", 16, 5e-6, 0.1, 0.05, 5, 260_200),
+        ("libero_256_spatial", 32, 5e-6, 0.1, 0.05, 5, 132_400),
+        ("libero_512_10", 32, 5e-6, 0.1, 0.05, 10, 253_640),
+        ("rynnvla_256_goal", 64, 5e-6, 0.15, 0.08, 5, 65_040),
+        ("rynnvla_256_spatial", 64, 5e-6, 0.1, 0.05, 10, 66_200),
+        ("rynnvla_256_10", 64, 8e-6, 0.18, 0.1, 10, 126_800),
+        ("rynnvla_world_512_10", 64, 5e-6, 0.15, 0.08, 5, 63_400),
+    ):
+        config = RECIPES[name]()
+        optim = config.optim
+        assert config.name == name
+        assert (config.train.batch_size, config.train.steps, config.layout.chunk) == (batch, steps, chunk), (
+            name
+        )
+        assert (optim.learning_rate, optim.weight_decay, config.model.dropout) == (rate, decay, dropout), name
+        assert optim.min_learning_rate == rate
+        assert optim.warmup_steps == steps // 4000
+        assert config.train.checkpoint_layers
+    assert RECIPES["libero_512_10"]().layout.grids == ((32, 32),)
 
 
 MEASURE = """

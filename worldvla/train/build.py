@@ -75,7 +75,7 @@ def build(config: Config) -> Pieces:
 
 
 def build_model(pieces: Pieces) -> Transformer:
-    """Return the model with its initial weights, on the CPU."""
+    """Return the model with its initial weights: drawn, on the CPU, or read, on train.device."""
     config, vocab = pieces.config, pieces.vocab
     sizes = vocab.size, config.layout.num_rows, config.layout.num_cols
     if config.train.init_from:
@@ -100,7 +100,7 @@ def trainable(model: Transformer, config: Config, weights: Path | None) -> Trans
         check_fit(weights, own)
     tensors = ((n, own[n] if weights is None else read_tensor(weights, n)) for n in own)
     form = config.lora.base if config.lora.rank else None
-    model = assign(model, tensors, "cpu" if weights else "meta", torch.float32, form)
+    model = assign(model, tensors, config.train.device if weights else "meta", torch.float32, form)
     model.checkpoint_layers = config.train.checkpoint_layers
     if config.lora.rank:
         return add_updates(model, config.lora, config.train.seed).train()
