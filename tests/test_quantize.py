@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import worldvla
 from worldvla.config import ModelConfig
 from worldvla.infer.load import Model, Quantize, load
+from worldvla.model.mask import dense_mask
 from worldvla.model.pretrained import assign, empty_model
 from worldvla.model.quantize import Form, Packed, num_bytes
 from worldvla.model.transformer import Transformer
@@ -32,7 +33,8 @@ def test_a_weight_is_half_a_step_off(form: Form, shape: tuple[int, int]) -> None
     layer = Packed(weight, form)
     step = layer.scale.float().abs().repeat_interleave(shape[1] // layer.scale.shape[1], 1).squeeze(-1)
     error = (layer.dense(torch.float32) - weight).abs()
-    limit = 0.5 * step if form == "int8" else step  # int4: 7 is the largest code, 8 the largest value
+    # int4: the codes end at 7, the values opposite to the largest at 8, and its scale is in bfloat16.
+    limit = (0.5 if form == "int8" else 1.04) * step
     assert bool((error <= limit + 1e-6).all())
     assert torch.equal(layer.dense(torch.float32)[0], weight[0])
     assert sum(b.nbytes for b in layer.buffers()) == num_bytes(shape, form)
@@ -64,7 +66,7 @@ def test_a_quantised_model_counts_as_the_whole_one() -> None:
     assert packed.flops(10) == model.flops(10)
 
 
-@pytest.mark.parametrize(("form", "limit"), [("int8", 0.03), ("int4", 0.6)])
+@pytest.mark.parametrize(("form", "limit"), [("int8", 0.2), ("int4", 2.5)])
 def test_logits_of_random_weights_stay_close(form: Form, limit: float) -> None:
     """Largest difference over the standard deviation of the logits."""
     config = ModelConfig(num_layers=4, width=128, num_heads=4, num_kv_heads=4, hidden=352)
@@ -75,36 +77,45 @@ def test_logits_of_random_weights_stay_close(form: Form, limit: float) -> None:
     with torch.no_grad():
         whole, other = (m.logits(m(ids, None)) for m in (model, packed))
     difference = float((whole - other).abs().max() / whole.std())
-    print(f"random weights, {form}: largest logit difference {difference:.4f} standard deviations")  # noqa: T201
+    same = float((whole.argmax(-1) == other.argmax(-1)).float().mean())
+    print(f"random weights, {form}: largest logit difference {difference:.3f}, {same:.3f} equal")  # noqa: T201
     assert 0 < difference < limit
 
 
 @pytest.fixture(scope="module")
-def shipped() -> tuple[Model, list[dict], torch.Tensor]:
+def shipped() -> tuple[list[dict], torch.Tensor, torch.Tensor]:
     model = load(SHIPPED)
     observations = []
     for suite in ("tabletop_spatial", "tabletop_object", "tabletop_goal", "tabletop_long"):
         for task in tasks(suite)[::3]:
             first = make(task, model.view_sizes).reset(options={"init": 10})[0]
             observations.append({**first, "instruction": task.instruction})
-    return model, observations, codes_of(model, observations)
+    return observations, *decisions(model, observations)
 
 
-def codes_of(model: Model, observations: list[dict]) -> torch.Tensor:
-    """Return the bins (B, K, 7) of the greedy actions."""
-    statistics = model.builder.statistics
+def decisions(model: Model, observations: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bins (B, K, 7) of the greedy actions, and the logits (B, 256) where a prompt ends."""
+    statistics, logits = model.builder.statistics, []
     actions = normalize(model.policy().act(observations), statistics.action_low, statistics.action_high)
-    return torch.from_numpy(to_codes(actions)).int()
+    for prompt in model.policy().prompts(observations):
+        ids, row, col, chunk = (
+            torch.from_numpy(v)[None].long() for v in (prompt.ids, prompt.row, prompt.col, prompt.chunk)
+        )
+        with torch.no_grad():
+            x_BTD = model.transformer(ids, dense_mask(chunk), row, col)
+        logits.append(model.transformer.logits(x_BTD[0, -1], model.vocab.action))
+    return torch.from_numpy(to_codes(actions)).int(), torch.stack(logits)
 
 
-@pytest.mark.parametrize(("quantize", "equal", "near"), [("int8", 0.8, 0.95), ("int4", 0.3, 0.7)])
+@pytest.mark.parametrize(("quantize", "equal", "near"), [("int8", 0.95, 0.99), ("int4", 0.8, 0.95)])
 def test_the_shipped_model_decides_alike(
-    shipped: tuple[Model, list[dict], torch.Tensor], quantize: Quantize, equal: float, near: float
+    shipped: tuple[list[dict], torch.Tensor, torch.Tensor], quantize: Quantize, equal: float, near: float
 ) -> None:
     """Shares of greedy action tokens that are the same, and at most 2 of 255 bins away."""
-    _, observations, expected = shipped
-    away = (codes_of(load(SHIPPED, quantize=quantize), observations) - expected).abs()
+    observations, expected, logits = shipped
+    codes, other = decisions(load(SHIPPED, quantize=quantize), observations)
+    away, off = (codes - expected).abs(), float((other - logits).abs().max() / logits.std())
     same, close = (float((away <= n).double().mean()) for n in (0, 2))
-    print(f"{quantize}: {same:.3f} of {away.numel()} tokens equal, {close:.3f} within 2 bins")  # noqa: T201
+    print(f"{quantize}: {same:.3f} of {away.numel()} equal, {close:.3f} within 2, logits {off:.3f}")  # noqa: T201
     assert same > equal
     assert close > near

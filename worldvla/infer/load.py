@@ -244,6 +244,6 @@ def _load_weights(
         raise ValueError(
             f"{path} needs {needed / 1e9:.2f} GB on {device} ({model.num_parameters():,} parameters in "
             f"{form or plain} and one tensor), {free / 1e9:.2f} GB are free: use a device with more"
-            + ("" if form == "int4" else ", bfloat16, int8 or int4")
+            + ("" if form == "int4" else ", or fewer bits (dtype, quantize)")
         )
     assign(model, weights, device, dtype, form)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from worldvla.config import LoraConfig
 from worldvla.model.pretrained import header, is_block_matrix, read_json, read_tensor
-from worldvla.model.quantize import rounded
+from worldvla.model.quantize import Packed, rounded
 from worldvla.model.transformer import Transformer
 
 
@@ -41,7 +41,7 @@ def add_updates(model: Transformer, config: LoraConfig, seed: int) -> Transforme
     generator = torch.Generator().manual_seed(seed)
     device = model.embed.weight.device
     for name, layer in list(model.layers.named_modules()):
-        if name.rpartition(".")[2] not in config.targets:
+        if name.rpartition(".")[2] not in config.targets or not isinstance(layer, nn.Linear | Packed):
             continue
         with torch.device(device):
             updated = Updated(layer, layer.in_features, layer.out_features, config)
