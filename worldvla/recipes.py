@@ -201,7 +201,7 @@ def _published(name: str, release: str, suite: str, init_from: str) -> Config:
         loss=LossConfig(reduction="published"),
         optim=OptimConfig(learning_rate=5e-6, min_learning_rate=5e-6, weight_decay=0.1, clip=4.0),
         data=DataConfig(
-            stores=(f"data/libero/{name}_{suite}",),
+            stores=(f"data/libero/{name}_{suite.removeprefix('libero_')}",),
             world_fraction=0.5,
             val_fraction=0.0,  # the results are of training on every split
             sequence_length=longest(layout),
