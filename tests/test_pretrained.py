@@ -22,13 +22,14 @@ from token_stubs import PixelSums, random_episode
 
 import worldvla
 from worldvla import cli
+from worldvla.config import LoraConfig
 from worldvla.data.store import write_store
 from worldvla.eval.actors import ModelActor
 from worldvla.eval.rollout import run
 from worldvla.infer.convert import convert, convert_back
-from worldvla.infer.load import load
+from worldvla.infer.load import export, load
 from worldvla.model.pretrained import RELEASES, open_release, published_names
-from worldvla.recipes import worldvla_256
+from worldvla.recipes import RECIPES, libero
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA
 from worldvla.tokenizers.published import load_image_tokenizer
 from worldvla.train.loop import train
@@ -65,9 +66,7 @@ def test_every_layout_round_trips(
     shards = 3 if norm_rows == 1 else 1
     given = write_release(tmp_path / "theirs", shards=shards, image=image, head=has_head, state=state)
     suite = "libero_10" if RELEASES[release].chunks else ""
-    remarks = convert(
-        tmp_path / "theirs", tmp_path / "ours", release, worldvla_256(), suite, tokenizer, has_head
-    )
+    remarks = convert(tmp_path / "theirs", tmp_path / "ours", release, libero(), suite, tokenizer, has_head)
     assert ("6 tensors" in " ".join(remarks)) == has_head
     model = worldvla.load(tmp_path / "ours")
     layout = model.config.layout
@@ -117,6 +116,31 @@ def test_releases_say_what_was_published() -> None:
     assert RELEASES["rynnvla_256"].chunks == {
         "libero_spatial": 10, "libero_object": 5, "libero_goal": 5, "libero_10": 10
     }  # fmt: skip
+
+
+def test_recipes_are_what_was_published() -> None:
+    """Reference 5.1 and 5.2: batch, rate, decay, dropout, K, of every suite; 40 epochs."""
+    assert len([name for name in RECIPES if name.startswith(("libero_256", "libero_512", "rynnvla"))]) == 16
+    for name, batch, rate, decay, dropout, chunk, steps in (
+        ("libero_256_goal", 16, 5e-6, 0.1, 0.05, 5, 260_200),
+        ("libero_256_spatial", 32, 5e-6, 0.1, 0.05, 5, 132_400),
+        ("libero_512_10", 32, 5e-6, 0.1, 0.05, 10, 253_640),
+        ("rynnvla_256_goal", 64, 5e-6, 0.15, 0.08, 5, 65_040),
+        ("rynnvla_256_spatial", 64, 5e-6, 0.1, 0.05, 10, 66_200),
+        ("rynnvla_256_10", 64, 8e-6, 0.18, 0.1, 10, 126_800),
+        ("rynnvla_world_512_10", 64, 5e-6, 0.15, 0.08, 5, 63_400),
+    ):
+        config = RECIPES[name]()
+        optim = config.optim
+        assert config.name == name
+        assert (config.train.batch_size, config.train.steps, config.layout.chunk) == (batch, steps, chunk), (
+            name
+        )
+        assert (optim.learning_rate, optim.weight_decay, config.model.dropout) == (rate, decay, dropout), name
+        assert optim.min_learning_rate == rate
+        assert optim.warmup_steps == steps // 4000
+        assert config.train.checkpoint_layers
+    assert RECIPES["libero_512_10"]().layout.grids == ((32, 32),)
 
 
 MEASURE = """
@@ -230,6 +254,18 @@ def test_a_downloaded_release_is_converted_evaluated_and_trained_on(
     assert back.keys() == folder(hub / "model_256/libero_goal").keys()
     assert torch.equal(back["lm_head.weight"], trained.transformer.head.weight.bfloat16())
 
+    tuned = replace(config, lora=LoraConfig(rank=2, base="int8"))
+    train(tuned, tmp_path / "lora")
+    plain = load(export(tmp_path / "lora", tmp_path / "plain"))
+    state = plain.transformer.state_dict()
+    moved = {k for k, v in actor.model.transformer.state_dict().items() if not torch.equal(v, state[k])}
+    assert {k.split(".")[-2] for k in moved} == set("qkvo") | {"gate", "up", "down"}
+    assert {p.dtype for p in state.values()} == {torch.bfloat16}
+    observation = {"agentview": np.zeros((256, 256, 3), np.uint8), "instruction": "open it"}
+    assert plain.policy().act(observation).shape == (5, 7)
+    convert_back(tmp_path / "plain", tmp_path / "merged", like=ours)
+    assert folder(tmp_path / "merged").keys() == back.keys()
+
 
 def test_a_model_of_ours_is_loaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = Path(worldvla.__file__).parent / "assets/tabletop"
@@ -282,7 +318,7 @@ def test_the_base_model_brings_its_own_tokenizer(tmp_path: Path) -> None:
     write_release(tmp_path / "base", image=True)
     write_tokenizer(tmp_path / "other", text="tokenizer.json")
     shutil.copy(tmp_path / "other/tokenizer.json", tmp_path / "base")
-    remarks = convert(tmp_path / "base", tmp_path / "ours", "chameleon", worldvla_256())
+    remarks = convert(tmp_path / "base", tmp_path / "ours", "chameleon", libero())
     assert "no decoder" in remarks[0]
     model = worldvla.load(tmp_path / "ours")
     expected = {k: v.bfloat16().float() for k, v in image_state(decoder=False).items()}

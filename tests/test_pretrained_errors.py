@@ -21,7 +21,7 @@ from worldvla.infer import load as loading
 from worldvla.infer.convert import convert, convert_back
 from worldvla.infer.hub import fetch
 from worldvla.model.pretrained import open_release
-from worldvla.recipes import worldvla_256
+from worldvla.recipes import libero
 from worldvla.tokenizers.published import check_text, load_image_tokenizer, verify_checksums
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.vocab import chameleon
@@ -194,14 +194,14 @@ def test_too_little_memory_is_said_with_the_sum(
 ) -> None:
     write_release(tmp_path / "theirs")
     write_tokenizer(tmp_path / "tokenizer")
-    convert(tmp_path / "theirs", tmp_path / "ours", "chameleon", worldvla_256(), "", tmp_path / "tokenizer")
+    convert(tmp_path / "theirs", tmp_path / "ours", "chameleon", libero(), "", tmp_path / "tokenizer")
     free = loading.available_memory("cpu")
     assert free is None or free > 10_000_000
     monkeypatch.setattr(loading, "available_memory", lambda _: 12_000_000)
-    message = r"needs 0\.01 GB on cpu \(4,212,000 parameters x 2 bytes and one tensor\), 0\.01 GB are free"
+    message = r"needs 0\.01 GB on cpu \(4,212,000 parameters in bfloat16 and one tensor\), 0\.01 GB are free"
     with pytest.raises(ValueError, match=message):
         worldvla.load(tmp_path / "ours")
-    with pytest.raises(ValueError, match=r"x 4 bytes.*use a device with more, or bfloat16"):
+    with pytest.raises(ValueError, match=r"in float32.*use a device with more, or fewer bits"):
         worldvla.load(tmp_path / "ours", dtype=torch.float32)
     assert main(["export", str(tmp_path / "ours"), "--out", str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -237,7 +237,7 @@ def test_what_convert_needs_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "full/precious").touch()
     write_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="holds something else"):
-        convert(theirs, tmp_path / "full", "chameleon", worldvla_256(), "", tmp_path / "tokenizer")
+        convert(theirs, tmp_path / "full", "chameleon", libero(), "", tmp_path / "tokenizer")
     assert (tmp_path / "full/precious").exists()
 
 

@@ -19,7 +19,7 @@ import show_sample  # pyright: ignore[reportMissingImports]
 
 
 @pytest.mark.parametrize("mode", ["policy", "world"])
-@pytest.mark.parametrize("name", ["tabletop", "worldvla_256"])
+@pytest.mark.parametrize("name", ["tabletop", "libero_256_goal"])
 def test_a_recipe_needs_no_files_when_faked(capsys: pytest.CaptureFixture[str], name: str, mode: str):
     show_sample.main([name, "--mode", mode, "--fake", "--width", "240"])
     out = capsys.readouterr().out

@@ -98,9 +98,9 @@ def simulation(seconds: float) -> dict[str, float]:
     return rates
 
 
-def case_of(size: str, checkpoint: Path) -> Case:
+def case_of(size: str, checkpoint: Path, quantize: Any) -> Case:
     if size == "3m":
-        loaded, task = worldvla.load(checkpoint), tasks("tabletop_goal")[0]
+        loaded, task = worldvla.load(checkpoint, quantize=quantize), tasks("tabletop_goal")[0]
         observation = make(task, loaded.view_sizes).reset(options={"init": 0})[0]
         policy, world = loaded.policy(), loaded.world()
         prompt = policy.prompts([{**observation, "instruction": task.instruction}])[0]
@@ -235,6 +235,7 @@ def main() -> None:
     sizes = ["3m", *SIZES]
     parser.add_argument("--sizes", nargs="+", choices=sizes, default=sizes)
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="model of size 3m")
+    parser.add_argument("--quantize", choices=["", "int8", "int4"], default="", help="of size 3m")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, at least")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -242,7 +243,7 @@ def main() -> None:
     numbers: dict[str, Any] = {"simulation": simulation(args.seconds)}
     table, console = Table(*COLUMNS), Console(stderr=True, width=150)
     for size in args.sizes:
-        case = case_of(size, args.checkpoint)
+        case = case_of(size, args.checkpoint, args.quantize)
         rows, frame = decoding(case, args.seconds), frames(case, args.seconds)
         parameters = case.model.num_parameters()
         numbers[size] = {"parameters": parameters, "actions": rows, "frames": frame}
@@ -255,7 +256,7 @@ def main() -> None:
     console.print(table)
     for name, value in numbers["simulation"].items():
         console.print(f"{name} {value:.0f}")
-    print(json.dumps({"bench": numbers, "threads": args.threads, **provenance()}))
+    print(json.dumps({"bench": numbers, "threads": args.threads, "quantize": args.quantize, **provenance()}))
 
 
 if __name__ == "__main__":

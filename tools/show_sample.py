@@ -2,7 +2,7 @@
 
 python tools/show_sample.py tabletop --frame 100             policy sample at a frame of the recipe's stores
 python tools/show_sample.py out/train/tabletop --mode world  a run's or checkpoint's config.json works too
-python tools/show_sample.py worldvla_256 --fake              random codes in its layout; needs no files
+python tools/show_sample.py libero_256_goal --fake              random codes in its layout; needs no files
 """
 
 import argparse

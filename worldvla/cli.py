@@ -101,6 +101,8 @@ class Eval:
     workers: int = 2
     """Processes that step environments."""
     device: str = "cpu"
+    quantize: Literal["", "int8", "int4"] = ""
+    """Hold the model's large matrices in 8 or 4 bits: less memory, not less time (docs/MODELS.md)."""
     allow_errors: int = 0
     """More errors than this make the exit code 3."""
 
@@ -148,7 +150,7 @@ class Eval:
             return BlindActor.from_demos(self.demos)
         if "://" in self.checkpoint:
             return remote_actor(self.checkpoint, self.suite, self.execute, self.remote_size, self.api_key)
-        return ModelActor(self.checkpoint, self.execute, self.device, self.head)
+        return ModelActor(self.checkpoint, self.execute, self.device, self.head, self.quantize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +285,7 @@ def _overview() -> str:
     lines = ["usage: worldvla VERB ...      worldvla VERB --help explains one", ""]
     help_of = {verb: (cls.__doc__ or "").splitlines()[0] for verb, cls in VERBS.items()} | TOOLS
     lines += [f"  {verb:<16} {text}" for verb, text in help_of.items()]
-    lines += ["", "recipes: " + " ".join(RECIPES)]
+    lines += ["", *textwrap.wrap("recipes: " + " ".join(RECIPES), 100, subsequent_indent=" " * 9)]
     lines += textwrap.wrap("suites:  " + " ".join(SUITES), 100, subsequent_indent=" " * 9)
     return "\n".join(lines)
 

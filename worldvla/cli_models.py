@@ -31,7 +31,7 @@ class Convert:
 
     def run(self) -> int:
         from worldvla.infer.convert import convert, convert_back
-        from worldvla.recipes import worldvla_256
+        from worldvla.recipes import libero
 
         if self.back:
             convert_back(Path(self.source), self.out, self.like)
@@ -41,7 +41,7 @@ class Convert:
             self.source,
             self.out,
             self.release,
-            worldvla_256(),
+            libero(),
             self.suite,
             self.tokenizer,
             self.without_action_head,

@@ -39,6 +39,8 @@ class Serve:
     head: Literal["discrete", "continuous"] = "discrete"
     """Which head acts: bins, or the continuous one of a model that has one."""
     device: str = "cpu"
+    quantize: Literal["", "int8", "int4"] = ""
+    """Hold the model's large matrices in 8 or 4 bits: less memory, not less time (docs/MODELS.md)."""
 
     def run(self) -> int:
         from worldvla.serve.server import serve_checkpoint
@@ -51,6 +53,7 @@ class Serve:
             head=self.head,
             resize=self.resize,
             device=self.device,
+            quantize=self.quantize,
             on_start=lambda at: say(f"serving at {at}   next: worldvla eval websocket://{at} --suite SUITE"),
         )
         return 0

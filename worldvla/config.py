@@ -213,6 +213,9 @@ class TrainConfig:
     device: str = "cpu"
     num_threads: int = 2
     compile: bool = False
+    checkpoint_layers: bool = False
+    """Keep the input of each layer alone and compute the rest again in the backward pass: the same gradients,
+    a third more compute, a fraction of the activations (published: on)."""
     log_every: int = 20
     eval_every: int = 500
     """Steps between validations."""
@@ -220,6 +223,23 @@ class TrainConfig:
     save_every: int = 500
     init_from: str = ""
     """Checkpoint to take weights from before step 0; empty: from scratch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Train low-rank updates W + alpha / rank * B A of a frozen checkpoint (LoRA, arXiv 2106.09685)."""
+
+    rank: int = 0
+    """Rows of A; 0: off, every weight is trained. Else train.init_from names the checkpoint."""
+    alpha: float = 32.0
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
+        *("q", "k", "v", "o", "gate", "up", "down"),
+    )
+    """Linear layers, in every block, that get an update."""
+    full: tuple[Literal["embed", "head"], ...] = ()
+    """Trained whole besides. For a checkpoint that has not seen action ids (Chameleon): both."""
+    base: Literal["float32", "bfloat16", "int8", "int4"] = "bfloat16"
+    """How the frozen linear layers of the blocks are held (int4: QLoRA); bfloat16 needs that train.dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +258,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig
     train: TrainConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         if self.model.head.num_layers and self.data.world_fraction == 1:

@@ -4,7 +4,9 @@ A run worth a row in the README is a recipe here; overrides are for sweeps. `wor
 """
 
 import difflib
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from worldvla.config import (
     Config,
@@ -18,7 +20,15 @@ from worldvla.config import (
 )
 
 TABLETOP_SUITES = ("tabletop_spatial", "tabletop_object", "tabletop_goal", "tabletop_long")
-LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+LIBERO_FRAMES = {
+    "libero_spatial": 52_970,
+    "libero_object": 66_984,
+    "libero_goal": 52_042,
+    "libero_10": 101_469,
+}
+"""Frames of each suite's demonstrations without no-ops, as LeRobot's libero_*_image state them (other
+regenerations differ by a few percent): they turn epochs into steps."""
+LIBERO_SUITES = tuple(LIBERO_FRAMES)
 
 
 def tabletop() -> Config:
@@ -184,50 +194,78 @@ def libero_object_dagger1() -> Config:
     )
 
 
-def worldvla_256() -> Config:
-    """The published 7B at 256 pixels on LIBERO-Goal (WorldVLA exps_256_all/*.sh, pretrain_ck.py)."""
+def _published(name: str, release: str, suite: str, init_from: str) -> Config:
+    """The published 7B on a LIBERO suite: what all scripts share; layout and K are the release's."""
+    from worldvla.infer.convert import longest  # imports torch: not before a recipe is asked for
+    from worldvla.model.pretrained import RELEASES
+
+    layout = replace(RELEASES[release].layout, chunk=RELEASES[release].chunks.get(suite, 5))
     return Config(
-        name="worldvla_256",
+        name=f"{name}_{suite.removeprefix('libero_')}",
         vocab="chameleon",
         num_text=65_536,
-        tokenizer="data/chameleon/tokenizer",
-        layout=LayoutConfig(views=("agentview",), grids=((16, 16),), history=2, chunk=5, state=False),
+        tokenizer=f"{init_from}/image_tokenizer",
+        layout=layout,
         model=ModelConfig(
-            num_layers=32,
-            width=4096,
-            num_heads=32,
-            num_kv_heads=32,
-            hidden=11008,
-            dropout=0.05,
+            num_layers=32, width=4096, num_heads=32, num_kv_heads=32, hidden=11008, dropout=0.05
         ),
         loss=LossConfig(reduction="published"),
-        optim=OptimConfig(
-            learning_rate=5e-6,
-            min_learning_rate=5e-6,
-            warmup_steps=33,  # 0.01 epoch; about 104,000 samples at 4 x 8 a step
-            weight_decay=0.1,
-            clip=4.0,
-        ),
+        optim=OptimConfig(learning_rate=5e-6, min_learning_rate=5e-6, weight_decay=0.1, clip=4.0),
         data=DataConfig(
-            stores=("data/libero/store_libero_goal",),
+            stores=(f"data/libero/{name}_{suite.removeprefix('libero_')}",),
             world_fraction=0.5,
-            val_fraction=0.0,  # 256_all trains on every split
-            sequence_length=640,
+            val_fraction=0.0,  # the results are of training on every split
+            sequence_length=longest(layout),
         ),
         train=TrainConfig(
-            steps=130_000,  # 40 epochs
-            batch_size=32,
+            steps=1,
+            batch_size=1,
             dtype="bfloat16",
             device="cuda",
-            compile=True,
-            log_every=20,
+            checkpoint_layers=True,
             eval_every=2_000,
             save_every=2_000,
+            init_from=init_from,
         ),
     )
 
 
-RECIPES = {
+def _epochs(config: Config, suite: str, batch_size: int) -> Config:
+    """40 epochs, 0.01 of one for warm-up, as published; a frame is a policy sample and a world sample."""
+    num_samples = LIBERO_FRAMES[suite] * (1 if config.data.world_fraction == 1 else 2)
+    epoch = num_samples // batch_size
+    return replace(
+        config,
+        optim=replace(config.optim, warmup_steps=max(1, epoch // 100)),
+        train=replace(config.train, steps=40 * epoch, batch_size=batch_size),
+    )
+
+
+def libero(suite: str = "libero_goal", pixels: int = 256) -> Config:
+    """WorldVLA from Chameleon (WorldVLA exps_256_all/*.sh, exps_512_all/*.sh, pretrain_ck.py)."""
+    config = _published(f"libero_{pixels}", f"worldvla_{pixels}", suite, "out/models/chameleon")
+    num_gpus = 2 if (suite, pixels) == ("libero_goal", 256) else 4
+    return _epochs(config, suite, 8 * num_gpus)
+
+
+def rynnvla(suite: str = "libero_goal", is_world: bool = False) -> Config:
+    """RynnVLA-002 (its pretokenised training scripts), on from the released weights: discrete actions with
+    state and wrist camera at 256 pixels, or the world model alone at 512."""
+    name = "rynnvla_world_512" if is_world else "rynnvla_256"
+    weights = name if is_world else f"{name}_{suite.removeprefix('libero_')}"
+    config = _published(name, name, suite, f"out/models/{weights}")
+    special = {"libero_goal": (5e-6, 0.15, 0.08), "libero_10": (8e-6, 0.18, 0.1)}
+    rate, decay, dropout = special["libero_goal"] if is_world else special.get(suite, (5e-6, 0.1, 0.05))
+    config = replace(
+        config,
+        data=replace(config.data, world_fraction=1.0 if is_world else 0.5),
+        model=replace(config.model, dropout=dropout),
+        optim=replace(config.optim, learning_rate=rate, min_learning_rate=rate, weight_decay=decay),
+    )
+    return _epochs(config, suite, 8 * 8)
+
+
+RECIPES: dict[str, Callable[[], Config]] = {
     f.__name__: f
     for f in (
         tabletop,
@@ -239,9 +277,14 @@ RECIPES = {
         libero_object_small,
         libero_object,
         libero_object_dagger1,
-        worldvla_256,
     )
 }
+for _suite in LIBERO_SUITES:
+    _name = _suite.removeprefix("libero_")
+    RECIPES[f"libero_256_{_name}"] = partial(libero, _suite, 256)
+    RECIPES[f"libero_512_{_name}"] = partial(libero, _suite, 512)
+    RECIPES[f"rynnvla_256_{_name}"] = partial(rynnvla, _suite)
+    RECIPES[f"rynnvla_world_512_{_name}"] = partial(rynnvla, _suite, True)
 
 
 def recipe(name: str) -> Config:

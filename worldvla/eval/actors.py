@@ -5,7 +5,7 @@ torch.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -58,10 +58,11 @@ class ModelActor:
         execute: int | None = None,
         device: str = "cpu",
         head: str = "discrete",
+        quantize: Literal["", "int8", "int4"] = "",
     ) -> None:
         from worldvla.infer.load import load
 
-        self.model = load(checkpoint, device)
+        self.model = load(checkpoint, device, quantize=quantize)
         self.views = self.model.view_sizes
         layout = self.model.config.layout
         self.history, self.execute = layout.history, layout.chunk if execute is None else execute
@@ -90,6 +91,7 @@ class ModelActor:
             "step": manifest.get("step"),
             "digest": weights_digest(self.model.path),
             "parameters": self.model.transformer.num_parameters(),
+            "quantize": self.model.quantize,
         }
 
 

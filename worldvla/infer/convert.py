@@ -21,6 +21,7 @@ from torch import Tensor
 from worldvla.config import Config, LayoutConfig, from_json, to_json
 from worldvla.infer.hub import fetch
 from worldvla.infer.load import find_checkpoint
+from worldvla.model.lora import refuse_updates
 from worldvla.model.pretrained import (
     HEAD_PREFIX,
     INDEX,
@@ -90,7 +91,7 @@ def convert(
         layout=layout,
         model=released.config,
         tokenizer=str(out_dir / "image_tokenizer"),
-        data=replace(base.data, sequence_length=_longest(layout)),
+        data=replace(base.data, sequence_length=longest(layout)),
     )
     scratch = _scratch(out_dir, FACTS)
     digests = {"image_tokenizer": image.digest(), "text": text.digest(), "statistics": statistics.digest()}
@@ -125,6 +126,7 @@ def convert_back(source: Path, out_dir: Path, like: Path | None = None) -> None:
     Same weights, same bits. What is no part of the transformer is the release's own.
     """
     path = find_checkpoint(source)
+    refuse_updates(path)
     template = path if like is None else find_checkpoint(like)
     if not (template / FACTS).is_file():
         raise FileNotFoundError(
@@ -168,7 +170,7 @@ def _layout(facts: Release, release: str, suite: str) -> LayoutConfig:
     return replace(facts.layout, chunk=facts.chunks[suite])
 
 
-def _longest(layout: LayoutConfig) -> int:
+def longest(layout: LayoutConfig) -> int:
     """Return a sequence length that every sample of the layout fits in, a multiple of 64."""
     frame = sum(rows * (cols + 1) + 4 for rows, cols in layout.grids)
     block, state = layout.num_action_dims + 2, layout.num_state_dims + 2 if layout.state else 0

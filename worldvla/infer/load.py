@@ -5,22 +5,34 @@ actions = model.policy().act(observation)
 world = model.world(); world.reset(frame); frame = world.step(actions[0])
 """
 
-import hashlib
 import json
-import math
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 
 from worldvla.config import Config, from_json
 from worldvla.data.sample import SampleBuilder
 from worldvla.infer.hub import fetch
-from worldvla.model.pretrained import INDEX, SINGLE, assign, empty_model, header, read_json, read_tensor
+from worldvla.model.lora import merged
+from worldvla.model.pretrained import (
+    INDEX,
+    SINGLE,
+    assign,
+    empty_model,
+    header,
+    is_block_matrix,
+    read_json,
+    read_tensor,
+    weights_digest,
+)
+from worldvla.model.quantize import Form, num_bytes
 from worldvla.model.transformer import Transformer
 from worldvla.tokenizers.action import Statistics
 from worldvla.tokenizers.image import ImageTokenizer
@@ -31,6 +43,7 @@ if TYPE_CHECKING:
     from worldvla.infer.imagine import World
     from worldvla.infer.policy import Policy
 
+Quantize = Literal["", "int8", "int4"]
 FILES = ("config.json", "model.safetensors", "vocab.json", "statistics.json", "text.json", "manifest.json")
 
 
@@ -43,6 +56,7 @@ class Model:
     image: ImageTokenizer
     transformer: Transformer
     manifest: dict[str, Any]
+    quantize: Quantize = ""
 
     @property
     def view_sizes(self) -> dict[str, tuple[int, int]]:
@@ -66,11 +80,15 @@ class Model:
         return World(self, drafts)
 
 
-def load(path: Path | str, device: str = "cpu", dtype: torch.dtype | None = None) -> Model:
+def load(
+    path: Path | str, device: str = "cpu", dtype: torch.dtype | None = None, quantize: Quantize = ""
+) -> Model:
     """Read a checkpoint, the newest one of a run directory, or one on the hub (`ORG/NAME[/FOLDER]`).
 
     What does not belong together raises ValueError. `dtype` of the transformer: by default float32, and of a
-    converted release the type that it is stored in (bfloat16), as published code evaluates it.
+    converted release the type that it is stored in (bfloat16), as published code evaluates it. `quantize`:
+    hold the linear layers of the blocks in 8 or 4 bits (model/quantize.py). Low-rank updates are merged into
+    their base, which train.init_from of their config.json names.
     """
     path = find_checkpoint(fetch(path))
     if missing := [name for name in FILES if not (path / name).is_file()]:
@@ -104,9 +122,30 @@ def load(path: Path | str, device: str = "cpu", dtype: torch.dtype | None = None
     layout = config.layout
     sizes = layout.num_rows, layout.num_cols, layout.action_shape
     transformer = empty_model(config.model, vocab.size, *sizes)
-    stored: torch.dtype = getattr(torch, manifest.get("dtype", "float32"))
-    _load_weights(path / "model.safetensors", transformer, device, dtype or stored)
-    return Model(path, config, vocab, builder, image.to(device), transformer, manifest)
+    base = path if "base" not in manifest else _base(path, config, manifest["base"])
+    stored: torch.dtype = getattr(torch, _read(base / "manifest.json").get("dtype", "float32"))
+    weights = path / "model.safetensors"
+    names = transformer.state_dict()
+    if base == path:
+        tensors = ((name, read_tensor(weights, name)) for name in names)
+    else:
+        tensors = merged(names, weights, base / "model.safetensors", config.lora)
+    _load_weights(base / "model.safetensors", tensors, transformer, device, dtype or stored, quantize or None)
+    return Model(path, config, vocab, builder, image.to(device), transformer, manifest, quantize)
+
+
+def _base(path: Path, config: Config, digest: str) -> Path:
+    """Return the checkpoint that the low-rank updates in `path` belong to; another one raises ValueError."""
+    base = Path(config.train.init_from)
+    if not (base / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"{path} holds low-rank updates of {base}, which is not there: restore it, or export where it is"
+        )
+    if (found := weights_digest(base)) != digest:
+        raise ValueError(
+            f"{path} holds low-rank updates of weights {digest}, {base} has {found}: restore that checkpoint"
+        )
+    return base
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -134,26 +173,23 @@ def find_checkpoint(path: Path) -> Path:
 
 def export(source: Path, out_dir: Path) -> Path:
     """Copy what acting and imagining need, the transformer's weights in bfloat16; atomic. About a sixth of
-    a checkpoint's size."""
-    source = load(source).path  # whole and consistent, or an error
+    a checkpoint's size. Low-rank updates are merged: the result is a plain checkpoint."""
+    model = load(source, dtype=torch.bfloat16)  # whole and consistent, or an error
+    source = model.path
     scratch = out_dir.with_name(out_dir.name + ".tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "image_tokenizer").mkdir(parents=True)
     for name in (*FILES, "image_tokenizer/config.json", "image_tokenizer/model.safetensors"):
         shutil.copyfile(source / name, scratch / name)
-    weights = {
-        name: tensor.to(torch.bfloat16) for name, tensor in load_file(source / "model.safetensors").items()
-    }
-    save_file(weights, scratch / "model.safetensors")
+    save_file(model.transformer.state_dict(), scratch / "model.safetensors")
+    if "base" in model.manifest:
+        base = _read(Path(model.config.train.init_from) / "manifest.json")
+        plain = {k: v for k, v in model.manifest.items() if k != "base"}
+        plain |= {"dtype": base.get("dtype", "float32"), "merged_base": model.manifest["base"]}
+        (scratch / "manifest.json").write_text(json.dumps(plain, indent=1) + "\n")
     shutil.rmtree(out_dir, ignore_errors=True)
     scratch.rename(out_dir)
     return out_dir
-
-
-def weights_digest(path: Path) -> str:
-    """Return 16 hex digits of the checkpoint's weights file: which model a record speaks of."""
-    with (path / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -180,8 +216,18 @@ def available_memory(device: str) -> int | None:
     return min(free, default=None)
 
 
-def _load_weights(path: Path, model: Transformer, device: str, dtype: torch.dtype) -> None:
-    """Put the weights in place of `model`'s meta tensors, one by one; too little memory is said before."""
+def _load_weights(
+    path: Path,
+    weights: Iterable[tuple[str, Tensor]],
+    model: Transformer,
+    device: str,
+    dtype: torch.dtype,
+    form: Form | None,
+) -> None:
+    """Put `weights` in place of `model`'s meta tensors, one by one; too little memory is said before.
+
+    `path`: the file whose names and shapes must be the model's.
+    """
     try:
         tensors = header(path)[0]
     except ValueError as error:
@@ -194,12 +240,13 @@ def _load_weights(path: Path, model: Transformer, device: str, dtype: torch.dtyp
             f"{path} does not fit config.json and vocab.json: {len(wrong)} tensors differ, "
             f"first {wrong[0]} with shape {shapes[0]}, expected {shapes[1]}; use files of one checkpoint"
         )
-    sizes = [math.prod(shape) * dtype.itemsize for shape in own.values()]
+    plain: Form = "float32" if dtype == torch.float32 else "bfloat16"
+    sizes = [num_bytes(s, form if form and is_block_matrix(n, s) else plain) for n, s in own.items()]
     needed, free = sum(sizes) + (max(sizes) if device == "cpu" else 0), available_memory(device)
     if free is not None and needed > free:
         raise ValueError(
-            f"{path} needs {needed / 1e9:.2f} GB on {device} ({model.num_parameters():,} parameters x "
-            f"{dtype.itemsize} bytes and one tensor), {free / 1e9:.2f} GB are free: use a device with more"
-            + (", or bfloat16" if dtype.itemsize > 2 else "")
+            f"{path} needs {needed / 1e9:.2f} GB on {device} ({model.num_parameters():,} parameters in "
+            f"{form or plain} and one tensor), {free / 1e9:.2f} GB are free: use a device with more"
+            + ("" if form == "int4" else ", or fewer bits (dtype, quantize)")
         )
-    assign(model, ((name, read_tensor(path, name)) for name in own), device, dtype)
+    assign(model, weights, device, dtype, form)

@@ -9,8 +9,9 @@ so the host holds the model and one tensor: for 7,013,158,912 parameters in bflo
 the embedding, the largest (a shard: 5 GB). A state dict loaded into a float32 model would take 42 GB.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from worldvla.config import LayoutConfig, ModelConfig
+from worldvla.model.quantize import Form, Packed
 from worldvla.model.transformer import Transformer
 from worldvla.vocab import Vocab
 
@@ -217,14 +219,29 @@ def assign(
     tensors: Iterable[tuple[str, Tensor]],
     device: str = "cpu",
     dtype: torch.dtype | None = None,
+    form: Form | None = None,
 ) -> Transformer:
-    """Put each tensor in place of a parameter of `model`, which is on the meta device; one copy at a time."""
+    """Put each tensor in place of a parameter of `model`, which is on the meta device; one copy at a time.
+
+    `form`: how the linear layers of the blocks are held instead of in `dtype`.
+    """
     for name, tensor in tensors:
         owner, _, leaf = name.rpartition(".")
-        placed = tensor.to(device, dtype or tensor.dtype, copy=True)
+        if form and is_block_matrix(name, tensor.shape):
+            if form in ("int8", "int4"):
+                model.set_submodule(owner, Packed(tensor.to(device), form))
+                continue
+            placed = tensor.to(device, getattr(torch, form), copy=True)
+        else:
+            placed = tensor.to(device, dtype or tensor.dtype, copy=True)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(placed, requires_grad=False))
         del tensor
     return model.eval()
+
+
+def is_block_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Return whether a parameter is the weight of a linear layer of a block: what `form` applies to."""
+    return name.startswith("layers.") and len(shape) == 2
 
 
 def published_tensors(
@@ -262,6 +279,24 @@ def header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
             return shapes, {key: _DTYPES.get(str(s.get_dtype()), "") for key, s in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): download it again") from None
+
+
+def check_fit(path: Path, own: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if the keys and shapes in a file's header are not those of `own`, naming the first."""
+    shapes, expected = header(path)[0], {name: tuple(tensor.shape) for name, tensor in own.items()}
+    wrong = sorted(set(expected) ^ set(shapes)) or sorted(n for n, s in expected.items() if s != shapes[n])
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit the model: {len(wrong)} tensors differ, first {wrong[0]}, "
+            f"{shapes.get(wrong[0])} there and {expected.get(wrong[0])} here; use the model and layout of "
+            "its config.json"
+        )
+
+
+def weights_digest(path: Path) -> str:
+    """Return 16 hex digits of the checkpoint's weights file: which model a record speaks of."""
+    with (path / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 from worldvla.config import ModelConfig
 from worldvla.model.action_head import ActionHead
 from worldvla.model.mask import additive_mask
+from worldvla.model.quantize import Packed
 
 EMBED_STD = 0.1
 """Of every embedding table; `init_codebook` scales to it."""
@@ -120,6 +122,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
+        self.checkpoint_layers = False
+        """Whether the backward pass computes each layer again instead of keeping what is inside it."""
         self.embed = nn.Embedding(vocab_size, config.width)
         has_places = config.place_embedding
         self.row_embed = nn.Embedding(num_rows, config.width, padding_idx=0) if has_places else None
@@ -165,7 +169,9 @@ class Transformer(nn.Module):
             mask = additive_mask(mask, dtype)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, mask, rope, cache, index, keep_P if index == last else None)
+            args = (x_BTD, mask, rope, cache, index, keep_P if index == last else None)
+            is_kept = not (self.checkpoint_layers and torch.is_grad_enabled())
+            x_BTD = layer(*args) if is_kept else checkpoint(layer, *args, use_reentrant=False)
         return self.norm(x_BTD)
 
     def logits(self, x: Float[Tensor, "*any D"], ids: range | None = None) -> Float[Tensor, "*any V"]:
@@ -231,7 +237,8 @@ class Transformer(nn.Module):
             self.head.weight[span.start : span.stop] = (features_ND * HEAD_STD).to(self.head.weight)
 
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+        packed = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, Packed))
+        return packed + sum(parameter.numel() for parameter in self.parameters())
 
     def flops(self, num_positions: int, num_logits: int | None = None, num_keys: int | None = None) -> int:
         """Return the floating-point operations of one sequence's forward pass (training: 3 times), without
@@ -242,7 +249,8 @@ class Transformer(nn.Module):
         """
         num_logits = num_positions if num_logits is None else num_logits
         num_keys = num_positions if num_keys is None else num_keys
-        matrices = sum(p.numel() for p in self.layers.parameters() if p.ndim == 2)
+        linear = (m for m in self.layers.modules() if isinstance(m, nn.Linear | Packed))
+        matrices = sum(m.in_features * m.out_features for m in linear)
         scores_and_values = 2 * self.config.num_layers * self.config.width * num_keys
         return 2 * (num_positions * (matrices + scores_and_values) + num_logits * self.head.weight.numel())
 

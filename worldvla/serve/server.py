@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from websockets.asyncio.server import ServerConnection
@@ -58,18 +58,20 @@ def serve_checkpoint(
     head: str = "discrete",
     resize: bool = False,
     device: str = "cpu",
+    quantize: Literal["", "int8", "int4"] = "",
     **options: Any,
 ) -> None:
     """Serve a checkpoint until interrupted; `options` as of `serve`, `head` as of `Model.policy`."""
     from worldvla.infer.load import load, weights_digest
 
-    model = load(checkpoint, device)
+    model = load(checkpoint, device, quantize=quantize)
     layout = model.config.layout
     metadata = {
         "name": model.config.name,
         "step": model.manifest.get("step"),
         "digest": weights_digest(model.path),
         "parameters": model.transformer.num_parameters(),
+        "quantize": quantize,
         "chunk": layout.chunk,
         "history": layout.history,
         "head": head,

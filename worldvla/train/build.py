@@ -11,6 +11,16 @@ from worldvla.config import Config
 from worldvla.data.loader import Loader, store_statistics
 from worldvla.data.sample import SampleBuilder, prompt_texts
 from worldvla.data.store import TokenStore
+from worldvla.model.lora import add_updates, refuse_updates
+from worldvla.model.pretrained import (
+    HEAD_PREFIX,
+    assign,
+    check_fit,
+    empty_model,
+    header,
+    read_tensor,
+    weights_digest,
+)
 from worldvla.model.transformer import Transformer
 from worldvla.tokenizers.action import Statistics, dequantize, normalize
 from worldvla.tokenizers.image import ImageTokenizer
@@ -28,10 +38,13 @@ class Pieces:
     vocab: Vocab
     builder: SampleBuilder
     loader: Loader
+    base: str = ""
+    """Of low-rank updates: digest of the weights that they belong to."""
 
     def digests(self) -> dict[str, str]:
         """Return what a checkpoint's ids and numbers mean, as short hashes; equal digests, equal meaning."""
-        return {
+        base = {"base": self.base} if self.base else {}
+        return base | {
             "image_tokenizer": self.image.digest(),
             "text": self.text.digest(),
             "statistics": self.statistics.digest(),
@@ -45,10 +58,22 @@ def build(config: Config) -> Pieces:
     With train.init_from, text tokenizer and statistics are those of that checkpoint: the ids whose embeddings
     it brings keep their meaning (published code let two normalisations share the same action ids).
     """
+    lora, source = config.lora, Path(config.train.init_from)
+    if lora.rank and not config.train.init_from:
+        raise ValueError("lora.rank updates a checkpoint that is there: name it by train.init_from")
+    if lora.rank and config.model.head.num_layers:
+        raise ValueError(
+            "low-rank updates train no continuous head: set model.head.num_layers or lora.rank to 0"
+        )
+    if lora.rank and lora.base == "bfloat16" != config.train.dtype:
+        raise ValueError(
+            f"lora.base bfloat16 needs train.dtype bfloat16, got {config.train.dtype}: set either"
+        )
+    if config.train.init_from and (source / "manifest.json").is_file():
+        refuse_updates(source)
     image = ImageTokenizer.load(config.tokenizer)
     stores = [TokenStore.open(Path(path), image.digest()) for path in config.data.stores]
     if config.train.init_from:
-        source = Path(config.train.init_from)
         text = TextTokenizer.load(source / "text.json")
         statistics = Statistics.from_json(json.loads((source / "statistics.json").read_text()))
     else:
@@ -57,19 +82,46 @@ def build(config: Config) -> Pieces:
     vocab = chameleon() if config.vocab == "chameleon" else compact(image.num_codes, text.size)
     builder = SampleBuilder(config.layout, vocab, text, statistics)
     loader = Loader(stores, builder, config.data, config.train.batch_size, config.train.seed)
-    return Pieces(config, image, text, statistics, vocab, builder, loader)
+    base = weights_digest(source) if lora.rank else ""
+    return Pieces(config, image, text, statistics, vocab, builder, loader, base)
 
 
 def build_model(pieces: Pieces) -> Transformer:
-    """Return the model with its initial weights, on the CPU."""
+    """Return the model with its initial weights: drawn, on the CPU, or read, on train.device."""
     config, vocab = pieces.config, pieces.vocab
     layout = config.layout
-    model = Transformer(config.model, vocab.size, layout.num_rows, layout.num_cols, layout.action_shape)
+    sizes = vocab.size, layout.num_rows, layout.num_cols, layout.action_shape
+    if config.train.init_from:
+        path = Path(config.train.init_from) / "model.safetensors"
+        return trainable(empty_model(config.model, *sizes), config, path)
+    model = Transformer(config.model, *sizes)
     model.init_weights(config.train.seed)
     if config.model.codebook_init:
         codebook, bins = pieces.image.codebook().detach(), [vocab.action, vocab.state]
         model.init_codebook(codebook, vocab.image, bins, config.train.seed)
+    model.checkpoint_layers = config.train.checkpoint_layers
     return model
+
+
+def trainable(model: Transformer, config: Config, weights: Path | None) -> Transformer:
+    """Give `model`, on the meta device, the tensors of `weights`, as config.lora says (None: it stays there).
+
+    What is not a frozen matrix of a block is float32, as the residual stream that it makes. A continuous head
+    that `weights` has nothing of starts anew.
+    """
+    own, head = model.state_dict(), model.action_head
+    if weights is not None:
+        if head is not None and not any(n.startswith(HEAD_PREFIX) for n in header(weights)[0]):
+            head.to_empty(device=config.train.device).init_weights(config.train.seed)
+            own = {n: tensor for n, tensor in own.items() if not n.startswith(HEAD_PREFIX)}
+        check_fit(weights, own)
+    tensors = ((n, own[n] if weights is None else read_tensor(weights, n)) for n in own)
+    form = config.lora.base if config.lora.rank else None
+    model = assign(model, tensors, config.train.device if weights else "meta", torch.float32, form)
+    model.checkpoint_layers = config.train.checkpoint_layers
+    if config.lora.rank:
+        return add_updates(model, config.lora, config.train.seed).train()
+    return model.requires_grad_(True).train()
 
 
 def action_scale(pieces: Pieces) -> ActionScale:

@@ -3,6 +3,7 @@
     run_dir/ckpt/step_N/{config,vocab,statistics,text,manifest,trainer}.json {model,trainer}.safetensors
     image_tokenizer/
 
+With `lora.rank`, model.safetensors holds what is trained alone, and the manifest the digest of its base.
 A directory appears under its name only when complete (written beside it, then renamed).
 """
 
@@ -22,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from worldvla.config import Config, to_json
+from worldvla.model.lora import trained
+from worldvla.model.pretrained import check_fit
 from worldvla.train.build import Pieces
 
 _PACKAGES = ("worldvla", "torch", "numpy", "tokenizers", "safetensors")
@@ -46,7 +49,7 @@ def save(
         _write_json(temporary / "statistics.json", pieces.statistics.to_json())
         pieces.text.save(temporary / "text.json")
         shutil.copytree(pieces.config.tokenizer, temporary / "image_tokenizer")
-        weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+        weights = {name: tensor.contiguous() for name, tensor in trained(model).items()}
         save_file(weights, temporary / "model.safetensors")
         save_file(_optimizer_tensors(model, optimizer), temporary / "trainer.safetensors")
         _write_json(temporary / "trainer.json", dict(trainer))
@@ -90,25 +93,12 @@ def resume(path: Path, pieces: Pieces, model: nn.Module, optimizer: torch.optim.
     return json.loads((path / "trainer.json").read_text())
 
 
-def load_weights(path: Path, model: nn.Module, may_lack: str = "") -> None:
-    """Load model.safetensors strictly; another shape or vocabulary raises ValueError naming what differs.
-
-    A module `may_lack` that the file has nothing of keeps its weights: a trained model can be given a head.
-    """
-    tensors = load_file(path / "model.safetensors")
-    own = model.state_dict()
-    if may_lack and not any(name.startswith(may_lack) for name in tensors):
-        tensors |= {name: tensor for name, tensor in own.items() if name.startswith(may_lack)}
-    wrong = sorted(set(own) ^ set(tensors))
-    wrong = wrong or sorted(name for name, tensor in own.items() if tensor.shape != tensors[name].shape)
-    if wrong:
-        name = wrong[0]
-        shapes = tuple(tuple(table[name].shape) if name in table else None for table in (tensors, own))
-        raise ValueError(
-            f"{path} does not fit the model: {len(wrong)} tensors differ, first {name}, {shapes[0]} "
-            f"there and {shapes[1]} here; use the model and layout of its config.json"
-        )
-    model.load_state_dict(tensors)
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load what is trained from model.safetensors; another shape or vocabulary raises ValueError."""
+    own = trained(model)
+    check_fit(path / "model.safetensors", own)
+    for name, tensor in load_file(path / "model.safetensors").items():
+        own[name].copy_(tensor)
 
 
 def latest(run_dir: Path) -> Path | None:

@@ -24,6 +24,7 @@ from worldvla.batch import KIND_ACTION, Batch
 from worldvla.config import Config
 from worldvla.data.loader import MODES
 from worldvla.model.action_head import ActionHead
+from worldvla.model.lora import trained
 from worldvla.model.mask import additive_mask, dense_mask
 from worldvla.train import checkpoint, dist
 from worldvla.train.build import Pieces, action_scale, build, build_model
@@ -77,10 +78,7 @@ class Trainer:
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads)
         torch.manual_seed(config.seed)
-        self.model = build_model(pieces)
-        if config.init_from:
-            checkpoint.load_weights(Path(config.init_from), self.model, may_lack="action_head.")
-        self.model.to(self.device)
+        self.model = build_model(pieces).to(self.device)
         self.optimizer = build_optimizer(self.model, self.config.optim)
         self.loss = Loss(self.config.loss, pieces.vocab)
         self.state = State()
@@ -98,8 +96,8 @@ class Trainer:
             _stop_requests() as is_stopping,
             self._prefetch() as fetch,
         ):
-            size = f"{self.model.num_parameters():,} parameters"
-            recorder.say(f"{size}, step {state.step} of {config.steps}, in {self.run_dir}")
+            size = sum(tensor.numel() for tensor in trained(self.model).values())
+            recorder.say(f"{size:,} parameters, step {state.step} of {config.steps}, in {self.run_dir}")
             while state.step < config.steps and not dist.any_rank(is_stopping(), self.device):
                 started = time.perf_counter()
                 self._note(self.step(fetch(state.step)))

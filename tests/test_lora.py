@@ -1,0 +1,153 @@
+"""Low-rank fine-tuning: only updates move and are stored, resuming is exact, merged equals unmerged; layers
+computed again give the same gradients.
+
+pytest tests/test_lora.py
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_run import tiny_config, write_tiny
+
+from worldvla.batch import Batch
+from worldvla.config import Config, HeadConfig, LoraConfig
+from worldvla.infer.convert import convert_back
+from worldvla.infer.load import export, load
+from worldvla.model.transformer import Transformer
+from worldvla.train import loop
+from worldvla.train.build import build
+from worldvla.train.loop import Trainer, train
+from worldvla.train.loss import Targets
+
+LORA = LoraConfig(rank=4, alpha=8.0, full=("head",), base="float32")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny(path)
+    train(tiny_config(path, steps=4), path / "first")
+    return path
+
+
+def lora_config(root: Path, lora: LoraConfig = LORA, **settings: object) -> Config:
+    return replace(tiny_config(root, init_from=str(root / "first/ckpt/step_4"), **settings), lora=lora)
+
+
+def logits(model: Transformer, trainer: Trainer) -> torch.Tensor:
+    """Return logits (P, V) of the first batch at its targets."""
+    batch = trainer.pieces.loader.batch(0)
+    with torch.no_grad():
+        x_PD = loop.make_forward(model.eval(), "float32", None)(batch, Targets.of(batch))[0]
+        return model.logits(x_PD)
+
+
+@pytest.mark.parametrize("base", ["float32", "int8", "int4"])
+def test_updates_are_trained_alone_stored_alone_and_merged(root: Path, tmp_path: Path, base: str) -> None:
+    config = lora_config(root, replace(LORA, base=base))
+    trainer = Trainer(build(config), tmp_path / "run")
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    untrained = load(root / "first").transformer
+    if base == "float32":  # B is zero
+        assert torch.equal(logits(trainer.model, trainer), logits(untrained, trainer))
+    path = trainer.run().checkpoint
+
+    stored = load_file(path / "model.safetensors")
+    assert {name.rpartition(".")[2] for name in stored} == {"a", "b", "weight"}
+    assert [name for name in stored if name.endswith("weight")] == ["head.weight"]
+    assert len(stored) == 2 * 7 * 2 + 1
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in stored), name
+    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+    assert len(optimised) == len(stored)
+
+    whole = load(path)  # merged while it is read
+    expected = logits(trainer.model, trainer)
+    assert whole.transformer.state_dict().keys() == untrained.state_dict().keys()
+    torch.testing.assert_close(logits(whole.transformer, trainer), expected, atol=1e-5, rtol=0)
+    assert (expected - logits(untrained, trainer)).abs().max() > 0.01
+
+    plain = load(export(tmp_path / "run", tmp_path / "plain"))
+    assert "base" not in plain.manifest
+    for name, tensor in plain.transformer.state_dict().items():
+        assert torch.equal(tensor, whole.transformer.state_dict()[name].bfloat16().float()), name
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = lora_config(root)
+    config = replace(config, model=replace(config.model, dropout=0.1))
+    whole = train(config, tmp_path / "whole").checkpoint
+    step = Trainer.step
+
+    def killed(self: Trainer, batches: list[Batch]) -> dict[str, float]:
+        if self.state.step == 6:
+            raise RuntimeError("killed")
+        return step(self, batches)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, tmp_path / "parts")
+    monkeypatch.undo()
+    parts = train(config, tmp_path / "parts").checkpoint
+    left, right = (load_file(path / "model.safetensors") for path in (whole, parts))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_updates_belong_to_one_base(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "first/ckpt/step_4", tmp_path / "base")
+    config = lora_config(root)
+    config = replace(config, train=replace(config.train, init_from=str(tmp_path / "base"), steps=1))
+    path = train(config, tmp_path / "run").checkpoint
+    with pytest.raises(ValueError, match=r"updates alone: merge them by `worldvla export"):
+        build(replace(config, train=replace(config.train, init_from=str(path))))
+    with pytest.raises(ValueError, match=r"updates alone"):
+        convert_back(path, tmp_path / "back", like=root / "first")
+    weights = {k: v + 1 for k, v in load_file(tmp_path / "base/model.safetensors").items()}
+    save_file(weights, tmp_path / "base/model.safetensors")
+    with pytest.raises(ValueError, match="restore that checkpoint"):
+        load(path)
+    with pytest.raises(ValueError, match=r"cannot resume .* its base is"):
+        train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(FileNotFoundError, match="which is not there"):
+        load(path)
+
+
+def test_updates_need_a_base_and_bfloat16_autocast(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"name it by train\.init_from"):
+        build(replace(tiny_config(root), lora=LORA))
+    with pytest.raises(ValueError, match=r"needs train\.dtype bfloat16, got float32"):
+        build(lora_config(root, replace(LORA, base="bfloat16")))
+    outcome = train(
+        lora_config(root, replace(LORA, base="bfloat16"), dtype="bfloat16", steps=1), root / "half"
+    )
+    assert outcome.is_finished
+    config = lora_config(root)
+    with_head = replace(config, model=replace(config.model, head=HeadConfig(num_layers=1)))
+    with pytest.raises(ValueError, match="train no continuous head"):
+        build(with_head)
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(), replace(LORA, base="int4")])
+def test_layers_computed_again_give_the_same_gradients(root: Path, tmp_path: Path, lora: LoraConfig) -> None:
+    found = []
+    for again in (False, True):
+        config = lora_config(root, lora, checkpoint_layers=again)
+        config = replace(config, model=replace(config.model, dropout=0.1))
+        trainer = Trainer(build(config), tmp_path / str(again))
+        trainer.model.train()
+        torch.manual_seed(3)
+        values = trainer.backward(trainer._batches(0))
+        found.append((values, {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}))
+    (left, gradients), (right, computed_again) = found
+    assert left == right
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        assert torch.equal(gradient, computed_again[name]), name

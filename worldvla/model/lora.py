@@ -1,0 +1,86 @@
+"""Low-rank updates of a frozen model: added for training, stored alone, merged when read (LoRA, 2106.09685).
+
+    adapted = add_updates(model, config.lora, seed)           W stays, B A is trained
+    tensors = merged(names, adapters, base, config.lora)      W + alpha / rank * B A, plain names
+
+The base is rounded to `lora.base` before the update is added, as in training: merged is what was trained.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldvla.config import LoraConfig
+from worldvla.model.pretrained import header, is_block_matrix, read_json, read_tensor
+from worldvla.model.quantize import Packed, rounded
+from worldvla.model.transformer import Transformer
+
+
+class Updated(nn.Module):
+    """A frozen linear layer and its update: x -> base(x) + scale * (x A^T) B^T. B starts at zero."""
+
+    def __init__(self, base: nn.Module, num_in: int, num_out: int, config: LoraConfig) -> None:
+        super().__init__()
+        self.base, self.scale = base, config.alpha / config.rank
+        self.a = nn.Parameter(torch.empty(config.rank, num_in))
+        self.b = nn.Parameter(torch.zeros(num_out, config.rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scale * F.linear(F.linear(x, self.a), self.b)
+
+
+def add_updates(model: Transformer, config: LoraConfig, seed: int) -> Transformer:
+    """Freeze `model`, wrap its target layers and unfreeze what is trained whole; the same for the same seed.
+
+    A is uniform in +-fan_in ** -0.5, as an untrained linear layer.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    device = model.embed.weight.device
+    for name, layer in list(model.layers.named_modules()):
+        if name.rpartition(".")[2] not in config.targets or not isinstance(layer, nn.Linear | Packed):
+            continue
+        with torch.device(device):
+            updated = Updated(layer, layer.in_features, layer.out_features, config)
+        with torch.no_grad():
+            noise = torch.rand(updated.a.shape, generator=generator)
+            updated.a.copy_((2 * noise - 1) * layer.in_features**-0.5)
+        model.layers.set_submodule(name, updated)
+    for name in config.full:
+        model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that are trained, by name: what a checkpoint holds. Without updates: all."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def refuse_updates(path: Path) -> None:
+    """Raise ValueError if a checkpoint holds updates alone: what needs whole weights says so."""
+    if "base" in read_json(path / "manifest.json"):
+        raise ValueError(
+            f"{path} holds low-rank updates alone: merge them by `worldvla export {path} --out DIR` first"
+        )
+
+
+def merged(
+    names: Iterable[str], adapters: Path, base: Path, config: LoraConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the plain model, one at a time; matrices of blocks in float32."""
+    stored = header(adapters)[0]
+    for name in names:
+        layer = name.removesuffix(".weight")
+        if name in stored:
+            yield name, read_tensor(adapters, name)
+            continue
+        tensor = read_tensor(base, name)
+        if is_block_matrix(name, tensor.shape):
+            tensor = rounded(tensor, config.base)
+        if f"{layer}.a" in stored:
+            a_RI, b_OR = (read_tensor(adapters, f"{layer}.{part}") for part in "ab")
+            tensor = tensor + config.alpha / config.rank * (b_OR @ a_RI)
+        yield name, tensor
