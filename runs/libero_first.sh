@@ -12,4 +12,4 @@ worldvla train-tokenizer $OUT/demos --out $OUT/image_tokenizer --steps 40
 worldvla tokenize $OUT/demos/libero_object --tokenizer $OUT/image_tokenizer --out $OUT/store_libero_object
 worldvla train libero_object_small --out $OUT/run --train.steps "${STEPS:-40}"
 worldvla eval $OUT/run --suite libero_object --tasks 0 1 2 --episodes 1 --workers 1 --out results/libero_first/libero_object
-worldvla imagine $OUT/run $OUT/demos/libero_object --out results/libero_first/imagine
+worldvla eval-world $OUT/run --demos $OUT/demos/libero_object --clips 4 --horizons 30 --shorter --out results/libero_first/imagine

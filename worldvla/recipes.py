@@ -4,7 +4,10 @@ A run worth a row in the README is a recipe here; overrides are for sweeps. `wor
 """
 
 import difflib
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from worldvla.config import (
     Config,
@@ -227,7 +230,57 @@ def worldvla_256() -> Config:
     )
 
 
-RECIPES = {
+PILOT_SUITES = ("tabletop_object", "tabletop_goal")
+POLICY_BATCH, WORLD_BATCH = 48, 16
+"""Samples a step of each kind in every row below that has the kind: rows differ in nothing else."""
+ABLATIONS: dict[str, dict[str, Any]] = {
+    # Table 3, in its order. `action` is the OpenVLA-style baseline too: one frame, one action, no world.
+    "action": {"chunk": 1, "world": False},
+    "action_world": {"chunk": 1},
+    "chunk_causal": {"selective_mask": False, "world": False},
+    "chunk": {"world": False},
+    "full": {},
+    # History, resolution.
+    "history2": {"history": 2},
+    "history4": {"history": 4},
+    "low": {"grids": ((4, 4), (2, 2))},
+    # Table 2, the world model alone.
+    "world": {"policy": False},
+    "world_no_action": {"policy": False, "action_conditioning": False},
+    # Chunk length, beside action (1), chunk and chunk_causal (5).
+    "chunk2": {"chunk": 2, "world": False},
+    "chunk2_causal": {"chunk": 2, "selective_mask": False, "world": False},
+    "chunk10": {"chunk": 10, "world": False},
+    "chunk10_causal": {"chunk": 10, "selective_mask": False, "world": False},
+}
+"""Row -> what differs from `full`: a field of the layout, or which kind of samples is left out."""
+
+
+def pilot(row: str) -> Config:
+    """A row of the paper's tables at pilot size: `tabletop`'s model, two suites, half an hour on two cores.
+
+    1,800 steps of 48 policy samples (about 86 thousand) and, where the row has them, 16 world samples.
+    `runs/tables.sh` makes the stores, whose labels hold ten actions, and trains seeds 0 and 1.
+    """
+    base, layout = tabletop(), dict(ABLATIONS[row])
+    policy = POLICY_BATCH * layout.pop("policy", True)
+    world = WORLD_BATCH * layout.pop("world", True)
+    root = "out/tables_low" if row == "low" else "out/tables"
+    tokenizer = f"{root}/image_tokenizer" if row == "low" else "worldvla/assets/tabletop/image_tokenizer"
+    stores = tuple(f"{root}/store_{suite}" for suite in PILOT_SUITES)
+    length = {"history2": 320, "history4": 480}.get(row, 256)
+    share = world / (policy + world)
+    return replace(
+        base,
+        name=f"pilot_{row}",
+        tokenizer=tokenizer,
+        layout=replace(base.layout, **layout),
+        data=replace(base.data, stores=stores, world_fraction=share, sequence_length=length),
+        train=replace(base.train, steps=1_800, batch_size=policy + world, eval_every=600, save_every=600),
+    )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {
     f.__name__: f
     for f in (
         tabletop,
@@ -241,7 +294,7 @@ RECIPES = {
         libero_object_dagger1,
         worldvla_256,
     )
-}
+} | {f"pilot_{row}": partial(pilot, row) for row in ABLATIONS}
 
 
 def recipe(name: str) -> Config:
