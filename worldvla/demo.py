@@ -64,7 +64,7 @@ def demo(
         )
     files = sorted((parts / "demos").glob("*/*.hdf5"))
     arguments = {"clips": len(files), "horizons": (30,), "seed": seed, "shorter": True, "videos": len(files)}
-    evaluate_world([path], files, parts / "imagined", page=False, **arguments)
+    evaluate_world([path], files, parts / "imagined", page=False, swaps=False, **arguments)
     page = out_dir / "index.html"
     evaluations = [parts / name for name in suites]
     return write_page(

@@ -29,7 +29,6 @@ from worldvla.infer.draft import FrameStats, summary
 from worldvla.infer.load import Model, load, weights_digest
 from worldvla.sim.env import SUITES
 
-KINDS = ("ceiling", "floor", "imagined", "swapped", "still")
 MAX_PSNR = 60.0
 """dB, of frames that differ by less: a single perfect frame must not decide a mean."""
 ENOUGH = {"kvd_efflite0": 50, "fvd": 401}
@@ -87,10 +86,12 @@ def evaluate_world(
     device: str = "cpu",
     page: bool = True,
     drafts: bool = True,
+    swaps: bool = True,
 ) -> dict[str, Any]:
     """Imagine `clips` clips of each horizon; write record.json, videos/ and index.html; return the record.
 
-    `shorter`: one clip an episode, from its first frame, of at most that many steps.
+    `shorter`: one clip an episode, from its first frame, of at most that many steps. `swaps` off: no clips
+    with other actions, in a third of the time.
     """
     models = label([load(checkpoint, device) for checkpoint in checkpoints])
     measure = Measure(extras or Extras(), paths, [m.config.layout.views for m in models.values()])
@@ -100,7 +101,9 @@ def evaluate_world(
         check(models, chosen)
         guesses, decoding = {}, {}
         for name, model in models.items():
-            guesses[name], stats = imagine(model, chosen, batch_size, f"{name}, {horizon} steps", drafts)
+            guesses[name], stats = imagine(
+                model, chosen, batch_size, f"{name}, {horizon} steps", drafts, swaps
+            )
             decoding[name] = summary(stats, sum(model.config.layout.codes_per_view))
         section = {"horizon": horizon, **score(chosen, guesses, measure.frame_metrics)}
         section |= measure.distances(chosen, guesses) | {"decoding": decoding, "clips": []}
@@ -201,15 +204,21 @@ def choose(paths: Sequence[Path], clips: int, horizon: int, seed: int, shorter: 
 
 
 def imagine(
-    model: Model, clips: Sequence[Clip], batch_size: int = 32, title: str = "imagine", drafts: bool = True
+    model: Model,
+    clips: Sequence[Clip],
+    batch_size: int = 32,
+    title: str = "imagine",
+    drafts: bool = True,
+    swaps: bool = True,
 ) -> tuple[dict[str, list[Frames]], list[list[FrameStats]]]:
     """Return kind -> the frames of every clip, and what decoding them took."""
     views, longest = model.config.layout.views, max(clip.steps for clip in clips)
     actions_NTA = np.stack([np.pad(c.actions, ((0, longest - c.steps), (0, 0)), "edge") for c in clips])
     still_NTA = actions_NTA * (np.arange(actions_NTA.shape[2]) == actions_NTA.shape[2] - 1)
     swapped_NTA = np.roll(actions_NTA, -1, axis=0)
-    plans = {"imagined": actions_NTA, "swapped": swapped_NTA, "still": still_NTA}
-    out: dict[str, list[Frames]] = {kind: [] for kind in KINDS}
+    plans = {"imagined": actions_NTA}
+    plans |= {"swapped": swapped_NTA, "still": still_NTA} if swaps else {}
+    out: dict[str, list[Frames]] = {kind: [] for kind in ("ceiling", "floor", *plans)}
     for clip in clips:
         out["floor"].append({v: np.repeat(clip.real[v][:1], clip.steps + 1, axis=0) for v in views})
         out["ceiling"].append({v: reconstruct(model, clip.real[v]) for v in views})
