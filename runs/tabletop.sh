@@ -66,4 +66,4 @@ done
 for suite in $SUITES; do
     worldvla collect "$suite" --out "$OUT/held_out/$suite" --episodes 1 --seed 9 --tasks 0 3    # seeds 0, 1 and 2 were trained on
 done
-worldvla imagine worldvla/assets/tabletop "$OUT"/held_out/*/ --episodes 8 --out "$RESULTS/imagine"
+worldvla eval-world worldvla/assets/tabletop --demos "$OUT"/held_out/*/ --clips 8 --horizons 30 --shorter --out "$RESULTS/imagine"

@@ -181,7 +181,7 @@ def test_whole_line_on_the_debug_recipe(capsys, monkeypatch, tmp_path):
         "eval out/train/debug --suite tabletop_object --episodes 1 --tasks 0 --workers 1 --out out/eval",
         "eval out/train/again --suite tabletop_object --episodes 1 --tasks 0 --workers 1 --out out/by_head "
         "--head continuous",
-        f"imagine out/train/debug {demos} --episodes 1 --horizon 2 --out out/imagine",
+        f"eval-world out/train/debug --demos {demos} --clips 1 --horizons 2 --out out/imagine",
     ]
     for line in lines:
         code, out, err = _run(capsys, *line.split())

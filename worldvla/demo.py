@@ -63,7 +63,8 @@ def demo(
             tasks=IMAGINED_TASKS,
         )
     files = sorted((parts / "demos").glob("*/*.hdf5"))
-    evaluate_world(path, files, parts / "imagined", episodes=len(files), seed=seed, page=False)
+    arguments = {"clips": len(files), "horizons": (30,), "seed": seed, "shorter": True, "videos": len(files)}
+    evaluate_world([path], files, parts / "imagined", page=False, swaps=False, **arguments)
     page = out_dir / "index.html"
     evaluations = [parts / name for name in suites]
     return write_page(

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from worldvla.config import (
     Config,
@@ -151,19 +152,6 @@ def debug() -> Config:
     )
 
 
-def libero_object_small() -> Config:
-    """The small model of `tabletop` on real LIBERO, at its 64 and 32 pixels: shows that the line carries,
-    no more."""
-    base = tabletop()
-    return replace(
-        base,
-        name="libero_object_small",
-        tokenizer="out/libero/image_tokenizer",
-        data=replace(base.data, stores=("out/libero/store_libero_object",)),
-        train=replace(base.train, steps=300, eval_every=100, save_every=100),
-    )
-
-
 def libero_object() -> Config:
     """libero_object from scripted demonstrations: 128 and 64 pixels at 16 a code, wrist and state.
 
@@ -182,16 +170,11 @@ def libero_object() -> Config:
     )
 
 
-def libero_object_dagger1() -> Config:
-    """`libero_object` with the expert's labels on the states that its first version visited."""
+def libero_object_front() -> Config:
+    """`libero_object` as the paper sees it: the front view alone, no state; the same data and steps."""
     base = libero_object()
-    return replace(
-        base,
-        name="libero_object_dagger1",
-        optim=replace(base.optim, learning_rate=5e-4, min_learning_rate=1e-5, warmup_steps=50),
-        data=replace(base.data, stores=("out/libero_object/store", "out/libero_object/dagger1_store")),
-        train=replace(base.train, steps=1_600, init_from="out/libero_object/first"),
-    )
+    layout = replace(base.layout, views=("agentview",), grids=((8, 8),), state=False)
+    return replace(base, name="libero_object_front", layout=layout)
 
 
 def _published(name: str, release: str, suite: str, init_from: str) -> Config:
@@ -265,6 +248,56 @@ def rynnvla(suite: str = "libero_goal", is_world: bool = False) -> Config:
     return _epochs(config, suite, 8 * 8)
 
 
+PILOT_SUITES = ("tabletop_object", "tabletop_goal")
+POLICY_BATCH, WORLD_BATCH = 48, 16
+"""Samples a step of each kind in every row below that has the kind: rows differ in nothing else."""
+ABLATIONS: dict[str, dict[str, Any]] = {
+    # Table 3, in its order. `action` is the OpenVLA-style baseline too: one frame, one action, no world.
+    "action": {"chunk": 1, "world": False},
+    "action_world": {"chunk": 1},
+    "chunk_causal": {"selective_mask": False, "world": False},
+    "chunk": {"world": False},
+    "full": {},
+    # History, resolution.
+    "history2": {"history": 2},
+    "history4": {"history": 4},
+    "low": {"grids": ((4, 4), (2, 2))},
+    # Table 2, the world model alone.
+    "world": {"policy": False},
+    "world_no_action": {"policy": False, "action_conditioning": False},
+    # Chunk length, beside action (1), chunk and chunk_causal (5).
+    "chunk2": {"chunk": 2, "world": False},
+    "chunk2_causal": {"chunk": 2, "selective_mask": False, "world": False},
+    "chunk10": {"chunk": 10, "world": False},
+    "chunk10_causal": {"chunk": 10, "selective_mask": False, "world": False},
+}
+"""Row -> what differs from `full`: a field of the layout, or which kind of samples is left out."""
+
+
+def pilot(row: str) -> Config:
+    """A row of the paper's tables at pilot size: `tabletop`'s model, two suites, half an hour on two cores.
+
+    1,800 steps of 48 policy samples (about 86 thousand) and, where the row has them, 16 world samples.
+    `runs/tables.sh` makes the stores, whose labels hold ten actions, and trains seeds 0 and 1.
+    """
+    base, layout = tabletop(), dict(ABLATIONS[row])
+    policy = POLICY_BATCH * layout.pop("policy", True)
+    world = WORLD_BATCH * layout.pop("world", True)
+    root = "out/tables_low" if row == "low" else "out/tables"
+    tokenizer = f"{root}/image_tokenizer" if row == "low" else "worldvla/assets/tabletop/image_tokenizer"
+    stores = tuple(f"{root}/store_{suite}" for suite in PILOT_SUITES)
+    length = {"history2": 320, "history4": 480}.get(row, 256)
+    share = world / (policy + world)
+    return replace(
+        base,
+        name=f"pilot_{row}",
+        tokenizer=tokenizer,
+        layout=replace(base.layout, **layout),
+        data=replace(base.data, stores=stores, world_fraction=share, sequence_length=length),
+        train=replace(base.train, steps=1_800, batch_size=policy + world, eval_every=600, save_every=600),
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     f.__name__: f
     for f in (
@@ -274,9 +307,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
         tabletop_dagger2,
         tabletop_pilot,
         debug,
-        libero_object_small,
         libero_object,
-        libero_object_dagger1,
+        libero_object_front,
     )
 }
 for _suite in LIBERO_SUITES:
@@ -285,6 +317,7 @@ for _suite in LIBERO_SUITES:
     RECIPES[f"libero_512_{_name}"] = partial(libero, _suite, 512)
     RECIPES[f"rynnvla_256_{_name}"] = partial(rynnvla, _suite)
     RECIPES[f"rynnvla_world_512_{_name}"] = partial(rynnvla, _suite, True)
+RECIPES |= {f"pilot_{row}": partial(pilot, row) for row in ABLATIONS}
 
 
 def recipe(name: str) -> Config:

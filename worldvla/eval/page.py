@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ h2{font-size:21px;letter-spacing:-.01em;margin:0 0 4px}
   box-shadow:0 1px 2px rgba(20,30,50,.04)}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(230px,1fr));gap:16px}
 .cards.videos{grid-template-columns:repeat(auto-fill,minmax(300px,1fr))}
-.cards.pairs{grid-template-columns:repeat(auto-fill,minmax(440px,1fr));margin-bottom:16px}
+.cards.pairs{grid-template-columns:repeat(auto-fill,minmax(500px,1fr));margin-bottom:16px}
 .big{font-size:46px;font-weight:650;letter-spacing:-.03em;line-height:1.15;margin-top:4px}
 .big small{font-size:22px;font-weight:500;color:var(--quiet);margin-left:3px}
 .bar{position:relative;height:10px;border-radius:5px;background:#eef0f3;margin:10px 0}
@@ -52,7 +52,8 @@ figcaption{font-size:14px;margin-top:8px;padding:0 4px}
 .badge{display:inline-block;font-size:12px;font-weight:600;padding:1px 9px;border-radius:99px;
   margin-right:8px;color:#fff;background:var(--quiet)}
 .badge.success{background:var(--green)}.badge.fail{background:var(--red)}.badge.error{background:var(--amber)}
-.pair{display:grid;grid-template-columns:1fr 1fr;font-size:13px;font-weight:600;padding:0 4px 6px}
+.pair{display:grid;grid-auto-flow:column;grid-auto-columns:1fr;font-size:13px;font-weight:600;
+  padding:0 4px 6px}
 .plot{width:100%;display:block}
 .tokens{display:grid;grid-template-columns:1fr auto 1fr auto 1fr;gap:14px;align-items:center;
   margin-bottom:16px}
@@ -88,50 +89,84 @@ def png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def world_plot(record: Mapping[str, Any]) -> bytes:
-    """Return an SVG: PSNR and SSIM over horizon steps, one row a view."""
+NAMES = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "pd_efflite0": "PD-EffLite0",
+    "lpips_alex": "LPIPS (AlexNet)",
+    "lpips_vgg": "LPIPS (VGG)",
+}
+COLORS = (BLUE, "#1f9d55", "#8e44ad", "#d64545", "#0e9aa7")
+"""Of the models, in turn."""
+KINDS = {
+    "ceiling": {"linestyle": (0, (4, 3)), "linewidth": 1.4},
+    "floor": {"linestyle": (0, (1, 2)), "linewidth": 1.8},
+    "imagined": {"linewidth": 2.4},
+    "swapped": {"linestyle": (0, (5, 1, 1, 1)), "linewidth": 1.3},
+    "still": {"linestyle": (0, (1, 1)), "linewidth": 1.3},
+}
+LEGEND = {
+    "ceiling": "ceiling: tokenizer",
+    "floor": "floor: first frame",
+    "imagined": "imagined",
+    "swapped": "actions of another clip",
+    "still": "no motion",
+}
+
+
+def world_plot(section: Mapping[str, Any]) -> bytes:
+    """Return an SVG of one horizon of an imagination record: a row a view, a column a metric."""
+    first = next(iter(next(iter(section["views"].values())).values()))
+    panels = []
+    for view, models in section["views"].items():
+        for metric in first["imagined"]:
+            lines = []
+            for (name, kinds), color in zip(models.items(), COLORS * len(models), strict=False):
+                for kind, scores in kinds.items():
+                    is_own = kind not in ("ceiling", "floor")
+                    shown = {**KINDS[kind], "color": color if is_own else {"floor": ORANGE}.get(kind, QUIET)}
+                    text = f"{name}: {LEGEND[kind]}" if is_own and len(models) > 1 else LEGEND[kind]
+                    lines.append((section["steps"], scores[metric], {**shown, "label": text}))
+            panels.append((f"{view}: {NAMES.get(metric, metric)}", "imagined steps", lines))
+    return line_plots(panels, len(first["imagined"]))
+
+
+def line_plots(
+    panels: Sequence[tuple[str, str, Sequence[tuple[Any, Any, dict[str, Any]]]]], cols: int
+) -> bytes:
+    """Return an SVG of panels (title, name of x, lines (x, y, matplotlib's options)), `cols` a row, one
+    legend for all.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
-    styles = {
-        "ceiling": {
-            "color": QUIET,
-            "linestyle": (0, (4, 3)),
-            "linewidth": 1.4,
-            "label": "ceiling: tokenizer",
-        },
-        "imagined": {"color": BLUE, "linewidth": 2.4, "label": "imagined"},
-        "floor": {"color": ORANGE, "linestyle": (0, (1, 2)), "linewidth": 1.8, "label": "floor: first frame"},
-    }
-    names = {"psnr": "PSNR, dB", "ssim": "SSIM"}
+    rows = -(-len(panels) // cols)
     with mpl.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": "worldvla", "font.family": "sans-serif", "font.size": 10}
     ):
-        views = record["views"]
-        figure = Figure(
-            figsize=(10.4, 2.7 * len(views)), layout=ConstrainedLayoutEngine(hspace=0.08, wspace=0.05)
-        )
-        axes = figure.subplots(len(views), 2, squeeze=False)
-        for row, (view, scores) in zip(axes, views.items(), strict=True):
-            for ax, (metric, name) in zip(row, names.items(), strict=True):
-                for kind, style in styles.items():
-                    ax.plot(record["steps"], scores[kind][metric], **style)
-                ax.set_title(f"{view}: {name}", loc="left", fontsize=11, color=INK, fontweight="bold")
-                ax.spines[["top", "right"]].set_visible(False)
-                ax.spines[["left", "bottom"]].set_color(LINE)
-                ax.tick_params(colors=QUIET, length=0)
-                ax.grid(axis="y", color=LINE, linewidth=0.8)
-                ax.set_axisbelow(True)
-                ax.margins(x=0.01)
-                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        for ax in axes[-1]:
-            ax.set_xlabel("imagined steps", color=QUIET)
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, labelcolor=QUIET
-        )
+        engine = ConstrainedLayoutEngine(hspace=0.08, wspace=0.05)
+        figure = Figure(figsize=(10.4, 2.7 * rows + 0.3), layout=engine)
+        axes = figure.subplots(rows, cols, squeeze=False).ravel()
+        legend: dict[str, Any] = {}
+        for ax, (title, x_name, lines) in zip(axes, panels, strict=False):
+            for x, y, style in lines:
+                (line,) = ax.plot(x, y, **style)
+                legend.setdefault(style["label"], line)
+            ax.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
+            ax.set_xlabel(x_name, color=QUIET)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.spines[["left", "bottom"]].set_color(LINE)
+            ax.tick_params(colors=QUIET, length=0)
+            ax.grid(axis="y", color=LINE, linewidth=0.8)
+            ax.set_axisbelow(True)
+            ax.margins(x=0.01)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for ax in axes[len(panels) :]:
+            ax.set_visible(False)
+        where: dict[str, Any] = {"loc": "outside upper right", "ncols": 3, "frameon": False}
+        figure.legend(list(legend.values()), list(legend), **where, labelcolor=QUIET, fontsize=9)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from worldvla.eval.page import STYLE, data_url, png, world_plot
+from worldvla.eval.page import LEGEND, STYLE, data_url, png, world_plot
 from worldvla.eval.tokens import read_example
 
 MAX_VIDEOS = 12
@@ -31,7 +31,7 @@ def write_page(
     lead: str = "",
     max_videos: int = MAX_VIDEOS,
 ) -> Path:
-    """Write the page of the result directories of `eval` and `imagine` atomically.
+    """Write the page of the result directories of `eval` and `eval-world` atomically.
 
     `baselines`: records of other actors on the same suites, drawn as ticks. `lead`: one sentence under the
     title.
@@ -68,13 +68,15 @@ def _read(directory: Path) -> dict[str, Any]:
     path = directory / "record.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"no {path}: expected a result directory of `worldvla eval` or `worldvla imagine`"
+            f"no {path}: expected a result directory of `worldvla eval` or `worldvla eval-world`"
         )
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _lead(records: Sequence[Mapping[str, Any]]) -> str:
-    who = records[0]["checkpoint"] if records else {}
+    who = {}
+    if records:
+        who = records[0].get("checkpoint") or next(iter(records[0]["models"].values()))
     parts = [str(who.get("name", ""))]
     if "parameters" in who:
         parts.append(f"{who['parameters'] / 1e6:.1f} million parameters")
@@ -183,25 +185,55 @@ def _video(path: Path) -> str:
 
 
 def _imagination(directory: Path, record: Mapping[str, Any]) -> str:
-    cards = "".join(
-        "<figure class=card><div class=pair><span>real</span><span>imagined</span></div>"
-        f"{_video(directory / c['video'])}<figcaption>{html.escape(c['instruction'])} "
-        f"<span class=quiet>{c['steps']} steps</span></figcaption></figure>"
-        for c in record["clips"]
-        if c.get("video") and (directory / c["video"]).exists()
-    )
-    last = len(record["steps"]) - 1
-    view, scores = next(iter(record["views"].items()))
-    at = ", ".join(f"{kind} {scores[kind]['psnr'][last]:.1f}" for kind in scores)
+    names = [html.escape(name) for name in record["models"]]
+    shown = names if len(names) > 1 else ["imagined"]
+    heads = ["real", *shown, *(f"difference {name}" if len(names) > 1 else "difference" for name in shown)]
+    heads_row = f"<div class=pair>{''.join(f'<span>{head}</span>' for head in heads)}</div>"
     note = (
-        "From the first frame alone, the model imagines what the episode's actions do, "
-        "feeding its own tokens back. Ceiling: real frames through the image tokenizer and back. "
-        "Floor: the first frame, copied. "
-        f"PSNR of {html.escape(view)} at step {record['steps'][last]}, in dB: {at}."
+        "From a real frame alone, each model imagines what the episode's actions do, feeding its own tokens "
+        "back. Ceiling: real frames through the image tokenizer and back. Floor: the first frame, copied. "
+        "Where a model listens, the actions of another clip, or none, make its picture worse."
     )
-    source = data_url(world_plot(record), "image/svg+xml")
-    plot = f'<div class=card><img class=plot alt="PSNR and SSIM per step" src="{source}"></div>'
-    return _section("Imagination", note, f"<div class='cards pairs'>{cards}</div>{plot}")
+    parts = []
+    for section in record["horizons"]:
+        cards = "".join(
+            f"<figure class=card>{heads_row}{_video(directory / c['video'])}<figcaption>"
+            f"{html.escape(c['instruction'])} <span class=quiet>{c['steps']} steps</span>"
+            "</figcaption></figure>"
+            for c in section["clips"]
+            if c.get("video") and (directory / c["video"]).exists()
+        )
+        source = data_url(world_plot(section), "image/svg+xml")
+        plot = f'<div class=card><img class=plot alt="scores a step" src="{source}"></div>'
+        about = f"<div class=label>{len(section['clips'])} clips, {section['steps'][-1]} steps</div>"
+        parts.append(f"<div class='cards pairs'>{cards}</div>{about}{plot}{_distances(section)}")
+    remarks = "".join(f"<p class=note><b>{html.escape(line)}.</b></p>" for line in record["remarks"])
+    return _section("Imagination", note, remarks + "".join(parts))
+
+
+def _distances(section: Mapping[str, Any]) -> str:
+    """Return the tables of distances between sets of clips and of the inverse-dynamics probe."""
+    rows = ""
+    for view, models in section["distances"].items():
+        for model, kinds in models.items():
+            for kind, values in kinds.items():
+                for name, v in values.items():
+                    low, high = v["interval_95"]
+                    fewer = ", ".join(f"{n}: {x:.4g}" for n, x in v["at_clips"].items())
+                    cells = (f"{v['value']:.4g}", f"{low:.4g} to {high:.4g}", fewer)
+                    rows += f"<tr><td>{html.escape(f'{name}, {view}, {model}, {LEGEND[kind]}')}</td>"
+                    rows += "".join(f"<td class=num>{cell}</td>" for cell in cells) + "</tr>"
+    head = "".join(f"<th class=num>{h}</th>" for h in ("value", "95 %, bootstrap", "by number of clips"))
+    text = f"<div class=card><table><tr><th>distance to the real clips</th>{head}</tr>{rows}</table></div>"
+    text, rows = text if rows else "", ""
+    for model, kinds in section["probe"].items():
+        for kind, v in kinds.items():
+            cells = [f"{v['error']:.3f}", "" if v["r2"] is None else f"{v['r2']:.2f}", f"{v['size']:.3f}"]
+            rows += f"<tr><td>{html.escape(model)}, {LEGEND.get(kind, 'real frames')}</td>"
+            rows += "".join(f"<td class=num>{cell}</td>" for cell in cells) + "</tr>"
+    head = "".join(f"<th class=num>{h}</th>" for h in ("error", "R2", "motion read"))
+    table = f"<table><tr><th>motion a probe reads off the frames, units of an action</th>{head}</tr>{rows}"
+    return text + (f"<div class=card>{table}</table></div>" if rows else "")
 
 
 def _tokens(example: Mapping[str, np.ndarray]) -> str:
@@ -271,7 +303,16 @@ def _about(records: Sequence[Mapping[str, Any]]) -> str:
     for record in records:
         facts = {
             key: record.get(key)
-            for key in ("checkpoint", "seed", "protocol", "versions", "hardware", "seconds", "commit")
+            for key in (
+                "checkpoint",
+                "models",
+                "seed",
+                "protocol",
+                "versions",
+                "hardware",
+                "seconds",
+                "commit",
+            )
         }
         lines = "".join(
             f"<tr><th>{key}</th><td>{html.escape(_plain(value))}</td></tr>"

@@ -1,13 +1,14 @@
-"""Stored episodes -> imagined videos beside the truth, PSNR and SSIM per horizon step, with ceiling and
-floor.
+"""Held-out episodes -> what checkpoints imagine of them, beside the truth, with the lines that give it
+meaning.
 
-From an episode's first frame and its real actions the model imagines the rest, feeding its own codes back.
-Beside it stand the ceiling (each real frame through the image tokenizer and back: no imagination can beat it
-by design) and the floor (the first frame copied). Dims: B clips, Y X pixels.
+From a real frame and real actions each model imagines the rest, feeding its own codes back (`imagined`).
+Beside it stand the real frames through the image tokenizer and back (`ceiling`: no imagination can beat it by
+design), the first frame copied (`floor`), and, to see whether the model listens, the same with the actions of
+another clip (`swapped`) and without motion (`still`). Dims: N clips, B frames, T steps, Y X pixels.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,157 +20,225 @@ from rich.progress import track
 from torch import Tensor
 
 from worldvla.data.episode import Episode, read_episodes
+from worldvla.eval import distance, features
+from worldvla.eval.inverse import NUM_DIMS, read_motion, train_inverse
 from worldvla.eval.record import provenance, write_json
 from worldvla.eval.tokens import write_example
 from worldvla.eval.video import FPS, side_by_side, write_mp4
 from worldvla.infer.draft import FrameStats, summary
-from worldvla.infer.imagine import World
 from worldvla.infer.load import Model, load, weights_digest
 from worldvla.sim.env import SUITES
 
-KINDS = ("imagined", "ceiling", "floor")
-METRICS = ("psnr", "ssim")
 MAX_PSNR = 60.0
 """dB, of frames that differ by less: a single perfect frame must not decide a mean."""
+ENOUGH = {"kvd_efflite0": 50, "fvd": 401}
+"""Clips below which a distance is not to be trusted. FVD: its 400 features need more clips than that for a
+covariance of full rank; the kernel distance is unbiased at any number, 50 keep its interval narrow."""
+
+Frames = dict[str, np.ndarray]
+"""view -> uint8 (T + 1, Y, X, 3); frame 0 is given, T are imagined."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames 0..T of one episode, uint8 (T + 1, Y, X, 3) a view; frame 0 is given, T are imagined."""
+    """Steps start .. start + steps of an episode."""
 
     episode: Episode
-    real: dict[str, np.ndarray]
-    imagined: dict[str, np.ndarray]
-    ceiling: dict[str, np.ndarray]
+    start: int
+    steps: int
 
     @property
-    def floor(self) -> dict[str, np.ndarray]:
-        return {view: np.repeat(frames[:1], len(frames), axis=0) for view, frames in self.real.items()}
+    def real(self) -> Frames:
+        return {v: f[self.start : self.start + self.steps + 1] for v, f in self.episode.images.items()}
+
+    @property
+    def actions(self) -> np.ndarray:
+        """(T, A), as executed."""
+        return self.episode.actions[self.start : self.start + self.steps]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is measured beside PSNR and SSIM."""
+
+    features: bool = False
+    """Distances of EfficientNet-Lite0's features (the `features` extra)."""
+    lpips: tuple[Path, Path] | None = None
+    """Weight files of the backbone and of its linear heads."""
+    i3d: Path | None = None
+    """Weight file of FVD's network."""
+    probe: Sequence[Path] = field(default=())
+    """Demonstrations to train the inverse-dynamics probe on; none: it is left out."""
 
 
 def evaluate_world(
-    checkpoint: Path | str,
+    checkpoints: Sequence[Path | str],
     paths: Sequence[Path],
     out_dir: Path,
-    episodes: int = 4,
-    horizon: int = 30,
+    clips: int = 8,
+    horizons: Sequence[int] = (10,),
     seed: int = 0,
     *,
-    batch_size: int = 8,
-    videos: int = 8,
+    shorter: bool = False,
+    extras: Extras | None = None,
+    batch_size: int = 32,
+    videos: int = 4,
     device: str = "cpu",
     page: bool = True,
     drafts: bool = True,
+    swaps: bool = True,
 ) -> dict[str, Any]:
-    """Imagine `episodes` clips of at most `horizon` steps; write record.json, videos/ and index.html; return
-    the record.
+    """Imagine `clips` clips of each horizon; write record.json, videos/ and index.html; return the record.
+
+    `shorter`: one clip an episode, from its first frame, of at most that many steps. `swaps` off: no clips
+    with other actions, in a third of the time.
     """
-    model = load(checkpoint, device)
-    chosen = choose(paths, episodes, seed)
-    clips: list[Clip] = []
-    spent: list[list[FrameStats]] = []
-    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
-    for i, batch in enumerate(batches):
-        label = f"imagine {len(batch)} clips" + (f" ({i + 1} of {len(batches)})" if len(batches) > 1 else "")
-        world = model.world(drafts)
-        clips += imagine(model, batch, horizon, label, world)
-        spent.append(world.stats)
+    models = label([load(checkpoint, device) for checkpoint in checkpoints])
+    measure = Measure(extras or Extras(), paths, [m.config.layout.views for m in models.values()])
+    out_dir, sections, chosen = Path(out_dir), [], []
+    for horizon in horizons:
+        chosen = choose(paths, clips, horizon, seed, shorter)
+        check(models, chosen)
+        guesses, decoding = {}, {}
+        for name, model in models.items():
+            guesses[name], stats = imagine(
+                model, chosen, batch_size, f"{name}, {horizon} steps", drafts, swaps
+            )
+            decoding[name] = summary(stats, sum(model.config.layout.codes_per_view))
+        section = {"horizon": horizon, **score(chosen, guesses, measure.frame_metrics)}
+        section |= measure.distances(chosen, guesses) | {"decoding": decoding, "clips": []}
+        for i, clip in enumerate(chosen):
+            e, video = clip.episode, f"videos/clip_{horizon}_{i:02d}.mp4"
+            row = {"suite": e.suite, "task": e.task, "instruction": e.instruction, "init": e.init}
+            row |= {"seed": e.seed, "start": clip.start, "steps": clip.steps}
+            if i < videos:
+                write_mp4(
+                    out_dir / video, film(clip, [g["imagined"][i] for g in guesses.values()]), fps(clip)
+                )
+                row["video"] = video
+            section["clips"].append(row)
+        sections.append(section)
     record: dict[str, Any] = {
-        "checkpoint": {
-            "name": model.config.name,
-            "path": str(model.path),
-            "step": model.manifest.get("step"),
-            "digest": weights_digest(model.path),
-        },
+        "models": {name: _identity(model) for name, model in models.items()},
         "seed": seed,
         "protocol": {
-            "start": "first frame of a stored episode",
-            "actions": "those of the episode",
-            "horizon": horizon,
-            "views": {view: list(size) for view, size in model.view_sizes.items()},
+            "start": "first frames of stored episodes" if shorter else "every horizon-th frame of an episode",
+            "actions": "those of the episode; swapped: those of the next clip; still: zeros, gripper kept",
+            "views": {n: {v: list(s) for v, s in m.view_sizes.items()} for n, m in models.items()},
             "metrics": "per frame, RGB 0..255, mean over clips; SSIM window 11, sigma 1.5, borders reflected",
+            "drafts": drafts,
         },
-        **score(clips),
-        "decoding": {"drafts": drafts, **summary(spent, sum(model.config.layout.codes_per_view))},
+        "horizons": sections,
+        "remarks": measure.remarks,
         **provenance(),
     }
-    record["clips"] = []
-    for i, clip in enumerate(clips):
-        episode, name = clip.episode, f"videos/clip_{i:02d}.mp4"
-        row = {"suite": episode.suite, "task": episode.task, "instruction": episode.instruction}
-        row |= {"init": episode.init, "seed": episode.seed, "steps": len(next(iter(clip.real.values()))) - 1}
-        if i < videos:
-            write_mp4(Path(out_dir) / name, film(clip), fps(episode.suite))
-            row["video"] = name
-        record["clips"].append(row)
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    first = clips[0].episode
-    observation = {view: images[0] for view, images in first.images.items()}
-    write_example(
-        Path(out_dir), model, {**observation, "state": first.states[0], "instruction": first.instruction}
-    )
-    write_json(Path(out_dir) / "record.json", record)
+    first, model = chosen[0].episode, next(iter(models.values()))
+    observation = {**{view: images[0] for view, images in first.images.items()}, "state": first.states[0]}
+    write_example(out_dir, model, {**observation, "instruction": first.instruction})
+    write_json(out_dir / "record.json", record)
     if page:
         from worldvla.eval.report import write_page
 
-        write_page(Path(out_dir) / "index.html", f"What {model.config.name} imagines", worlds=[Path(out_dir)])
+        write_page(out_dir / "index.html", f"What {', '.join(models)} imagines", worlds=[out_dir])
     return record
 
 
-def choose(paths: Sequence[Path], episodes: int, seed: int) -> list[Episode]:
-    """Return `episodes` stored episodes, spread evenly over the files in an order drawn by `seed`."""
-    if episodes < 1 or not paths:
+def label(models: Sequence[Model]) -> dict[str, Model]:
+    """Return the models by name: that of the recipe, with step or digest where it repeats."""
+    out: dict[str, Model] = {}
+    for model in models:
+        names = [model.config.name, f"{model.config.name} step {model.manifest.get('step')}"]
+        names.append(f"{model.config.name} {weights_digest(model.path)[:6]}")
+        free = [name for name in names if name not in out]
+        if not free:
+            raise ValueError(f"{model.path} was given twice: give every checkpoint once")
+        out[free[0]] = model
+    return out
+
+
+def check(models: dict[str, Model], clips: Sequence[Clip]) -> None:
+    """Raise ValueError where numbers would not compare: other picture sizes, other frame rates, no view."""
+    sizes: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, model in models.items():
+        for view, size in model.view_sizes.items():
+            sizes.setdefault(view, {})[name] = size
+    for view, of in sizes.items():
+        if len(set(of.values())) > 1:
+            raise ValueError(f"view {view} has other sizes in other models, {of}: evaluate them apart")
+        for clip in clips:
+            if view not in clip.episode.images:
+                raise ValueError(
+                    f"episode of {clip.episode.task!r} lacks the view {view}: collect it with it"
+                )
+    if len(rates := {fps(clip) for clip in clips}) > 1:
+        raise ValueError(f"the clips have frame rates of {sorted(rates)} Hz: evaluate each simulator apart")
+
+
+def choose(paths: Sequence[Path], clips: int, horizon: int, seed: int, shorter: bool = False) -> list[Clip]:
+    """Return `clips` clips, the files in turn, in an order drawn by `seed`; a function of both."""
+    if clips < 1 or horizon < 1 or not paths:
         raise ValueError(
-            f"imagining needs at least one episode and one file, got {episodes} and {len(paths)}"
+            f"got {clips} clips of {horizon} steps from {len(paths)} files: at least one of each"
         )
+
+    def windows(path: Path) -> Iterator[Clip]:
+        for episode in read_episodes(Path(path)):
+            if shorter and len(episode) > 1:
+                yield Clip(episode, 0, min(horizon, len(episode) - 1))
+            elif not shorter:
+                for start in range(0, len(episode) - horizon, horizon):
+                    yield Clip(episode, start, horizon)
+
     order = np.random.default_rng(seed).permutation(len(paths))
-    found: list[Episode] = []
-    for turn, index in enumerate(order):
-        share = len(range(turn, episodes, len(order)))
-        reader = read_episodes(Path(paths[index]))
-        found += [episode for _, episode in zip(range(share), reader, strict=False)]
-    if len(found) < episodes:
+    turns, found = [windows(paths[i]) for i in order], []
+    while turns and len(found) < clips:
+        drawn = [(turn, next(turn, None)) for turn in turns[: clips - len(found)]]
+        found += [clip for _, clip in drawn if clip is not None]
+        turns = turns[len(drawn) :] + [turn for turn, clip in drawn if clip is not None]
+    if len(found) < clips:
         raise ValueError(
-            f"asked for {episodes} episodes, the {len(paths)} files gave {len(found)}: "
-            "ask for fewer or give more files"
+            f"asked for {clips} clips of {horizon} steps, the {len(paths)} files hold {len(found)}: "
+            "ask for fewer or shorter ones, or collect more or longer episodes"
         )
     return found
 
 
 def imagine(
     model: Model,
-    episodes: Sequence[Episode],
-    horizon: int,
-    label: str = "imagine",
-    world: World | None = None,
-) -> list[Clip]:
-    """Imagine all episodes side by side, each for `horizon` steps or to its last observation."""
-    views = model.config.layout.views
-    for episode in episodes:
-        if missing := [view for view in views if view not in episode.images]:
-            raise ValueError(
-                f"episode of {episode.task!r} lacks the views {missing} of the model: collect it with them"
-            )
-    steps = [min(horizon, len(episode) - 1) for episode in episodes]
-    world = world or model.world()
-    frame = world.reset({view: np.stack([e.images[view][0] for e in episodes]) for view in views})
-    imagined = {view: [images] for view, images in _views(frame, views).items()}
-    for t in track(range(max(steps)), label, console=Console(stderr=True)):
-        actions = np.stack([e.actions[min(t, len(e) - 1)] for e in episodes])
-        for view, images in _views(world.step(actions), views).items():
-            imagined[view].append(images)
-    clips = []
-    for i, (episode, num_steps) in enumerate(zip(episodes, steps, strict=True)):
-        real = {view: episode.images[view][: num_steps + 1] for view in views}
-        clips.append(
-            Clip(
-                episode=episode,
-                real=real,
-                imagined={view: np.stack([f[i] for f in imagined[view][: num_steps + 1]]) for view in views},
-                ceiling={view: reconstruct(model, frames) for view, frames in real.items()},
-            )
-        )
-    return clips
+    clips: Sequence[Clip],
+    batch_size: int = 32,
+    title: str = "imagine",
+    drafts: bool = True,
+    swaps: bool = True,
+) -> tuple[dict[str, list[Frames]], list[list[FrameStats]]]:
+    """Return kind -> the frames of every clip, and what decoding them took."""
+    views, longest = model.config.layout.views, max(clip.steps for clip in clips)
+    actions_NTA = np.stack([np.pad(c.actions, ((0, longest - c.steps), (0, 0)), "edge") for c in clips])
+    still_NTA = actions_NTA * (np.arange(actions_NTA.shape[2]) == actions_NTA.shape[2] - 1)
+    swapped_NTA = np.roll(actions_NTA, -1, axis=0)
+    plans = {"imagined": actions_NTA}
+    plans |= {"swapped": swapped_NTA, "still": still_NTA} if swaps else {}
+    out: dict[str, list[Frames]] = {kind: [] for kind in ("ceiling", "floor", *plans)}
+    for clip in clips:
+        out["floor"].append({v: np.repeat(clip.real[v][:1], clip.steps + 1, axis=0) for v in views})
+        out["ceiling"].append({v: reconstruct(model, clip.real[v]) for v in views})
+    stats, batches = [], range(0, len(clips), batch_size)
+    jobs = [(kind, i, t) for kind in plans for i in batches for t in range(longest + 1)]
+    world, films = model.world(drafts), {}
+    for kind, i, t in track(jobs, title, console=Console(stderr=True)):
+        batch = clips[i : i + batch_size]
+        if t == 0:
+            frame = world.reset({v: np.stack([c.real[v][0] for c in batch]) for v in views})
+            films = {v: [] for v in views}
+        else:
+            frame = world.step(plans[kind][i : i + batch_size, t - 1])
+        for v in views:
+            films[v].append(frame[v])
+        if t == longest:
+            stacked = {v: np.stack(f, 1) for v, f in films.items()}
+            out[kind] += [{v: f[n, : c.steps + 1] for v, f in stacked.items()} for n, c in enumerate(batch)]
+            stats += [world.stats] if kind == "imagined" else []
+    return out, stats
 
 
 def reconstruct(model: Model, images: np.ndarray) -> np.ndarray:
@@ -178,26 +247,106 @@ def reconstruct(model: Model, images: np.ndarray) -> np.ndarray:
     return model.image.decode(codes).cpu().numpy()
 
 
-def score(clips: Sequence[Clip]) -> dict[str, Any]:
-    """Return `steps` (1..T), `num_clips` a step, and views -> kind -> metric -> mean a step over the clips
-    that reach it.
+Guesses = dict[str, dict[str, list[Frames]]]
+"""model -> kind -> frames of every clip."""
+
+
+def score(
+    clips: Sequence[Clip], guesses: Guesses, metrics: dict[str, features.FrameMetric] | None = None
+) -> dict[str, Any]:
+    """Return `steps` (1..T), `num_clips` a step, and views -> model -> kind -> metric -> mean a step over the
+    clips that reach it.
     """
-    longest = max(len(next(iter(clip.real.values()))) - 1 for clip in clips)
-    alive = [sum(len(next(iter(c.real.values()))) - 1 >= t for c in clips) for t in range(1, longest + 1)]
-    table: dict[str, Any] = {}
-    for view in clips[0].real:
-        table[view] = {}
-        for kind in KINDS:
-            sums = {metric: np.zeros(longest) for metric in METRICS}
-            for clip in clips:
-                truth, guess = (
-                    torch.from_numpy(np.ascontiguousarray(c[view][1:]))
-                    for c in (clip.real, getattr(clip, kind))
-                )
-                for metric, values in (("psnr", psnr(guess, truth)), ("ssim", ssim(guess, truth))):
-                    sums[metric][: len(values)] += values.numpy()
-            table[view][kind] = {m: [round(float(v), 4) for v in total / alive] for m, total in sums.items()}
-    return {"steps": list(range(1, longest + 1)), "num_clips": alive, "views": table}
+    longest = max(clip.steps for clip in clips)
+    alive = [sum(clip.steps >= t for clip in clips) for t in range(1, longest + 1)]
+    views: dict[str, Any] = {}
+    for name, kinds in guesses.items():
+        for view in kinds["imagined"][0]:
+            rows = views.setdefault(view, {}).setdefault(name, {})
+            for kind, frames in kinds.items():
+                sums = {metric: np.zeros(longest) for metric in metrics or METRICS}
+                for clip, guess in zip(clips, frames, strict=True):
+                    pair = [torch.from_numpy(np.ascontiguousarray(f[view][1:])) for f in (guess, clip.real)]
+                    for metric, measure in (metrics or METRICS).items():
+                        sums[metric][: clip.steps] += measure(*pair).numpy()
+                rows[kind] = {m: [round(float(v), 4) for v in s / alive] for m, s in sums.items()}
+    return {"steps": list(range(1, longest + 1)), "num_clips": alive, "views": views}
+
+
+class Measure:
+    """The networks of `extras`, loaded once, and what they say of a set of clips."""
+
+    def __init__(self, extras: Extras, paths: Sequence[Path], views: Sequence[Sequence[str]]) -> None:
+        self.frame_metrics = dict(METRICS)
+        self.remarks: list[str] = []
+        self.clip_networks: dict[str, tuple[Callable[[np.ndarray], np.ndarray], distance.Distance]] = {}
+        if extras.features:
+            self.frame_metrics["pd_efflite0"], pooled = features.efflite0()
+
+            def network(clips: np.ndarray) -> np.ndarray:
+                return distance.clip_features(pooled(clips))
+
+            self.clip_networks["kvd_efflite0"] = (network, distance.kernel)
+        if extras.lpips:
+            name, metric = features.lpips(*extras.lpips)
+            self.frame_metrics[name] = metric
+        if extras.i3d:
+            self.clip_networks["fvd"] = (features.i3d(extras.i3d), distance.frechet)
+        self.inverse = None
+        if extras.probe:
+            if shared := {p.resolve() for p in paths} & {p.resolve() for p in extras.probe}:
+                raise ValueError(f"{shared.pop()} holds clips: train the probe on other demonstrations")
+            common = [v for v in views[0] if all(v in other for other in views)]
+            self.inverse = train_inverse([e for p in extras.probe for e in read_episodes(p)], common)
+
+    def distances(self, clips: Sequence[Clip], guesses: Guesses) -> dict[str, Any]:
+        """Return `distances`: view -> model -> kind -> name -> see distance.report; and `probe`: model ->
+        kind -> `error` and `r2` of the motion read off the frames against the one asked for, and its `size`,
+        means over x, y, z in units of an action. The row `real` is the probe's own ceiling.
+        """
+        out: dict[str, Any] = {"distances": {}, "probe": {}}
+        if self.clip_networks and len({clip.steps for clip in clips}) > 1:
+            raise ValueError("distances between sets of clips need clips of one length: leave out --shorter")
+        for name, (network, between) in self.clip_networks.items():
+            if len(clips) < ENOUGH[name]:
+                self._say(f"{len(clips)} clips are too few for a stable {name}: it needs {ENOUGH[name]}")
+            for model, kinds in guesses.items():
+                for view in kinds["imagined"][0]:
+                    rows = out["distances"].setdefault(view, {}).setdefault(model, {})
+                    real = network(np.stack([clip.real[view] for clip in clips]))
+                    for kind, frames in kinds.items():
+                        other = network(np.stack([f[view] for f in frames]))
+                        rows.setdefault(kind, {})[name] = distance.report(between, real, other)
+        if self.inverse is not None:
+            out["probe"] = {model: self._probe(clips, kinds) for model, kinds in guesses.items()}
+        return out
+
+    def _probe(self, clips: Sequence[Clip], kinds: dict[str, list[Frames]]) -> dict[str, Any]:
+        assert self.inverse is not None
+        asked = [clip.actions[:, :NUM_DIMS] for clip in clips]
+        other = [c.actions[:, :NUM_DIMS] for c in [*clips[1:], clips[0]]]
+        wanted = {"swapped": other, "still": [0 * a for a in asked]}
+        rows = {}
+        for kind, frames in {"real": [clip.real for clip in clips], **kinds}.items():
+            if kind == "floor":
+                continue
+            read, truth = [], []
+            for clip_frames, motion in zip(frames, wanted.get(kind, asked), strict=True):
+                seen = read_motion(self.inverse, clip_frames)[: len(motion)]
+                read.append(seen)
+                truth.append(motion[: len(seen)])
+            read_PA, truth_PA = np.concatenate(read), np.concatenate(truth)
+            error, spread = (read_PA - truth_PA) ** 2, (truth_PA - truth_PA.mean(0)) ** 2
+            rows[kind] = {
+                "error": float(np.abs(read_PA - truth_PA).mean()),
+                "size": float(np.abs(read_PA).mean()),
+            }
+            rows[kind]["r2"] = float(1 - error.sum() / spread.sum()) if spread.sum() else None
+        return {k: {n: v if v is None else round(v, 4) for n, v in row.items()} for k, row in rows.items()}
+
+    def _say(self, line: str) -> None:
+        if line not in self.remarks:
+            self.remarks.append(line)
 
 
 def psnr(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:
@@ -229,18 +378,27 @@ def ssim(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:
     return similarity.flatten(1).mean(1)
 
 
-def film(clip: Clip) -> list[np.ndarray]:
-    """Return one picture a step: the real views, then the imagined ones."""
-    length = len(next(iter(clip.real.values())))
-    return [
-        side_by_side([f[t] for side in (clip.real, clip.imagined) for f in side.values()])
-        for t in range(length)
-    ]
+METRICS: dict[str, features.FrameMetric] = {"psnr": psnr, "ssim": ssim}
 
 
-def fps(suite: str) -> float:
+def film(clip: Clip, guesses: Sequence[Frames]) -> list[np.ndarray]:
+    """Return one picture a step: the real views, those of each model, and how far each is from the truth."""
+    sides = [{v: clip.real[v] for v in guesses[0]}, *guesses]
+    for guess in guesses:
+        sides.append({v: _apart(guess[v], clip.real[v]) for v in guess})
+    return [side_by_side([f[t] for side in sides for f in side.values()]) for t in range(clip.steps + 1)]
+
+
+def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.abs(a.astype(np.int16) - b).astype(np.uint8)
+
+
+def fps(clip: Clip) -> float:
+    """Return the control rate of the clip's simulator, Hz."""
+    suite = clip.episode.suite
     return FPS[SUITES[suite].simulator] if suite in SUITES else FPS["libero"]
 
 
-def _views(frame: Any, views: Sequence[str]) -> dict[str, np.ndarray]:
-    return frame if isinstance(frame, dict) else {views[0]: frame}
+def _identity(model: Model) -> dict[str, Any]:
+    step, digest = model.manifest.get("step"), weights_digest(model.path)
+    return {"name": model.config.name, "path": str(model.path), "step": step, "digest": digest}

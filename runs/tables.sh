@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The paper's tables at pilot size: ablation (Table 3), history, resolution, world model (Table 2), chunk length. Two suites, two seeds,
+# 14 rows; `worldvla config pilot_ROW` prints one. Hardware: two CPU cores, at most half an hour to train a row and seed (longer with
+# history), about 15 hours in all. Run it again after a stop: what is done is skipped, what is half done goes on.
+# ROWS="action full" SEEDS=0 runs/tables.sh does a part; the rows are in order of importance.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+OUT=out/tables
+RESULTS=${RESULTS:-results/tables}
+SUITES="tabletop_object tabletop_goal"
+ROWS=${ROWS:-"action action_world chunk_causal chunk full world world_no_action history2 history4 low chunk10_causal chunk10 chunk2_causal chunk2"}
+SEEDS=${SEEDS:-"0 1"}
+PYTHON=${PYTHON:-.venv/bin/python}
+worldvla() { "$PYTHON" -m worldvla "$@"; }
+
+stores() {  # directory, tokenizer, views: demonstrations whose labels hold ten actions, as long chunks need
+    for suite in $SUITES; do
+        worldvla collect "$suite" --out "$1/demos/$suite" --episodes 100 --workers "$(nproc)" --label 10 --views $3
+        [ "$2" = "$1/image_tokenizer" ] || worldvla tokenize "$1/demos/$suite" --tokenizer "$2" --out "$1/store_$suite"
+    done
+}
+stores $OUT worldvla/assets/tabletop/image_tokenizer "agentview=64x64 wrist=32x32"
+case " $ROWS " in *" low "*)    # half the resolution, with a tokenizer of its own
+    stores ${OUT}_low ${OUT}_low/image_tokenizer "agentview=32x32 wrist=16x16"
+    worldvla train-tokenizer ${OUT}_low/demos --out ${OUT}_low/image_tokenizer --steps 2056
+    for suite in $SUITES; do
+        worldvla tokenize "${OUT}_low/demos/$suite" --tokenizer ${OUT}_low/image_tokenizer --out "${OUT}_low/store_$suite"
+    done
+esac
+for suite in $SUITES; do    # the clips of the world models; seed 0 was trained on
+    worldvla collect "$suite" --out "$OUT/held_out/$suite" --episodes 5 --seed 9 --workers "$(nproc)"
+done
+# 50 steps: only some episodes of tabletop_long are that long. Its tasks are none that the rows train on.
+worldvla collect tabletop_long --out $OUT/held_out_long --episodes 15 --seed 9 --workers "$(nproc)"
+
+set -- $ROWS
+total=$(($# * $(wc -w <<< "$SEEDS"))) at=0 started=$SECONDS trained=0
+for seed in $SEEDS; do
+    for row in $ROWS; do
+        run=$OUT/run_${row}_$seed result=$RESULTS/${row}_$seed
+        at=$((at + 1))
+        [ ! -e "$result/train.json" ] || continue    # written last: this row is whole
+        left=$((trained ? (SECONDS - started) * (total - at + 1) / trained / 60 : (total - at + 1) * 33))
+        echo "== row $at of $total: $row, seed $seed; about $left minutes left =="
+        OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m worldvla \
+            train "pilot_$row" --out "$run" --train.seed "$seed" --train.num-threads 1 --train.compile
+        trained=$((trained + 1))
+        case $row in world*) ;; *)
+            for suite in $SUITES; do    # initial states 10..19, every action of a chunk executed, as the paper does
+                worldvla eval "$run" --suite "$suite" --first 10 --episodes 10 --videos 0 --out "$result/$suite"
+            done
+        esac
+        "$PYTHON" -c "import sys; from worldvla.eval.tables import train_record; train_record(*sys.argv[1:])" "$run" "$result"
+    done
+done
+
+have() { for row in "$@"; do [ ! -d "$OUT/run_${row}_0" ] || echo "$OUT/run_${row}_0"; done; }
+worlds=$(have world full world_no_action)
+if [ -n "$worlds" ]; then
+    worldvla eval-world $worlds --demos $OUT/held_out --clips 64 --horizons 10 --out "$RESULTS/world10"
+    worldvla eval-world $worlds --demos $OUT/held_out_long --clips 16 --horizons 50 --out "$RESULTS/world50"
+fi
+chunks=$(have action chunk2_causal chunk2 chunk_causal chunk chunk10_causal chunk10)
+[ -z "$chunks" ] || worldvla chunk-error $chunks --out "$RESULTS/chunk_error.json"
+worldvla tables

@@ -1,0 +1,113 @@
+"""The tables say what the records say, and `--check` finds what they do not.
+
+Run: pytest tests/test_tables.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from worldvla.config import Config
+from worldvla.eval.stats import Pairs
+from worldvla.eval.tables import PILOT_SUITES, Records, check, markdown, paired, sentence, write_tables
+from worldvla.recipes import ABLATIONS, RECIPES, recipe
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    shutil.copytree(ROOT / "runs", tmp_path / "runs")
+    (tmp_path / "docs").mkdir()
+    shutil.copyfile(ROOT / "docs/RESULTS.md", tmp_path / "docs/RESULTS.md")
+    shutil.copyfile(ROOT / "README.md", tmp_path / "README.md")
+    return tmp_path
+
+
+def write_row(root: Path, row: str, won: int, seed: int = 0) -> None:
+    for suite in PILOT_SUITES:
+        outcomes = [
+            {"task": 0, "init": i, "status": "success" if i < won else "fail", "grasped": True}
+            for i in range(10)
+        ]
+        record = {"suite": suite, "checkpoint": {"name": row}, "seed": 0, "seconds": 1, "hardware": {}}
+        record |= {
+            "commit": "c",
+            "protocol": {},
+            "episodes": 10,
+            "successes": won,
+            "errors": 0,
+            "grasped": 10,
+        }
+        record |= {"outcomes": outcomes, "tasks": [{"index": 0, "name": "t"}]}
+        path = root / f"results/tables/{row}_{seed}/{suite}/record.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(record))
+
+
+def test_the_repository_keeps_its_word() -> None:
+    assert check(ROOT) == []
+
+
+def test_rows_without_a_record_are_not_run_and_those_with_one_are_counted(root: Path) -> None:
+    before = markdown(Records(root))
+    assert "| action model | 67.3 / 82.9 / 77.8 / 23.0 / 62.8 | not run | not run | not run |" in before
+    assert "nothing can be compared yet" in before
+    for seed in (0, 1):
+        write_row(root, "chunk", 9, seed)
+        write_row(root, "chunk_causal", 2, seed)
+    records = Records(root)
+    assert paired(records, "chunk", "chunk_causal") == Pairs(8, 28, 0, 4)
+    text = markdown(records)
+    assert "18/20 (90 %) | 18/20 (90 %) | 36/40 (90 %)" in text
+    assert "The selective mask raises success: +70.0 points" in text
+
+
+def test_plain_words_follow_the_p_value() -> None:
+    assert "makes no difference that these episodes show: +2.0 points" in sentence("It", Pairs(50, 3, 1, 46))
+    assert "It lowers success" in sentence("It", Pairs(50, 1, 20, 29))
+
+
+def test_check_finds_what_no_record_holds(root: Path) -> None:
+    assert check(root) == []
+    readme = root / "README.md"
+    text = readme.read_text()
+    readme.write_text(
+        text.replace("388 of 400", "389 of 400").replace("4.0 times as fast", "5.0 times as fast")
+    )
+    faults = check(root)
+    assert any("389 of 400: no record" in fault for fault in faults)
+    assert any("5.0 times as fast" in fault for fault in faults)
+    readme.write_text(text)
+    shutil.rmtree(root / "results/tabletop/tabletop_goal")
+    write_row(root, "chunk", 5)
+    faults = check(root)
+    assert "results/tables/chunk_0 has no train.json (config, hours): run runs/tables.sh" in faults
+    assert any("RESULTS.md is not what the records say" in fault for fault in faults)
+    assert any("98 of 100" in fault or "388 of 400" in fault for fault in faults)
+
+
+def test_links_of_the_page_and_of_the_document_lead_to_records(root: Path, tmp_path: Path) -> None:
+    import re
+
+    page = tmp_path / "out/tables/index.html"
+    document = write_tables(root, page)
+    for base, pattern in ((document, r"\]\(([^)]+)\)"), (page, r'href="([^"]+)"')):
+        links = re.findall(pattern, base.read_text())
+        assert len(links) > 20
+        assert all((base.parent / link).resolve().is_file() for link in links)
+
+
+@pytest.mark.parametrize("row", ABLATIONS)
+def test_rows_differ_from_full_in_what_they_say(row: str) -> None:
+    config, full = recipe(f"pilot_{row}"), recipe("pilot_full")
+    assert isinstance(config, Config)
+    assert RECIPES[f"pilot_{row}"]().name == f"pilot_{row}"
+    batch, share = config.train.batch_size, config.data.world_fraction
+    assert batch * share in (0, 16)
+    assert batch * (1 - share) in (0, 48)
+    assert (config.optim, config.model, config.loss) == (full.optim, full.model, full.loss)
+    assert config.train.steps == full.train.steps
