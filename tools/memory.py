@@ -78,7 +78,9 @@ def modes(config: Config, vocab_size: int, rank: int) -> dict[str, dict[str, int
 
 
 def _empty(config: Config, vocab_size: int) -> Transformer:
-    return empty_model(config.model, vocab_size, config.layout.num_rows, config.layout.num_cols)
+    layout = config.layout
+    sizes = vocab_size, layout.num_rows, layout.num_cols, layout.action_shape
+    return empty_model(config.model, *sizes)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

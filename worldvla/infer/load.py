@@ -8,7 +8,7 @@ world = model.world(); world.reset(frame); frame = world.step(actions[0])
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,7 +130,8 @@ def load(
         tensors = ((name, read_tensor(weights, name)) for name in names)
     else:
         tensors = merged(names, weights, base / "model.safetensors", config.lora)
-    _load_weights(base / "model.safetensors", tensors, transformer, device, dtype or stored, quantize or None)
+    files = [base / "model.safetensors", weights]
+    _load_weights(files, tensors, transformer, device, dtype or stored, quantize or None)
     return Model(path, config, vocab, builder, image.to(device), transformer, manifest, quantize)
 
 
@@ -217,7 +218,7 @@ def available_memory(device: str) -> int | None:
 
 
 def _load_weights(
-    path: Path,
+    files: Sequence[Path],
     weights: Iterable[tuple[str, Tensor]],
     model: Transformer,
     device: str,
@@ -226,13 +227,16 @@ def _load_weights(
 ) -> None:
     """Put `weights` in place of `model`'s meta tensors, one by one; too little memory is said before.
 
-    `path`: the file whose names and shapes must be the model's.
+    `files`: whose names and shapes must be the model's; of the last one more may be there (low-rank updates).
     """
+    path, apart = files
     try:
         tensors = header(path)[0]
+        found = header(apart)[0]
     except ValueError as error:
         raise ValueError(str(error).replace("download it again", "restore it")) from None
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors |= {name: shape for name, shape in found.items() if name in own}
     wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n, shape in own.items() if shape != tensors[n])
     if wrong:
         shapes = [table.get(wrong[0]) for table in (tensors, own)]

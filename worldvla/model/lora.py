@@ -33,9 +33,9 @@ class Updated(nn.Module):
 
 
 def add_updates(model: Transformer, config: LoraConfig, seed: int) -> Transformer:
-    """Freeze `model`, wrap its target layers and unfreeze what is trained whole; the same for the same seed.
+    """Freeze `model`, wrap its target layers and unfreeze what is trained whole, an action head always.
 
-    A is uniform in +-fan_in ** -0.5, as an untrained linear layer.
+    A is uniform in +-fan_in ** -0.5, as an untrained linear layer; the same for the same seed.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -49,8 +49,10 @@ def add_updates(model: Transformer, config: LoraConfig, seed: int) -> Transforme
             noise = torch.rand(updated.a.shape, generator=generator)
             updated.a.copy_((2 * noise - 1) * layer.in_features**-0.5)
         model.layers.set_submodule(name, updated)
-    for name in config.full:
-        model.get_submodule(name).requires_grad_(True)
+    whole = [model.get_submodule(name) for name in config.full]
+    for module in (*whole, model.action_head):
+        if module is not None:
+            module.requires_grad_(True)
     return model
 
 

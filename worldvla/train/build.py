@@ -11,16 +11,9 @@ from worldvla.config import Config
 from worldvla.data.loader import Loader, store_statistics
 from worldvla.data.sample import SampleBuilder, prompt_texts
 from worldvla.data.store import TokenStore
+from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import add_updates, refuse_updates
-from worldvla.model.pretrained import (
-    HEAD_PREFIX,
-    assign,
-    check_fit,
-    empty_model,
-    header,
-    read_tensor,
-    weights_digest,
-)
+from worldvla.model.pretrained import assign, check_fit, empty_model, header, read_tensor, weights_digest
 from worldvla.model.transformer import Transformer
 from worldvla.tokenizers.action import Statistics, dequantize, normalize
 from worldvla.tokenizers.image import ImageTokenizer
@@ -61,10 +54,6 @@ def build(config: Config) -> Pieces:
     lora, source = config.lora, Path(config.train.init_from)
     if lora.rank and not config.train.init_from:
         raise ValueError("lora.rank updates a checkpoint that is there: name it by train.init_from")
-    if lora.rank and config.model.head.num_layers:
-        raise ValueError(
-            "low-rank updates train no continuous head: set model.head.num_layers or lora.rank to 0"
-        )
     if lora.rank and lora.base == "bfloat16" != config.train.dtype:
         raise ValueError(
             f"lora.base bfloat16 needs train.dtype bfloat16, got {config.train.dtype}: set either"
@@ -106,16 +95,19 @@ def build_model(pieces: Pieces) -> Transformer:
 def trainable(model: Transformer, config: Config, weights: Path | None) -> Transformer:
     """Give `model`, on the meta device, the tensors of `weights`, as config.lora says (None: it stays there).
 
-    What is not a frozen matrix of a block is float32, as the residual stream that it makes. A continuous head
-    that `weights` has nothing of starts anew.
+    What is not a frozen matrix of a block is float32, as the residual stream that it makes. An action head
+    that the file has nothing of is drawn: a trained model can be given one.
     """
-    own, head = model.state_dict(), model.action_head
+    own, new = model.state_dict(), {}
     if weights is not None:
-        if head is not None and not any(n.startswith(HEAD_PREFIX) for n in header(weights)[0]):
-            head.to_empty(device=config.train.device).init_weights(config.train.seed)
-            own = {n: tensor for n, tensor in own.items() if not n.startswith(HEAD_PREFIX)}
-        check_fit(weights, own)
-    tensors = ((n, own[n] if weights is None else read_tensor(weights, n)) for n in own)
+        if config.model.head.num_layers and not any(n.startswith("action_head.") for n in header(weights)[0]):
+            head = ActionHead(config.model.head, config.model.width, *config.layout.action_shape)
+            head.init_weights(config.train.seed)
+            new = {f"action_head.{name}": tensor for name, tensor in head.state_dict().items()}
+        check_fit(weights, {name: tensor for name, tensor in own.items() if name not in new})
+        tensors = ((n, new[n] if n in new else read_tensor(weights, n)) for n in own)
+    else:
+        tensors = own.items()
     form = config.lora.base if config.lora.rank else None
     model = assign(model, tensors, config.train.device if weights else "meta", torch.float32, form)
     model.checkpoint_layers = config.train.checkpoint_layers
