@@ -171,10 +171,11 @@ def libero_object() -> Config:
 
 
 def libero_object_front() -> Config:
-    """`libero_object` as the paper sees it: the front view alone, no state; the same data and steps."""
+    """`libero_object` as the paper sees it: the front view alone, no state; the same data, half the steps."""
     base = libero_object()
     layout = replace(base.layout, views=("agentview",), grids=((8, 8),), state=False)
-    return replace(base, name="libero_object_front", layout=layout)
+    train = replace(base.train, steps=1_100)
+    return replace(base, name="libero_object_front", layout=layout, train=train)
 
 
 def _published(name: str, release: str, suite: str, init_from: str) -> Config:
