@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from fake_env import CRASH, DIE, HANG, SLOW_S, TABLE, make, make_slow
 
-from worldvla.eval.actors import BlindActor, ExpertActor, Query, RandomActor, mean_trajectory
+from worldvla.eval.actors import BlindActor, ExpertActor, ModelActor, Query, RandomActor, mean_trajectory
 from worldvla.eval.rollout import run
 
 
@@ -212,3 +212,12 @@ def test_the_expert_succeeds_in_the_real_world_where_chance_does_not(tmp_path: P
     options = {"workers": 1, "videos": 0, "page": False, "tasks": (0,)}
     assert run(ExpertActor(), "tabletop_object", 2, out_dir=tmp_path / "expert", **options)["successes"] == 2
     assert run(RandomActor(), "tabletop_object", 1, out_dir=tmp_path / "random", **options)["successes"] == 0
+
+
+@pytest.mark.parametrize("name", ["tabletop/tabletop_object", "libero/libero_object"])
+def test_the_records_of_the_shipped_models_can_be_gone_on_with(name: str) -> None:
+    """Whoever they are of is still called the same: `--episodes` can be raised by the command of runs/."""
+    root = Path(__file__).parent.parent
+    header = json.loads((root / "results" / name / "episodes.jsonl").read_text().splitlines()[0])
+    actor = ModelActor(root / "worldvla/assets" / name.split("/")[1].replace("tabletop_object", "tabletop"))
+    assert {k: v for k, v in actor.identity().items() if k != "path"} == header["checkpoint"]

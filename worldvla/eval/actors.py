@@ -84,15 +84,14 @@ class ModelActor:
     def identity(self) -> dict[str, Any]:
         from worldvla.infer.load import weights_digest
 
-        manifest = self.model.manifest
+        manifest, quantize = self.model.manifest, self.model.quantize
         return {
             "name": self.model.config.name,
             "path": str(self.model.path),
             "step": manifest.get("step"),
             "digest": weights_digest(self.model.path),
             "parameters": self.model.transformer.num_parameters(),
-            "quantize": self.model.quantize,
-        }
+        } | ({"quantize": quantize} if quantize else {})
 
 
 class ExpertActor:
