@@ -33,3 +33,5 @@ evaluate "$MODEL" libero_object_execute5 --episodes 10 --execute 5
 
 train libero_object_front $OUT/front
 evaluate $OUT/front libero_object_front --episodes 10 --execute 3
+
+worldvla demo --suite libero_object    # imagines two clips besides: its imagined/record.json is results/libero/imagine
