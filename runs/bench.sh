@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 .venv/bin/python tools/bench.py --sizes 3m --seconds 2 | tail -n 1 | tee results/bench/tabletop.json
 # A LIBERO evaluation beside the plain loop that most use (needs the libero extra): results/bench/libero_eval.json.
-# OMP_NUM_THREADS=1 .venv/bin/python tools/bench_eval.py --task 0 --episodes 4 --workers 2 | tail -n 1 | tee results/bench/libero_eval.json
+# OMP_NUM_THREADS=1 .venv/bin/python tools/bench_eval.py --task 0 --episodes 10 --workers 2 | tail -n 1 | tee results/bench/libero_eval.json
