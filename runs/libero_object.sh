@@ -34,4 +34,8 @@ evaluate "$MODEL" libero_object_execute5 --episodes 10 --execute 5
 train libero_object_front $OUT/front
 evaluate $OUT/front libero_object_front --episodes 10 --execute 3
 
+for recipe in libero_object libero_object_front; do    # errors on held-out episodes; seconds of training in the last line of each
+    (grep '"val"' "$OUT/run_$recipe/metrics.jsonl"; grep '"train"' "$OUT/run_$recipe/metrics.jsonl" | tail -n 1) |
+        sed "s/^{/{\"run\": \"$recipe\", /"
+done > "$RESULTS/validation.jsonl"
 worldvla demo --suite libero_object    # imagines two clips besides: its imagined/record.json is results/libero/imagine
