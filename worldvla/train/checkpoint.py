@@ -175,6 +175,6 @@ def _step(path: Path) -> int:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # every rank writes the config
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     temporary.replace(path)
