@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's tables at pilot size: ablation (Table 3), history, resolution, world model (Table 2), chunk length. Two suites, two seeds,
-# 14 rows; `worldvla config pilot_ROW` prints one. Hardware: two CPU cores, at most half an hour to train a row and seed (longer with
-# history), about 15 hours in all. Run it again after a stop: what is done is skipped, what is half done goes on.
+# 14 rows; `worldvla config pilot_ROW` prints one. Hardware: two CPU cores, about ten minutes to train a row and seed (longer with
+# history), about six hours in all. Run it again after a stop: what is done is skipped, what is half done goes on.
 # ROWS="action full" SEEDS=0 runs/tables.sh does a part; the rows are in order of importance.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,7 +41,7 @@ for seed in $SEEDS; do
         run=$OUT/run_${row}_$seed result=$RESULTS/${row}_$seed
         at=$((at + 1))
         [ ! -e "$result/train.json" ] || continue    # written last: this row is whole
-        left=$((trained ? (SECONDS - started) * (total - at + 1) / trained / 60 : (total - at + 1) * 33))
+        left=$((trained ? (SECONDS - started) * (total - at + 1) / trained / 60 : (total - at + 1) * 12))
         echo "== row $at of $total: $row, seed $seed; about $left minutes left =="
         OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m worldvla \
             train "pilot_$row" --out "$run" --train.seed "$seed" --train.num-threads 1 --train.compile
