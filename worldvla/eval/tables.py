@@ -77,6 +77,11 @@ OTHER_ROWS = {
         "history4": ("M = 4", "84.7"),
         "low": ("M = 1, 32 px", ""),
     },
+    "Action head (RynnVLA-002's, beside the bins)": {  # no such comparison in either paper
+        "chunk": ("bins alone", ""),
+        "head": ("trained with the head, answered by the bins", ""),
+        "head_continuous": ("the same model, answered by the head", ""),
+    },
     "Chunk length": {  # the paper gives a figure, no numbers
         "action": ("K = 1", ""),
         "chunk2": ("K = 2, selective mask", ""),
@@ -242,6 +247,14 @@ def _row(records: Records, row: str) -> list[str]:
     return [records.rate(n) for n in names] + [records.rate([x for n in names for x in n])]
 
 
+def _speed_of(records: Records, row: str) -> str:
+    """Return how many queries a second the policy answered while it was evaluated, image to actions."""
+    found = [records.all.get(f"tables/{row}_{seed}/{suite}") for suite in PILOT_SUITES for seed in SEEDS]
+    found = [record for record in found if record]
+    queries = sum(-(-o["steps"] // r["protocol"]["executed"]) for r in found for o in r["outcomes"])
+    return f"{queries / sum(r['policy_seconds'] for r in found):.0f}" if found else "not run"
+
+
 def _command(row: str) -> str:
     return f'`ROWS="{row}" {RUN}`'
 
@@ -269,8 +282,11 @@ two seeds say little of how seeds vary, which the intervals do not hold.
 
 def _rows(records: Records, title: str, rows: Mapping[str, tuple[str, str]]) -> str:
     paper = "paper: LIBERO-Goal, with chunks" if any(p for _, p in rows.values()) else "paper"
-    head = ["", paper, "object", "goal", "both", "command"]
-    body = [[w, p or "no number", *_row(records, row), _command(row)] for row, (w, p) in rows.items()]
+    head = ["", paper, "object", "goal", "both", "queries a second", "command"]
+    body = [
+        [w, p or "no number", *_row(records, row), _speed_of(records, row), _command(row.split("_cont")[0])]
+        for row, (w, p) in rows.items()
+    ]
     return f"\n## {title}\n\n{_table(head, body)}"
 
 
