@@ -247,6 +247,10 @@ class Tokenize:
             demos = self.out.with_name(self.out.name + ".demos")
             Regenerate(paths=tuple(files), out=demos, views=self.regenerate, workers=self.workers).run()
             files = hdf5_files([demos])
-        tokenize(files, self.tokenizer, self.out)
+        kept = tokenize(files, self.tokenizer, self.out).manifest.get("kept", {})
+        say(
+            "the next frame keeps "
+            + ", ".join(f"{share:.0%} of the codes of {v}" for v, share in kept.items())
+        )
         say(f"tokens: {self.out}   next: worldvla train RECIPE --data.stores {self.out}")
         return 0
