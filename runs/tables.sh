@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's tables at pilot size: ablation (Table 3), history, resolution, world model (Table 2), chunk length. Two suites, two seeds,
-# 15 rows; `worldvla config pilot_ROW` prints one. Hardware: two CPU cores, about ten minutes to train a row and seed (longer with
+# 16 rows; `worldvla config pilot_ROW` prints one. Hardware: two CPU cores, about ten minutes to train a row and seed (longer with
 # history), about six hours in all. Run it again after a stop: what is done is skipped, what is half done goes on.
 # ROWS="action full" SEEDS=0 runs/tables.sh does a part; the rows are in order of importance.
 set -euo pipefail
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 OUT=out/tables
 RESULTS=${RESULTS:-results/tables}
 SUITES="tabletop_object tabletop_goal"
-ROWS=${ROWS:-"action action_world chunk_causal chunk full world world_no_action history2 history4 low head chunk10_causal chunk10 chunk2_causal chunk2"}
+ROWS=${ROWS:-"action action_world chunk_causal chunk full full_even world world_no_action history2 history4 low head chunk10_causal chunk10 chunk2_causal chunk2"}
 SEEDS=${SEEDS:-"0 1"}
 PYTHON=${PYTHON:-.venv/bin/python}
 worldvla() { "$PYTHON" -m worldvla "$@"; }
@@ -63,7 +63,7 @@ for seed in $SEEDS; do
 done
 
 have() { for row in "$@"; do [ ! -d "$OUT/run_${row}_0" ] || echo "$OUT/run_${row}_0"; done; }
-worlds=$(have world full world_no_action)
+worlds=$(have world full full_even world_no_action)
 if [ -n "$worlds" ]; then
     worldvla eval-world $worlds --demos $OUT/held_out --clips 64 --horizons 10 --out "$RESULTS/world10"
     worldvla eval-world $worlds --demos $OUT/held_out_long --clips 16 --horizons 50 --out "$RESULTS/world50"
