@@ -94,7 +94,7 @@ def roll_out(
 @contextmanager
 def _spared_cores(busy: int) -> Iterator[None]:
     """Leave `busy` cores to the workers: threads of torch that wait for one another spin, and a small model's
-    query costs nine times the processor time where they do so beside busy workers.
+    query costs eight times the processor time where they do so beside busy workers.
     """
     torch = sys.modules.get("torch")  # absent where the actor needs none
     before = torch.get_num_threads() if torch else 1
