@@ -8,7 +8,6 @@ then it is asked again; with a history the frames just before go along (WorldVLA
 eval_solver_libero_256.py:136-312).
 """
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from worldvla.eval.actors import Actor, ActorError, ModelActor, Query
-from worldvla.eval.record import Journal, provenance, write_json
+from worldvla.eval.record import Journal, hardware, provenance, write_json
 from worldvla.eval.stats import count
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
 from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings, Worker, open_workers
@@ -99,7 +98,7 @@ def _spared_cores(busy: int) -> Iterator[None]:
     torch = sys.modules.get("torch")  # absent where the actor needs none
     before = torch.get_num_threads() if torch else 1
     if torch:
-        torch.set_num_threads(min(before, max(1, len(os.sched_getaffinity(0)) - busy)))
+        torch.set_num_threads(min(before, max(1, hardware()["cores"] - busy)))
     try:
         yield
     finally:
