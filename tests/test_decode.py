@@ -5,14 +5,18 @@ Run: pytest tests/test_decode.py
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from tiny_run import MODEL
 
+import worldvla
 import worldvla.infer.decode as decode
 import worldvla.vocab
 from worldvla.batch import KIND_IMAGE, Batch, Sample
@@ -28,6 +32,7 @@ from worldvla.infer.decode import (
     decode_chunk,
     decode_images,
 )
+from worldvla.infer.load import Model
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
 from worldvla.tokenizers.action import compute_statistics
@@ -42,6 +47,7 @@ LAYOUT = LayoutConfig(
     state=True,
     policy_prompt="{task}",
 )
+ASSETS = Path(worldvla.__file__).parent / "assets"
 INSTRUCTIONS = ("go", "lift the lid and go home", "open it")
 
 
@@ -307,3 +313,57 @@ def test_confidence_is_the_entropy_and_the_lead(rng: np.random.Generator) -> Non
     np.testing.assert_allclose(found.entropy_BKA[0], entropy, rtol=1e-4)
     np.testing.assert_allclose(found.margin_BKA[0], best[..., -1] - best[..., -2], rtol=1e-3, atol=1e-6)
     assert 0.1 < found.entropy_BKA.mean() < 5.5
+
+
+def noisy_prompts(model: Model, rng: np.random.Generator, instructions: Sequence[str]) -> list[Sample]:
+    """Return what the model reads of frames of noise, each with its instruction."""
+    dims = model.config.layout.num_state_dims
+    observations = [
+        {view: rng.integers(0, 256, (*size, 3), dtype=np.uint8) for view, size in model.view_sizes.items()}
+        | {"state": rng.uniform(-0.1, 0.1, dims).astype(np.float32), "instruction": text}
+        for text in instructions
+    ]
+    return model.policy().prompts(observations)
+
+
+@pytest.mark.parametrize("name", ["tabletop", "libero_object"])
+def test_the_shipped_models_act_as_their_training_pass_says(name: str, rng: np.random.Generator) -> None:
+    """One pass with gradients over the decoded sequence, no cache: each code is its best, near ties apart."""
+    model = worldvla.load(ASSETS / name)
+    tail, blocks_KA = model.builder.policy_tail(), model.builder.action_block_positions(0)
+    prompts = noisy_prompts(model, rng, ["pick up the milk", "pick up the milk and place it in the basket"])
+    span = model.vocab.action
+    codes_BKA = decode_actions(model.transformer, model.vocab, prompts, tail, blocks_KA)
+    for prompt, codes_KA in zip(prompts, codes_BKA, strict=True):
+        whole = Sample(**{f: np.concatenate([getattr(prompt, f), getattr(tail, f)]) for f in vars(tail)})
+        dims_KA = len(prompt) + blocks_KA[:, 1:-1]
+        whole.ids[dims_KA] = codes_KA + span.start
+        batch = Batch.stack([whole], model.vocab.pad)
+        with torch.enable_grad():
+            x = model.transformer(batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT)
+        scores = bin_scores(model.transformer.logits(x[0, dims_KA - 1], span)).detach()
+        chosen = scores.gather(-1, torch.from_numpy(codes_KA)[..., None])[..., 0]
+        assert (scores.amax(-1) - chosen <= CLOSE[torch.float32] * scores.std(-1)).all()
+
+
+def test_new_queries_are_not_compiled_anew(rng: np.random.Generator) -> None:
+    """Under torch.compile, with no graph break: lengths that were not seen before need no new graph."""
+    builder, model = build(rng)
+    tail, blocks_KA = builder.policy_tail(), builder.action_block_positions(0)
+    counter = torch._dynamo.testing.CompileCounter()
+    frames = [frame(rng), frame(rng)]
+    state = rng.uniform(-1, 1, 8)
+    pairs = itertools.product(INSTRUCTIONS, (1, 2))
+    prompts = [builder.policy_prompt(text, state, frames[:n]) for text, n in pairs]
+    assert len({len(p) for p in prompts}) == len(prompts)
+    expected = [decode_actions(model, builder.vocab, [p], tail, blocks_KA) for p in prompts]
+    model.forward = torch.compile(model.forward, backend=counter, fullgraph=True)
+    graphs = []
+    for prompt, codes in zip(prompts, expected, strict=True):
+        found = decode_actions(model, builder.vocab, [prompt], tail, blocks_KA)
+        np.testing.assert_array_equal(found, codes)
+        graphs.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert graphs[1] == graphs[-1] <= 4, (
+        graphs
+    )  # the first query's are of fixed lengths, the second's are open

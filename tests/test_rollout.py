@@ -126,6 +126,30 @@ def test_nobody_waits_for_a_slow_reset(tmp_path: Path) -> None:
     assert [q.task.index for q in lockstep.asked[0]] == [0, 1]
 
 
+def test_the_policy_leaves_cores_to_busy_simulators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In lockstep they wait for it, so it may use all."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+    before, threads = torch.get_num_threads(), []
+
+    class Counting(Forward):
+        def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
+            threads.append(torch.get_num_threads())
+            return super().act(queries)
+
+    torch.set_num_threads(8)
+    try:
+        run(
+            Counting(), "libero_object", 1, out_dir=tmp_path / "libero", make=make, table=TABLE[:2], workers=2
+        )
+        apart, after = set(threads), torch.get_num_threads()
+        threads.clear()
+        roll(Counting(), tmp_path / "lockstep", 1)
+    finally:
+        torch.set_num_threads(before)
+    assert (apart, after, set(threads)) == ({6}, 8, {8})
+
+
 def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     whole = roll(Forward(), tmp_path / "whole", 3, tasks=(0, 2))
     roll(Forward(), tmp_path / "part", 3, tasks=(0, 2))

@@ -1,9 +1,13 @@
-"""Draw docs/layout.svg: what the two kinds of sequence hold, and who may attend to whom.
+"""Draw docs/layout.svg: what the two kinds of sequence hold, and who may attend to whom; or docs/speed.svg,
+from records of `worldvla bench`.
 
-Run: python tools/picture.py [--out docs/layout.svg]. The mask is computed by worldvla.model.mask, not drawn.
+Run: python tools/picture.py [--out docs/layout.svg]
+     python tools/picture.py --speed results/bench/*.json --out docs/speed.svg
+The mask is computed by worldvla.model.mask, not drawn.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,13 +155,45 @@ def draw() -> Figure:
     return figure
 
 
+def draw_speed(records: Sequence[Path]) -> Figure:
+    """One panel a size that a record of `tools/bench.py` holds (of several the last): milliseconds of a whole
+    query, and of a frame, by each way of decoding.
+    """
+    benches = [json.loads(path.read_text()).get("bench", {}) for path in records]
+    sizes = {size: value for b in benches for size, value in b.items() if "actions" in value}
+    if not sizes:
+        raise SystemExit(f"no record of worldvla bench among {[str(path) for path in records]}: run it first")
+    sizes = dict(sorted(sizes.items(), key=lambda item: item[1]["parameters"]))
+    figure, row = plt.subplots(1, len(sizes), figsize=(3.4 * len(sizes) + 1, 2.1), squeeze=False)
+    for axes, (size, value) in zip(row[0], sizes.items(), strict=True):
+        bars = {way: v["query_ms"] for way, v in value["actions"].items() if "query_ms" in v}
+        frame = value["frames"]
+        bars |= {"frame by drafts": frame["ms_frame"], "frame, a code a pass": frame["ms_frame_plain"]}
+        colors = [COLORS["image" if way.startswith("frame") else "action"] for way in bars]
+        drawn = axes.barh(list(bars), list(bars.values()), color=colors)
+        axes.bar_label(drawn, [f"{v:,.0f} ms" for v in bars.values()], padding=3, fontsize=7, color=INK)
+        axes.set_title(f"{size}: {value['parameters'] / 1e6:.1f} M parameters", fontsize=8.5, color=INK)
+        axes.set(xscale="log", xlim=(min(bars.values()) / 2, max(bars.values()) * 8))
+        axes.invert_yaxis()
+        axes.tick_params(labelsize=7, colors=INK, length=0)
+        axes.set_xticks([], minor=False)
+        axes.minorticks_off()
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs/layout.svg")
-    out: Path = parser.parse_args().out
+    parser.add_argument("--speed", type=Path, nargs="+", help="records of worldvla bench: draw these")
+    args = parser.parse_args()
+    out: Path = args.out
     mpl.rcParams.update({"svg.hashsalt": "worldvla", "font.family": "DejaVu Sans"})
     metadata = {"Date": None} if out.suffix == ".svg" else None
-    draw().savefig(out, metadata=metadata, dpi=130, facecolor="white")
+    (draw_speed(args.speed) if args.speed else draw()).savefig(
+        out, metadata=metadata, dpi=130, facecolor="white"
+    )
     print(f"picture: {out}")
 
 

@@ -8,8 +8,10 @@ then it is asked again; with a history the frames just before go along (WorldVLA
 eval_solver_libero_256.py:136-312).
 """
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from worldvla.eval.actors import Actor, ActorError, ModelActor, Query
-from worldvla.eval.record import Journal, provenance, write_json
+from worldvla.eval.record import Journal, hardware, provenance, write_json
 from worldvla.eval.stats import count
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
 from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings, Worker, open_workers
@@ -46,7 +48,8 @@ def roll_out(
     """
     waiting = list(jobs)
     arrived: dict[Worker, Report] = {}
-    with open_workers(min(workers, len(waiting)), settings, patience_s) as pool:
+    workers = min(workers, len(waiting))
+    with open_workers(workers, settings, patience_s) as pool, _spared_cores(0 if lockstep else workers):
 
         def begin() -> None:
             for worker in pool:
@@ -85,6 +88,22 @@ def roll_out(
             for worker, actions in zip(asking, answers, strict=True):
                 worker.policy_s += (time.monotonic() - asked) / len(asking)
                 worker.send(actor.execute if actions is None else actions)
+
+
+@contextmanager
+def _spared_cores(busy: int) -> Iterator[None]:
+    """Leave `busy` cores to the workers: threads of torch that wait for one another spin, and a small model's
+    query costs eight times the processor time where they do so beside busy workers.
+    """
+    torch = sys.modules.get("torch")  # absent where the actor needs none
+    before = torch.get_num_threads() if torch else 1
+    if torch:
+        torch.set_num_threads(min(before, max(1, hardware()["cores"] - busy)))
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(before)
 
 
 def _query(worker: Worker, report: Report) -> Query:
