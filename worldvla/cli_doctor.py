@@ -19,7 +19,7 @@ class Doctor:
         from rich.console import Console
         from rich.text import Text
 
-        from worldvla.eval.record import write_json
+        from worldvla.files import write_json
         from worldvla.sim import doctor
 
         colours = {"ok": "green", "warning": "yellow", "bad": "red", "skipped": "dim"}
@@ -35,7 +35,6 @@ class Doctor:
         report = doctor.report(checks, self.quick)
         path = self.json or (None if self.quick else doctor.LAST)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, report)
             console.print(f"written: {path}")
         return 0 if report["ok"] else EXIT_BROKEN

@@ -82,13 +82,13 @@ class ChunkError:
     """Batches of 64 chunks."""
 
     def run(self) -> int:
-        from worldvla.eval.record import provenance, write_json
+        from worldvla.eval.record import provenance
+        from worldvla.files import write_json
         from worldvla.infer.chunk import chunk_error
 
         rows = [chunk_error(path, self.stores, self.batches) for path in self.checkpoints]
         for row in rows:
             say(f"{row['name']}: forced {row['forced']}, free {row['free']}, no motion {row['still']}")
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.out, {"chunks": rows, **provenance()})
         say(f"record: {self.out}")
         return 0

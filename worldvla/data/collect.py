@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 
 from worldvla.data.episode import Episode, read_episodes, write_episodes
+from worldvla.files import write_text
 from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
 
@@ -281,8 +282,6 @@ def collect(
         )
     if label < 0 or execute < 1:
         raise ValueError(f"expected label >= 0 and execute >= 1 steps, got {label} and {execute}")
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     arguments = {"suite": suite, "episodes": episodes, "seed": seed, "noise": noise, "views": views}
     arguments |= {"label": label, "policy": policy_name, "execute": execute if policy else 0}
     if fast_render:
@@ -357,9 +356,7 @@ def _guard(path: Path, arguments: dict[str, Any]) -> None:
                 "choose another directory"
             )
         return
-    scratch = path.with_name(f"{path.name}.tmp")
-    scratch.write_text(text)
-    scratch.replace(path)
+    write_text(path, text)
 
 
 def _path(out_dir: Path, task: sim.Task) -> Path:

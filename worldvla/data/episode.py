@@ -22,6 +22,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from worldvla.files import whole_file
 from worldvla.sim.env import NUM_ACTION_DIMS, NUM_STATE_DIMS, SUITES
 
 VIEW_KEYS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
@@ -119,29 +120,24 @@ class _Disk(io.FileIO):
 
 def write_episodes(path: Path, episodes: Iterable[Episode], env_args: dict[str, Any]) -> None:
     """Write one task's episodes atomically, one in memory at a time. `env_args` says what made them."""
-    scratch = path.with_name(f"{path.name}.tmp")
-    try:
-        with _Disk(scratch, "w+") as disk:
-            with h5py.File(disk, "w") as file:
-                data = file.create_group("data")
-                count, total, instruction = 0, 0, ""
-                for count, episode in enumerate(episodes, start=1):
-                    _write_demo(data.create_group(f"demo_{count - 1}"), episode)
-                    total += len(episode)
-                    instruction = episode.instruction
-                    if disk.failure:
-                        break
-                data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
-                data.attrs["env_args"] = json.dumps(env_args)
-                data.attrs["num_demos"] = count
-                data.attrs["total"] = total
-            if disk.failure:
-                raise OSError(disk.failure.errno, f"cannot write {path}: {disk.failure.strerror}")
+    with whole_file(path) as scratch, _Disk(scratch, "w+") as disk:
+        with h5py.File(disk, "w") as file:
+            data = file.create_group("data")
+            count, total, instruction = 0, 0, ""
+            for count, episode in enumerate(episodes, start=1):
+                _write_demo(data.create_group(f"demo_{count - 1}"), episode)
+                total += len(episode)
+                instruction = episode.instruction
+                if disk.failure:
+                    break
+            data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
+            data.attrs["env_args"] = json.dumps(env_args)
+            data.attrs["num_demos"] = count
+            data.attrs["total"] = total
+        if disk.failure:
+            raise OSError(disk.failure.errno, f"cannot write {path}: {disk.failure.strerror}")
         if not count:
             raise ValueError(f"{path}: no episodes to write")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _write_demo(group: h5py.Group, episode: Episode) -> None:

@@ -10,7 +10,6 @@ Observation t is the one before action t. F frames of all episodes follow one an
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from worldvla.data.episode import Episode
+from worldvla.files import whole_folder, write_json, write_text
 
 FORMAT = "worldvla-store-1"
 
@@ -154,28 +154,12 @@ def write_store(
     path = Path(path)
     if path.exists() and read_manifest(path) is None and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is no token store: choose another directory or remove it")
-    scratch = path.with_name(path.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        with ExitStack() as stack:
-            writer = _Writer(
-                scratch, stack, lambda images: encode(images, tokenizer, batch_size, device), views
-            )
-            for episode in episodes:
-                writer.add(episode)
-                on_episode(episode)
-            writer.finish({"tokenizer": tokenizer.digest(), "num_codes": tokenizer.num_codes}, source or {})
-        if path.exists():
-            old = path.with_name(path.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            path.replace(old)
-            scratch.replace(path)
-            shutil.rmtree(old)
-        else:
-            scratch.replace(path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with whole_folder(path) as scratch, ExitStack() as stack:
+        writer = _Writer(scratch, stack, lambda images: encode(images, tokenizer, batch_size, device), views)
+        for episode in episodes:
+            writer.add(episode)
+            on_episode(episode)
+        writer.finish({"tokenizer": tokenizer.digest(), "num_codes": tokenizer.num_codes}, source or {})
     return path
 
 
@@ -249,7 +233,7 @@ class _Writer:
         for column in self.columns.values():
             column.finish()
         episodes = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
-        (self.directory / "episodes.json").write_text(f"[\n{episodes}\n]\n", encoding="utf-8")
+        write_text(self.directory / "episodes.json", f"[\n{episodes}\n]\n")
         manifest = {
             "format": FORMAT,
             **tokenizer,
@@ -263,7 +247,7 @@ class _Writer:
             "grids": self.grids,
             "source": source,
         }
-        (self.directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_json(self.directory / "manifest.json", manifest, indent=2)
 
     def _append(self, name: str, array: np.ndarray) -> None:
         if name not in self.columns:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from worldvla.files import write_text
 from worldvla.sim.doctor import verdict, versions
 
 
@@ -58,13 +59,6 @@ def _git(root: Path, *words: str) -> str:
         return ""
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write atomically: the file is whole or was not touched."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(path)
-
-
 class Journal:
     """One JSON line a finished episode, after a first line that says what run this is.
 
@@ -89,12 +83,7 @@ class Journal:
                     "choose another directory or remove it"
                 )
             self.outcomes = [line for line in lines[1:] if line and line["status"] != "error"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text(
-            "".join(json.dumps(line) + "\n" for line in [dict(identity), *self.outcomes]), encoding="utf-8"
-        )
-        scratch.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in [dict(identity), *self.outcomes]))
         self._file = path.open("a", encoding="utf-8")
 
     @property

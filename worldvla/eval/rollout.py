@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from worldvla.eval.actors import Actor, ActorError, ModelActor, Query
-from worldvla.eval.record import Journal, provenance, write_json
+from worldvla.eval.record import Journal, provenance
 from worldvla.eval.stats import count
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
 from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings, Worker, open_workers
+from worldvla.files import write_json, write_text
 from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
 
@@ -227,8 +228,7 @@ def run(
             }
             if report.trace:
                 outcome["trace"] = f"errors/{job.task.index:02d}_{job.init:02d}.txt"
-                (Path(out_dir) / "errors").mkdir(exist_ok=True)
-                (Path(out_dir) / outcome["trace"]).write_text(report.trace, encoding="utf-8")
+                write_text(Path(out_dir) / outcome["trace"], report.trace)
             if film:
                 outcome["video"] = f"videos/{job.task.index:02d}_{job.init:02d}.mp4"
                 fps = FPS[kind.simulator] / (1 if settings.film_all else actor.execute)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from worldvla.files import whole_file
+
 HEIGHT = 256
 """Pixel rows of a video, at most; a larger picture keeps its size."""
 GAP = 8
@@ -62,7 +64,5 @@ def encode_mp4(pictures: Sequence[np.ndarray], fps: float) -> bytes:
 
 
 def write_mp4(path: Path, pictures: Sequence[np.ndarray], fps: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(encode_mp4(pictures, fps))
-    scratch.replace(path)
+    with whole_file(path) as scratch:
+        scratch.write_bytes(encode_mp4(pictures, fps))

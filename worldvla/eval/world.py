@@ -22,9 +22,10 @@ from torch import Tensor
 from worldvla.data.episode import Episode, read_episodes
 from worldvla.eval import distance, features
 from worldvla.eval.inverse import NUM_DIMS, read_motion, train_inverse
-from worldvla.eval.record import provenance, write_json
+from worldvla.eval.record import provenance
 from worldvla.eval.tokens import write_example
 from worldvla.eval.video import FPS, side_by_side, write_mp4
+from worldvla.files import write_json
 from worldvla.infer.draft import FrameStats, summary
 from worldvla.infer.load import Model, load, weights_digest
 from worldvla.sim.env import SUITES

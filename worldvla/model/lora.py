@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldvla.config import LoraConfig
-from worldvla.model.pretrained import header, is_block_matrix, read_json, read_tensor
+from worldvla.files import read_json
+from worldvla.model.pretrained import header, is_block_matrix, read_tensor
 from worldvla.model.quantize import Packed, rounded
 from worldvla.model.transformer import Transformer
 

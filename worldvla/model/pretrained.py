@@ -10,9 +10,7 @@ the embedding, the largest (a shard: 5 GB). A state dict loaded into a float32 m
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from worldvla.config import LayoutConfig, ModelConfig
+from worldvla.files import read_json
 from worldvla.model.quantize import Form, Packed
 from worldvla.model.transformer import Transformer
 from worldvla.vocab import Vocab
@@ -258,16 +257,6 @@ def read_tensor(path: Path, key: str) -> Tensor:
     """Return one tensor, a view of the file's map, which is released with it (so opened anew each time)."""
     with safe_open(path, "pt") as file:
         return file.get_tensor(key)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds; anything else raises ValueError."""
-    data = None
-    with suppress(ValueError):
-        data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds no JSON object: it is damaged; download it again")
-    return data
 
 
 def header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from worldvla.config import ImageTokenizerConfig, from_json, to_json
+from worldvla.files import read_json, whole_file, write_json
 
 
 def to_pixels(images_BYXC: UInt8[Tensor, "B Y X 3"]) -> Float[Tensor, "B 3 Y X"]:
@@ -298,13 +299,9 @@ class ImageTokenizer(nn.Module):
     def save(self, directory: Path | str) -> None:
         """Write config.json and model.safetensors; each appears whole or not at all."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        weights = directory / "model.safetensors.tmp"
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, weights)
-        weights.replace(directory / "model.safetensors")
-        text = directory / "config.json.tmp"
-        text.write_text(json.dumps(to_json(self.config), indent=2) + "\n")
-        text.replace(directory / "config.json")
+        with whole_file(directory / "model.safetensors") as scratch:
+            save_file({name: value.contiguous() for name, value in self.state_dict().items()}, scratch)
+        write_json(directory / "config.json", to_json(self.config), indent=2)
 
     @classmethod
     def load(cls, directory: Path | str) -> "ImageTokenizer":
@@ -315,11 +312,8 @@ class ImageTokenizer(nn.Module):
                 raise FileNotFoundError(
                     f"{directory} is no image tokenizer: {name} is missing; train one first"
                 )
-        config = from_json(
-            ImageTokenizerConfig,
-            json.loads((directory / "config.json").read_text()),
-            str(directory / "config.json"),
-        )
+        path = directory / "config.json"
+        config = from_json(ImageTokenizerConfig, read_json(path), str(path))
         tokenizer = cls(config)
         state = load_file(directory / "model.safetensors")
         if not any(name.startswith("decoder.") for name in state):

@@ -12,6 +12,8 @@ from typing import Self
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from worldvla.files import write_text
+
 
 class TextTokenizer:
     """`encode` gives codes, 0-based in `vocab.text`, without specials (the sample builder writes BOS)."""
@@ -55,10 +57,7 @@ class TextTokenizer:
 
     def save(self, path: Path) -> None:
         """Write the JSON file atomically."""
-        path = Path(path)
-        scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-        scratch.replace(path)
+        write_text(path, self._tokenizer.to_str(pretty=True))
 
     def encode(self, text: str) -> list[int]:
         """Return the codes of `text`; a character that the vocabulary cannot spell raises ValueError."""

@@ -1,6 +1,5 @@
 """Config -> what a run is made of: text tokenizer, statistics, vocabulary, sample builder, loader, model."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from worldvla.config import Config
 from worldvla.data.loader import Loader, store_statistics
 from worldvla.data.sample import SampleBuilder, prompt_texts
 from worldvla.data.store import TokenStore
+from worldvla.files import read_json
 from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import add_updates, refuse_updates
 from worldvla.model.pretrained import assign, check_fit, empty_model, header, read_tensor, weights_digest
@@ -64,7 +64,7 @@ def build(config: Config) -> Pieces:
     stores = [TokenStore.open(Path(path), image.digest()) for path in config.data.stores]
     if config.train.init_from:
         text = TextTokenizer.load(source / "text.json")
-        statistics = Statistics.from_json(json.loads((source / "statistics.json").read_text()))
+        statistics = Statistics.from_json(read_json(source / "statistics.json"))
     else:
         text = _text(config, stores)
         statistics = store_statistics(stores, config.data)

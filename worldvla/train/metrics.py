@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, Batch
+from worldvla.files import write_text
 from worldvla.model.transformer import Transformer
 from worldvla.progress import progress_bar
 from worldvla.train.loss import Loss, Targets
@@ -40,12 +41,9 @@ class Recorder:
             return
         from torch.utils.tensorboard import SummaryWriter  # one second: only where it is used
 
-        run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines if _step(line) <= start))
-        temporary.replace(path)
+        write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
         self._file = path.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -164,7 +162,3 @@ def motion_errors(guess_BUA: Tensor, truth_BUA: Tensor) -> dict[str, Tensor]:
     out["end_xyz_l1"] = (guess_BUA[..., :3].sum(1) - truth_BUA[..., :3].sum(1)).abs()
     out["gripper_accuracy"] = guess_BUA[..., -1].sign() == truth_BUA[..., -1].sign()
     return out
-
-
-def _step(line: str) -> int:
-    return int(json.loads(line)["step"])
