@@ -150,13 +150,13 @@ class Replay:
         from rich.console import Console
         from rich.progress import track
 
-        from worldvla.data.collect import replay
+        from worldvla.data.collect import rerun
 
         files = hdf5_files(self.paths)
         transform = _through_bins(files) if self.bins else (lambda actions: actions)
         outcomes = []
         for path in track(files, "replay", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-            outcomes += [success for _, success in replay(path, transform)]
+            outcomes += [done.success for done in rerun(path, transform)]
         if not all(outcomes) and not self.bins:
             from worldvla.data.regenerate import diagnose
 
@@ -213,7 +213,7 @@ class TrainTokenizer:
     seed: int = 0
 
     def run(self) -> int:
-        from worldvla.tokenizers.image_train import train_tokenizer
+        from worldvla.train.tokenizer import train_tokenizer
 
         minutes, steps = (None, self.steps) if self.steps else (self.minutes, None)
         files = hdf5_files(self.paths)
@@ -241,12 +241,13 @@ class Tokenize:
 
     def run(self) -> int:
         from worldvla.data.tokenize import tokenize
+        from worldvla.tokenizers.image import ImageTokenizer
 
         files = hdf5_files(self.paths)
         if self.regenerate:
             demos = self.out.with_name(self.out.name + ".demos")
             Regenerate(paths=tuple(files), out=demos, views=self.regenerate, workers=self.workers).run()
             files = hdf5_files([demos])
-        tokenize(files, self.tokenizer, self.out)
+        tokenize(files, ImageTokenizer.load(self.tokenizer), self.out)
         say(f"tokens: {self.out}   next: worldvla train RECIPE --data.stores {self.out}")
         return 0

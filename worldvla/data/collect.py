@@ -427,10 +427,3 @@ def rerun(
     finally:
         if env is not None:
             env.close()
-
-
-def replay(
-    path: Path, transform: Callable[[np.ndarray], np.ndarray] = lambda actions: actions
-) -> list[tuple[int, bool]]:
-    """Return (episode index, success) of each stored episode, re-executed as `rerun` does."""
-    return [(done.episode, done.success) for done in rerun(path, transform)]

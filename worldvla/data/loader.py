@@ -109,12 +109,6 @@ class Loader:
         """Return the number of held-out samples of one kind."""
         return len(self._val[mode])
 
-    def epoch(self, step: int, mode: Mode) -> float:
-        """Return how many times a stream has been seen before `step`."""
-        world = int(self._share * self.batch_size * step)
-        seen = world if mode == "world" else self.batch_size * step - world
-        return seen / max(1, self.num_train(mode))
-
     def sample(self, frame: int, mode: Mode) -> Sample:
         """Return the sample that starts at a frame (counted over all stores), unpadded."""
         frames = np.array([frame])

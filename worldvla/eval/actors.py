@@ -82,16 +82,7 @@ class ModelActor:
         return list(self._policy.act([q.observation for q in queries])[:, : self.execute])
 
     def identity(self) -> dict[str, Any]:
-        from worldvla.infer.load import weights_digest
-
-        manifest, quantize = self.model.manifest, self.model.quantize
-        return {
-            "name": self.model.config.name,
-            "path": str(self.model.path),
-            "step": manifest.get("step"),
-            "digest": weights_digest(self.model.path),
-            "parameters": self.model.transformer.num_parameters(),
-        } | ({"quantize": quantize} if quantize else {})
+        return self.model.identity()
 
 
 class ExpertActor:

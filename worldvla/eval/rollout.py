@@ -1,6 +1,6 @@
 """Episodes in parallel simulators, actions from one batched actor: `success | fail | error`, counted apart.
 
-    record = evaluate("out/train/tabletop", "tabletop_object", episodes=10, out_dir=Path("out/eval/object"))
+    record = run(ModelActor("out/train/tabletop"), "tabletop_object", out_dir=Path("out/eval/object"))
 
 Where simulation is cheap all environments are answered at once, in lockstep; where it is dear (LIBERO), each
 as soon as it asks. In both the record is a function of the arguments. An actor's chunk is executed open loop,
@@ -100,34 +100,6 @@ def _next(waiting: list[Job], task: sim.Task | None, taken: set[sim.Task | None]
     same = (i for i, job in enumerate(waiting) if job.task == task)
     free = (i for i, job in enumerate(waiting) if job.task not in taken)
     return waiting.pop(next(same, next(free, 0)))
-
-
-def evaluate(
-    checkpoint: Path | str,
-    suite: str,
-    episodes: int = 10,
-    *,
-    out_dir: Path,
-    seed: int = 0,
-    workers: int = 2,
-    execute: int | None = None,
-    device: str = "cpu",
-    head: str = "discrete",
-    **options: Any,
-) -> dict[str, Any]:
-    """Roll a checkpoint out; see `run`. `execute`: actions of each chunk that are executed (default: all);
-    `head`: the one that acts.
-    """
-    sim.suite(suite)
-    return run(
-        ModelActor(checkpoint, execute, device, head),
-        suite,
-        episodes,
-        out_dir=out_dir,
-        seed=seed,
-        workers=workers,
-        **options,
-    )
 
 
 def run(

@@ -120,7 +120,7 @@ def evaluate_world(
             section["clips"].append(row)
         sections.append(section)
     record: dict[str, Any] = {
-        "models": {name: _identity(model) for name, model in models.items()},
+        "models": {name: model.identity() for name, model in models.items()},
         "seed": seed,
         "protocol": {
             "start": "first frames of stored episodes" if shorter else "every horizon-th frame of an episode",
@@ -398,8 +398,3 @@ def fps(clip: Clip) -> float:
     """Return the control rate of the clip's simulator, Hz."""
     suite = clip.episode.suite
     return FPS[SUITES[suite].simulator] if suite in SUITES else FPS["libero"]
-
-
-def _identity(model: Model) -> dict[str, Any]:
-    step, digest = model.manifest.get("step"), weights_digest(model.path)
-    return {"name": model.config.name, "path": str(model.path), "step": step, "digest": digest}

@@ -67,6 +67,16 @@ class Model:
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 
+    def identity(self) -> dict[str, Any]:
+        """Return what a record names as its model."""
+        return {
+            "name": self.config.name,
+            "path": str(self.path),
+            "step": self.manifest.get("step"),
+            "digest": weights_digest(self.path),
+            "parameters": self.transformer.num_parameters(),
+        } | ({"quantize": self.quantize} if self.quantize else {})
+
     def policy(self, head: str = "discrete") -> "Policy":
         """Return what acts: by bins, or by the continuous head of a model that has one."""
         from worldvla.infer.policy import Policy
