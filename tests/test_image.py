@@ -160,7 +160,7 @@ def test_save_and_load_give_the_same_tokenizer(tmp_path):
     assert again.digest() != tokenizer.digest()
     config = json.loads((tmp_path / "tok/config.json").read_text())
     (tmp_path / "tok/config.json").write_text(json.dumps(config | {"num_codes": 32}))
-    with pytest.raises(ValueError, match=r"does not fit .*quantize\.embedding"):
+    with pytest.raises(ValueError, match=r"does not fit: .*quantize\.embedding"):
         ImageTokenizer.load(tmp_path / "tok")
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         ImageTokenizer.load(tmp_path)

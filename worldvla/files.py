@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and JSON.
+"""What lies on disk: files and folders that appear whole or not at all, JSON, tensors that fit, the commit.
 
 What is written stands under a scratch name of its own, so that two processes that write the same file never
 meet; a failure leaves nothing behind.
@@ -7,7 +7,8 @@ meet; a failure leaves nothing behind.
 import json
 import secrets
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,27 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} is damaged (no JSON object): restore it or download it again")
     return data
+
+
+def check_shapes(
+    where: Path | str, found: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]], fix: str
+) -> None:
+    """Raise ValueError, naming the first, unless `found` has the names and shapes of `own`."""
+    wrong = sorted(found.keys() ^ own.keys()) or sorted(n for n in own if tuple(found[n]) != tuple(own[n]))
+    if wrong:
+        there, here = (None if wrong[0] not in t else tuple(t[wrong[0]]) for t in (found, own))
+        raise ValueError(
+            f"{where} does not fit: {len(wrong)} tensors differ, first {wrong[0]} with shape {there}, "
+            f"expected {here}; {fix}"
+        )
+
+
+def commit() -> str | None:
+    """Return the git commit of the source, `+` after it with uncommitted changes; None without one."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    options: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "check": False}
+    head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+    changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout
+    return head + ("+" if changes else "") if head else None

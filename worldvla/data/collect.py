@@ -9,17 +9,16 @@ import importlib.metadata
 import json
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 
-from worldvla.data.episode import Episode, read_episodes, write_episodes
+from worldvla.data.episode import Episode, facts, read_episodes, write_episodes
 from worldvla.files import write_text
 from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
@@ -272,9 +271,7 @@ def collect(
     many were written and how many attempts failed. `make`, `expert` and `policy` must be importable by the
     workers.
     """
-    table = sim.tasks(suite)
-    if bad := [i for i in tasks if not 0 <= i < len(table)]:
-        raise ValueError(f"{suite} has tasks 0 to {len(table) - 1}, got {bad}")
+    chosen = choose(suite, sim.tasks(suite), tasks)
     if not 0 <= noise < 0.9 or episodes < 1 or workers < 1 or seed < 0:
         raise ValueError(
             "expected 0 <= noise < 0.9, episodes >= 1, workers >= 1 and seed >= 0, "
@@ -288,7 +285,6 @@ def collect(
         arguments["fast_render"] = True
         make = partial(make, fast_render=True)
     _guard(out_dir / "collect.json", arguments)
-    chosen = [t for t in table if not tasks or t.index in tasks]
     jobs = [
         _Job(t, out_dir / f".{t.name}.parts", views, seed, noise, make, expert, label, policy, execute)
         for t in chosen
@@ -305,6 +301,13 @@ def collect(
     finally:
         pool.shutdown(cancel_futures=True)
     return {task.name: _counts(_path(out_dir, task)) for task in chosen}
+
+
+def choose(suite: str, table: Sequence[sim.Task], indices: Sequence[int]) -> list[sim.Task]:
+    """Return the tasks with these indices, all where there are none; an unknown one raises ValueError."""
+    if bad := [i for i in indices if not 0 <= i < len(table)]:
+        raise ValueError(f"{suite} has tasks 0 to {len(table) - 1}, got {bad}")
+    return [task for task in table if not indices or task.index in indices]
 
 
 def _run(pool: ProcessPoolExecutor, jobs: list[_Job], episodes: int) -> Iterator[tuple[_Job, bool]]:
@@ -375,10 +378,8 @@ def _merge(out_dir: Path, job: _Job, arguments: dict[str, Any]) -> None:
 
 
 def _counts(path: Path) -> dict[str, int]:
-    with h5py.File(path) as file:
-        attrs: Any = file["data"].attrs
-        failed = json.loads(attrs["env_args"]).get("failed", 0)
-        return {"episodes": int(attrs["num_demos"]), "steps": int(attrs["total"]), "failed": failed}
+    told = facts(path)
+    return {"episodes": told["num_demos"], "steps": told["total"], "failed": told.get("failed", 0)}
 
 
 # -- replay ------------------------------------------------------------------------------

@@ -225,6 +225,14 @@ def count_episodes(path: Path) -> int:
         ) from None
 
 
+def facts(path: Path) -> dict[str, Any]:
+    """Return the `env_args` that a file of ours was written with, its num_demos and its total of steps."""
+    with h5py.File(path) as file:
+        attrs: Any = file["data"].attrs
+        counts = {name: int(attrs[name]) for name in ("num_demos", "total")}
+        return {**json.loads(attrs["env_args"]), **counts}
+
+
 def _provenance(path: Path, data: h5py.Group) -> dict[str, str]:
     """Return instruction, suite and task from a file's attributes or, without them, its name and folder."""
     task = path.stem.removesuffix("_demo")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from worldvla.data.collect import Views, record
-from worldvla.data.episode import Episode, count_episodes, read_episodes, write_episodes
+from worldvla.data.episode import Episode, count_episodes, facts, read_episodes, write_episodes
 from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
 
@@ -156,7 +156,7 @@ def _merge(path: Path, parts: Path, out: Path, make: Callable[..., Any]) -> None
     if not good:
         why = "; ".join(diagnose(path, make)) or "were they made with another version of the simulator?"
         raise ValueError(f"{path}: none of {lost} demonstrations succeeds again; {why}")
-    counts = {"lost": lost, "no_ops": sum(_told(part)["no_ops"] for part in good)}
+    counts = {"lost": lost, "no_ops": sum(facts(part)["no_ops"] for part in good)}
     found = (episode for part in good for episode in read_episodes(part))
     told = {"source": f"the actions of {path.name}, executed again", **counts}
     write_episodes(out, found, told)
@@ -191,18 +191,6 @@ def diagnose(path: Path, make: Callable[..., Any] = sim.make) -> list[str]:
     return found
 
 
-def _told(path: Path) -> dict[str, Any]:
-    import h5py
-
-    with h5py.File(path) as file:
-        attrs: Any = file["data"].attrs
-        return {
-            **json.loads(attrs["env_args"]),
-            "num_demos": int(attrs["num_demos"]),
-            "total": int(attrs["total"]),
-        }
-
-
 def _counts(path: Path) -> Counts:
-    told = _told(path)
+    told = facts(path)
     return Counts(told["num_demos"], told["lost"], told["total"], told["no_ops"])

@@ -5,12 +5,11 @@ run resumable.
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from worldvla.files import write_text
+from worldvla.files import commit, write_text
 from worldvla.sim.doctor import verdict, versions
 
 
@@ -38,25 +37,6 @@ def hardware() -> dict[str, Any]:
         "cores": cores,
         "gpus": gpus,
     }
-
-
-def commit() -> str | None:
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    head = _git(root, "rev-parse", "HEAD")
-    return (
-        head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "") if head else None
-    )
-
-
-def _git(root: Path, *words: str) -> str:
-    try:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    except OSError:  # there is no git here
-        return ""
 
 
 class Journal:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from worldvla.data.collect import choose
 from worldvla.eval.actors import Actor, ActorError, ModelActor, Query
 from worldvla.eval.record import Journal, provenance
 from worldvla.eval.stats import count
@@ -137,10 +138,7 @@ def run(
         )
     if workers < 1:
         raise ValueError(f"an evaluation needs at least one worker, got {workers}")
-    listed = list(sim.tasks(suite) if table is None else table)
-    if bad := [i for i in tasks if not 0 <= i < len(listed)]:
-        raise ValueError(f"{suite} has tasks 0 to {len(listed) - 1}, got {bad}")
-    listed = [task for task in listed if not tasks or task.index in tasks]
+    listed = choose(suite, sim.tasks(suite) if table is None else table, tasks)
     kind = sim.suite(suite)
     is_cheap = kind.simulator == "tabletop"
     views = (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from worldvla.config import Config, from_json
 from worldvla.data.sample import SampleBuilder
-from worldvla.files import read_json, whole_folder, write_json
+from worldvla.files import check_shapes, read_json, whole_folder, write_json
 from worldvla.infer.hub import fetch
 from worldvla.model.lora import merged
 from worldvla.model.pretrained import (
@@ -226,20 +226,10 @@ def _load_weights(
     `files`: whose names and shapes must be the model's; of the last one more may be there (low-rank updates).
     """
     path, apart = files
-    try:
-        tensors = header(path)[0]
-        found = header(apart)[0]
-    except ValueError as error:
-        raise ValueError(str(error).replace("download it again", "restore it")) from None
+    tensors, found = header(path)[0], header(apart)[0]
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors |= {name: shape for name, shape in found.items() if name in own}
-    wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n, shape in own.items() if shape != tensors[n])
-    if wrong:
-        shapes = [table.get(wrong[0]) for table in (tensors, own)]
-        raise ValueError(
-            f"{path} does not fit config.json and vocab.json: {len(wrong)} tensors differ, "
-            f"first {wrong[0]} with shape {shapes[0]}, expected {shapes[1]}; use files of one checkpoint"
-        )
+    check_shapes(path, tensors, own, "take config.json, vocab.json and weights of one checkpoint")
     plain: Form = "float32" if dtype == torch.float32 else "bfloat16"
     sizes = [num_bytes(s, form if form and is_block_matrix(n, s) else plain) for n, s in own.items()]
     needed, free = sum(sizes) + (max(sizes) if device == "cpu" else 0), available_memory(device)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from worldvla.config import LayoutConfig, ModelConfig
-from worldvla.files import read_json
+from worldvla.files import check_shapes, read_json
 from worldvla.model.quantize import Form, Packed
 from worldvla.model.transformer import Transformer
 from worldvla.vocab import Vocab
@@ -272,14 +272,8 @@ def header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 
 def check_fit(path: Path, own: Mapping[str, Tensor]) -> None:
     """Raise ValueError if the keys and shapes in a file's header are not those of `own`, naming the first."""
-    shapes, expected = header(path)[0], {name: tuple(tensor.shape) for name, tensor in own.items()}
-    wrong = sorted(set(expected) ^ set(shapes)) or sorted(n for n, s in expected.items() if s != shapes[n])
-    if wrong:
-        raise ValueError(
-            f"{path} does not fit the model: {len(wrong)} tensors differ, first {wrong[0]}, "
-            f"{shapes.get(wrong[0])} there and {expected.get(wrong[0])} here; use the model and layout of "
-            "its config.json"
-        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    check_shapes(path, header(path)[0], shapes, "use the model and layout of its config.json")
 
 
 def weights_digest(path: Path) -> str:

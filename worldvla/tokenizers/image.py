@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from worldvla.config import ImageTokenizerConfig, from_json, to_json
-from worldvla.files import read_json, whole_file, write_json
+from worldvla.files import check_shapes, read_json, whole_file, write_json
 
 
 def to_pixels(images_BYXC: UInt8[Tensor, "B Y X 3"]) -> Float[Tensor, "B 3 Y X"]:
@@ -318,16 +318,8 @@ class ImageTokenizer(nn.Module):
         state = load_file(directory / "model.safetensors")
         if not any(name.startswith("decoder.") for name in state):
             tokenizer.decoder = None
-        own = tokenizer.state_dict()
-        wrong = [
-            name
-            for name in own.keys() | state.keys()
-            if name not in own or name not in state or own[name].shape != state[name].shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"{directory}: model.safetensors does not fit config.json, for example {sorted(wrong)[:3]}"
-            )
+        shapes = ({name: t.shape for name, t in table.items()} for table in (state, tokenizer.state_dict()))
+        check_shapes(directory / "model.safetensors", *shapes, "restore the one that config.json belongs to")
         tokenizer.load_state_dict(state)
         return tokenizer.eval().requires_grad_(False)
 

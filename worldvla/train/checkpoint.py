@@ -12,8 +12,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from worldvla.config import Config, to_json
-from worldvla.files import whole_folder, write_json
+from worldvla.files import commit, whole_folder, write_json
 from worldvla.model.lora import trained
 from worldvla.model.pretrained import check_fit
 from worldvla.train.build import Pieces
@@ -109,16 +109,11 @@ def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
 
 def provenance() -> dict[str, Any]:
     """Return the git commit of the source (None outside a repository) and package versions."""
-    root = Path(__file__).parents[2]
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return {"git_commit": run.stdout.strip() or None, "versions": versions}
+    return {"git_commit": commit(), "versions": versions}
 
 
 def check_config(run_dir: Path, config: Config) -> None:
