@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's tables at pilot size: ablation (Table 3), history, resolution, world model (Table 2), chunk length. Two suites, two seeds,
-# 14 rows; `worldvla config pilot_ROW` prints one. Hardware: two CPU cores, at most half an hour to train a row and seed (longer with
-# history), about 15 hours in all. Run it again after a stop: what is done is skipped, what is half done goes on.
+# 15 rows; `worldvla config pilot_ROW` prints one. Hardware: two CPU cores, about ten minutes to train a row and seed (longer with
+# history), about six hours in all. Run it again after a stop: what is done is skipped, what is half done goes on.
 # ROWS="action full" SEEDS=0 runs/tables.sh does a part; the rows are in order of importance.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 OUT=out/tables
 RESULTS=${RESULTS:-results/tables}
 SUITES="tabletop_object tabletop_goal"
-ROWS=${ROWS:-"action action_world chunk_causal chunk full world world_no_action history2 history4 low chunk10_causal chunk10 chunk2_causal chunk2"}
+ROWS=${ROWS:-"action action_world chunk_causal chunk full world world_no_action history2 history4 low head chunk10_causal chunk10 chunk2_causal chunk2"}
 SEEDS=${SEEDS:-"0 1"}
 PYTHON=${PYTHON:-.venv/bin/python}
 worldvla() { "$PYTHON" -m worldvla "$@"; }
@@ -34,6 +34,12 @@ done
 # 50 steps: only some episodes of tabletop_long are that long. Its tasks are none that the rows train on.
 worldvla collect tabletop_long --out $OUT/held_out_long --episodes 15 --seed 9 --workers "$(nproc)"
 
+evaluate() {  # run, head, directory: initial states 10..19, every action of a chunk executed, as the paper does
+    for suite in $SUITES; do
+        worldvla eval "$1" --suite "$suite" --first 10 --episodes 10 --head "$2" --videos 0 --out "$3/$suite"
+    done
+}
+
 set -- $ROWS
 total=$(($# * $(wc -w <<< "$SEEDS"))) at=0 started=$SECONDS trained=0
 for seed in $SEEDS; do
@@ -41,16 +47,15 @@ for seed in $SEEDS; do
         run=$OUT/run_${row}_$seed result=$RESULTS/${row}_$seed
         at=$((at + 1))
         [ ! -e "$result/train.json" ] || continue    # written last: this row is whole
-        left=$((trained ? (SECONDS - started) * (total - at + 1) / trained / 60 : (total - at + 1) * 33))
+        left=$((trained ? (SECONDS - started) * (total - at + 1) / trained / 60 : (total - at + 1) * 12))
         echo "== row $at of $total: $row, seed $seed; about $left minutes left =="
         OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m worldvla \
             train "pilot_$row" --out "$run" --train.seed "$seed" --train.num-threads 1 --train.compile
         trained=$((trained + 1))
         case $row in world*) ;; *)
-            for suite in $SUITES; do    # initial states 10..19, every action of a chunk executed, as the paper does
-                worldvla eval "$run" --suite "$suite" --first 10 --episodes 10 --videos 0 --out "$result/$suite"
-            done
+            evaluate "$run" discrete "$result"
         esac
+        [ "$row" != head ] || evaluate "$run" continuous "$RESULTS/head_continuous_$seed"
         "$PYTHON" -c "import sys; from worldvla.eval.tables import train_record; train_record(*sys.argv[1:])" "$run" "$result"
     done
 done

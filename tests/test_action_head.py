@@ -134,7 +134,7 @@ def test_accumulation_divides_by_all_actions(root: Path, tmp_path: Path, supervi
     for batches in ([whole], uneven):
         values = trainer.backward(batches)
         results.append((values, [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]))
-        trainer.optimizer.zero_grad()
+        trainer.optimizers[0].zero_grad()
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0][1], results[1][1], strict=True))
 

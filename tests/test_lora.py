@@ -62,7 +62,7 @@ def test_updates_are_trained_alone_stored_alone_and_merged(root: Path, tmp_path:
     assert len(stored) == 2 * 7 * 2 + 1
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, before[name]) == (name not in stored), name
-    optimised = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    optimised = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert optimised == {id(p) for p in trainer.model.parameters() if p.requires_grad}
     assert len(optimised) == len(stored)
 

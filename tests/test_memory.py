@@ -53,7 +53,7 @@ def test_a_training_step_holds_what_is_counted(root: Path, tmp_path: Path, lora:
     trainer.step(trainer._batches(0))
     trainer.backward(trainer._batches(1))
     model, counted = trainer.model, memory.training(config, trainer.pieces.vocab.size)
-    moments = [v for state in trainer.optimizer.state.values() for k, v in state.items() if k != "step"]
+    moments = [v for state in trainer.optimizers[0].state.values() for k, v in state.items() if k != "step"]
     real = {
         "weights": allocated([*model.parameters(), *model.buffers()]),
         "gradients": allocated(p.grad for p in model.parameters()),

@@ -22,7 +22,7 @@ from worldvla.infer.policy import SEEN
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train.build import build, build_model
 from worldvla.train.checkpoint import save
-from worldvla.train.optim import build_optimizer
+from worldvla.train.optim import build_optimizers
 
 Observation = dict[str, Any]
 
@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pieces = build(tiny_config(root))
     model = build_model(pieces)
     path = root / "run" / "ckpt" / "step_7"
-    save(path, pieces, model, build_optimizer(model, pieces.config.optim), {"step": 7})
+    save(path, pieces, model, build_optimizers(model, pieces.config.optim), {"step": 7})
     return path
 
 

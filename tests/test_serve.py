@@ -36,7 +36,7 @@ from worldvla.serve.protocol import IMAGE_KEYS, MAX_BYTES, PROMPT_KEY, STATE_KEY
 from worldvla.serve.server import serve_checkpoint
 from worldvla.train.build import build, build_model
 from worldvla.train.checkpoint import save
-from worldvla.train.optim import build_optimizer
+from worldvla.train.optim import build_optimizers
 
 
 @contextmanager
@@ -439,7 +439,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny(root)
     pieces = build(tiny_config(root))
     model = build_model(pieces)
-    save(root / "step_7", pieces, model, build_optimizer(model, pieces.config.optim), {"step": 7})
+    save(root / "step_7", pieces, model, build_optimizers(model, pieces.config.optim), {"step": 7})
     return root / "step_7"
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from worldvla.config import Config, OptimConfig, from_json
 from worldvla.train import checkpoint, loop
 from worldvla.train.build import build
 from worldvla.train.loop import Trainer, train
-from worldvla.train.optim import build_optimizer, learning_rate
+from worldvla.train.optim import build_optimizers, learning_rate
 
 GOLDEN = Path(__file__).parent / "golden" / "loss.txt"
 
@@ -47,11 +48,13 @@ def assert_same_state(a: Path, b: Path) -> None:
         assert all(torch.equal(left[key], right[key]) for key in left), name
 
 
+@pytest.mark.parametrize("method", ["adamw", "muon"])
 def test_stop_and_resume_is_bit_identical(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Literal["adamw", "muon"]
 ) -> None:
     config = tiny_config(root, accumulation=2)
     config = replace(config, model=replace(config.model, dropout=0.1))
+    config = replace(config, optim=replace(config.optim, method=method))
     whole = train(config, tmp_path / "whole")
     assert whole.is_finished
     assert whole.step == 8
@@ -199,7 +202,7 @@ def test_accumulation_equals_one_big_batch(root: Path, tmp_path: Path) -> None:
         results.append(
             (values, {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
         )
-        trainer.optimizer.zero_grad()
+        trainer.optimizers[0].zero_grad()
     expected_values, expected = results[0]
     for values, gradients in results[1:]:
         assert values == pytest.approx(expected_values, rel=1e-5)
@@ -224,12 +227,25 @@ def test_learning_rate_warms_up_and_ends_at_its_minimum() -> None:
 
 def test_embeddings_and_norms_do_not_decay(root: Path, tmp_path: Path) -> None:
     model = Trainer(build(tiny_config(root)), tmp_path / "run").model
-    decayed, others = build_optimizer(model, OptimConfig(weight_decay=0.1)).param_groups
+    (adamw,) = build_optimizers(model, OptimConfig(weight_decay=0.1))
+    decayed, others = adamw.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in others["params"]} == {
         n for n in names.values() if "norm" in n or "embed" in n
     }
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+def test_muon_takes_the_linear_layers_of_the_blocks_and_adamw_the_rest(root: Path, tmp_path: Path) -> None:
+    model = Trainer(build(tiny_config(root)), tmp_path / "run").model
+    adamw, muon = build_optimizers(model, OptimConfig(method="muon"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [
+        {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in (adamw, muon)
+    ]
+    assert found[1] == {n for n in names.values() if n.startswith("layers.") and "norm" not in n}
+    assert found[0] == set(names.values()) - found[1]
 
 
 def test_losses_of_twenty_steps_are_golden(root: Path, tmp_path: Path) -> None:

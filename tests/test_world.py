@@ -34,7 +34,7 @@ from worldvla.infer.imagine import World
 from worldvla.infer.load import load
 from worldvla.train.build import build, build_model
 from worldvla.train.checkpoint import save
-from worldvla.train.optim import build_optimizer
+from worldvla.train.optim import build_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path / "run" / "ckpt" / "step_0",
         pieces,
         model,
-        build_optimizer(model, pieces.config.optim),
+        build_optimizers(model, pieces.config.optim),
         {"step": 0},
     )
     rng = np.random.default_rng(1)

@@ -137,9 +137,17 @@ def markdown(records: Records) -> str:
         named=of_suites,
         paired=partial(paired, records),
         sentence=sentence,
+        queries=partial(_queries, records),
         imagined=partial(_imagined, records),
         bench=partial(_bench, records),
     )
+
+
+def _queries(records: Records, row: str) -> str:
+    """Return how many queries a second the policy answered while it was evaluated, image to actions."""
+    found = [records.all[name] for name in of_row(row) if name in records.all]
+    queries = sum(-(-o["steps"] // r["protocol"]["executed"]) for r in found for o in r["outcomes"])
+    return f"{queries / sum(r['policy_seconds'] for r in found):.0f}" if found else "not run"
 
 
 def _imagined(records: Records, name: str, model: str) -> str:

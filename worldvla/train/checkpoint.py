@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -31,12 +31,14 @@ from worldvla.train.build import Pieces
 
 _PACKAGES = ("worldvla", "torch", "numpy", "tokenizers", "safetensors")
 _RNG = "random_state"
+_ADAMW = ("exp_avg", "exp_avg_sq", "step")
 _FREE = ("num_threads", "log_every", "eval_every", "num_eval_batches", "save_every", "compile")
 """Fields of TrainConfig that may change between the parts of a run."""
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
 def save(
-    path: Path, pieces: Pieces, model: nn.Module, optimizer: torch.optim.Optimizer, trainer: Mapping[str, Any]
+    path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers, trainer: Mapping[str, Any]
 ) -> None:
     """Write the checkpoint directory `path`; on any failure nothing of it is left and OSError says why.
 
@@ -51,7 +53,7 @@ def save(
             shutil.copytree(pieces.config.tokenizer, scratch / "image_tokenizer")
             weights = {name: tensor.contiguous() for name, tensor in trained(model).items()}
             save_file(weights, scratch / "model.safetensors")
-            save_file(_optimizer_tensors(model, optimizer), scratch / "trainer.safetensors")
+            save_file(_optimizer_tensors(model, optimizers), scratch / "trainer.safetensors")
             write_json(scratch / "trainer.json", dict(trainer))
             manifest = {**pieces.digests(), **provenance(), "step": trainer["step"]}
             write_json(scratch / "manifest.json", manifest)
@@ -65,7 +67,7 @@ def save(
         ) from error
 
 
-def resume(path: Path, pieces: Pieces, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def resume(path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
     """Load weights, optimiser and random state; return the loop's own state. Other data raises ValueError."""
     manifest = json.loads((path / "manifest.json").read_text())
     for name, digest in pieces.digests().items():
@@ -78,12 +80,11 @@ def resume(path: Path, pieces: Pieces, model: nn.Module, optimizer: torch.optim.
     tensors = load_file(path / "trainer.safetensors")
     torch.set_rng_state(tensors.pop(_RNG))
     names = {id(p): name for name, p in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                stored = tensors[f"{key}.{names[id(parameter)]}"]
-                state[key] = stored.to(parameter.device) if key != "step" or parameter.is_cuda else stored
+    for optimizer in optimizers:
+        keys = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else _ADAMW
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            stored = {key: tensors[f"{key}.{names[id(parameter)]}"] for key in keys}
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in stored.items()}
     return json.loads((path / "trainer.json").read_text())
 
 
@@ -137,10 +138,10 @@ def check_config(run_dir: Path, config: Config) -> None:
         write_json(path, to_json(config))
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {_RNG: torch.get_rng_state()}
-    for parameter, state in optimizer.state.items():
+    for parameter, state in (item for optimizer in optimizers for item in optimizer.state.items()):
         for key, value in state.items():
             tensors[f"{key}.{names[id(parameter)]}"] = value.detach().contiguous()
     return tensors

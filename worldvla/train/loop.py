@@ -30,7 +30,7 @@ from worldvla.train import checkpoint, dist
 from worldvla.train.build import Pieces, action_scale, build, build_model
 from worldvla.train.loss import Loss, Targets
 from worldvla.train.metrics import KINDS, Forward, Recorder, validate
-from worldvla.train.optim import build_optimizer, learning_rate
+from worldvla.train.optim import build_optimizers, learning_rate
 
 NUM_KEPT = 2
 """Newest checkpoints that stay; the best one by validation loss stays too."""
@@ -79,11 +79,11 @@ class Trainer:
             torch.set_num_threads(config.num_threads)
         torch.manual_seed(config.seed)
         self.model = build_model(pieces).to(self.device)
-        self.optimizer = build_optimizer(self.model, self.config.optim)
+        self.optimizers = build_optimizers(self.model, self.config.optim)
         self.loss = Loss(self.config.loss, pieces.vocab)
         self.state = State()
         if (path := checkpoint.latest(run_dir)) is not None:
-            self.state = State(**checkpoint.resume(path, pieces, self.model, self.optimizer))
+            self.state = State(**checkpoint.resume(path, pieces, self.model, self.optimizers))
         hidden, head = torch.compile(self.model) if config.compile else self.model, self.model.action_head
         if config.compile and head is not None:
             head.compile()
@@ -133,10 +133,11 @@ class Trainer:
                 f"{rate:.3g}; expected finite numbers: lower optim.learning_rate or optim.clip and start a "
                 f"new run directory from {checkpoint.latest(self.run_dir)} by train.init_from"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return {**values, "gradient_norm": norm, "learning_rate": rate}
 
     def backward(self, batches: list[Batch]) -> dict[str, float]:
@@ -172,7 +173,7 @@ class Trainer:
             path.exists() or dist.rank() > 0
         ):  # an interrupt right after a save, or a finished run started again
             return path
-        checkpoint.save(path, self.pieces, self.model, self.optimizer, vars(self.state))
+        checkpoint.save(path, self.pieces, self.model, self.optimizers, vars(self.state))
         checkpoint.prune(self.run_dir, NUM_KEPT, self.state.best_step)
         return path
 

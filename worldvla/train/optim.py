@@ -1,4 +1,4 @@
-"""OptimConfig -> AdamW and the learning rate of each step."""
+"""OptimConfig -> the optimisers, each over its own parameters, and the learning rate of each step."""
 
 import math
 
@@ -8,17 +8,30 @@ from torch import nn
 from worldvla.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return a fused AdamW; embeddings, norms and everything else of one dimension do not decay."""
+def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """Return a fused AdamW of all trained parameters; or, with `method` muon, a Muon of the linear layers
+    inside the transformer and an AdamW of the rest.
+
+    Embeddings, norms and everything else of one dimension do not decay. Muon's update is scaled to the size
+    of AdamW's (arXiv 2502.16982), so one learning rate serves both.
+    """
+    inner = (m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "head")
+    inner = {id(weight) for weight in inner if config.method == "muon"}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
-    others = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
+    hidden = [p for p in parameters if id(p) in inner]
+    outer = [p for p in parameters if id(p) not in inner]
+    decayed = [p for p in outer if p.ndim >= 2 and id(p) not in embeddings]
+    others = [p for p in outer if p.ndim < 2 or id(p) in embeddings]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    rate, decay = config.learning_rate, config.weight_decay
+    adamw = torch.optim.AdamW(groups, lr=rate, betas=config.betas, fused=True)
+    if not hidden:
+        return [adamw]
+    return [adamw, torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
