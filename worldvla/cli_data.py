@@ -75,12 +75,6 @@ def _act(checkpoint: str) -> Callable[[Any], Any]:
     return load(checkpoint).policy().act
 
 
-def _weights(checkpoint: Path) -> str:
-    from worldvla.infer.load import find_checkpoint, weights_digest
-
-    return weights_digest(find_checkpoint(checkpoint))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Collect:
     """Write successful episodes of the scripted expert as HDF5, one file a task; keep what exists."""
@@ -118,21 +112,14 @@ class Collect:
         from worldvla.data.collect import collect
 
         out = self.out or Path("out/demos") / self.suite
-        collect(
-            self.suite,
-            out,
-            episodes=self.episodes,
-            views=_views(self.views),
-            seed=self.seed,
-            workers=self.workers,
-            noise=self.noise,
-            label=self.label,
-            policy=partial(_act, str(self.policy)) if self.policy else None,
-            policy_name=_weights(self.policy) if self.policy else "",
-            execute=self.execute,
-            fast_render=self.fast_render,
-            tasks=self.tasks,
-        )
+        options = {name: value for name, value in vars(self).items() if name not in ("suite", "out")}
+        options["views"] = _views(self.views)
+        if self.policy is not None:
+            from worldvla.infer.load import find_checkpoint, weights_digest
+
+            options["policy"] = partial(_act, str(self.policy))
+            options["policy_name"] = weights_digest(find_checkpoint(self.policy))
+        collect(self.suite, out, **options)
         say(f"demonstrations: {out}   next: worldvla replay {out}")
         return 0
 

@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -42,7 +42,7 @@ class Serve:
     def run(self) -> int:
         from worldvla.serve.server import serve_checkpoint
 
-        options = vars(self) | {"api_key": key(self.api_key)}
+        options: dict[str, Any] = vars(self) | {"api_key": key(self.api_key)}
         serve_checkpoint(
             **options,
             on_start=lambda at: say(f"serving at {at}   next: worldvla eval websocket://{at} --suite SUITE"),

@@ -6,6 +6,7 @@ without the stop, for any number of workers. Workers never import torch.
 """
 
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import shutil
@@ -204,28 +205,41 @@ class _Job:
 
 LoadPolicy = Callable[[], Callable[[dict[str, Any]], np.ndarray]]
 """Importable by a worker; returns what `Driven.act` is, loaded once a process."""
-_kept: dict[tuple[Any, ...], Any] = {}
-"""This process's last environment and its scout; LIBERO's cost seconds to make."""
+_kept: dict[str, tuple[Any, ...]] = {}
+"""This process's last environments; LIBERO's cost seconds to make."""
 
 
-def _environments(job: _Job) -> tuple[Any, Any]:
-    """Return the environment and, for labels, its scout."""
-    key = (str(job.make), job.task, json.dumps(job.views), bool(job.label))
-    if key not in _kept:
-        for old in _kept.values():
-            for env in filter(None, old):
-                env.close()
+def kept(key: Any, make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Return the environments that `make` made for this key the last time; those of another key are closed."""
+    if str(key) not in _kept:
+        for env in filter(None, itertools.chain(*_kept.values())):
+            env.close()
         _kept.clear()
-        scout = job.make(job.task, {}) if job.label else None
-        if scout is not None:
-            scout.reset(options={"init": 0})
-        _kept[key] = job.make(job.task, job.views), scout
-    return _kept[key]
+        _kept[str(key)] = make()
+    return _kept[str(key)]
+
+
+def task_of(episode: Episode) -> sim.Task:
+    """Return the task that an episode is a demonstration of; an unknown one raises ValueError."""
+    known = {task.name: task for task in sim.tasks(episode.suite)}
+    if episode.task not in known:
+        raise ValueError(
+            f"{episode.suite} has no task {episode.task!r}, of which there are demonstrations; it has "
+            f"{', '.join(known)}: name file and folder as LIBERO does, or collect again"
+        )
+    return known[episode.task]
 
 
 def _attempt(job: _Job, attempt: int) -> bool:
     """Run one attempt; leave its episode, or an empty `.failed` file, in the parts. Return its success."""
-    env, scout = _environments(job)
+
+    def make() -> tuple[Any, ...]:
+        scout = job.make(job.task, {}) if job.label else None
+        if scout is not None:
+            scout.reset(options={"init": 0})
+        return job.make(job.task, job.views), scout
+
+    env, scout = kept((job.make, job.task, job.views, bool(job.label)), make)
     init = FIRST_INIT + job.seed * INITS_PER_SEED + attempt
     rng = np.random.default_rng([job.seed, job.task.index, init])
     label = Labeller(scout, job.expert(scout), job.label) if scout is not None else None
@@ -407,13 +421,9 @@ def rerun(
     env: Any = None
     try:
         for i, episode in enumerate(read_episodes(Path(path), images=False)):
-            known = {t.name: t for t in sim.tasks(episode.suite)}
-            if episode.task not in known:
-                raise ValueError(
-                    f"{path}: {episode.suite} has no task {episode.task!r}; collected by another version?"
-                )
-            if env is None or env.task != known[episode.task]:
-                env = make(known[episode.task], {})
+            task = task_of(episode)
+            if env is None or env.task != task:
+                env = make(task, {})
             env.reset(options={"init": max(episode.init, 0)})
             # Setting a state costs the solver's warm start, hence the last bits; reset does not.
             if not np.array_equal(env.get_state(), episode.sim_states[0]):

@@ -6,7 +6,6 @@ succeeds, and both are counted. Stopped, the same command goes on. Workers never
 """
 
 import itertools
-import json
 import multiprocessing
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from worldvla.data.collect import Views, record
+from worldvla.data.collect import Views, kept, record, task_of
 from worldvla.data.episode import Episode, count_episodes, facts, read_episodes, write_episodes
 from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
@@ -114,24 +113,9 @@ def regenerate(
     return {path.name: _counts(out_dir / path.name) for path in files}
 
 
-_kept: dict[str, Any] = {}
-"""This process's last environment."""
-
-
 def _environment(episode: Episode, views: Views, make: Callable[..., Any]) -> Any:
-    key = json.dumps([episode.suite, episode.task, views])
-    if key not in _kept:
-        for old in _kept.values():
-            old.close()
-        _kept.clear()
-        known = {task.name: task for task in sim.tasks(episode.suite)}
-        if episode.task not in known:
-            raise ValueError(
-                f"{episode.suite} has no task {episode.task!r}, of which there are demonstrations; it has "
-                f"{', '.join(known)}: name file and folder as LIBERO does"
-            )
-        _kept[key] = make(known[episode.task], views)
-    return _kept[key]
+    task = task_of(episode)
+    return kept((make, task, views), lambda: (make(task, views),))[0]
 
 
 def _one(

@@ -85,34 +85,43 @@ class ModelActor:
         return self.model.identity()
 
 
-class ExpertActor:
-    """The scripted expert, which sees the simulator's state: what the suite allows at best."""
+class Blind:
+    """An actor that sees no pictures, one query at a time; `_choose` answers it."""
 
-    name, history, execute = "expert", 1, CHUNK
+    name, history, execute = "blind", 1, CHUNK
 
     def __init__(self) -> None:
         self.views: dict[str, tuple[int, int]] = {}
 
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
-        return [None for _ in queries]
+        return [self._choose(query) for query in queries]
 
     def identity(self) -> dict[str, Any]:
         return {"name": self.name}
 
+    def _choose(self, query: Query) -> np.ndarray | None:
+        raise NotImplementedError
 
-class RandomActor:
+
+class ExpertActor(Blind):
+    """The scripted expert, which sees the simulator's state: what the suite allows at best."""
+
+    name = "expert"
+
+    def _choose(self, query: Query) -> np.ndarray | None:  # noqa: ARG002
+        return None
+
+
+class RandomActor(Blind):
     """Uniform actions, a function of (seed, task, initial state, step)."""
 
-    name, history, execute = "random", 1, CHUNK
+    name = "random"
 
     def __init__(self, seed: int = 0) -> None:
-        self.views: dict[str, tuple[int, int]] = {}
+        super().__init__()
         self.seed = seed
 
-    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
-        return [self._draw(q) for q in queries]
-
-    def _draw(self, query: Query) -> np.ndarray:
+    def _choose(self, query: Query) -> np.ndarray:
         rng = np.random.default_rng([self.seed, query.task.index, query.init, query.step])
         return rng.uniform(-1, 1, (self.execute, NUM_ACTION_DIMS)).astype(np.float32)
 
@@ -120,15 +129,15 @@ class RandomActor:
         return {"name": self.name, "seed": self.seed}
 
 
-class BlindActor:
+class BlindActor(Blind):
     """The mean trajectory of each task's demonstrations, executed whatever happens: what can be had without
     looking.
     """
 
-    name, history, execute = "blind replay", 1, CHUNK
+    name = "blind replay"
 
     def __init__(self, trajectories: Mapping[str, np.ndarray], source: str = "") -> None:
-        self.views: dict[str, tuple[int, int]] = {}
+        super().__init__()
         self.trajectories, self.source = dict(trajectories), source
 
     @classmethod
@@ -147,10 +156,7 @@ class BlindActor:
             )
         return cls(trajectories, str(directory))
 
-    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
-        return [self._take(q) for q in queries]
-
-    def _take(self, query: Query) -> np.ndarray:
+    def _choose(self, query: Query) -> np.ndarray:
         if query.task.name not in self.trajectories:
             raise ValueError(
                 f"no demonstrations of task {query.task.name!r} in {self.source}: collect the whole suite"

@@ -141,11 +141,8 @@ def run(
     listed = choose(suite, sim.tasks(suite) if table is None else table, tasks)
     kind = sim.suite(suite)
     is_cheap = kind.simulator == "tabletop"
-    views = (
-        actor.views or ({"agentview": (64, 64)} if is_cheap else {"agentview": (128, 128)})
-        if videos
-        else actor.views
-    )
+    side = 64 if is_cheap else 128
+    views = actor.views or ({"agentview": (side, side)} if videos else {})
     settings = Settings(
         partial(make, fast_render=True) if fast_render else make,
         views,
@@ -182,20 +179,11 @@ def run(
         )
 
         def on_end(job: Job, report: Report, seconds: float, film: list[dict[str, np.ndarray]]) -> None:
-            outcome = {
-                "task": job.task.index,
-                "init": job.init,
-                "status": report.status,
-                "grasped": report.grasped,
-            }
-            outcome |= {
-                "steps": report.steps,
-                "reason": report.reason,
-                "seconds": round(seconds, 2),
-                "simulation_seconds": round(report.simulation_s, 2),
-                "policy_seconds": round(report.policy_s, 2),
-                "video": "",
-            }
+            outcome: dict[str, Any] = {"task": job.task.index, "init": job.init}
+            outcome |= {name: getattr(report, name) for name in ("status", "grasped", "steps", "reason")}
+            outcome["seconds"] = round(seconds, 2)
+            outcome["simulation_seconds"] = round(report.simulation_s, 2)
+            outcome |= {"policy_seconds": round(report.policy_s, 2), "video": ""}
             if report.trace:
                 outcome["trace"] = f"errors/{job.task.index:02d}_{job.init:02d}.txt"
                 write_text(Path(out_dir) / outcome["trace"], report.trace)

@@ -105,12 +105,7 @@ def load(
             f"{path} is no complete checkpoint: {', '.join(missing)} missing; save or copy it again"
         )
     config = from_json(Config, read_json(path / "config.json"), str(path / "config.json"))
-    try:
-        vocab = Vocab(**read_json(path / "vocab.json"))
-    except TypeError as error:
-        raise ValueError(
-            f"{path}/vocab.json is no id table ({error}): take the one it was trained with"
-        ) from None
+    vocab = from_json(Vocab, read_json(path / "vocab.json"), f"{path}/vocab.json")
     statistics = Statistics.from_json(read_json(path / "statistics.json"))
     text = TextTokenizer.load(path / "text.json")
     image = ImageTokenizer.load(path / "image_tokenizer")
