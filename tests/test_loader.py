@@ -206,7 +206,7 @@ def test_the_split_is_stable_and_never_empty(stores: list[TokenStore]):
 
 
 def test_no_validation_raises(stores: list[TokenStore]):
-    with pytest.raises(ValueError, match="no policy sample is held out"):
+    with pytest.raises(ValueError, match="holds out no policy sample"):
         make(stores, replace(DATA, val_fraction=0.0)).val_batch(0, "policy")
 
 

@@ -135,7 +135,7 @@ class Eval:
             self.checkpoint in ("random", "expert", "blind") or "://" in self.checkpoint
         ):
             raise ValueError(
-                f"--head is for a checkpoint, not for {self.checkpoint}; of a server: serve --head"
+                f"--head is of a checkpoint, not for {self.checkpoint}; of a server: serve --head"
             )
         if self.checkpoint == "random":
             return RandomActor(self.seed)
@@ -256,9 +256,7 @@ def _parse(verb: str, args: list[str]) -> Any:
     if verb not in VERBS:
         known = [*VERBS, *TOOLS]
         near = difflib.get_close_matches(verb, known, n=3, cutoff=0.4) or known
-        raise ValueError(
-            f"unknown verb {verb!r}; did you mean {', '.join(near)}? `worldvla --help` lists them"
-        )
+        raise ValueError(f"unknown verb {verb!r}; did you mean {', '.join(near)}? See `worldvla --help`")
     cls = VERBS[verb]
     if verb == "train-tokenizer":
         from worldvla.train.tokenizer import TABLETOP

@@ -27,9 +27,7 @@ def _views(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
         name, _, size = text.partition("=")
         rows, _, cols = size.partition("x")
         if not (name and rows.isdigit() and cols.isdigit()):
-            raise ValueError(
-                f"bad view {text!r}: expected NAME=ROWSxCOLUMNS in pixels, for example agentview=64x64"
-            )
+            raise ValueError(f"bad view {text!r}: expected NAME=ROWSxCOLUMNS, such as agentview=64x64")
         views[name] = (int(rows), int(cols))
     return views
 

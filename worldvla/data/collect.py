@@ -78,8 +78,7 @@ class Driven:
 
 @dataclass
 class Labeller:
-    """Ask the expert what it does in the next `chunk` steps, in a second simulator set to the first one's
-    state."""
+    """Ask the expert what it does in the next `chunk` steps, in a second simulator set to that state."""
 
     scout: Any
     """An environment of the same task that renders nothing."""

@@ -82,9 +82,7 @@ class Episode:
                     f"got {array.dtype} {' x '.join(map(str, array.shape))}"
                 )
             if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
-                raise ValueError(
-                    f"episode of {self.task}: {name} holds NaN or infinity at step {_first_bad(array)}"
-                )
+                raise ValueError(f"episode of {self.task}: {name} is not finite at step {_first_bad(array)}")
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -189,21 +187,15 @@ def read_episodes(path: Path, images: bool = True) -> Iterator[Episode]:
         raise FileNotFoundError(f"no {path}: expected an HDF5 file of demonstrations") from None
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is truncated or no HDF5 file ({reason}): collect or download it again"
-        ) from None
+        raise ValueError(f"{path} is truncated or no HDF5 file ({reason}): make it again") from None
     with file:
         data = file.get("data")
         if not isinstance(data, h5py.Group):
-            raise ValueError(
-                f"{path} has no group 'data', only {sorted(file)}: expected LIBERO's HDF5 layout"
-            )
+            raise ValueError(f"{path} has no group 'data', only {sorted(file)}: expected LIBERO's layout")
         names = [str(name) for name in data if re.fullmatch(r"demo_\d+", str(name))]
         names.sort(key=lambda name: int(name.removeprefix("demo_")))
         if not names:
-            raise ValueError(
-                f"{path} holds no demonstrations (data/demo_0, ...): collect or download it again"
-            )
+            raise ValueError(f"{path} holds no demonstrations (data/demo_0, ...): make it again")
         told = _provenance(path, data)
         for name in names:
             try:

@@ -95,9 +95,7 @@ class Loader:
         """Return the i-th validation batch of one kind; past the last sample it wraps around."""
         positions = self._val[mode]
         if not len(positions):
-            raise ValueError(
-                f"no {mode} sample is held out: raise data.val_fraction {self.data.val_fraction}"
-            )
+            raise ValueError(f"data.val_fraction {self.data.val_fraction} holds out no {mode} sample: raise it")
         chosen = positions[np.arange(i * self.batch_size, (i + 1) * self.batch_size) % len(positions)]
         return self._assemble(chosen, chosen[:0]) if mode == "policy" else self._assemble(chosen[:0], chosen)
 
@@ -186,9 +184,7 @@ class Loader:
             len(t) for t in [self._world_template, *(t for ts in self._policy_templates for t in ts)]
         )
         if longest > self.data.sequence_length:
-            raise ValueError(
-                f"a sample has {longest} tokens, data.sequence_length is {self.data.sequence_length}"
-            )
+            raise ValueError(f"a sample has {longest} tokens, sequence_length is {self.data.sequence_length}")
         if not 0 <= self._share <= 1:
             raise ValueError(f"data.world_fraction must be in [0, 1], got {self.data.world_fraction}")
         for mode in MODES:
@@ -206,9 +202,7 @@ def check_stores(stores: Sequence[TokenStore], layout: LayoutConfig, vocab: Voca
     for store in stores:
         for view, grid in zip(layout.views, layout.grids, strict=True):
             if store.grids.get(view) != tuple(grid):
-                raise ValueError(
-                    f"{store.path} has grids {store.grids}, the layout wants {view} {tuple(grid)}"
-                )
+                raise ValueError(f"{store.path} has grids {store.grids}, the layout {view} {tuple(grid)}")
         if store.manifest["num_codes"] > len(vocab.image):
             raise ValueError(
                 f"{store.path} has {store.manifest['num_codes']} image codes, "

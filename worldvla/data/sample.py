@@ -70,9 +70,7 @@ class SampleBuilder:
         dims += [("state", len(statistics.state_low), layout.num_state_dims)] if layout.state else []
         for name, got, expected in dims:
             if got != expected:
-                raise ValueError(
-                    f"statistics have {got} {name} dims, the layout {expected}: use those of the same data"
-                )
+                raise ValueError(f"statistics have {got} {name} dims, the layout {expected}: use its own")
         if vocab.grid_start is not None and any(
             side % CODES_PER_GRID_PATCH for grid in layout.grids for side in grid
         ):
@@ -258,9 +256,7 @@ class SampleBuilder:
     ) -> None:
         for where, frame in zip(positions, frames, strict=True):
             if len(frame) != len(where):
-                raise ValueError(
-                    f"a frame needs the codes of {len(where)} views {self.layout.views}, got {len(frame)}"
-                )
+                raise ValueError(f"a frame needs codes of the views {self.layout.views}, got {len(frame)}")
             for view, view_positions, codes in zip(self.layout.views, where, frame, strict=True):
                 codes = np.asarray(codes).reshape(-1)
                 if codes.size != view_positions.size:

@@ -175,9 +175,7 @@ def encode(
     codes = np.concatenate(parts)
     limit = min(tokenizer.num_codes, np.iinfo(np.uint16).max + 1)
     if codes.min() < 0 or codes.max() >= limit:
-        raise ValueError(
-            f"the image tokenizer gave codes {codes.min()}..{codes.max()}, expected [0, {limit})"
-        )
+        raise ValueError(f"the tokenizer gave codes {codes.min()}..{codes.max()}, expected [0, {limit})")
     return codes.astype(np.uint16)
 
 
@@ -202,16 +200,12 @@ class _Writer:
             raise ValueError(f"an episode of {episode.task!r} has no steps: collect it again")
         self.views = list(episode.images) if self.views is None else self.views
         if missing := [view for view in self.views if view not in episode.images]:
-            raise ValueError(
-                f"an episode of {episode.task!r} lacks views {missing}, has {list(episode.images)}"
-            )
+            raise ValueError(f"episode of {episode.task!r} lacks views {missing}, has {list(episode.images)}")
         for view in self.views:
             codes = self.encode(episode.images[view])
             grid = self.grids.setdefault(view, codes.shape[1:])
             if grid != codes.shape[1:]:
-                raise ValueError(
-                    f"view {view} changes its grid from {grid} to {codes.shape[1:]}: use one size"
-                )
+                raise ValueError(f"view {view} changes grid from {grid} to {codes.shape[1:]}: use one size")
             self._append(f"codes_{view}", codes.reshape(len(codes), -1))
         names = ("actions", "states", "is_expert")
         if episode.expert_actions is not None:

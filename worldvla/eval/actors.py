@@ -1,6 +1,4 @@
-"""Whoever chooses the actions of a rollout: the model, and what it is compared with. Importing this brings no
-torch.
-"""
+"""Whoever chooses the actions of a rollout: the model, and its baselines. Importing this brings no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,9 +128,7 @@ class RandomActor(Blind):
 
 
 class BlindActor(Blind):
-    """The mean trajectory of each task's demonstrations, executed whatever happens: what can be had without
-    looking.
-    """
+    """The mean trajectory of each task's demonstrations, executed without looking."""
 
     name = "blind replay"
 

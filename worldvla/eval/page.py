@@ -87,9 +87,7 @@ def world_plot(section: Mapping[str, Any]) -> bytes:
 def line_plots(
     panels: Sequence[tuple[str, str, Sequence[tuple[Any, Any, dict[str, Any]]]]], cols: int
 ) -> bytes:
-    """Return an SVG of panels (title, name of x, lines (x, y, matplotlib's options)), `cols` a row, one
-    legend for all.
-    """
+    """Return an SVG of panels (title, name of x, lines (x, y, options)), `cols` a row, one legend for all."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -1,6 +1,4 @@
-"""What every record says of where its numbers come from, and the journal of finished episodes that makes a
-run resumable.
-"""
+"""What a record says of its origin, and the journal of finished episodes that makes a run resumable."""
 
 import json
 import os
@@ -21,9 +19,7 @@ def provenance() -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """Return the processor's name, the cores that this process may use, and the GPUs that torch sees, if it
-    is loaded.
-    """
+    """Return the processor's name, the cores this process may use, and the GPUs of torch, if it is loaded."""
     import sys
 
     cpuinfo = Path("/proc/cpuinfo")

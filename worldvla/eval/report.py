@@ -58,9 +58,7 @@ def write_page(
 def _read(directory: Path) -> dict[str, Any]:
     path = directory / "record.json"
     if not path.exists():
-        raise FileNotFoundError(
-            f"no {path}: expected a result directory of `worldvla eval` or `worldvla eval-world`"
-        )
+        raise FileNotFoundError(f"no {path}: expected a result of `worldvla eval` or `worldvla eval-world`")
     return read_json(path)
 
 

@@ -95,9 +95,7 @@ def _query(worker: Worker, report: Report) -> Query:
 
 
 def _next(waiting: list[Job], task: sim.Task | None, taken: set[sim.Task | None]) -> Job:
-    """Take a job of the same task, else one of a task that no worker has: an environment is expensive to
-    make.
-    """
+    """Take one of the same task, else one of a task that no worker has: an environment is dear to make."""
     same = (i for i, job in enumerate(waiting) if job.task == task)
     free = (i for i, job in enumerate(waiting) if job.task not in taken)
     return waiting.pop(next(same, next(free, 0)))

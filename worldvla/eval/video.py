@@ -1,6 +1,4 @@
-"""Frames -> H.264 files that every browser plays. Small pictures are enlarged in whole steps, so that pixels
-stay pixels.
-"""
+"""Frames -> H.264 files that every browser plays. Small pictures are enlarged in whole steps."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -29,9 +27,7 @@ def enlarge(image: np.ndarray, rows: int = HEIGHT) -> np.ndarray:
 
 
 def side_by_side(images: Sequence[np.ndarray], rows: int = HEIGHT) -> np.ndarray:
-    """Return one picture: all enlarged to the same height, white gaps between them, even sides (H.264 needs
-    them).
-    """
+    """Return one picture: all of the same height, white gaps between, even sides (as H.264 needs)."""
     rows = max([rows, *(image.shape[0] for image in images)])
     parts: list[np.ndarray] = []
     for image in images:

@@ -168,9 +168,7 @@ def check(models: dict[str, Model], clips: Sequence[Clip]) -> None:
             raise ValueError(f"view {view} has other sizes in other models, {of}: evaluate them apart")
         for clip in clips:
             if view not in clip.episode.images:
-                raise ValueError(
-                    f"episode of {clip.episode.task!r} lacks the view {view}: collect it with it"
-                )
+                raise ValueError(f"episode of {clip.episode.task!r} lacks the view {view}: collect with it")
     if len(rates := {fps(clip) for clip in clips}) > 1:
         raise ValueError(f"the clips have frame rates of {sorted(rates)} Hz: evaluate each simulator apart")
 
@@ -178,9 +176,7 @@ def check(models: dict[str, Model], clips: Sequence[Clip]) -> None:
 def choose(paths: Sequence[Path], clips: int, horizon: int, seed: int, shorter: bool = False) -> list[Clip]:
     """Return `clips` clips, the files in turn, in an order drawn by `seed`; a function of both."""
     if clips < 1 or horizon < 1 or not paths:
-        raise ValueError(
-            f"got {clips} clips of {horizon} steps from {len(paths)} files: at least one of each"
-        )
+        raise ValueError(f"got {clips} clips of {horizon} steps of {len(paths)} files: at least one of each")
 
     def windows(path: Path) -> Iterator[Clip]:
         for episode in read_episodes(Path(path)):

@@ -129,9 +129,7 @@ def convert_back(source: Path, out_dir: Path, like: Path | None = None) -> None:
     ours, weights = {key: name for name, key in names.items()}, path / "model.safetensors"
     stored = set(header(weights)[0])
     if stored != set(names) or not set(ours) <= set(files):
-        raise ValueError(
-            f"{path} has other tensors than {template}: --like must name what it was trained from"
-        )
+        raise ValueError(f"{path} has other tensors than {template}: --like must name its origin")
     shards: dict[str, list[str]] = defaultdict(list)
     for key, shard in sorted(files.items()):
         shards[shard].append(key)
@@ -201,9 +199,7 @@ def _image(released: Released, pieces: Path, vocab: Vocab) -> ImageTokenizer:
 def _text(pieces: Path, vocab: Vocab) -> TextTokenizer:
     path = find(pieces, TEXT_FILES)
     if path is None:
-        raise FileNotFoundError(
-            f"{pieces} has no {' or '.join(TEXT_FILES)}: pass --tokenizer FOLDER that has one"
-        )
+        raise FileNotFoundError(f"{pieces} has no {' or '.join(TEXT_FILES)}: pass --tokenizer FOLDER with it")
     text = TextTokenizer.load(path)
     check_text(text, vocab, str(path))
     return text

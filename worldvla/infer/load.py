@@ -101,9 +101,7 @@ def load(
     """
     path = find_checkpoint(fetch(path))
     if missing := [name for name in FILES if not (path / name).is_file()]:
-        raise ValueError(
-            f"{path} is no complete checkpoint: {', '.join(missing)} missing; save or copy it again"
-        )
+        raise ValueError(f"{path} is no complete checkpoint: {', '.join(missing)} missing; copy it again")
     config = from_json(Config, read_json(path / "config.json"), str(path / "config.json"))
     vocab = from_json(Vocab, read_json(path / "vocab.json"), f"{path}/vocab.json")
     statistics = Statistics.from_json(read_json(path / "statistics.json"))
@@ -156,9 +154,7 @@ def _base(path: Path, config: Config, digest: str) -> Path:
 def find_checkpoint(path: Path) -> Path:
     """Return `path` if it is a checkpoint, the newest complete one if it is a run directory."""
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"no directory {path}: expected a checkpoint or a run directory of `worldvla train`"
-        )
+        raise FileNotFoundError(f"no directory {path}: expected a checkpoint or a run of `worldvla train`")
     if (path / "manifest.json").is_file():
         return path
     has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()

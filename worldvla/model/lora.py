@@ -65,9 +65,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def refuse_updates(path: Path) -> None:
     """Raise ValueError if a checkpoint holds updates alone: what needs whole weights says so."""
     if "base" in read_json(path / "manifest.json"):
-        raise ValueError(
-            f"{path} holds low-rank updates alone: merge them by `worldvla export {path} --out DIR` first"
-        )
+        raise ValueError(f"{path} holds updates alone: `worldvla export {path} --out DIR` merges them")
 
 
 def merged(

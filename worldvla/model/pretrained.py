@@ -98,9 +98,7 @@ def model_config(data: Mapping[str, Any], where: str, vocab: Vocab) -> ModelConf
     plain: dict[str, Any] = dict.fromkeys(("swin_norm", "attention_bias", "mlp_bias"), False)
     plain |= {"tie_word_embeddings": False, "hidden_act": "silu"}
     if strange := {k: data[k] for k, v in plain.items() if k in data and data[k] != v}:
-        raise ValueError(
-            f"{where}: {strange}, expected {plain}: another architecture (the 34B?), not supported"
-        )
+        raise ValueError(f"{where}: {strange}, expected {plain}: another architecture (the 34B?)")
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     if missing := [key for key in keys if not isinstance(data.get(key), int)]:
         raise ValueError(f"{where}: {missing} missing: expected the config.json of a Chameleon checkpoint")
@@ -159,9 +157,7 @@ def open_release(
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path}: expected a released folder, config.json beside *.safetensors shards"
-        )
+        raise FileNotFoundError(f"no {path}: expected a released folder, config.json beside the shards")
     hub_config = read_json(path)
     config = model_config(hub_config, str(path), vocab)
     files, shapes, dtypes = _headers(directory)

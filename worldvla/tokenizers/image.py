@@ -309,9 +309,7 @@ class ImageTokenizer(nn.Module):
         directory = Path(directory)
         for name in ("config.json", "model.safetensors"):
             if not (directory / name).is_file():
-                raise FileNotFoundError(
-                    f"{directory} is no image tokenizer: {name} is missing; train one first"
-                )
+                raise FileNotFoundError(f"{directory} is no image tokenizer: {name} is missing; train one")
         path = directory / "config.json"
         config = from_json(ImageTokenizerConfig, read_json(path), str(path))
         tokenizer = cls(config)

@@ -48,9 +48,7 @@ class TextTokenizer:
             text = path.read_text(encoding="utf-8")
             known = "type" in json.loads(text)["model"]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} is no text tokenizer ({error!r}): expected a `tokenizers` JSON file"
-            ) from None
+            raise ValueError(f"{path} is no text tokenizer ({error!r}): expected `tokenizers` JSON") from None
         if not known:
             raise ValueError(f"{path} has a model without a type: expected a `tokenizers` JSON file")
         return cls(Tokenizer.from_str(text))
@@ -65,9 +63,7 @@ class TextTokenizer:
         covered = {i for start, stop in encoding.offsets for i in range(start, stop)}
         lost = [c for i, c in enumerate(text) if i not in covered and not c.isspace()]
         if lost or (self._unknown is not None and self._unknown in encoding.tokens):
-            raise ValueError(
-                f"the text tokenizer cannot spell {lost or 'a character'} in {text!r}: rephrase it"
-            )
+            raise ValueError(f"the text tokenizer cannot spell {lost or 'a letter'} in {text!r}: rephrase it")
         return encoding.ids
 
     def decode(self, codes: Iterable[int]) -> str:

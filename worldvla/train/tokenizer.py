@@ -88,9 +88,7 @@ def load_frames(
     frames = []
     for view in sorted(train):
         if len({a.shape[1:] for a in train[view] + val.get(view, [])}) > 1:
-            raise ValueError(
-                f"view {view} has frames of several sizes; train on files collected with one size a view"
-            )
+            raise ValueError(f"view {view} has frames of several sizes; collect with one size a view")
         images = torch.from_numpy(np.concatenate(train[view]))
         held_out = torch.from_numpy(np.concatenate(val[view])) if view in val else images[:64]
         frames.append(Frames(view, images, held_out, _background(images, rng)))
