@@ -14,20 +14,19 @@ SEEDS=${SEEDS:-"0 1"}
 PYTHON=${PYTHON:-.venv/bin/python}
 worldvla() { "$PYTHON" -m worldvla "$@"; }
 
-stores() {  # directory, tokenizer, views: demonstrations whose labels hold ten actions, as long chunks need
+stores() {  # directory, views: demonstrations whose labels hold ten actions, as long chunks need; tokenizer; tokens
     for suite in $SUITES; do
-        worldvla collect "$suite" --out "$1/demos/$suite" --episodes 100 --workers "$(nproc)" --label 10 --views $3
-        [ "$2" = "$1/image_tokenizer" ] || worldvla tokenize "$1/demos/$suite" --tokenizer "$2" --out "$1/store_$suite"
+        worldvla collect "$suite" --out "$1/demos/$suite" --episodes 100 --workers "$(nproc)" --label 10 --views $2
+    done
+    [ -e "$1/image_tokenizer/report/report.json" ] || worldvla train-tokenizer "$1/demos" --out "$1/image_tokenizer" --config.encoder cell --steps 1500
+    for suite in $SUITES; do
+        worldvla tokenize "$1/demos/$suite" --tokenizer "$1/image_tokenizer" --out "$1/store_$suite"
     done
 }
-stores $OUT worldvla/assets/tabletop/image_tokenizer "agentview=64x64 wrist=32x32"
-case " $ROWS " in *" low "*)    # half the resolution, with a tokenizer of its own
-    stores ${OUT}_low ${OUT}_low/image_tokenizer "agentview=32x32 wrist=16x16"
-    worldvla train-tokenizer ${OUT}_low/demos --out ${OUT}_low/image_tokenizer --steps 2056
-    for suite in $SUITES; do
-        worldvla tokenize "${OUT}_low/demos/$suite" --tokenizer ${OUT}_low/image_tokenizer --out "${OUT}_low/store_$suite"
-    done
-esac
+stores $OUT "agentview=64x64 wrist=32x32"
+case " $ROWS " in *" low "*) stores ${OUT}_low "agentview=32x32 wrist=16x16" ;; esac    # half the resolution
+mkdir -p "$RESULTS"
+cp $OUT/image_tokenizer/report/report.json "$RESULTS/image_tokenizer.json"
 for suite in $SUITES; do    # the clips of the world models; seed 0 was trained on
     worldvla collect "$suite" --out "$OUT/held_out/$suite" --episodes 5 --seed 9 --workers "$(nproc)"
 done

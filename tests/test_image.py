@@ -33,6 +33,7 @@ TINY = ImageTokenizerConfig(
     channels=8, channel_mult=(1, 2), patch=2, num_res_blocks=1, z_channels=8, embed_dim=4, num_codes=64
 )
 TINY_FSQ = replace(TINY, quantizer="fsq", fsq_levels=(4, 4, 2, 2))
+CELL = replace(TINY_FSQ, encoder="cell")
 
 
 def discs(count: int, side: int, seed: int = 0) -> torch.Tensor:
@@ -127,7 +128,7 @@ def test_every_fsq_code_is_its_own_vector(levels):
     )  # saturates, never leaves the range
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_FSQ], ids=["vq", "fsq"])
+@pytest.mark.parametrize("config", [TINY, TINY_FSQ, CELL], ids=["vq", "fsq", "cell"])
 def test_shapes_both_ways_at_any_size(config):
     tokenizer = ImageTokenizer(config).eval()
     assert config.factor == 4
@@ -146,6 +147,19 @@ def test_shapes_both_ways_at_any_size(config):
         tokenizer.encode(torch.zeros(1, 10, 16, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"0\.\.63"):
         tokenizer.decode(torch.full((1, 2, 2), 64))
+
+
+def test_a_cell_encoder_sees_one_cell_alone_and_the_published_one_the_whole_frame():
+    before, digests = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8), set()
+    after = before.clone()
+    after[:, 4:8, 8:12] = 255 - after[:, 4:8, 8:12]
+    for config in (CELL, TINY_FSQ):
+        tokenizer = ImageTokenizer(config).eval()
+        pair = tokenizer.latents(to_pixels(torch.cat([before, after]))).unbind()
+        changed = (pair[0] != pair[1]).any(0).nonzero().tolist()
+        assert changed == [[1, 2]] if config is CELL else len(changed) == 16
+        digests.add(tokenizer.digest())
+    assert len(digests) == 2
 
 
 def test_save_and_load_give_the_same_tokenizer(tmp_path):
@@ -192,7 +206,7 @@ def test_codebook_finds_clusters_and_revives_dead_codes():
     assert quantizer.codebook().abs().max() < 100
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_FSQ], ids=["vq", "fsq"])
+@pytest.mark.parametrize("config", [TINY, TINY_FSQ, CELL], ids=["vq", "fsq", "cell"])
 def test_training_learns_and_repeats(config, tmp_path):
     record = train_tokenizer(
         views(), config, tmp_path / "a", steps=40, batch_size=8, num_threads=1, dtype="float32"

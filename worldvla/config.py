@@ -18,6 +18,9 @@ class ImageTokenizerConfig:
     """Width at full resolution."""
     channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Width of each level over `channels`; each level but the last halves the sides."""
+    encoder: Literal["vqgan", "cell"] = "vqgan"
+    """cell: every code is a function of its own factor x factor pixels alone, so that what stands still keeps
+    its codes, as a world model needs it. vqgan: as published; its norms and attention see the whole frame."""
     patch: int = 1
     """Side of the pixel blocks folded into channels before the first level (published: 1). More makes small
     tokenizers fast."""

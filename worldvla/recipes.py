@@ -279,14 +279,13 @@ def pilot(row: str) -> Config:
     world = WORLD_BATCH * layout.pop("world", True)
     head = layout.pop("head", HeadConfig())
     root = "out/tables_low" if row == "low" else "out/tables"
-    tokenizer = f"{root}/image_tokenizer" if row == "low" else "worldvla/assets/tabletop/image_tokenizer"
     stores = tuple(f"{root}/store_{suite}" for suite in PILOT_SUITES)
     length = {"history2": 320, "history4": 480}.get(row, 256)
     share = world / (policy + world)
     return replace(
         base,
         name=f"pilot_{row}",
-        tokenizer=tokenizer,
+        tokenizer=f"{root}/image_tokenizer",
         layout=replace(base.layout, **layout),
         model=replace(base.model, num_heads=3, num_kv_heads=3, head=head),
         loss=replace(base.loss, supervise="decoded"),

@@ -148,6 +148,29 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
+class CellEncoder(nn.Module):
+    """An MLP on the pixels of each cell; cells do not see one another."""
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        self.side, width = config.factor, 2 * config.channels * config.channel_mult[-1]
+        self.linear_in = nn.Linear(3 * self.side**2, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
+            )
+            for _ in range(1 + config.num_res_blocks)
+        )
+        self.linear_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.z_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        cells = rearrange(x, "b c (r y) (q x) -> b r q (c y x)", y=self.side, x=self.side)
+        h = self.linear_in(cells)
+        for block in self.blocks:
+            h = h + block(h)
+        return rearrange(self.linear_out(h), "b r q z -> b z r q")
+
+
 class Decoder(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
@@ -240,7 +263,7 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
+        self.encoder = CellEncoder(config) if config.encoder == "cell" else Encoder(config)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         if config.quantizer == "fsq":
             self.quantize = FiniteScalarQuantizer(config.fsq_levels)
@@ -323,7 +346,10 @@ class ImageTokenizer(nn.Module):
 
     def digest(self) -> str:
         """Return 16 hex digits that change with any weight or setting."""
-        digest = hashlib.sha256(json.dumps(to_json(self.config), sort_keys=True).encode())
+        settings = to_json(self.config)
+        if self.config.encoder == "vqgan":  # the only one when the first digests were written down
+            del settings["encoder"]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
