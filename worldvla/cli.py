@@ -135,7 +135,7 @@ class Eval:
             self.checkpoint in ("random", "expert", "blind") or "://" in self.checkpoint
         ):
             raise ValueError(
-                f"--head is of a checkpoint, not for {self.checkpoint}; of a server: serve --head"
+                f"--head is for a checkpoint, not for {self.checkpoint}; of a server: serve --head"
             )
         if self.checkpoint == "random":
             return RandomActor(self.seed)
