@@ -4,6 +4,7 @@ What is written stands under a scratch name of its own, so that two processes th
 meet; a failure leaves nothing behind.
 """
 
+import glob
 import json
 import secrets
 import shutil
@@ -32,7 +33,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
     A folder has one writer at a time: what a killed one left behind is removed.
     """
-    for left_over in path.parent.glob(f".{path.name}.*.tmp"):
+    for left_over in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}*.tmp"):
         shutil.rmtree(left_over, ignore_errors=True)
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     old = scratch.with_suffix(".old.tmp")

@@ -278,11 +278,9 @@ def collect(
 ) -> dict[str, dict[str, int]]:
     """Write `episodes` successful demonstrations of every task of `suite` (or of those in `tasks`).
 
-    `noise` is the expected share of perturbed steps; with a `policy` it drives instead (`Driven`), `execute`
-    actions of its chunk at a time, and `policy_name` says in the files which one it was. `label`: K, store
-    the expert's next K actions from every visited state. Return {task name: {episodes, steps, failed}}: how
-    many were written and how many attempts failed. `make`, `expert` and `policy` must be importable by the
-    workers.
+    `noise`, `label`, `policy` and `execute` as of `worldvla collect`; `policy_name` says in the files which
+    one it was. Return {task name: {episodes, steps, failed}}: how many were written, how many attempts
+    failed. `make`, `expert` and `policy` must be importable by the workers.
     """
     chosen = choose(suite, sim.tasks(suite), tasks)
     if not 0 <= noise < 0.9 or episodes < 1 or workers < 1 or seed < 0:

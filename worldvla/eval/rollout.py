@@ -122,11 +122,9 @@ def run(
     """Roll `actor` out from initial states first..first+episodes-1 of each task; write record.json, videos/
     and index.html; return the record.
 
-    States 0 to 49 are for evaluation; from 50 on, in one run, those that demonstrations start from. The same
-    command again goes on where it stopped. `tasks`: indices, empty for all. `fast_render`: see `sim.make`.
-    `videos`: filmed episodes a task.
-    `film_all`: film every step; default: where rendering is cheap (tabletop). `make`, `table`: another
-    simulator, for tests.
+    The same command again goes on where it stopped. `tasks`: indices, empty for all. `videos`: filmed
+    episodes a task. `film_all`: film every step; default: where rendering is cheap (tabletop). `make`,
+    `table`: another simulator, for tests.
     """
     inits = range(first, first + episodes)
     if not inits or first < 0 or first < sim.NUM_INITS < inits.stop:

@@ -297,9 +297,8 @@ class Measure:
             self.inverse = train_inverse([e for p in extras.probe for e in read_episodes(p)], common)
 
     def distances(self, clips: Sequence[Clip], guesses: Guesses) -> dict[str, Any]:
-        """Return `distances`: view -> model -> kind -> name -> see distance.report; and `probe`: model ->
-        kind -> `error` and `r2` of the motion read off the frames against the one asked for, and its `size`,
-        means over x, y, z in units of an action. The row `real` is the probe's own ceiling.
+        """Return `distances`: view -> model -> kind -> name -> see distance.report; `probe`: model -> kind ->
+        `error`, `r2` and `size` of the motion read off the frames, in units of an action.
         """
         out: dict[str, Any] = {"distances": {}, "probe": {}}
         if self.clip_networks and len({clip.steps for clip in clips}) > 1:

@@ -4,9 +4,8 @@ Chameleon's layout in Hugging Face's words (WorldVLA model/chameleon/modeling_ch
 and RynnVLA-002 release: safetensors shards of bfloat16 with an index, and a config.json. Every key of the
 folder is placed, set aside (`vqmodel`, action head) or named in an error, before a weight is read.
 
-Memory. Headers alone are checked; then a tensor is copied out of its shard's map in place of a meta tensor,
-so the host holds the model and one tensor: for 7,013,158,912 parameters in bfloat16 14.03 GB, and 0.54 GB for
-the embedding, the largest (a shard: 5 GB). A state dict loaded into a float32 model would take 42 GB.
+Headers alone are checked; then a tensor is copied out of its shard's map in place of a meta tensor, so the
+host holds the model and one tensor (docs/MODELS.md has the numbers).
 """
 
 import hashlib

@@ -100,12 +100,10 @@ def validate(
 ) -> dict[str, float]:
     """Return the mean cross-entropy per kind of target, and how good the greedy actions and codes are.
 
-    Keys appear only for the kinds of targets that the batches hold: loss (mean over batches);
-    {action,image,layout}_loss (nats); {action,image}_accuracy; first_{x,y,z,xyz}_l1, of the first action of a
-    chunk; end_xyz_l1, of the whole chunk's motion: how well it knows where the hand has to be; still_xyz_l1
-    and still_end_xyz_l1, the same of predicting no motion; gripper_accuracy, the sign of the last dimension
-    over the whole chunk; action_l1, of all dims of the chunk, against what they were before they became bins.
-    The continuous head's, all against that: head_l1, head_first_x_l1, ...
+    Keys appear only for what the batches hold: loss; {action,image,layout}_loss (nats);
+    {action,image}_accuracy; first_{x,y,z,xyz}_l1, of the first action of a chunk; end_xyz_l1, of the whole
+    chunk's motion; still_xyz_l1 and still_end_xyz_l1, the same of predicting no motion; gripper_accuracy;
+    action_l1, of all dims, against what they were before they became bins; head_*, of the continuous head.
     """
     parts: dict[str, list[Tensor]] = {}
     totals: list[float] = []
