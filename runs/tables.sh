@@ -27,6 +27,9 @@ stores $OUT "agentview=64x64 wrist=32x32"
 case " $ROWS " in *" low "*) stores ${OUT}_low "agentview=32x32 wrist=16x16" ;; esac    # half the resolution
 mkdir -p "$RESULTS"
 cp $OUT/image_tokenizer/report/report.json "$RESULTS/image_tokenizer.json"
+worldvla tokenize $OUT/demos/tabletop_object --tokenizer worldvla/assets/tabletop/image_tokenizer --out ${OUT}_vqgan/store    # beside it, the
+cp $OUT/store_tabletop_object/manifest.json "$RESULTS/codes_cell.json"                                                  # published encoder
+cp ${OUT}_vqgan/store/manifest.json "$RESULTS/codes_vqgan.json"
 for suite in $SUITES; do    # the clips of the world models; seed 0 was trained on
     worldvla collect "$suite" --out "$OUT/held_out/$suite" --episodes 5 --seed 9 --workers "$(nproc)"
 done

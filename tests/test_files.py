@@ -3,6 +3,7 @@
 Run: pytest tests/test_files.py
 """
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,18 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def fail(writing: AbstractContextManager[Path]) -> None:
+    with writing as scratch:
+        (scratch / "half" if scratch.is_dir() else scratch).write_text("half")
+        raise OSError("full")
+
+
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"n": 1})
-    with pytest.raises(OSError, match="full"), whole_file(tmp_path / "a.json") as scratch:
-        scratch.write_text("half")
-        raise OSError("full")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="full"), whole_folder(tmp_path / "folder") as scratch:
-        (scratch / "b").touch()
-        raise OSError("full")
+    for whole, name in ((whole_file, "a.json"), (whole_folder, "folder")):
+        with pytest.raises(OSError, match="full"):
+            fail(whole(tmp_path / name))
     assert read_json(tmp_path / "a.json") == {"n": 1}
     assert names(tmp_path) == {"a.json", "folder"}
     assert not names(tmp_path / "folder")

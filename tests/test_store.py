@@ -73,6 +73,19 @@ def test_views_can_be_chosen(tmp_path: Path):
         write_store(tmp_path / "other", EPISODES, PixelSums(), views=["top"])
 
 
+def test_the_manifest_says_how_many_codes_the_next_frame_keeps(tmp_path: Path):
+    still = {view: images[:1].repeat(len(images), 0) for view, images in EPISODES[0].images.items()}
+    half = {view: np.concatenate([images[:4], still[view][4:]]) for view, images in still.items()}
+    half["wrist"] = np.concatenate([still["wrist"][:4], 255 - still["wrist"][4:]])
+    assert len(EPISODES[0]) == 5
+    other = replace(EPISODES[1], images={view: images[:1].repeat(6, 0) for view, images in still.items()})
+    store = TokenStore.open(
+        write_store(tmp_path / "s", [replace(EPISODES[0], images=half), other], PixelSums())
+    )
+    # One change in 4 + 5 pairs; the step from one episode to the next does not count.
+    assert store.manifest["kept"] == {"agentview": 1.0, "wrist": round(8 / 9, 4)}
+
+
 def test_a_crash_leaves_the_old_store_and_nothing_else(store: Path):
     before = {path.name: path.read_bytes() for path in store.iterdir()}
 

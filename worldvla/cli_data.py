@@ -233,6 +233,8 @@ class Tokenize:
             demos = self.out.with_name(self.out.name + ".demos")
             Regenerate(paths=tuple(files), out=demos, views=self.regenerate, workers=self.workers).run()
             files = hdf5_files([demos])
-        tokenize(files, ImageTokenizer.load(self.tokenizer), self.out)
+        store = tokenize(files, ImageTokenizer.load(self.tokenizer), self.out)
+        kept = (f"{share:.0%} of the codes of {v}" for v, share in store.manifest.get("kept", {}).items())
+        say(f"the next frame keeps {', '.join(kept)}")
         say(f"tokens: {self.out}   next: worldvla train RECIPE --data.stores {self.out}")
         return 0

@@ -249,6 +249,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "chunk_causal": {"selective_mask": False, "world": False},
     "chunk": {"world": False},
     "full": {},
+    # The paper's weight of the image tokens, 0.04, starves the world model of a small policy from nothing.
+    "full_even": {"image_weight": 1.0},
     # History, resolution.
     "history2": {"history": 2},
     "history4": {"history": 4},
@@ -264,7 +266,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     # Beside chunk: a continuous action head next to the bins.
     "head": {"head": HeadConfig(num_layers=2, width=128, hidden=512), "world": False},
 }
-"""Row -> what differs from `full`: a field of the layout, the head, or which kind of samples is left out."""
+"""Row -> what differs from `full`: a field of the layout, the head, the weight of image tokens, or which kind
+of samples is left out."""
 
 
 def pilot(row: str) -> Config:
@@ -277,7 +280,7 @@ def pilot(row: str) -> Config:
     base, layout = tabletop(), dict(ABLATIONS[row])
     policy = POLICY_BATCH * layout.pop("policy", True)
     world = WORLD_BATCH * layout.pop("world", True)
-    head = layout.pop("head", HeadConfig())
+    head, alpha = layout.pop("head", HeadConfig()), layout.pop("image_weight", base.loss.image_weight)
     root = "out/tables_low" if row == "low" else "out/tables"
     stores = tuple(f"{root}/store_{suite}" for suite in PILOT_SUITES)
     length = {"history2": 320, "history4": 480}.get(row, 256)
@@ -288,7 +291,7 @@ def pilot(row: str) -> Config:
         tokenizer=f"{root}/image_tokenizer",
         layout=replace(base.layout, **layout),
         model=replace(base.model, num_heads=3, num_kv_heads=3, head=head),
-        loss=replace(base.loss, supervise="decoded"),
+        loss=replace(base.loss, supervise="decoded", image_weight=alpha),
         optim=replace(base.optim, method="muon", learning_rate=3e-3),
         data=replace(base.data, stores=stores, world_fraction=share, sequence_length=length),
         train=replace(base.train, steps=1_200, batch_size=policy + world, eval_every=400, save_every=400),

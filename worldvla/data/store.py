@@ -4,7 +4,8 @@ codes_<view>.npy   uint16 (F, N), row-major codes of a view's grid
 actions.npy        float32 (F, A)        states.npy  float32 (F, S)        is_expert.npy  bool (F,)
 expert_actions.npy float32 (F, K, A)     where the demonstrations hold the expert's answer to every state
 episodes.json      [{start, length, instruction, suite, task, init, seed}]
-manifest.json      format, digest of the image tokenizer, counts, grids, source files
+manifest.json      format, digest of the image tokenizer, counts, grids, source files; `kept`, the share of a
+                   view's codes that the next frame keeps: the fewer, the less a world model can copy
 
 Observation t is the one before action t. F frames of all episodes follow one another without gaps.
 """
@@ -194,6 +195,7 @@ class _Writer:
         self.grids: dict[str, tuple[int, ...]] = {}
         self.rows: list[EpisodeRow] = []
         self.num_frames = 0
+        self.kept: dict[str, list[np.ndarray]] = {}
 
     def add(self, episode: Episode) -> None:
         if not len(episode.actions):
@@ -207,6 +209,7 @@ class _Writer:
             if grid != codes.shape[1:]:
                 raise ValueError(f"view {view} changes grid from {grid} to {codes.shape[1:]}: use one size")
             self._append(f"codes_{view}", codes.reshape(len(codes), -1))
+            self.kept.setdefault(view, []).append((codes[1:] == codes[:-1]).ravel())
         names = ("actions", "states", "is_expert")
         if episode.expert_actions is not None:
             names += ("expert_actions",)
@@ -226,6 +229,7 @@ class _Writer:
             raise ValueError("there are no episodes to tokenize: collect some first")
         for column in self.columns.values():
             column.finish()
+        kept = {view: np.concatenate(same) for view, same in self.kept.items()}
         episodes = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
         write_text(self.directory / "episodes.json", f"[\n{episodes}\n]\n")
         manifest = {
@@ -239,6 +243,7 @@ class _Writer:
             if "expert_actions" in self.columns
             else 0,
             "grids": self.grids,
+            "kept": {view: round(float(same.mean()), 4) for view, same in kept.items() if same.size},
             "source": source,
         }
         write_json(self.directory / "manifest.json", manifest, indent=2)

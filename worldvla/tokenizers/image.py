@@ -339,8 +339,8 @@ class ImageTokenizer(nn.Module):
         state = load_file(directory / "model.safetensors")
         if not any(name.startswith("decoder.") for name in state):
             tokenizer.decoder = None
-        shapes = ({name: t.shape for name, t in table.items()} for table in (state, tokenizer.state_dict()))
-        check_shapes(directory / "model.safetensors", *shapes, "restore the one that config.json belongs to")
+        found, own = ({n: t.shape for n, t in table.items()} for table in (state, tokenizer.state_dict()))
+        check_shapes(directory / "model.safetensors", found, own, "restore the one of this config.json")
         tokenizer.load_state_dict(state)
         return tokenizer.eval().requires_grad_(False)
 
