@@ -132,7 +132,7 @@ def compute_statistics(
 
 def _ranges(values: np.ndarray, kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"statistics need finite values of one frame or more, got the shape {values.shape}")
+        raise ValueError(f"statistics need finite values of at least one frame, got shape {values.shape}")
     values = values.astype(np.float64)
     if kind == "minmax":
         low, high = values.min(axis=0), values.max(axis=0)
