@@ -202,7 +202,9 @@ def check_stores(stores: Sequence[TokenStore], layout: LayoutConfig, vocab: Voca
     for store in stores:
         for view, grid in zip(layout.views, layout.grids, strict=True):
             if store.grids.get(view) != tuple(grid):
-                raise ValueError(f"{store.path} has grids {store.grids}, the layout {view} {tuple(grid)}")
+                raise ValueError(
+                    f"{store.path} has grids {store.grids}, the layout wants {view} {tuple(grid)}"
+                )
         if store.manifest["num_codes"] > len(vocab.image):
             raise ValueError(
                 f"{store.path} has {store.manifest['num_codes']} image codes, "

@@ -55,7 +55,7 @@ def build(config: Config) -> Pieces:
     if lora.rank and not config.train.init_from:
         raise ValueError("lora.rank updates a checkpoint that is there: name it by train.init_from")
     if lora.rank and lora.base == "bfloat16" != config.train.dtype:
-        raise ValueError(f"lora.base bfloat16 needs train.dtype bfloat16, not {config.train.dtype}")
+        raise ValueError(f"lora.base bfloat16 needs train.dtype bfloat16, got {config.train.dtype}")
     if config.train.init_from and (source / "manifest.json").is_file():
         refuse_updates(source)
     image = ImageTokenizer.load(config.tokenizer)
