@@ -256,7 +256,9 @@ class SampleBuilder:
     ) -> None:
         for where, frame in zip(positions, frames, strict=True):
             if len(frame) != len(where):
-                raise ValueError(f"a frame needs codes of the views {self.layout.views}, got {len(frame)}")
+                raise ValueError(
+                    f"a frame needs the codes of {len(where)} views {self.layout.views}, got {len(frame)}"
+                )
             for view, view_positions, codes in zip(self.layout.views, where, frame, strict=True):
                 codes = np.asarray(codes).reshape(-1)
                 if codes.size != view_positions.size:

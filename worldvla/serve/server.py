@@ -179,7 +179,9 @@ def _pick(message: Mapping[str, Any], *keys: str) -> Any:
     for key in keys:
         if key in message:
             return message[key]
-    raise ValueError(f"an observation needs {' or '.join(map(repr, keys))}, got {sorted(map(str, message))}")
+    raise ValueError(
+        f"an observation needs {' or '.join(map(repr, keys))}, got the keys {sorted(map(str, message))}"
+    )
 
 
 def _frame(message: Mapping[str, Any], served: Served) -> Frame:
