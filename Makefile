@@ -24,7 +24,7 @@ bench: $(STAMP)
 	$(BIN)/python tools/bench.py
 
 golden: $(STAMP)
-	$(BIN)/python tools/golden.py
+	for script in tests/golden_*.py; do $(BIN)/python $$script || exit 1; done
 	-git --no-pager diff --stat -- tests/golden
 
 format: $(STAMP)

@@ -6,5 +6,6 @@ cd "$(dirname "$0")/.."
 # The record of libero_object is of EPISODES=50.
 RESULTS=${RESULTS:-results/libero}   # set it elsewhere to run again
 for suite in libero_spatial libero_object libero_goal libero_10; do
-    OMP_NUM_THREADS=1 .venv/bin/python tools/baselines.py "$suite" --policies expert --episodes "${EPISODES:-10}" --out "$RESULTS" || true
+    OMP_NUM_THREADS=1 .venv/bin/python -m worldvla eval expert --suite "$suite" --episodes "${EPISODES:-10}" --videos 0 \
+        --out "$RESULTS/${suite}_expert" || true
 done    # the exit code counts errors: libero_10 task 9 has no expert, and its ten episodes are errors

@@ -60,8 +60,9 @@ for suite in $SUITES; do
     # The states on which the first model, before its rounds, is on record in results/tabletop/first: a paired comparison.
     worldvla eval worldvla/assets/tabletop --suite "$suite" --episodes 10 --execute $EXECUTE --videos 0 --out "$RESULTS/states_0_9/$suite"
     worldvla compare "$RESULTS/states_0_9/$suite" "results/tabletop/first/$suite"
-    .venv/bin/python tools/baselines.py "$suite" --demos "$OUT/demos/$suite" $STATES --out "$RESULTS"
-    .venv/bin/python tools/baselines.py "$suite" --policies expert --episodes 50 --out "$RESULTS"
+    worldvla eval random --suite "$suite" $STATES --videos 0 --out "$RESULTS/${suite}_random"
+    worldvla eval blind --demos "$OUT/demos/$suite" --suite "$suite" $STATES --videos 0 --out "$RESULTS/${suite}_blind"
+    worldvla eval expert --suite "$suite" --episodes 50 --videos 0 --out "$RESULTS/${suite}_expert"
 done
 for suite in $SUITES; do
     worldvla collect "$suite" --out "$OUT/held_out/$suite" --episodes 1 --seed 9 --tasks 0 3    # seeds 0, 1 and 2 were trained on

@@ -22,7 +22,6 @@ from worldvla.data.collect import (
     Perturbed,
     collect,
     record,
-    replay,
     rerun,
 )
 from worldvla.data.episode import read_episodes, write_episodes
@@ -192,7 +191,7 @@ def test_labels_are_what_the_expert_would_do_from_each_visited_state(tmp_path, n
             assert np.allclose(episode.expert_actions[:-2], stacked, atol=1e-3)
         else:
             assert not np.allclose(episode.expert_actions[~own, 0], episode.actions[~own], atol=0.05)
-    assert all(success for _, success in replay(path))  # labelling leaves the episode's own physics alone
+    assert all(done.success for done in rerun(path))  # labelling leaves the episode's own physics alone
 
 
 def _stay() -> Any:
@@ -246,7 +245,7 @@ def test_replay_reports_success_and_drift(tmp_path):
     assert slow == [False] * 3
     write_episodes(tmp_path / "b.hdf5", [replace(episode, task="juggle")], {})
     with pytest.raises(ValueError, match="tabletop_object has no task 'juggle'"):
-        replay(tmp_path / "b.hdf5")
+        list(rerun(tmp_path / "b.hdf5"))
 
 
 def test_tabletop_demonstrations_replay_to_the_same_bits(tmp_path):
@@ -259,7 +258,7 @@ def test_tabletop_demonstrations_replay_to_the_same_bits(tmp_path):
     assert len(found) >= 2
     write_episodes(tmp_path / "a.hdf5", found, {})
     assert list(rerun(tmp_path / "a.hdf5")) == [(i, True, 0.0) for i in range(len(found))]
-    assert replay(tmp_path / "a.hdf5") == [(i, True) for i in range(len(found))]
+    assert [done[:2] for done in rerun(tmp_path / "a.hdf5")] == [(i, True) for i in range(len(found))]
 
 
 def test_the_driver_sees_what_a_policy_would_see():

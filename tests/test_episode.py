@@ -174,7 +174,7 @@ NAN[3, 2] = np.nan
             "actions must be float32 5 x 7, got float32 5 x 6",
         ),
         (_change("data/demo_0/actions", np.zeros((4, 7))), "different lengths.*'actions': 4, 'states': 5"),
-        (_change("data/demo_0/actions", NAN), "actions holds NaN or infinity at step 3"),
+        (_change("data/demo_0/actions", NAN), "actions is not finite at step 3"),
         (
             _change("data/demo_0/obs/agentview_rgb", np.zeros((5, 8, 6, 3))),
             "uint8 5 x any x any x 3, got float64",

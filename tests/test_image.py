@@ -6,13 +6,13 @@ Run: pytest tests/test_image.py
 import json
 from dataclasses import replace
 
-import h5py
 import numpy as np
 import pytest
 import torch
+from token_stubs import random_episode
 
 from worldvla.config import ImageTokenizerConfig
-from worldvla.tokenizers import image_train
+from worldvla.data.episode import write_episodes
 from worldvla.tokenizers.image import (
     FiniteScalarQuantizer,
     ImageTokenizer,
@@ -20,7 +20,14 @@ from worldvla.tokenizers.image import (
     to_images,
     to_pixels,
 )
-from worldvla.tokenizers.image_train import CodebookTrainer, Frames, foreground, load_frames, train_tokenizer
+from worldvla.train.tokenizer import (
+    TABLETOP,
+    CodebookTrainer,
+    Frames,
+    foreground,
+    load_frames,
+    train_tokenizer,
+)
 
 TINY = ImageTokenizerConfig(
     channels=8, channel_mult=(1, 2), patch=2, num_res_blocks=1, z_channels=8, embed_dim=4, num_codes=64
@@ -167,7 +174,7 @@ def test_save_and_load_give_the_same_tokenizer(tmp_path):
     assert again.digest() != tokenizer.digest()
     config = json.loads((tmp_path / "tok/config.json").read_text())
     (tmp_path / "tok/config.json").write_text(json.dumps(config | {"num_codes": 32}))
-    with pytest.raises(ValueError, match=r"does not fit .*quantize\.embedding"):
+    with pytest.raises(ValueError, match=r"does not fit: .*quantize\.embedding"):
         ImageTokenizer.load(tmp_path / "tok")
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         ImageTokenizer.load(tmp_path)
@@ -224,23 +231,20 @@ def test_budget_is_minutes_or_steps(tmp_path):
 
 
 def test_frames_are_read_with_the_last_episode_held_out(tmp_path):
-    with h5py.File(tmp_path / "a_demo.hdf5", "w") as file:
-        for i in range(3):
-            demo = file.create_group(f"data/demo_{i}")
-            demo["actions"] = np.zeros((5, 7), np.float32)
-            demo["obs/agentview_rgb"] = np.full((5, 8, 8, 3), 10 * i, np.uint8)
-            demo["obs/eye_in_hand_rgb"] = np.random.default_rng(i).integers(0, 256, (5, 4, 4, 3), np.uint8)
-            demo["obs/ee_pos"] = np.zeros((5, 3))
+    episodes = [random_episode(i, length=5) for i in range(3)]
+    for i, episode in enumerate(episodes):
+        episode.images["agentview"][:] = 10 * i
+    write_episodes(tmp_path / "a_demo.hdf5", episodes, {})
     fixed, moving = load_frames([tmp_path / "a_demo.hdf5"])
-    assert (fixed.view, moving.view) == ("agentview", "eye_in_hand")
-    assert fixed.train.shape == (10, 8, 8, 3)
+    assert (fixed.view, moving.view) == ("agentview", "wrist")
+    assert fixed.train.shape == (10, 6, 6, 3)
     assert set(fixed.val.unique().tolist()) == {20}
     assert fixed.background is not None
     assert moving.background is None
     (tmp_path / "bad.hdf5").write_text("not HDF5")
-    with pytest.raises(ValueError, match="no episode file"):
+    with pytest.raises(ValueError, match="no HDF5 file"):
         load_frames([tmp_path / "bad.hdf5"])
 
 
 def test_the_preset_fits_the_tabletop_views():
-    assert image_train.TABLETOP.factor == 8
+    assert TABLETOP.factor == 8

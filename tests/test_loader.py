@@ -166,7 +166,6 @@ def test_an_epoch_sees_every_sample_once(stores: list[TokenStore], mode: Mode):
     assert epochs[0] != epochs[1]
     assert sum(whole.values()) == sum(padded.values()) == count
     assert sorted(whole.values()) == sorted(padded.values())
-    assert loader.epoch(count, mode) == 1.0
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.04, 0.25, 0.5, 1.0])
@@ -207,7 +206,7 @@ def test_the_split_is_stable_and_never_empty(stores: list[TokenStore]):
 
 
 def test_no_validation_raises(stores: list[TokenStore]):
-    with pytest.raises(ValueError, match="no policy sample is held out"):
+    with pytest.raises(ValueError, match="holds out no policy sample"):
         make(stores, replace(DATA, val_fraction=0.0)).val_batch(0, "policy")
 
 

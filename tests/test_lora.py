@@ -119,7 +119,7 @@ def test_updates_belong_to_one_base(root: Path, tmp_path: Path) -> None:
     config = lora_config(root)
     config = replace(config, train=replace(config.train, init_from=str(tmp_path / "base"), steps=1))
     path = train(config, tmp_path / "run").checkpoint
-    with pytest.raises(ValueError, match=r"updates alone: merge them by `worldvla export"):
+    with pytest.raises(ValueError, match=r"updates alone: `worldvla export"):
         build(replace(config, train=replace(config.train, init_from=str(path))))
     with pytest.raises(ValueError, match=r"updates alone"):
         convert_back(path, tmp_path / "back", like=root / "first")

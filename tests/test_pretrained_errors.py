@@ -65,7 +65,7 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (lambda d: (d / LAST).unlink(), rf"lacks shards, {LAST}: download"),
     (lambda d: cut(d / LAST), rf"{LAST} is truncated or damaged.*download it again"),
     (lambda d: (d / "config.json").unlink(), r"no .*config\.json: expected a released folder"),
-    (lambda d: (d / "config.json").write_text("{"), r"config\.json holds no JSON object.*download"),
+    (lambda d: (d / "config.json").write_text("{"), r"config\.json is damaged.*download"),
     (lambda d: (d / "model.safetensors.index.json").write_text("{}"), r"index\.json has no weight_map"),
     (lambda d: change(d, LAST, extra=ONES), r"not where model\.safetensors\.index\.json says: extra"),
     (lambda d: whole(d, **{"model.extra.weight": ONES}), r"has unknown model\.extra\.weight: choose another"),

@@ -363,7 +363,7 @@ def test_a_bad_answer_is_one_line(answer: Any, reason: str) -> None:
 
 
 def test_no_server_and_no_address_are_one_line() -> None:
-    with pytest.raises(ActorError, match=r"no connection .*: start one with `worldvla serve CHECKPOINT`"):
+    with pytest.raises(ActorError, match=r"no connection .*: start it by `worldvla serve CHECKPOINT`"):
         RemoteActor("ws://127.0.0.1:9", "tabletop_object")
     with pytest.raises(ValueError, match="expected websocket://HOST:PORT"):
         RemoteActor("http://127.0.0.1:8000", "tabletop_object")
@@ -410,7 +410,7 @@ def test_sizes_are_the_servers_or_the_users() -> None:
     with plain_server(ours) as at, closing(RemoteActor(f"ws://{at}", "tabletop_object")) as actor:
         assert (actor.views, actor.history, actor.execute) == ({"agentview": (96, 96)}, 2, 3)
         assert actor.identity()["server"] == ours
-        with pytest.raises(ActorError, match="gives 3 actions at a time, asked to execute 4"):
+        with pytest.raises(ActorError, match="gives 3 actions at a time, asked for 4"):
             RemoteActor(f"ws://{at}", "tabletop_object", execute=4)
     with plain_server({}) as at:
         for suite, size, rendered, sent in (

@@ -14,10 +14,11 @@ import pytest
 import torch
 from token_stubs import PixelSums, random_episode
 
+from worldvla.cli_data import hdf5_files
 from worldvla.config import ImageTokenizerConfig
 from worldvla.data.episode import Episode, write_episodes
 from worldvla.data.store import TokenStore, write_store
-from worldvla.data.tokenize import find_files, tokenize, tokenize_files
+from worldvla.data.tokenize import tokenize
 from worldvla.tokenizers.image import ImageTokenizer
 
 EPISODES = [random_episode(seed, length=5 + seed) for seed in range(4)]
@@ -51,7 +52,7 @@ def test_the_experts_answers_are_kept_and_not_mixed(tmp_path: Path):
     ]
     told = [replace(e, expert_actions=label) for e, label in zip(EPISODES, labels, strict=True)]
     write_episodes(tmp_path / "a_demo.hdf5", told, {})
-    tokenize_files([tmp_path / "a_demo.hdf5"], PixelSums(), tmp_path / "store")
+    tokenize([tmp_path / "a_demo.hdf5"], PixelSums(), tmp_path / "store")
     opened = TokenStore.open(tmp_path / "store")
     assert opened.expert_actions is not None
     assert np.array_equal(opened.expert_actions, np.concatenate(labels))
@@ -153,7 +154,7 @@ def test_episodes_that_do_not_fit_together_raise(tmp_path: Path):
     with pytest.raises(ValueError, match="no episodes"):
         write_store(tmp_path / "store", [], PixelSums())
     bigger = random_episode(0, views=("wrist",))
-    with pytest.raises(ValueError, match="changes its grid"):
+    with pytest.raises(ValueError, match="changes grid"):
         write_store(tmp_path / "store", [EPISODES[0], bigger], PixelSums(), views=["wrist"])
     wild = PixelSums(num_codes=800)
     wild.encode = lambda images: PixelSums(num_codes=900).encode(images) + 100
@@ -174,14 +175,14 @@ def demos(tmp_path: Path) -> Path:
 
 def test_tokenising_twice_encodes_once(demos: Path, tmp_path: Path):
     tokenizer, out = PixelSums(), tmp_path / "store"
-    first = tokenize_files(find_files([demos]), tokenizer, out)
+    first = tokenize(demos.glob("*.hdf5"), tokenizer, out)
     assert tokenizer.seen == 2 * len(first) == 2 * 4 * 9  # two views of four episodes of nine steps
-    tokenize_files(find_files([demos]), tokenizer, out)
+    tokenize(demos.glob("*.hdf5"), tokenizer, out)
     assert tokenizer.seen == 2 * len(first)
-    tokenize_files(find_files([demos]), PixelSums(name="other"), out)
+    tokenize(demos.glob("*.hdf5"), PixelSums(name="other"), out)
     assert TokenStore.open(out).manifest["tokenizer"] == "other"
     write_episodes(demos / "task_1_demo.hdf5", [random_episode(4)], {})
-    assert len(tokenize_files(find_files([demos]), tokenizer, out)) == 3 * 9
+    assert len(tokenize(demos.glob("*.hdf5"), tokenizer, out)) == 3 * 9
 
 
 def test_tokenize_with_the_image_tokenizer(demos: Path, tmp_path: Path):
@@ -189,7 +190,7 @@ def test_tokenize_with_the_image_tokenizer(demos: Path, tmp_path: Path):
         channels=4, channel_mult=(1, 1), num_res_blocks=1, z_channels=4, embed_dim=4, num_codes=16
     )
     ImageTokenizer(shape).save(tmp_path / "image")
-    store = tokenize([demos], tmp_path / "image", tmp_path / "store")
+    store = tokenize(demos.glob("*.hdf5"), ImageTokenizer.load(tmp_path / "image"), tmp_path / "store")
     assert store.manifest["tokenizer"] == ImageTokenizer.load(tmp_path / "image").digest()
     assert store.grids == {"agentview": (3, 3), "wrist": (2, 2)}
 
@@ -198,8 +199,8 @@ def test_truncated_and_missing_files_are_named(demos: Path, tmp_path: Path):
     path = demos / "task_1_demo.hdf5"
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="task_1_demo"):
-        tokenize_files(find_files([demos]), PixelSums(), tmp_path / "store")
+        tokenize(demos.glob("*.hdf5"), PixelSums(), tmp_path / "store")
     assert not (tmp_path / "store").exists()
     shutil.rmtree(demos)
-    with pytest.raises(ValueError, match="collect demonstrations first"):
-        find_files([demos])
+    with pytest.raises(FileNotFoundError, match="worldvla collect"):
+        hdf5_files([demos])

@@ -3,11 +3,10 @@ one JSON line.
 
 Run: python tools/memory.py   (or: python tools/memory.py tabletop --lora-rank 8)
 
-Counted are tensors that have the shapes and types of the real ones (train/build.py, infer/load.py; checked
-by tests/test_memory.py). `copies`: bfloat16 copies of float32 matrices that autocast keeps from the forward
-to the backward pass; with layers computed again they are gone before gradients are. `inputs`: what that keeps
-of one sample of the full length, the input of each layer. Not counted: everything else that the backward pass
-needs, CUDA's own memory, keys and values.
+Counted are tensors with the shapes and types of the real ones (train/build.py, infer/load.py). `copies`:
+bfloat16 copies of float32 matrices that autocast keeps for the backward pass, where layers are not computed
+again. `inputs`: what that keeps of one sample, the input of each layer. Not counted: everything else that the
+backward pass needs, CUDA's own memory, keys and values.
 """
 
 import argparse

@@ -1,6 +1,4 @@
-"""WorldVLA: one transformer that acts as a policy and imagines as a world model. `load` is all that most
-users need.
-"""
+"""WorldVLA: one transformer that acts as a policy and imagines as a world model; most need `load` alone."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal

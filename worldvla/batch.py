@@ -1,5 +1,4 @@
-"""Sample and Batch: the contract between the data side and the model. The model sees these arrays and
-nothing else."""
+"""Sample and Batch: the contract between the data side and the model. The model sees nothing else."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,8 +15,7 @@ KIND_ACTION = 1
 KIND_IMAGE = 2
 """A target of the world model that is an image code."""
 KIND_LAYOUT = 3
-"""A target of the world model that is structure: begin, grid, newline, end of image, the closing
-separator."""
+"""A target of the world model that is structure: begin, grid, newline, end, the closing separator."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,7 @@ class Batch:
 
     @classmethod
     def stack(cls, samples: Sequence[Sample], pad: int, length: int | None = None) -> Self:
-        """Pad to `length` (default: the longest). A sample longer than `length` raises ValueError; nothing
-        is cut."""
+        """Pad to `length` (default: the longest). A longer sample raises ValueError; nothing is cut."""
         longest = max(len(s) for s in samples)
         length = longest if length is None else length
         if longest > length:

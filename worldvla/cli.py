@@ -28,10 +28,7 @@ from worldvla.cli_data import (
     TrainTokenizer,
     say,
 )
-from worldvla.cli_doctor import Doctor
-from worldvla.cli_models import Convert
-from worldvla.cli_peers import Compare, Serve, remote_actor
-from worldvla.cli_world import ChunkError, EvalWorld, Tables
+from worldvla.cli_models import ChunkError, Compare, Convert, Doctor, EvalWorld, Serve, Tables, key
 from worldvla.config import Config, to_json
 
 EXIT_BAD_INPUT = 2
@@ -149,7 +146,9 @@ class Eval:
                 raise ValueError("the blind replay needs --demos DIRECTORY; `worldvla collect` makes one")
             return BlindActor.from_demos(self.demos)
         if "://" in self.checkpoint:
-            return remote_actor(self.checkpoint, self.suite, self.execute, self.remote_size, self.api_key)
+            from worldvla.eval.remote import RemoteActor
+
+            return RemoteActor(self.checkpoint, self.suite, self.execute, self.remote_size, key(self.api_key))
         return ModelActor(self.checkpoint, self.execute, self.device, self.head, self.quantize)
 
 
@@ -257,12 +256,10 @@ def _parse(verb: str, args: list[str]) -> Any:
     if verb not in VERBS:
         known = [*VERBS, *TOOLS]
         near = difflib.get_close_matches(verb, known, n=3, cutoff=0.4) or known
-        raise ValueError(
-            f"unknown verb {verb!r}; did you mean {', '.join(near)}? `worldvla --help` lists them"
-        )
+        raise ValueError(f"unknown verb {verb!r}; did you mean {', '.join(near)}? See `worldvla --help`")
     cls = VERBS[verb]
     if verb == "train-tokenizer":
-        from worldvla.tokenizers.image_train import TABLETOP
+        from worldvla.train.tokenizer import TABLETOP
 
         default = TrainTokenizer(paths=tyro.MISSING, out=tyro.MISSING, config=TABLETOP)
         return tyro.cli(cls, prog=f"worldvla {verb}", args=args, default=default)

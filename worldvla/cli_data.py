@@ -27,9 +27,7 @@ def _views(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
         name, _, size = text.partition("=")
         rows, _, cols = size.partition("x")
         if not (name and rows.isdigit() and cols.isdigit()):
-            raise ValueError(
-                f"bad view {text!r}: expected NAME=ROWSxCOLUMNS in pixels, for example agentview=64x64"
-            )
+            raise ValueError(f"bad view {text!r}: expected NAME=ROWSxCOLUMNS, such as agentview=64x64")
         views[name] = (int(rows), int(cols))
     return views
 
@@ -75,12 +73,6 @@ def _act(checkpoint: str) -> Callable[[Any], Any]:
     return load(checkpoint).policy().act
 
 
-def _weights(checkpoint: Path) -> str:
-    from worldvla.infer.load import find_checkpoint, weights_digest
-
-    return weights_digest(find_checkpoint(checkpoint))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Collect:
     """Write successful episodes of the scripted expert as HDF5, one file a task; keep what exists."""
@@ -118,21 +110,14 @@ class Collect:
         from worldvla.data.collect import collect
 
         out = self.out or Path("out/demos") / self.suite
-        collect(
-            self.suite,
-            out,
-            episodes=self.episodes,
-            views=_views(self.views),
-            seed=self.seed,
-            workers=self.workers,
-            noise=self.noise,
-            label=self.label,
-            policy=partial(_act, str(self.policy)) if self.policy else None,
-            policy_name=_weights(self.policy) if self.policy else "",
-            execute=self.execute,
-            fast_render=self.fast_render,
-            tasks=self.tasks,
-        )
+        options = {name: value for name, value in vars(self).items() if name not in ("suite", "out")}
+        options["views"] = _views(self.views)
+        if self.policy is not None:
+            from worldvla.infer.load import find_checkpoint, weights_digest
+
+            options["policy"] = partial(_act, str(self.policy))
+            options["policy_name"] = weights_digest(find_checkpoint(self.policy))
+        collect(self.suite, out, **options)
         say(f"demonstrations: {out}   next: worldvla replay {out}")
         return 0
 
@@ -150,13 +135,13 @@ class Replay:
         from rich.console import Console
         from rich.progress import track
 
-        from worldvla.data.collect import replay
+        from worldvla.data.collect import rerun
 
         files = hdf5_files(self.paths)
         transform = _through_bins(files) if self.bins else (lambda actions: actions)
         outcomes = []
         for path in track(files, "replay", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-            outcomes += [success for _, success in replay(path, transform)]
+            outcomes += [done.success for done in rerun(path, transform)]
         if not all(outcomes) and not self.bins:
             from worldvla.data.regenerate import diagnose
 
@@ -213,7 +198,7 @@ class TrainTokenizer:
     seed: int = 0
 
     def run(self) -> int:
-        from worldvla.tokenizers.image_train import train_tokenizer
+        from worldvla.train.tokenizer import train_tokenizer
 
         minutes, steps = (None, self.steps) if self.steps else (self.minutes, None)
         files = hdf5_files(self.paths)
@@ -241,16 +226,15 @@ class Tokenize:
 
     def run(self) -> int:
         from worldvla.data.tokenize import tokenize
+        from worldvla.tokenizers.image import ImageTokenizer
 
         files = hdf5_files(self.paths)
         if self.regenerate:
             demos = self.out.with_name(self.out.name + ".demos")
             Regenerate(paths=tuple(files), out=demos, views=self.regenerate, workers=self.workers).run()
             files = hdf5_files([demos])
-        kept = tokenize(files, self.tokenizer, self.out).manifest.get("kept", {})
-        say(
-            "the next frame keeps "
-            + ", ".join(f"{share:.0%} of the codes of {v}" for v, share in kept.items())
-        )
+        store = tokenize(files, ImageTokenizer.load(self.tokenizer), self.out)
+        kept = (f"{share:.0%} of the codes of {v}" for v, share in store.manifest.get("kept", {}).items())
+        say(f"the next frame keeps {', '.join(kept)}")
         say(f"tokens: {self.out}   next: worldvla train RECIPE --data.stores {self.out}")
         return 0

@@ -44,9 +44,7 @@ class ImageTokenizerConfig:
                     f"num_codes is {self.num_codes} and embed_dim {self.embed_dim}: make them agree"
                 )
         elif self.fsq_levels:
-            raise ValueError(
-                f"fsq_levels {self.fsq_levels} with quantizer 'vq': leave them empty or use 'fsq'"
-            )
+            raise ValueError(f"fsq_levels {self.fsq_levels} with quantizer 'vq': empty them or use 'fsq'")
 
     @property
     def factor(self) -> int:
@@ -141,8 +139,7 @@ class ModelConfig:
     place_embedding: bool = False
     """Learned row and column embeddings on image codes (compact models)."""
     codebook_init: bool = False
-    """Start the embeddings of image codes from the tokenizer's codebook, those of bins from a smooth
-    curve."""
+    """Start the embeddings of image codes from the tokenizer's codebook, those of bins from a curve."""
     head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
@@ -200,8 +197,7 @@ class DataConfig:
     val_fraction: float = 0.02
     """Share of episodes held out, by a hash of (store, episode); never trained on."""
     statistics: Literal["minmax", "quantile"] = "minmax"
-    """Normalisation range of actions and states: minimum and maximum (as published) or 1st and 99th
-    percentile."""
+    """Normalisation range of actions and states: minimum, maximum (published) or 1st, 99th percentile."""
     sequence_length: int = 256
     """Batches are padded to it; a longer sample raises."""
     pad_chunks: bool = False

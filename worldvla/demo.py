@@ -9,11 +9,11 @@ Under five minutes on two cores. The same call again goes on where it stopped, o
 from pathlib import Path
 
 from worldvla.data.collect import collect
-from worldvla.eval.actors import RandomActor
+from worldvla.eval.actors import ModelActor, RandomActor
 from worldvla.eval.report import write_page
-from worldvla.eval.rollout import evaluate, run
+from worldvla.eval.rollout import run
 from worldvla.eval.world import evaluate_world
-from worldvla.infer.load import load, weights_digest
+from worldvla.infer.load import weights_digest
 from worldvla.recipes import TABLETOP_SUITES
 
 ASSETS = Path(__file__).parent / "assets"
@@ -43,11 +43,12 @@ def demo(
     if not path.exists():
         fix = f"train one by runs/{suite}.sh, or give yours: worldvla demo --checkpoint PATH"
         raise FileNotFoundError(f"no model at {path}: {fix}")
-    model = load(path)
+    actor = ModelActor(path, EXECUTE)
+    model = actor.model
     parts = out_dir / f"{weights_digest(model.path)}_{seed}"  # results of another model are not mixed in
     arguments = {"seed": seed, "workers": workers, "page": False}
     for name in suites:
-        evaluate(path, name, episodes, out_dir=parts / name, execute=EXECUTE, **arguments)
+        run(actor, name, episodes, out_dir=parts / name, **arguments)
     baselines = [
         run(RandomActor(seed), name, episodes, out_dir=parts / "random" / name, videos=0, **arguments)
         for name in suites

@@ -42,8 +42,7 @@ class Vocab:
     state_start: int
     text_start: int
     num_text: int
-    """Ids text_start .. text_start + num_text - 1 belong to the text tokenizer (its index 0 is
-    text_start)."""
+    """Ids text_start .. text_start + num_text - 1 are the text tokenizer's (its index 0 is text_start)."""
     newline: int | None = None
     grid_start: int | None = None
     """Id of grid count 0; a side of n patches of 32 pixels is grid_start + n."""
@@ -109,8 +108,7 @@ def chameleon() -> Vocab:
 
 
 def compact(num_image_codes: int, num_text: int) -> Vocab:
-    """Return a table of the same shape for small models: specials, then text, image codes, action bins,
-    state bins."""
+    """Return a table for small models: specials, then text, image codes, action bins, state bins."""
     names = ("bos", "pad", "eos", "sep", "boi", "eoi", "boa", "eoa", "bostate", "eostate")
     specials = {name: index for index, name in enumerate(names)}
     text_start = len(names)

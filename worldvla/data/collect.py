@@ -6,20 +6,21 @@ without the stop, for any number of workers. Workers never import torch.
 """
 
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 
-from worldvla.data.episode import Episode, read_episodes, write_episodes
+from worldvla.data.episode import Episode, facts, read_episodes, write_episodes
+from worldvla.files import write_text
 from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
 
@@ -77,8 +78,7 @@ class Driven:
 
 @dataclass
 class Labeller:
-    """Ask the expert what it does in the next `chunk` steps, in a second simulator set to the first one's
-    state."""
+    """Ask the expert what it does in the next `chunk` steps, in a second simulator set to that state."""
 
     scout: Any
     """An environment of the same task that renders nothing."""
@@ -204,28 +204,41 @@ class _Job:
 
 LoadPolicy = Callable[[], Callable[[dict[str, Any]], np.ndarray]]
 """Importable by a worker; returns what `Driven.act` is, loaded once a process."""
-_kept: dict[tuple[Any, ...], Any] = {}
-"""This process's last environment and its scout; LIBERO's cost seconds to make."""
+_kept: dict[str, tuple[Any, ...]] = {}
+"""This process's last environments; LIBERO's cost seconds to make."""
 
 
-def _environments(job: _Job) -> tuple[Any, Any]:
-    """Return the environment and, for labels, its scout."""
-    key = (str(job.make), job.task, json.dumps(job.views), bool(job.label))
-    if key not in _kept:
-        for old in _kept.values():
-            for env in filter(None, old):
-                env.close()
+def kept(key: Any, make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Return the environments that `make` made for this key the last time; those of another key are closed."""
+    if str(key) not in _kept:
+        for env in filter(None, itertools.chain(*_kept.values())):
+            env.close()
         _kept.clear()
-        scout = job.make(job.task, {}) if job.label else None
-        if scout is not None:
-            scout.reset(options={"init": 0})
-        _kept[key] = job.make(job.task, job.views), scout
-    return _kept[key]
+        _kept[str(key)] = make()
+    return _kept[str(key)]
+
+
+def task_of(episode: Episode) -> sim.Task:
+    """Return the task that an episode is a demonstration of; an unknown one raises ValueError."""
+    known = {task.name: task for task in sim.tasks(episode.suite)}
+    if episode.task not in known:
+        raise ValueError(
+            f"{episode.suite} has no task {episode.task!r}, of which there are demonstrations; it has "
+            f"{', '.join(known)}: name file and folder as LIBERO does, or collect again"
+        )
+    return known[episode.task]
 
 
 def _attempt(job: _Job, attempt: int) -> bool:
     """Run one attempt; leave its episode, or an empty `.failed` file, in the parts. Return its success."""
-    env, scout = _environments(job)
+
+    def make() -> tuple[Any, ...]:
+        scout = job.make(job.task, {}) if job.label else None
+        if scout is not None:
+            scout.reset(options={"init": 0})
+        return job.make(job.task, job.views), scout
+
+    env, scout = kept((job.make, job.task, job.views, bool(job.label)), make)
     init = FIRST_INIT + job.seed * INITS_PER_SEED + attempt
     rng = np.random.default_rng([job.seed, job.task.index, init])
     label = Labeller(scout, job.expert(scout), job.label) if scout is not None else None
@@ -265,15 +278,11 @@ def collect(
 ) -> dict[str, dict[str, int]]:
     """Write `episodes` successful demonstrations of every task of `suite` (or of those in `tasks`).
 
-    `noise` is the expected share of perturbed steps; with a `policy` it drives instead (`Driven`), `execute`
-    actions of its chunk at a time, and `policy_name` says in the files which one it was. `label`: K, store
-    the expert's next K actions from every visited state. Return {task name: {episodes, steps, failed}}: how
-    many were written and how many attempts failed. `make`, `expert` and `policy` must be importable by the
-    workers.
+    `noise`, `label`, `policy` and `execute` as of `worldvla collect`; `policy_name` says in the files which
+    one it was. Return {task name: {episodes, steps, failed}}: how many were written, how many attempts
+    failed. `make`, `expert` and `policy` must be importable by the workers.
     """
-    table = sim.tasks(suite)
-    if bad := [i for i in tasks if not 0 <= i < len(table)]:
-        raise ValueError(f"{suite} has tasks 0 to {len(table) - 1}, got {bad}")
+    chosen = choose(suite, sim.tasks(suite), tasks)
     if not 0 <= noise < 0.9 or episodes < 1 or workers < 1 or seed < 0:
         raise ValueError(
             "expected 0 <= noise < 0.9, episodes >= 1, workers >= 1 and seed >= 0, "
@@ -281,15 +290,12 @@ def collect(
         )
     if label < 0 or execute < 1:
         raise ValueError(f"expected label >= 0 and execute >= 1 steps, got {label} and {execute}")
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
     arguments = {"suite": suite, "episodes": episodes, "seed": seed, "noise": noise, "views": views}
     arguments |= {"label": label, "policy": policy_name, "execute": execute if policy else 0}
     if fast_render:
         arguments["fast_render"] = True
         make = partial(make, fast_render=True)
     _guard(out_dir / "collect.json", arguments)
-    chosen = [t for t in table if not tasks or t.index in tasks]
     jobs = [
         _Job(t, out_dir / f".{t.name}.parts", views, seed, noise, make, expert, label, policy, execute)
         for t in chosen
@@ -306,6 +312,13 @@ def collect(
     finally:
         pool.shutdown(cancel_futures=True)
     return {task.name: _counts(_path(out_dir, task)) for task in chosen}
+
+
+def choose(suite: str, table: Sequence[sim.Task], indices: Sequence[int]) -> list[sim.Task]:
+    """Return the tasks with these indices, all where there are none; an unknown one raises ValueError."""
+    if bad := [i for i in indices if not 0 <= i < len(table)]:
+        raise ValueError(f"{suite} has tasks 0 to {len(table) - 1}, got {bad}")
+    return [task for task in table if not indices or task.index in indices]
 
 
 def _run(pool: ProcessPoolExecutor, jobs: list[_Job], episodes: int) -> Iterator[tuple[_Job, bool]]:
@@ -357,9 +370,7 @@ def _guard(path: Path, arguments: dict[str, Any]) -> None:
                 "choose another directory"
             )
         return
-    scratch = path.with_name(f"{path.name}.tmp")
-    scratch.write_text(text)
-    scratch.replace(path)
+    write_text(path, text)
 
 
 def _path(out_dir: Path, task: sim.Task) -> Path:
@@ -378,10 +389,8 @@ def _merge(out_dir: Path, job: _Job, arguments: dict[str, Any]) -> None:
 
 
 def _counts(path: Path) -> dict[str, int]:
-    with h5py.File(path) as file:
-        attrs: Any = file["data"].attrs
-        failed = json.loads(attrs["env_args"]).get("failed", 0)
-        return {"episodes": int(attrs["num_demos"]), "steps": int(attrs["total"]), "failed": failed}
+    told = facts(path)
+    return {"episodes": told["num_demos"], "steps": told["total"], "failed": told.get("failed", 0)}
 
 
 # -- replay ------------------------------------------------------------------------------
@@ -409,13 +418,9 @@ def rerun(
     env: Any = None
     try:
         for i, episode in enumerate(read_episodes(Path(path), images=False)):
-            known = {t.name: t for t in sim.tasks(episode.suite)}
-            if episode.task not in known:
-                raise ValueError(
-                    f"{path}: {episode.suite} has no task {episode.task!r}; collected by another version?"
-                )
-            if env is None or env.task != known[episode.task]:
-                env = make(known[episode.task], {})
+            task = task_of(episode)
+            if env is None or env.task != task:
+                env = make(task, {})
             env.reset(options={"init": max(episode.init, 0)})
             # Setting a state costs the solver's warm start, hence the last bits; reset does not.
             if not np.array_equal(env.get_state(), episode.sim_states[0]):
@@ -430,10 +435,3 @@ def rerun(
     finally:
         if env is not None:
             env.close()
-
-
-def replay(
-    path: Path, transform: Callable[[np.ndarray], np.ndarray] = lambda actions: actions
-) -> list[tuple[int, bool]]:
-    """Return (episode index, success) of each stored episode, re-executed as `rerun` does."""
-    return [(done.episode, done.success) for done in rerun(path, transform)]

@@ -22,6 +22,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from worldvla.files import whole_file
 from worldvla.sim.env import NUM_ACTION_DIMS, NUM_STATE_DIMS, SUITES
 
 VIEW_KEYS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
@@ -81,9 +82,7 @@ class Episode:
                     f"got {array.dtype} {' x '.join(map(str, array.shape))}"
                 )
             if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
-                raise ValueError(
-                    f"episode of {self.task}: {name} holds NaN or infinity at step {_first_bad(array)}"
-                )
+                raise ValueError(f"episode of {self.task}: {name} is not finite at step {_first_bad(array)}")
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -119,29 +118,24 @@ class _Disk(io.FileIO):
 
 def write_episodes(path: Path, episodes: Iterable[Episode], env_args: dict[str, Any]) -> None:
     """Write one task's episodes atomically, one in memory at a time. `env_args` says what made them."""
-    scratch = path.with_name(f"{path.name}.tmp")
-    try:
-        with _Disk(scratch, "w+") as disk:
-            with h5py.File(disk, "w") as file:
-                data = file.create_group("data")
-                count, total, instruction = 0, 0, ""
-                for count, episode in enumerate(episodes, start=1):
-                    _write_demo(data.create_group(f"demo_{count - 1}"), episode)
-                    total += len(episode)
-                    instruction = episode.instruction
-                    if disk.failure:
-                        break
-                data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
-                data.attrs["env_args"] = json.dumps(env_args)
-                data.attrs["num_demos"] = count
-                data.attrs["total"] = total
-            if disk.failure:
-                raise OSError(disk.failure.errno, f"cannot write {path}: {disk.failure.strerror}")
+    with whole_file(path) as scratch, _Disk(scratch, "w+") as disk:
+        with h5py.File(disk, "w") as file:
+            data = file.create_group("data")
+            count, total, instruction = 0, 0, ""
+            for count, episode in enumerate(episodes, start=1):
+                _write_demo(data.create_group(f"demo_{count - 1}"), episode)
+                total += len(episode)
+                instruction = episode.instruction
+                if disk.failure:
+                    break
+            data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
+            data.attrs["env_args"] = json.dumps(env_args)
+            data.attrs["num_demos"] = count
+            data.attrs["total"] = total
+        if disk.failure:
+            raise OSError(disk.failure.errno, f"cannot write {path}: {disk.failure.strerror}")
         if not count:
             raise ValueError(f"{path}: no episodes to write")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _write_demo(group: h5py.Group, episode: Episode) -> None:
@@ -193,21 +187,15 @@ def read_episodes(path: Path, images: bool = True) -> Iterator[Episode]:
         raise FileNotFoundError(f"no {path}: expected an HDF5 file of demonstrations") from None
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path} is truncated or no HDF5 file ({reason}): collect or download it again"
-        ) from None
+        raise ValueError(f"{path} is truncated or no HDF5 file ({reason}): make it again") from None
     with file:
         data = file.get("data")
         if not isinstance(data, h5py.Group):
-            raise ValueError(
-                f"{path} has no group 'data', only {sorted(file)}: expected LIBERO's HDF5 layout"
-            )
+            raise ValueError(f"{path} has no group 'data', only {sorted(file)}: expected LIBERO's layout")
         names = [str(name) for name in data if re.fullmatch(r"demo_\d+", str(name))]
         names.sort(key=lambda name: int(name.removeprefix("demo_")))
         if not names:
-            raise ValueError(
-                f"{path} holds no demonstrations (data/demo_0, ...): collect or download it again"
-            )
+            raise ValueError(f"{path} holds no demonstrations (data/demo_0, ...): make it again")
         told = _provenance(path, data)
         for name in names:
             try:
@@ -227,6 +215,14 @@ def count_episodes(path: Path) -> int:
         raise ValueError(
             f"{path} is truncated or no robomimic file ({error}): expected a group 'data' with demonstrations"
         ) from None
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """Return the `env_args` that a file of ours was written with, its num_demos and its total of steps."""
+    with h5py.File(path) as file:
+        attrs: Any = file["data"].attrs
+        counts = {name: int(attrs[name]) for name in ("num_demos", "total")}
+        return {**json.loads(attrs["env_args"]), **counts}
 
 
 def _provenance(path: Path, data: h5py.Group) -> dict[str, str]:

@@ -95,9 +95,7 @@ class Loader:
         """Return the i-th validation batch of one kind; past the last sample it wraps around."""
         positions = self._val[mode]
         if not len(positions):
-            raise ValueError(
-                f"no {mode} sample is held out: raise data.val_fraction {self.data.val_fraction}"
-            )
+            raise ValueError(f"data.val_fraction {self.data.val_fraction} holds out no {mode} sample: raise it")
         chosen = positions[np.arange(i * self.batch_size, (i + 1) * self.batch_size) % len(positions)]
         return self._assemble(chosen, chosen[:0]) if mode == "policy" else self._assemble(chosen[:0], chosen)
 
@@ -108,12 +106,6 @@ class Loader:
     def num_val(self, mode: Mode) -> int:
         """Return the number of held-out samples of one kind."""
         return len(self._val[mode])
-
-    def epoch(self, step: int, mode: Mode) -> float:
-        """Return how many times a stream has been seen before `step`."""
-        world = int(self._share * self.batch_size * step)
-        seen = world if mode == "world" else self.batch_size * step - world
-        return seen / max(1, self.num_train(mode))
 
     def sample(self, frame: int, mode: Mode) -> Sample:
         """Return the sample that starts at a frame (counted over all stores), unpadded."""
@@ -192,9 +184,7 @@ class Loader:
             len(t) for t in [self._world_template, *(t for ts in self._policy_templates for t in ts)]
         )
         if longest > self.data.sequence_length:
-            raise ValueError(
-                f"a sample has {longest} tokens, data.sequence_length is {self.data.sequence_length}"
-            )
+            raise ValueError(f"a sample has {longest} tokens, sequence_length is {self.data.sequence_length}")
         if not 0 <= self._share <= 1:
             raise ValueError(f"data.world_fraction must be in [0, 1], got {self.data.world_fraction}")
         for mode in MODES:

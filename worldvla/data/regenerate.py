@@ -6,7 +6,6 @@ succeeds, and both are counted. Stopped, the same command goes on. Workers never
 """
 
 import itertools
-import json
 import multiprocessing
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from worldvla.data.collect import Views, record
-from worldvla.data.episode import Episode, count_episodes, read_episodes, write_episodes
+from worldvla.data.collect import Views, kept, record, task_of
+from worldvla.data.episode import Episode, count_episodes, facts, read_episodes, write_episodes
 from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
 
@@ -114,24 +113,9 @@ def regenerate(
     return {path.name: _counts(out_dir / path.name) for path in files}
 
 
-_kept: dict[str, Any] = {}
-"""This process's last environment."""
-
-
 def _environment(episode: Episode, views: Views, make: Callable[..., Any]) -> Any:
-    key = json.dumps([episode.suite, episode.task, views])
-    if key not in _kept:
-        for old in _kept.values():
-            old.close()
-        _kept.clear()
-        known = {task.name: task for task in sim.tasks(episode.suite)}
-        if episode.task not in known:
-            raise ValueError(
-                f"{episode.suite} has no task {episode.task!r}, of which there are demonstrations; it has "
-                f"{', '.join(known)}: name file and folder as LIBERO does"
-            )
-        _kept[key] = make(known[episode.task], views)
-    return _kept[key]
+    task = task_of(episode)
+    return kept((make, task, views), lambda: (make(task, views),))[0]
 
 
 def _one(
@@ -156,7 +140,7 @@ def _merge(path: Path, parts: Path, out: Path, make: Callable[..., Any]) -> None
     if not good:
         why = "; ".join(diagnose(path, make)) or "were they made with another version of the simulator?"
         raise ValueError(f"{path}: none of {lost} demonstrations succeeds again; {why}")
-    counts = {"lost": lost, "no_ops": sum(_told(part)["no_ops"] for part in good)}
+    counts = {"lost": lost, "no_ops": sum(facts(part)["no_ops"] for part in good)}
     found = (episode for part in good for episode in read_episodes(part))
     told = {"source": f"the actions of {path.name}, executed again", **counts}
     write_episodes(out, found, told)
@@ -191,18 +175,6 @@ def diagnose(path: Path, make: Callable[..., Any] = sim.make) -> list[str]:
     return found
 
 
-def _told(path: Path) -> dict[str, Any]:
-    import h5py
-
-    with h5py.File(path) as file:
-        attrs: Any = file["data"].attrs
-        return {
-            **json.loads(attrs["env_args"]),
-            "num_demos": int(attrs["num_demos"]),
-            "total": int(attrs["total"]),
-        }
-
-
 def _counts(path: Path) -> Counts:
-    told = _told(path)
+    told = facts(path)
     return Counts(told["num_demos"], told["lost"], told["total"], told["no_ops"])

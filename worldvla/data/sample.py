@@ -70,9 +70,7 @@ class SampleBuilder:
         dims += [("state", len(statistics.state_low), layout.num_state_dims)] if layout.state else []
         for name, got, expected in dims:
             if got != expected:
-                raise ValueError(
-                    f"statistics have {got} {name} dims, the layout {expected}: use those of the same data"
-                )
+                raise ValueError(f"statistics have {got} {name} dims, the layout {expected}: use its own")
         if vocab.grid_start is not None and any(
             side % CODES_PER_GRID_PATCH for grid in layout.grids for side in grid
         ):

@@ -11,7 +11,6 @@ Observation t is the one before action t. F frames of all episodes follow one an
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from worldvla.data.episode import Episode
+from worldvla.files import whole_folder, write_json, write_text
 
 FORMAT = "worldvla-store-1"
 
@@ -155,28 +155,12 @@ def write_store(
     path = Path(path)
     if path.exists() and read_manifest(path) is None and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is no token store: choose another directory or remove it")
-    scratch = path.with_name(path.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        with ExitStack() as stack:
-            writer = _Writer(
-                scratch, stack, lambda images: encode(images, tokenizer, batch_size, device), views
-            )
-            for episode in episodes:
-                writer.add(episode)
-                on_episode(episode)
-            writer.finish({"tokenizer": tokenizer.digest(), "num_codes": tokenizer.num_codes}, source or {})
-        if path.exists():
-            old = path.with_name(path.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            path.replace(old)
-            scratch.replace(path)
-            shutil.rmtree(old)
-        else:
-            scratch.replace(path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with whole_folder(path) as scratch, ExitStack() as stack:
+        writer = _Writer(scratch, stack, lambda images: encode(images, tokenizer, batch_size, device), views)
+        for episode in episodes:
+            writer.add(episode)
+            on_episode(episode)
+        writer.finish({"tokenizer": tokenizer.digest(), "num_codes": tokenizer.num_codes}, source or {})
     return path
 
 
@@ -192,9 +176,7 @@ def encode(
     codes = np.concatenate(parts)
     limit = min(tokenizer.num_codes, np.iinfo(np.uint16).max + 1)
     if codes.min() < 0 or codes.max() >= limit:
-        raise ValueError(
-            f"the image tokenizer gave codes {codes.min()}..{codes.max()}, expected [0, {limit})"
-        )
+        raise ValueError(f"the tokenizer gave codes {codes.min()}..{codes.max()}, expected [0, {limit})")
     return codes.astype(np.uint16)
 
 
@@ -220,16 +202,12 @@ class _Writer:
             raise ValueError(f"an episode of {episode.task!r} has no steps: collect it again")
         self.views = list(episode.images) if self.views is None else self.views
         if missing := [view for view in self.views if view not in episode.images]:
-            raise ValueError(
-                f"an episode of {episode.task!r} lacks views {missing}, has {list(episode.images)}"
-            )
+            raise ValueError(f"episode of {episode.task!r} lacks views {missing}, has {list(episode.images)}")
         for view in self.views:
             codes = self.encode(episode.images[view])
             grid = self.grids.setdefault(view, codes.shape[1:])
             if grid != codes.shape[1:]:
-                raise ValueError(
-                    f"view {view} changes its grid from {grid} to {codes.shape[1:]}: use one size"
-                )
+                raise ValueError(f"view {view} changes grid from {grid} to {codes.shape[1:]}: use one size")
             self._append(f"codes_{view}", codes.reshape(len(codes), -1))
             self.kept.setdefault(view, []).append((codes[1:] == codes[:-1]).ravel())
         names = ("actions", "states", "is_expert")
@@ -253,7 +231,7 @@ class _Writer:
             column.finish()
         kept = {view: np.concatenate(same) for view, same in self.kept.items()}
         episodes = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
-        (self.directory / "episodes.json").write_text(f"[\n{episodes}\n]\n", encoding="utf-8")
+        write_text(self.directory / "episodes.json", f"[\n{episodes}\n]\n")
         manifest = {
             "format": FORMAT,
             **tokenizer,
@@ -268,7 +246,7 @@ class _Writer:
             "kept": {view: round(float(same.mean()), 4) for view, same in kept.items() if same.size},
             "source": source,
         }
-        (self.directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_json(self.directory / "manifest.json", manifest, indent=2)
 
     def _append(self, name: str, array: np.ndarray) -> None:
         if name not in self.columns:

@@ -1,6 +1,4 @@
-"""Whoever chooses the actions of a rollout: the model, and what it is compared with. Importing this brings no
-torch.
-"""
+"""Whoever chooses the actions of a rollout: the model, and its baselines. Importing this brings no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,46 +80,46 @@ class ModelActor:
         return list(self._policy.act([q.observation for q in queries])[:, : self.execute])
 
     def identity(self) -> dict[str, Any]:
-        from worldvla.infer.load import weights_digest
-
-        manifest, quantize = self.model.manifest, self.model.quantize
-        return {
-            "name": self.model.config.name,
-            "path": str(self.model.path),
-            "step": manifest.get("step"),
-            "digest": weights_digest(self.model.path),
-            "parameters": self.model.transformer.num_parameters(),
-        } | ({"quantize": quantize} if quantize else {})
+        return self.model.identity()
 
 
-class ExpertActor:
-    """The scripted expert, which sees the simulator's state: what the suite allows at best."""
+class Blind:
+    """An actor that sees no pictures, one query at a time; `_choose` answers it."""
 
-    name, history, execute = "expert", 1, CHUNK
+    name, history, execute = "blind", 1, CHUNK
 
     def __init__(self) -> None:
         self.views: dict[str, tuple[int, int]] = {}
 
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
-        return [None for _ in queries]
+        return [self._choose(query) for query in queries]
 
     def identity(self) -> dict[str, Any]:
         return {"name": self.name}
 
+    def _choose(self, query: Query) -> np.ndarray | None:
+        raise NotImplementedError
 
-class RandomActor:
+
+class ExpertActor(Blind):
+    """The scripted expert, which sees the simulator's state: what the suite allows at best."""
+
+    name = "expert"
+
+    def _choose(self, query: Query) -> np.ndarray | None:  # noqa: ARG002
+        return None
+
+
+class RandomActor(Blind):
     """Uniform actions, a function of (seed, task, initial state, step)."""
 
-    name, history, execute = "random", 1, CHUNK
+    name = "random"
 
     def __init__(self, seed: int = 0) -> None:
-        self.views: dict[str, tuple[int, int]] = {}
+        super().__init__()
         self.seed = seed
 
-    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
-        return [self._draw(q) for q in queries]
-
-    def _draw(self, query: Query) -> np.ndarray:
+    def _choose(self, query: Query) -> np.ndarray:
         rng = np.random.default_rng([self.seed, query.task.index, query.init, query.step])
         return rng.uniform(-1, 1, (self.execute, NUM_ACTION_DIMS)).astype(np.float32)
 
@@ -129,15 +127,13 @@ class RandomActor:
         return {"name": self.name, "seed": self.seed}
 
 
-class BlindActor:
-    """The mean trajectory of each task's demonstrations, executed whatever happens: what can be had without
-    looking.
-    """
+class BlindActor(Blind):
+    """The mean trajectory of each task's demonstrations, executed without looking."""
 
-    name, history, execute = "blind replay", 1, CHUNK
+    name = "blind replay"
 
     def __init__(self, trajectories: Mapping[str, np.ndarray], source: str = "") -> None:
-        self.views: dict[str, tuple[int, int]] = {}
+        super().__init__()
         self.trajectories, self.source = dict(trajectories), source
 
     @classmethod
@@ -156,10 +152,7 @@ class BlindActor:
             )
         return cls(trajectories, str(directory))
 
-    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
-        return [self._take(q) for q in queries]
-
-    def _take(self, query: Query) -> np.ndarray:
+    def _choose(self, query: Query) -> np.ndarray:
         if query.task.name not in self.trajectories:
             raise ValueError(
                 f"no demonstrations of task {query.task.name!r} in {self.source}: collect the whole suite"

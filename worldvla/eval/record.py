@@ -1,15 +1,13 @@
-"""What every record says of where its numbers come from, and the journal of finished episodes that makes a
-run resumable.
-"""
+"""What a record says of its origin, and the journal of finished episodes that makes a run resumable."""
 
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from worldvla.files import commit, write_text
 from worldvla.sim.doctor import verdict, versions
 
 
@@ -21,9 +19,7 @@ def provenance() -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """Return the processor's name, the cores that this process may use, and the GPUs that torch sees, if it
-    is loaded.
-    """
+    """Return the processor's name, the cores this process may use, and the GPUs of torch, if it is loaded."""
     import sys
 
     cpuinfo = Path("/proc/cpuinfo")
@@ -37,32 +33,6 @@ def hardware() -> dict[str, Any]:
         "cores": cores,
         "gpus": gpus,
     }
-
-
-def commit() -> str | None:
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    head = _git(root, "rev-parse", "HEAD")
-    return (
-        head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "") if head else None
-    )
-
-
-def _git(root: Path, *words: str) -> str:
-    try:
-        return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    except OSError:  # there is no git here
-        return ""
-
-
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write atomically: the file is whole or was not touched."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(path)
 
 
 class Journal:
@@ -89,12 +59,7 @@ class Journal:
                     "choose another directory or remove it"
                 )
             self.outcomes = [line for line in lines[1:] if line and line["status"] != "error"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text(
-            "".join(json.dumps(line) + "\n" for line in [dict(identity), *self.outcomes]), encoding="utf-8"
-        )
-        scratch.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in [dict(identity), *self.outcomes]))
         self._file = path.open("a", encoding="utf-8")
 
     @property

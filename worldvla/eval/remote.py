@@ -68,9 +68,7 @@ class RemoteActor:
         if self.execute < 1:
             raise ValueError(f"--execute must be at least 1 action, got {execute}")
         if self.execute > (chunk or self.execute):
-            raise self._error(
-                f"it gives {chunk} actions at a time, asked to execute {self.execute}: execute fewer"
-            )
+            raise self._error(f"it gives {chunk} actions at a time, asked for {self.execute}: execute fewer")
 
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
         return [self._ask(query) for query in queries]
@@ -112,18 +110,14 @@ class RemoteActor:
             )
             raise self._error(f"it refuses the connection with HTTP {status}: {fix}") from None
         except (OSError, WebSocketException) as error:
-            raise self._error(
-                f"no connection ({error}): start one with `worldvla serve CHECKPOINT`"
-            ) from None
+            raise self._error(f"no connection ({error}): start it by `worldvla serve CHECKPOINT`") from None
         self.metadata = self._receive(GREETING_S, "metadata")
 
     def _receive(self, patience_s: float, what: str) -> dict[str, Any]:
         try:
             data = self._connection.recv(timeout=patience_s)
         except TimeoutError:
-            raise self._error(
-                f"no {what} within {patience_s:.0f} s: does it speak openpi's protocol?"
-            ) from None
+            raise self._error(f"no {what} within {patience_s:.0f} s: is it openpi's protocol?") from None
         except (OSError, WebSocketException) as error:
             raise self._error(
                 f"it went away before its {what}, after {self._requests} requests ({error}): "

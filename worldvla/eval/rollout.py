@@ -1,6 +1,6 @@
 """Episodes in parallel simulators, actions from one batched actor: `success | fail | error`, counted apart.
 
-    record = evaluate("out/train/tabletop", "tabletop_object", episodes=10, out_dir=Path("out/eval/object"))
+    record = run(ModelActor("out/train/tabletop"), "tabletop_object", out_dir=Path("out/eval/object"))
 
 Where simulation is cheap all environments are answered at once, in lockstep; where it is dear (LIBERO), each
 as soon as it asks. In both the record is a function of the arguments. An actor's chunk is executed open loop,
@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from worldvla.data.collect import choose
 from worldvla.eval.actors import Actor, ActorError, ModelActor, Query
-from worldvla.eval.record import Journal, hardware, provenance, write_json
+from worldvla.eval.record import Journal, hardware, provenance
 from worldvla.eval.stats import count
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
 from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings, Worker, open_workers
+from worldvla.files import write_json, write_text
 from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
 
@@ -112,40 +114,10 @@ def _query(worker: Worker, report: Report) -> Query:
 
 
 def _next(waiting: list[Job], task: sim.Task | None, taken: set[sim.Task | None]) -> Job:
-    """Take a job of the same task, else one of a task that no worker has: an environment is expensive to
-    make.
-    """
+    """Take one of the same task, else one of a task that no worker has: an environment is dear to make."""
     same = (i for i, job in enumerate(waiting) if job.task == task)
     free = (i for i, job in enumerate(waiting) if job.task not in taken)
     return waiting.pop(next(same, next(free, 0)))
-
-
-def evaluate(
-    checkpoint: Path | str,
-    suite: str,
-    episodes: int = 10,
-    *,
-    out_dir: Path,
-    seed: int = 0,
-    workers: int = 2,
-    execute: int | None = None,
-    device: str = "cpu",
-    head: str = "discrete",
-    **options: Any,
-) -> dict[str, Any]:
-    """Roll a checkpoint out; see `run`. `execute`: actions of each chunk that are executed (default: all);
-    `head`: the one that acts.
-    """
-    sim.suite(suite)
-    return run(
-        ModelActor(checkpoint, execute, device, head),
-        suite,
-        episodes,
-        out_dir=out_dir,
-        seed=seed,
-        workers=workers,
-        **options,
-    )
 
 
 def run(
@@ -169,11 +141,9 @@ def run(
     """Roll `actor` out from initial states first..first+episodes-1 of each task; write record.json, videos/
     and index.html; return the record.
 
-    States 0 to 49 are for evaluation; from 50 on, in one run, those that demonstrations start from. The same
-    command again goes on where it stopped. `tasks`: indices, empty for all. `fast_render`: see `sim.make`.
-    `videos`: filmed episodes a task.
-    `film_all`: film every step; default: where rendering is cheap (tabletop). `make`, `table`: another
-    simulator, for tests.
+    The same command again goes on where it stopped. `tasks`: indices, empty for all. `videos`: filmed
+    episodes a task. `film_all`: film every step; default: where rendering is cheap (tabletop). `make`,
+    `table`: another simulator, for tests.
     """
     inits = range(first, first + episodes)
     if not inits or first < 0 or first < sim.NUM_INITS < inits.stop:
@@ -183,17 +153,11 @@ def run(
         )
     if workers < 1:
         raise ValueError(f"an evaluation needs at least one worker, got {workers}")
-    listed = list(sim.tasks(suite) if table is None else table)
-    if bad := [i for i in tasks if not 0 <= i < len(listed)]:
-        raise ValueError(f"{suite} has tasks 0 to {len(listed) - 1}, got {bad}")
-    listed = [task for task in listed if not tasks or task.index in tasks]
+    listed = choose(suite, sim.tasks(suite) if table is None else table, tasks)
     kind = sim.suite(suite)
     is_cheap = kind.simulator == "tabletop"
-    views = (
-        actor.views or ({"agentview": (64, 64)} if is_cheap else {"agentview": (128, 128)})
-        if videos
-        else actor.views
-    )
+    side = 64 if is_cheap else 128
+    views = actor.views or ({"agentview": (side, side)} if videos else {})
     settings = Settings(
         partial(make, fast_render=True) if fast_render else make,
         views,
@@ -230,24 +194,14 @@ def run(
         )
 
         def on_end(job: Job, report: Report, seconds: float, film: list[dict[str, np.ndarray]]) -> None:
-            outcome = {
-                "task": job.task.index,
-                "init": job.init,
-                "status": report.status,
-                "grasped": report.grasped,
-            }
-            outcome |= {
-                "steps": report.steps,
-                "reason": report.reason,
-                "seconds": round(seconds, 2),
-                "simulation_seconds": round(report.simulation_s, 2),
-                "policy_seconds": round(report.policy_s, 2),
-                "video": "",
-            }
+            outcome: dict[str, Any] = {"task": job.task.index, "init": job.init}
+            outcome |= {name: getattr(report, name) for name in ("status", "grasped", "steps", "reason")}
+            outcome["seconds"] = round(seconds, 2)
+            outcome["simulation_seconds"] = round(report.simulation_s, 2)
+            outcome |= {"policy_seconds": round(report.policy_s, 2), "video": ""}
             if report.trace:
                 outcome["trace"] = f"errors/{job.task.index:02d}_{job.init:02d}.txt"
-                (Path(out_dir) / "errors").mkdir(exist_ok=True)
-                (Path(out_dir) / outcome["trace"]).write_text(report.trace, encoding="utf-8")
+                write_text(Path(out_dir) / outcome["trace"], report.trace)
             if film:
                 outcome["video"] = f"videos/{job.task.index:02d}_{job.init:02d}.mp4"
                 fps = FPS[kind.simulator] / (1 if settings.film_all else actor.execute)

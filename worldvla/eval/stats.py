@@ -12,9 +12,7 @@ STATUSES = {"success": "successes", "fail": "failures", "error": "errors"}
 
 
 def wilson(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
-    """Return the Wilson score interval of a success rate; (0, 1) without trials. It is sensible at 0/n and
-    n/n too.
-    """
+    """Return the Wilson score interval of a success rate; (0, 1) without trials, sensible at 0/n and n/n."""
     if not 0 <= successes <= trials:
         raise ValueError(f"successes must be in 0..{trials}, got {successes}")
     if trials == 0:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from worldvla.files import whole_file
 from worldvla.infer.load import Model
 
 FILE = "tokens.npz"
@@ -38,10 +39,8 @@ def write_example(
     names, sizes = zip(*segments(model, observation), strict=True)
     arrays |= {"views": np.array(layout.views), "instruction": np.array(observation["instruction"])}
     arrays |= {"segments": np.array(names), "sizes": np.array(sizes)}
-    scratch = directory / (FILE + ".tmp")
-    with scratch.open("wb") as file:
+    with whole_file(directory / FILE) as scratch, scratch.open("wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-    scratch.replace(directory / FILE)
 
 
 def read_example(directory: Path) -> dict[str, np.ndarray] | None:

@@ -1,6 +1,4 @@
-"""Frames -> H.264 files that every browser plays. Small pictures are enlarged in whole steps, so that pixels
-stay pixels.
-"""
+"""Frames -> H.264 files that every browser plays. Small pictures are enlarged in whole steps."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -8,6 +6,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+
+from worldvla.files import whole_file
 
 HEIGHT = 256
 """Pixel rows of a video, at most; a larger picture keeps its size."""
@@ -27,9 +27,7 @@ def enlarge(image: np.ndarray, rows: int = HEIGHT) -> np.ndarray:
 
 
 def side_by_side(images: Sequence[np.ndarray], rows: int = HEIGHT) -> np.ndarray:
-    """Return one picture: all enlarged to the same height, white gaps between them, even sides (H.264 needs
-    them).
-    """
+    """Return one picture: all of the same height, white gaps between, even sides (as H.264 needs)."""
     rows = max([rows, *(image.shape[0] for image in images)])
     parts: list[np.ndarray] = []
     for image in images:
@@ -62,7 +60,5 @@ def encode_mp4(pictures: Sequence[np.ndarray], fps: float) -> bytes:
 
 
 def write_mp4(path: Path, pictures: Sequence[np.ndarray], fps: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(encode_mp4(pictures, fps))
-    scratch.replace(path)
+    with whole_file(path) as scratch:
+        scratch.write_bytes(encode_mp4(pictures, fps))

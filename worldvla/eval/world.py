@@ -22,9 +22,10 @@ from torch import Tensor
 from worldvla.data.episode import Episode, read_episodes
 from worldvla.eval import distance, features
 from worldvla.eval.inverse import NUM_DIMS, read_motion, train_inverse
-from worldvla.eval.record import provenance, write_json
+from worldvla.eval.record import provenance
 from worldvla.eval.tokens import write_example
 from worldvla.eval.video import FPS, side_by_side, write_mp4
+from worldvla.files import write_json
 from worldvla.infer.draft import FrameStats, summary
 from worldvla.infer.load import Model, load, weights_digest
 from worldvla.sim.env import SUITES
@@ -119,7 +120,7 @@ def evaluate_world(
             section["clips"].append(row)
         sections.append(section)
     record: dict[str, Any] = {
-        "models": {name: _identity(model) for name, model in models.items()},
+        "models": {name: model.identity() for name, model in models.items()},
         "seed": seed,
         "protocol": {
             "start": "first frames of stored episodes" if shorter else "every horizon-th frame of an episode",
@@ -167,9 +168,7 @@ def check(models: dict[str, Model], clips: Sequence[Clip]) -> None:
             raise ValueError(f"view {view} has other sizes in other models, {of}: evaluate them apart")
         for clip in clips:
             if view not in clip.episode.images:
-                raise ValueError(
-                    f"episode of {clip.episode.task!r} lacks the view {view}: collect it with it"
-                )
+                raise ValueError(f"episode of {clip.episode.task!r} lacks the view {view}: collect with it")
     if len(rates := {fps(clip) for clip in clips}) > 1:
         raise ValueError(f"the clips have frame rates of {sorted(rates)} Hz: evaluate each simulator apart")
 
@@ -177,9 +176,7 @@ def check(models: dict[str, Model], clips: Sequence[Clip]) -> None:
 def choose(paths: Sequence[Path], clips: int, horizon: int, seed: int, shorter: bool = False) -> list[Clip]:
     """Return `clips` clips, the files in turn, in an order drawn by `seed`; a function of both."""
     if clips < 1 or horizon < 1 or not paths:
-        raise ValueError(
-            f"got {clips} clips of {horizon} steps from {len(paths)} files: at least one of each"
-        )
+        raise ValueError(f"got {clips} clips of {horizon} steps of {len(paths)} files: at least one of each")
 
     def windows(path: Path) -> Iterator[Clip]:
         for episode in read_episodes(Path(path)):
@@ -300,9 +297,8 @@ class Measure:
             self.inverse = train_inverse([e for p in extras.probe for e in read_episodes(p)], common)
 
     def distances(self, clips: Sequence[Clip], guesses: Guesses) -> dict[str, Any]:
-        """Return `distances`: view -> model -> kind -> name -> see distance.report; and `probe`: model ->
-        kind -> `error` and `r2` of the motion read off the frames against the one asked for, and its `size`,
-        means over x, y, z in units of an action. The row `real` is the probe's own ceiling.
+        """Return `distances`: view -> model -> kind -> name -> see distance.report; `probe`: model -> kind ->
+        `error`, `r2` and `size` of the motion read off the frames, in units of an action.
         """
         out: dict[str, Any] = {"distances": {}, "probe": {}}
         if self.clip_networks and len({clip.steps for clip in clips}) > 1:
@@ -397,8 +393,3 @@ def fps(clip: Clip) -> float:
     """Return the control rate of the clip's simulator, Hz."""
     suite = clip.episode.suite
     return FPS[SUITES[suite].simulator] if suite in SUITES else FPS["libero"]
-
-
-def _identity(model: Model) -> dict[str, Any]:
-    step, digest = model.manifest.get("step"), weights_digest(model.path)
-    return {"name": model.config.name, "path": str(model.path), "step": step, "digest": digest}

@@ -33,9 +33,7 @@ def chunk_error(path: Path, stores: Sequence[Path] = (), batches: int = 8) -> di
     loader = Loader(opened, model.builder, config.data, BATCH, config.train.seed)
     num = min(batches, -(-loader.num_val("policy") // BATCH))
     if not num:
-        raise ValueError(
-            f"the stores of {path} hold no held-out chunk: raise data.val_fraction or give --stores"
-        )
+        raise ValueError(f"the stores of {path} hold out no chunk: raise data.val_fraction or give --stores")
     codes: dict[str, list[np.ndarray]] = {"truth": [], "forced": [], "free": []}
     for i in range(num):
         batch = loader.val_batch(i, "policy")

@@ -5,13 +5,9 @@ every key; `published.safetensors` their tensors beside the transformer's (`mode
 Weights are written from the shards' memory maps: no copy is made, whatever their size.
 """
 
-import json
-import shutil
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worldvla.config import Config, LayoutConfig, from_json, to_json
+from worldvla.files import read_json, whole_folder, write_json
 from worldvla.infer.hub import fetch
 from worldvla.infer.load import find_checkpoint
 from worldvla.model.lora import refuse_updates
@@ -33,7 +30,6 @@ from worldvla.model.pretrained import (
     open_release,
     published_names,
     published_tensors,
-    read_json,
     read_tensor,
 )
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA
@@ -93,30 +89,24 @@ def convert(
         tokenizer=str(out_dir / "image_tokenizer"),
         data=replace(base.data, sequence_length=longest(layout)),
     )
-    scratch = _scratch(out_dir, FACTS)
+    _refuse(out_dir, FACTS)
     digests = {"image_tokenizer": image.digest(), "text": text.digest(), "statistics": statistics.digest()}
     manifest = {**digests, "vocab": vocab.digest(), "step": 0, "release": release}
     manifest |= {"dtype": released.dtypes["embed.weight"], "source": str(source)}
     aside = {key: released.read(key) for key in released.aside}
-    for name, value in {
-        "config.json": to_json(config),
-        "vocab.json": asdict(vocab),
-        "statistics.json": statistics.to_json(),
-        "manifest.json": manifest,
-        FACTS: {
-            "norm_rows": released.norm_rows,
-            "dtypes": released.dtypes,
-            "files": released.files,
-            "config": released.hub_config,
-        },
-    }.items():
-        _write(scratch / name, value)
-    text.save(scratch / "text.json")
-    image.save(scratch / "image_tokenizer")
-    _save(dict(released.tensors()), scratch / "model.safetensors")
-    if aside:
-        _save(aside, scratch / ASIDE)
-    _put(scratch, out_dir)
+    way_back = {"norm_rows": released.norm_rows, "dtypes": released.dtypes}
+    way_back |= {"files": released.files, "config": released.hub_config}
+    with whole_folder(out_dir) as scratch:
+        write_json(scratch / "config.json", to_json(config))
+        write_json(scratch / "vocab.json", asdict(vocab))
+        write_json(scratch / "statistics.json", statistics.to_json())
+        write_json(scratch / "manifest.json", manifest)
+        write_json(scratch / FACTS, way_back)
+        text.save(scratch / "text.json")
+        image.save(scratch / "image_tokenizer")
+        _save(dict(released.tensors()), scratch / "model.safetensors")
+        if aside:
+            _save(aside, scratch / ASIDE)
     return _remarks(released, image, facts)
 
 
@@ -139,24 +129,22 @@ def convert_back(source: Path, out_dir: Path, like: Path | None = None) -> None:
     ours, weights = {key: name for name, key in names.items()}, path / "model.safetensors"
     stored = set(header(weights)[0])
     if stored != set(names) or not set(ours) <= set(files):
-        raise ValueError(
-            f"{path} has other tensors than {template}: --like must name what it was trained from"
-        )
+        raise ValueError(f"{path} has other tensors than {template}: --like must name its origin")
     shards: dict[str, list[str]] = defaultdict(list)
     for key, shard in sorted(files.items()):
         shards[shard].append(key)
-    scratch = _scratch(out_dir)
+    _refuse(out_dir)
     total = 0
-    for shard, keys in shards.items():
-        mine = ((ours[k], read_tensor(weights, ours[k])) for k in keys if k in ours)
-        tensors: dict[str, Tensor] = dict(published_tensors(mine, facts["norm_rows"], facts["dtypes"]))
-        tensors |= {k: read_tensor(template / ASIDE, k) for k in keys if k not in ours}
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
-        _save(tensors, scratch / shard)
-    _write(scratch / "config.json", facts["config"])
-    if len(shards) > 1:
-        _write(scratch / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
-    _put(scratch, out_dir)
+    with whole_folder(out_dir) as scratch:
+        for shard, keys in shards.items():
+            mine = ((ours[k], read_tensor(weights, ours[k])) for k in keys if k in ours)
+            tensors: dict[str, Tensor] = dict(published_tensors(mine, facts["norm_rows"], facts["dtypes"]))
+            tensors |= {k: read_tensor(template / ASIDE, k) for k in keys if k not in ours}
+            total += sum(t.nbytes for t in tensors.values())
+            _save(tensors, scratch / shard)
+        write_json(scratch / "config.json", facts["config"])
+        if len(shards) > 1:
+            write_json(scratch / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
 
 
 def _layout(facts: Release, release: str, suite: str) -> LayoutConfig:
@@ -211,9 +199,7 @@ def _image(released: Released, pieces: Path, vocab: Vocab) -> ImageTokenizer:
 def _text(pieces: Path, vocab: Vocab) -> TextTokenizer:
     path = find(pieces, TEXT_FILES)
     if path is None:
-        raise FileNotFoundError(
-            f"{pieces} has no {' or '.join(TEXT_FILES)}: pass --tokenizer FOLDER that has one"
-        )
+        raise FileNotFoundError(f"{pieces} has no {' or '.join(TEXT_FILES)}: pass --tokenizer FOLDER with it")
     text = TextTokenizer.load(path)
     check_text(text, vocab, str(path))
     return text
@@ -230,14 +216,10 @@ def _remarks(released: Released, image: ImageTokenizer, facts: Release) -> list[
     return lines
 
 
-def _scratch(out_dir: Path, mark: str = "") -> Path:
-    """Return an empty folder beside `out_dir`; what is there is replaced only if it has the file `mark`."""
+def _refuse(out_dir: Path, mark: str = "") -> None:
+    """Raise ValueError if `out_dir` holds anything but a result of ours, which has the file `mark`."""
     if out_dir.exists() and not (out_dir / mark).is_file() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} exists and holds something else: choose another --out, or remove it")
-    scratch = out_dir.with_name(out_dir.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    return scratch
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -245,12 +227,3 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}; free some space, then repeat the command") from None
-
-
-def _put(scratch: Path, out_dir: Path) -> None:
-    shutil.rmtree(out_dir, ignore_errors=True)
-    scratch.rename(out_dir)
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

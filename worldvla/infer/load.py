@@ -5,7 +5,6 @@ actions = model.policy().act(observation)
 world = model.world(); world.reset(frame); frame = world.step(actions[0])
 """
 
-import json
 import re
 import shutil
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from worldvla.config import Config, from_json
 from worldvla.data.sample import SampleBuilder
+from worldvla.files import check_shapes, read_json, whole_folder, write_json
 from worldvla.infer.hub import fetch
 from worldvla.model.lora import merged
 from worldvla.model.pretrained import (
@@ -28,7 +28,6 @@ from worldvla.model.pretrained import (
     empty_model,
     header,
     is_block_matrix,
-    read_json,
     read_tensor,
     weights_digest,
 )
@@ -68,6 +67,16 @@ class Model:
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 
+    def identity(self) -> dict[str, Any]:
+        """Return what a record names as its model."""
+        return {
+            "name": self.config.name,
+            "path": str(self.path),
+            "step": self.manifest.get("step"),
+            "digest": weights_digest(self.path),
+            "parameters": self.transformer.num_parameters(),
+        } | ({"quantize": self.quantize} if self.quantize else {})
+
     def policy(self, head: str = "discrete") -> "Policy":
         """Return what acts: by bins, or by the continuous head of a model that has one."""
         from worldvla.infer.policy import Policy
@@ -92,20 +101,13 @@ def load(
     """
     path = find_checkpoint(fetch(path))
     if missing := [name for name in FILES if not (path / name).is_file()]:
-        raise ValueError(
-            f"{path} is no complete checkpoint: {', '.join(missing)} missing; save or copy it again"
-        )
-    config = from_json(Config, _read(path / "config.json"), str(path / "config.json"))
-    try:
-        vocab = Vocab(**_read(path / "vocab.json"))
-    except TypeError as error:
-        raise ValueError(
-            f"{path}/vocab.json is no id table ({error}): take the one it was trained with"
-        ) from None
-    statistics = Statistics.from_json(_read(path / "statistics.json"))
+        raise ValueError(f"{path} is no complete checkpoint: {', '.join(missing)} missing; copy it again")
+    config = from_json(Config, read_json(path / "config.json"), str(path / "config.json"))
+    vocab = from_json(Vocab, read_json(path / "vocab.json"), f"{path}/vocab.json")
+    statistics = Statistics.from_json(read_json(path / "statistics.json"))
     text = TextTokenizer.load(path / "text.json")
     image = ImageTokenizer.load(path / "image_tokenizer")
-    manifest = _read(path / "manifest.json")
+    manifest = read_json(path / "manifest.json")
     pieces = {"image_tokenizer": image, "text": text, "statistics": statistics, "vocab": vocab}
     for name, piece in pieces.items():
         if manifest.get(name) != piece.digest():
@@ -123,7 +125,7 @@ def load(
     sizes = layout.num_rows, layout.num_cols, layout.action_shape
     transformer = empty_model(config.model, vocab.size, *sizes)
     base = path if "base" not in manifest else _base(path, config, manifest["base"])
-    stored: torch.dtype = getattr(torch, _read(base / "manifest.json").get("dtype", "float32"))
+    stored: torch.dtype = getattr(torch, read_json(base / "manifest.json").get("dtype", "float32"))
     weights = path / "model.safetensors"
     names = transformer.state_dict()
     if base == path:
@@ -152,9 +154,7 @@ def _base(path: Path, config: Config, digest: str) -> Path:
 def find_checkpoint(path: Path) -> Path:
     """Return `path` if it is a checkpoint, the newest complete one if it is a run directory."""
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"no directory {path}: expected a checkpoint or a run directory of `worldvla train`"
-        )
+        raise FileNotFoundError(f"no directory {path}: expected a checkpoint or a run of `worldvla train`")
     if (path / "manifest.json").is_file():
         return path
     has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
@@ -177,30 +177,17 @@ def export(source: Path, out_dir: Path) -> Path:
     a checkpoint's size. Low-rank updates are merged: the result is a plain checkpoint."""
     model = load(source, dtype=torch.bfloat16)  # whole and consistent, or an error
     source = model.path
-    scratch = out_dir.with_name(out_dir.name + ".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    (scratch / "image_tokenizer").mkdir(parents=True)
-    for name in (*FILES, "image_tokenizer/config.json", "image_tokenizer/model.safetensors"):
-        shutil.copyfile(source / name, scratch / name)
-    save_file(model.transformer.state_dict(), scratch / "model.safetensors")
-    if "base" in model.manifest:
-        base = _read(Path(model.config.train.init_from) / "manifest.json")
-        plain = {k: v for k, v in model.manifest.items() if k != "base"}
-        plain |= {"dtype": base.get("dtype", "float32"), "merged_base": model.manifest["base"]}
-        (scratch / "manifest.json").write_text(json.dumps(plain, indent=1) + "\n")
-    shutil.rmtree(out_dir, ignore_errors=True)
-    scratch.rename(out_dir)
+    with whole_folder(out_dir) as scratch:
+        (scratch / "image_tokenizer").mkdir()
+        for name in (*FILES, "image_tokenizer/config.json", "image_tokenizer/model.safetensors"):
+            shutil.copyfile(source / name, scratch / name)
+        save_file(model.transformer.state_dict(), scratch / "model.safetensors")
+        if "base" in model.manifest:
+            base = read_json(Path(model.config.train.init_from) / "manifest.json")
+            plain = {k: v for k, v in model.manifest.items() if k != "base"}
+            plain |= {"dtype": base.get("dtype", "float32"), "merged_base": model.manifest["base"]}
+            write_json(scratch / "manifest.json", plain)
     return out_dir
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}: restore it")
-    return data
 
 
 def available_memory(device: str) -> int | None:
@@ -230,20 +217,10 @@ def _load_weights(
     `files`: whose names and shapes must be the model's; of the last one more may be there (low-rank updates).
     """
     path, apart = files
-    try:
-        tensors = header(path)[0]
-        found = header(apart)[0]
-    except ValueError as error:
-        raise ValueError(str(error).replace("download it again", "restore it")) from None
+    tensors, found = header(path)[0], header(apart)[0]
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors |= {name: shape for name, shape in found.items() if name in own}
-    wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n, shape in own.items() if shape != tensors[n])
-    if wrong:
-        shapes = [table.get(wrong[0]) for table in (tensors, own)]
-        raise ValueError(
-            f"{path} does not fit config.json and vocab.json: {len(wrong)} tensors differ, "
-            f"first {wrong[0]} with shape {shapes[0]}, expected {shapes[1]}; use files of one checkpoint"
-        )
+    check_shapes(path, tensors, own, "take config.json, vocab.json and weights of one checkpoint")
     plain: Form = "float32" if dtype == torch.float32 else "bfloat16"
     sizes = [num_bytes(s, form if form and is_block_matrix(n, s) else plain) for n, s in own.items()]
     needed, free = sum(sizes) + (max(sizes) if device == "cpu" else 0), available_memory(device)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldvla.config import LoraConfig
-from worldvla.model.pretrained import header, is_block_matrix, read_json, read_tensor
+from worldvla.files import read_json
+from worldvla.model.pretrained import header, is_block_matrix, read_tensor
 from worldvla.model.quantize import Packed, rounded
 from worldvla.model.transformer import Transformer
 
@@ -64,9 +65,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def refuse_updates(path: Path) -> None:
     """Raise ValueError if a checkpoint holds updates alone: what needs whole weights says so."""
     if "base" in read_json(path / "manifest.json"):
-        raise ValueError(
-            f"{path} holds low-rank updates alone: merge them by `worldvla export {path} --out DIR` first"
-        )
+        raise ValueError(f"{path} holds updates alone: `worldvla export {path} --out DIR` merges them")
 
 
 def merged(

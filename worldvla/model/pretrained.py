@@ -4,15 +4,12 @@ Chameleon's layout in Hugging Face's words (WorldVLA model/chameleon/modeling_ch
 and RynnVLA-002 release: safetensors shards of bfloat16 with an index, and a config.json. Every key of the
 folder is placed, set aside (`vqmodel`, action head) or named in an error, before a weight is read.
 
-Memory. Headers alone are checked; then a tensor is copied out of its shard's map in place of a meta tensor,
-so the host holds the model and one tensor: for 7,013,158,912 parameters in bfloat16 14.03 GB, and 0.54 GB for
-the embedding, the largest (a shard: 5 GB). A state dict loaded into a float32 model would take 42 GB.
+Headers alone are checked; then a tensor is copied out of its shard's map in place of a meta tensor, so the
+host holds the model and one tensor (docs/MODELS.md has the numbers).
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from worldvla.config import LayoutConfig, ModelConfig
+from worldvla.files import check_shapes, read_json
 from worldvla.model.quantize import Form, Packed
 from worldvla.model.transformer import Transformer
 from worldvla.vocab import Vocab
@@ -99,9 +97,7 @@ def model_config(data: Mapping[str, Any], where: str, vocab: Vocab) -> ModelConf
     plain: dict[str, Any] = dict.fromkeys(("swin_norm", "attention_bias", "mlp_bias"), False)
     plain |= {"tie_word_embeddings": False, "hidden_act": "silu"}
     if strange := {k: data[k] for k, v in plain.items() if k in data and data[k] != v}:
-        raise ValueError(
-            f"{where}: {strange}, expected {plain}: another architecture (the 34B?), not supported"
-        )
+        raise ValueError(f"{where}: {strange}, expected {plain}: another architecture (the 34B?)")
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     if missing := [key for key in keys if not isinstance(data.get(key), int)]:
         raise ValueError(f"{where}: {missing} missing: expected the config.json of a Chameleon checkpoint")
@@ -160,9 +156,7 @@ def open_release(
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path}: expected a released folder, config.json beside *.safetensors shards"
-        )
+        raise FileNotFoundError(f"no {path}: expected a released folder, config.json beside the shards")
     hub_config = read_json(path)
     config = model_config(hub_config, str(path), vocab)
     files, shapes, dtypes = _headers(directory)
@@ -260,16 +254,6 @@ def read_tensor(path: Path, key: str) -> Tensor:
         return file.get_tensor(key)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds; anything else raises ValueError."""
-    data = None
-    with suppress(ValueError):
-        data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds no JSON object: it is damaged; download it again")
-    return data
-
-
 def header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Return shapes and torch names of types of a safetensors file, by key; a damaged file raises."""
     try:
@@ -283,14 +267,8 @@ def header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 
 def check_fit(path: Path, own: Mapping[str, Tensor]) -> None:
     """Raise ValueError if the keys and shapes in a file's header are not those of `own`, naming the first."""
-    shapes, expected = header(path)[0], {name: tuple(tensor.shape) for name, tensor in own.items()}
-    wrong = sorted(set(expected) ^ set(shapes)) or sorted(n for n, s in expected.items() if s != shapes[n])
-    if wrong:
-        raise ValueError(
-            f"{path} does not fit the model: {len(wrong)} tensors differ, first {wrong[0]}, "
-            f"{shapes.get(wrong[0])} there and {expected.get(wrong[0])} here; use the model and layout of "
-            "its config.json"
-        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    check_shapes(path, header(path)[0], shapes, "use the model and layout of its config.json")
 
 
 def weights_digest(path: Path) -> str:

@@ -24,9 +24,7 @@ class Packed(nn.Module):
         self.out_features, self.in_features = weight_OI.shape
         size = self.in_features if form == "int8" else math.gcd(GROUP, self.in_features)
         if form == "int4" and size % 2:
-            raise ValueError(
-                f"int4 holds two weights a byte, a layer has {self.in_features} inputs: use int8"
-            )
+            raise ValueError(f"int4 holds two weights a byte, here are {self.in_features} inputs: use int8")
         lowest, scale_dtype = (-8, torch.bfloat16) if form == "int4" else (-127, torch.float32)
         groups = weight_OI.detach().float().unflatten(1, (-1, size))
         scale = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / lowest

@@ -1,11 +1,8 @@
 """ids -> hidden states -> logits: a decoder-only transformer after Chameleon, 1 M to 7 B parameters.
 
-Dims: B batch, T query positions, S key positions, P kept positions, D width, H heads, G kv heads, K head dim,
-V vocab.
-
 RMSNorm before each branch, LayerNorm over the head dim on queries and keys before RoPE (rotate-half), SwiGLU,
-no biases, untied head (WorldVLA model/chameleon/modeling_chameleon.py). It knows neither strings nor
-tokenizers nor losses.
+no biases, untied head (WorldVLA model/chameleon/modeling_chameleon.py). Dims: B batch, T query positions, S
+key positions, P kept positions, D width, H heads, G kv heads, K head dim, V vocab.
 """
 
 import math
@@ -146,8 +143,6 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "*any D"]:
         """Return hidden states after the final norm: (B, T, D), or (P, D) at flattened positions `keep_P`.
 
-        The last MLP and norm run at kept positions alone.
-
         `mask`: bool (True = may attend) or additive, broadcastable to (B, 1, T, S); a BlockMask on CUDA; None
         lets every query see every key. With a `cache`, S counts the cached keys too. `positions_BT` (RoPE)
         defaults to 0..T-1.
@@ -181,14 +176,10 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw all weights anew, the same for the same seed.
+        """Draw all weights anew, the same for the same seed; normal but for norms (1 and 0).
 
-        embed, row_embed, col_embed   normal, EMBED_STD; index 0 of the place tables stays zero
-        q, k, v, gate, up             normal, width ** -0.5
-        o, down                       normal, fan_in ** -0.5 / sqrt(2 num_layers): all branches together start
-        at unit scale head                          normal, HEAD_STD norms                         weight 1,
-        bias 0
-        action_head                   its own `init_weights`
+        The last matrix of a branch is scaled so that all branches together start at unit scale; index 0 of
+        the place tables stays zero; an action head has its own `init_weights`.
         """
         generator = torch.Generator().manual_seed(seed)
         branch_scale = (2 * self.config.num_layers) ** -0.5

@@ -62,15 +62,12 @@ def serve_checkpoint(
     **options: Any,
 ) -> None:
     """Serve a checkpoint until interrupted; `options` as of `serve`, `head` as of `Model.policy`."""
-    from worldvla.infer.load import load, weights_digest
+    from worldvla.infer.load import load
 
     model = load(checkpoint, device, quantize=quantize)
     layout = model.config.layout
     metadata = {
-        "name": model.config.name,
-        "step": model.manifest.get("step"),
-        "digest": weights_digest(model.path),
-        "parameters": model.transformer.num_parameters(),
+        **{key: value for key, value in model.identity().items() if key != "path"},
         "quantize": quantize,
         "chunk": layout.chunk,
         "history": layout.history,
@@ -80,7 +77,7 @@ def serve_checkpoint(
     }
     policy = model.policy(head)
     served = Served(
-        act=lambda observation: policy.act(observation),
+        act=policy.act,
         views=model.view_sizes,
         history=layout.history,
         metadata=metadata,

@@ -132,9 +132,7 @@ def compute_statistics(
 
 def _ranges(values: np.ndarray, kind: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if not len(values) or not np.isfinite(values).all():
-        raise ValueError(
-            f"statistics need finite values of at least one frame, got an array of shape {values.shape}"
-        )
+        raise ValueError(f"statistics need finite values of at least one frame, got shape {values.shape}")
     values = values.astype(np.float64)
     if kind == "minmax":
         low, high = values.min(axis=0), values.max(axis=0)
@@ -151,13 +149,9 @@ def normalize(values: np.ndarray, low: Sequence[float], high: Sequence[float]) -
     """Map physical values (..., D) to [-1, 1], float64; clips outside the range, raises on non-finite."""
     values = np.asarray(values, dtype=np.float64)
     if values.shape[-1:] != (len(low),):
-        raise ValueError(
-            f"the last axis must have {len(low)} dims as the statistics have, got shape {values.shape}"
-        )
+        raise ValueError(f"the last axis must have the statistics' {len(low)} dims, got shape {values.shape}")
     if not np.isfinite(values).all():
-        raise ValueError(
-            f"actions and states must be finite, got {values[~np.isfinite(values)][0]} in {values.shape}"
-        )
+        raise ValueError(f"actions and states must be finite, got {values[~np.isfinite(values)][0]}")
     low_D, high_D = np.asarray(low), np.asarray(high)
     return np.clip(2 * (values - low_D) / (high_D - low_D + EPSILON) - 1, -1.0, 1.0)
 

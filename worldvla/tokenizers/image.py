@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from worldvla.config import ImageTokenizerConfig, from_json, to_json
+from worldvla.files import check_shapes, read_json, whole_file, write_json
 
 
 def to_pixels(images_BYXC: UInt8[Tensor, "B Y X 3"]) -> Float[Tensor, "B 3 Y X"]:
@@ -321,13 +322,9 @@ class ImageTokenizer(nn.Module):
     def save(self, directory: Path | str) -> None:
         """Write config.json and model.safetensors; each appears whole or not at all."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        weights = directory / "model.safetensors.tmp"
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, weights)
-        weights.replace(directory / "model.safetensors")
-        text = directory / "config.json.tmp"
-        text.write_text(json.dumps(to_json(self.config), indent=2) + "\n")
-        text.replace(directory / "config.json")
+        with whole_file(directory / "model.safetensors") as scratch:
+            save_file({name: value.contiguous() for name, value in self.state_dict().items()}, scratch)
+        write_json(directory / "config.json", to_json(self.config), indent=2)
 
     @classmethod
     def load(cls, directory: Path | str) -> "ImageTokenizer":
@@ -335,28 +332,15 @@ class ImageTokenizer(nn.Module):
         directory = Path(directory)
         for name in ("config.json", "model.safetensors"):
             if not (directory / name).is_file():
-                raise FileNotFoundError(
-                    f"{directory} is no image tokenizer: {name} is missing; train one first"
-                )
-        config = from_json(
-            ImageTokenizerConfig,
-            json.loads((directory / "config.json").read_text()),
-            str(directory / "config.json"),
-        )
+                raise FileNotFoundError(f"{directory} is no image tokenizer: {name} is missing; train one")
+        path = directory / "config.json"
+        config = from_json(ImageTokenizerConfig, read_json(path), str(path))
         tokenizer = cls(config)
         state = load_file(directory / "model.safetensors")
         if not any(name.startswith("decoder.") for name in state):
             tokenizer.decoder = None
-        own = tokenizer.state_dict()
-        wrong = [
-            name
-            for name in own.keys() | state.keys()
-            if name not in own or name not in state or own[name].shape != state[name].shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"{directory}: model.safetensors does not fit config.json, for example {sorted(wrong)[:3]}"
-            )
+        found, own = ({n: t.shape for n, t in table.items()} for table in (state, tokenizer.state_dict()))
+        check_shapes(directory / "model.safetensors", found, own, "restore the one of this config.json")
         tokenizer.load_state_dict(state)
         return tokenizer.eval().requires_grad_(False)
 

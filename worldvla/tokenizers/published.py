@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from worldvla.config import ImageTokenizerConfig
+from worldvla.files import check_shapes
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.vocab import Vocab
@@ -82,14 +83,9 @@ def image_tokenizer(state: Mapping[str, Tensor], where: str) -> ImageTokenizer:
         tokenizer = ImageTokenizer(config)
     if not any(key.startswith("decoder.") for key in state):
         tokenizer.decoder = None
-    own = tokenizer.state_dict()
-    wrong = sorted(own.keys() ^ state.keys()) or sorted(k for k in own if own[k].shape != state[k].shape)
-    if wrong:
-        got, expected = (tuple(t[wrong[0]].shape) if wrong[0] in t else None for t in (state, own))
-        raise ValueError(
-            f"{where} is no VQGAN that is known here: {len(wrong)} tensors differ, first {wrong[0]} with "
-            f"shape {got}, expected {expected}; take the published vqgan.ckpt"
-        )
+    own = {name: tensor.shape for name, tensor in tokenizer.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state.items()}
+    check_shapes(where, found, own, "take the published vqgan.ckpt")
     tokenizer.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     return tokenizer.eval().requires_grad_(False)
 

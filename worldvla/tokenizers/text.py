@@ -12,6 +12,8 @@ from typing import Self
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from worldvla.files import write_text
+
 
 class TextTokenizer:
     """`encode` gives codes, 0-based in `vocab.text`, without specials (the sample builder writes BOS)."""
@@ -46,19 +48,14 @@ class TextTokenizer:
             text = path.read_text(encoding="utf-8")
             known = "type" in json.loads(text)["model"]
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} is no text tokenizer ({error!r}): expected a `tokenizers` JSON file"
-            ) from None
+            raise ValueError(f"{path} is no text tokenizer ({error!r}): expected `tokenizers` JSON") from None
         if not known:
             raise ValueError(f"{path} has a model without a type: expected a `tokenizers` JSON file")
         return cls(Tokenizer.from_str(text))
 
     def save(self, path: Path) -> None:
         """Write the JSON file atomically."""
-        path = Path(path)
-        scratch = path.with_name(path.name + ".tmp")
-        scratch.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-        scratch.replace(path)
+        write_text(path, self._tokenizer.to_str(pretty=True))
 
     def encode(self, text: str) -> list[int]:
         """Return the codes of `text`; a character that the vocabulary cannot spell raises ValueError."""
@@ -66,9 +63,7 @@ class TextTokenizer:
         covered = {i for start, stop in encoding.offsets for i in range(start, stop)}
         lost = [c for i, c in enumerate(text) if i not in covered and not c.isspace()]
         if lost or (self._unknown is not None and self._unknown in encoding.tokens):
-            raise ValueError(
-                f"the text tokenizer cannot spell {lost or 'a character'} in {text!r}: rephrase it"
-            )
+            raise ValueError(f"the text tokenizer cannot spell {lost or 'a letter'} in {text!r}: rephrase it")
         return encoding.ids
 
     def decode(self, codes: Iterable[int]) -> str:

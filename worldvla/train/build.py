@@ -1,6 +1,5 @@
 """Config -> what a run is made of: text tokenizer, statistics, vocabulary, sample builder, loader, model."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from worldvla.config import Config
 from worldvla.data.loader import Loader, store_statistics
 from worldvla.data.sample import SampleBuilder, prompt_texts
 from worldvla.data.store import TokenStore
+from worldvla.files import read_json
 from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import add_updates, refuse_updates
 from worldvla.model.pretrained import assign, check_fit, empty_model, header, read_tensor, weights_digest
@@ -55,16 +55,14 @@ def build(config: Config) -> Pieces:
     if lora.rank and not config.train.init_from:
         raise ValueError("lora.rank updates a checkpoint that is there: name it by train.init_from")
     if lora.rank and lora.base == "bfloat16" != config.train.dtype:
-        raise ValueError(
-            f"lora.base bfloat16 needs train.dtype bfloat16, got {config.train.dtype}: set either"
-        )
+        raise ValueError(f"lora.base bfloat16 needs train.dtype bfloat16, got {config.train.dtype}")
     if config.train.init_from and (source / "manifest.json").is_file():
         refuse_updates(source)
     image = ImageTokenizer.load(config.tokenizer)
     stores = [TokenStore.open(Path(path), image.digest()) for path in config.data.stores]
     if config.train.init_from:
         text = TextTokenizer.load(source / "text.json")
-        statistics = Statistics.from_json(json.loads((source / "statistics.json").read_text()))
+        statistics = Statistics.from_json(read_json(source / "statistics.json"))
     else:
         text = _text(config, stores)
         statistics = store_statistics(stores, config.data)

@@ -12,17 +12,19 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from worldvla.config import Config, to_json
+from worldvla.files import commit, whole_folder, write_json
 from worldvla.model.lora import trained
 from worldvla.model.pretrained import check_fit
 from worldvla.train.build import Pieces
@@ -42,35 +44,27 @@ def save(
 
     `trainer` is the loop's own state (JSON values, "step" among them).
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        _write_json(temporary / "config.json", to_json(pieces.config))
-        _write_json(temporary / "vocab.json", asdict(pieces.vocab))
-        _write_json(temporary / "statistics.json", pieces.statistics.to_json())
-        pieces.text.save(temporary / "text.json")
-        shutil.copytree(pieces.config.tokenizer, temporary / "image_tokenizer")
-        weights = {name: tensor.contiguous() for name, tensor in trained(model).items()}
-        save_file(weights, temporary / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizers), temporary / "trainer.safetensors")
-        _write_json(temporary / "trainer.json", dict(trainer))
-        manifest = {**pieces.digests(), **provenance(), "step": trainer["step"]}
-        _write_json(temporary / "manifest.json", manifest)
-        for file in temporary.rglob("*"):
-            if file.is_file():
+        with whole_folder(path) as scratch:
+            write_json(scratch / "config.json", to_json(pieces.config))
+            write_json(scratch / "vocab.json", asdict(pieces.vocab))
+            write_json(scratch / "statistics.json", pieces.statistics.to_json())
+            pieces.text.save(scratch / "text.json")
+            shutil.copytree(pieces.config.tokenizer, scratch / "image_tokenizer")
+            weights = {name: tensor.contiguous() for name, tensor in trained(model).items()}
+            save_file(weights, scratch / "model.safetensors")
+            save_file(_optimizer_tensors(model, optimizers), scratch / "trainer.safetensors")
+            write_json(scratch / "trainer.json", dict(trainer))
+            manifest = {**pieces.digests(), **provenance(), "step": trainer["step"]}
+            write_json(scratch / "manifest.json", manifest)
+            for file in filter(Path.is_file, scratch.rglob("*")):
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise OSError(
-                f"cannot save checkpoint {path}: {error}; nothing is left of it and earlier checkpoints are "
-                "whole: free some space, then repeat the command"
-            ) from error
-        raise
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"cannot save checkpoint {path}: {error}; nothing is left of it and earlier checkpoints are "
+            "whole: free some space, then repeat the command"
+        ) from error
 
 
 def resume(path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
@@ -116,24 +110,18 @@ def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
 
 def provenance() -> dict[str, Any]:
     """Return the git commit of the source (None outside a repository) and package versions."""
-    root = Path(__file__).parents[2]
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for name in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return {"git_commit": run.stdout.strip() or None, "versions": versions}
+    return {"git_commit": commit(), "versions": versions}
 
 
 def check_config(run_dir: Path, config: Config) -> None:
     """Write run_dir/config.json, or compare it with the one there: changed leaves raise ValueError."""
     path = run_dir / "config.json"
     if not path.exists():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(path, to_json(config))
+        write_json(path, to_json(config))
         return
     free = {f"train.{name}" for name in _FREE}
     if config.optim.learning_rate == config.optim.min_learning_rate:
@@ -147,7 +135,7 @@ def check_config(run_dir: Path, config: Config) -> None:
             "a new run directory and train.init_from"
         )
     if differing:
-        _write_json(path, to_json(config))
+        write_json(path, to_json(config))
 
 
 def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
@@ -173,9 +161,3 @@ def _all(run_dir: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # every rank writes the config
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)

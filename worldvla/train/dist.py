@@ -36,8 +36,7 @@ def own_rows(batch: Batch) -> Batch:
 
 
 def sum_gradients(model: nn.Module, *values: float) -> list[float]:
-    """Replace every gradient by its sum over all ranks; return the sums of `values` too, in the same
-    message."""
+    """Replace every gradient by its sum over all ranks; return those of `values` too, in the same message."""
     if num_ranks() == 1:
         return list(values)
     parameters = [p for p in model.parameters() if p.requires_grad]

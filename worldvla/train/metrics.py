@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, Batch
+from worldvla.files import write_text
 from worldvla.model.transformer import Transformer
 from worldvla.progress import progress_bar
 from worldvla.train.loss import Loss, Targets
@@ -40,12 +41,9 @@ class Recorder:
             return
         from torch.utils.tensorboard import SummaryWriter  # one second: only where it is used
 
-        run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines if _step(line) <= start))
-        temporary.replace(path)
+        write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
         self._file = path.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -102,12 +100,10 @@ def validate(
 ) -> dict[str, float]:
     """Return the mean cross-entropy per kind of target, and how good the greedy actions and codes are.
 
-    Keys appear only for the kinds of targets that the batches hold: loss (mean over batches);
-    {action,image,layout}_loss (nats); {action,image}_accuracy; first_{x,y,z,xyz}_l1, of the first action of a
-    chunk; end_xyz_l1, of the whole chunk's motion: how well it knows where the hand has to be; still_xyz_l1
-    and still_end_xyz_l1, the same of predicting no motion; gripper_accuracy, the sign of the last dimension
-    over the whole chunk; action_l1, of all dims of the chunk, against what they were before they became bins.
-    The continuous head's, all against that: head_l1, head_first_x_l1, ...
+    Keys appear only for what the batches hold: loss; {action,image,layout}_loss (nats);
+    {action,image}_accuracy; first_{x,y,z,xyz}_l1, of the first action of a chunk; end_xyz_l1, of the whole
+    chunk's motion; still_xyz_l1 and still_end_xyz_l1, the same of predicting no motion; gripper_accuracy;
+    action_l1, of all dims, against what they were before they became bins; head_*, of the continuous head.
     """
     parts: dict[str, list[Tensor]] = {}
     totals: list[float] = []
@@ -164,7 +160,3 @@ def motion_errors(guess_BUA: Tensor, truth_BUA: Tensor) -> dict[str, Tensor]:
     out["end_xyz_l1"] = (guess_BUA[..., :3].sum(1) - truth_BUA[..., :3].sum(1)).abs()
     out["gripper_accuracy"] = guess_BUA[..., -1].sign() == truth_BUA[..., -1].sign()
     return out
-
-
-def _step(line: str) -> int:
-    return int(json.loads(line)["step"])

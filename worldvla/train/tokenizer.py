@@ -10,13 +10,11 @@ on positions (tools/probe.py).
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import h5py
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,6 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from worldvla.config import ImageTokenizerConfig, to_json
+from worldvla.data.episode import read_episodes
+from worldvla.files import whole_file, write_json, write_text
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, VectorQuantizer, to_images, to_pixels
 
@@ -64,61 +64,35 @@ class Frames:
     """The median frame in [-1, 1]; None for a camera that moves."""
 
 
-@contextmanager
-def _progress(text: str, total: float) -> Iterator[Any]:
-    with progress_bar() as progress:
-        task = progress.add_task(text, total=total)
-        yield lambda done, words=text: progress.update(task, completed=done, description=words)
-
-
 def load_frames(
     episode_files: Sequence[Path | str], *, max_frames: int = 60_000, seed: int = 0
 ) -> list[Frames]:
-    """Read `data/*/obs/<view>_rgb` of robomimic HDF5 files; about `max_frames` frames a view at the most."""
-    paths = [Path(p) for p in episode_files]
-    if not paths:
-        raise ValueError("no episode files: give the HDF5 files that `worldvla collect` writes")
-    share = min(1.0, max_frames / max(1, _count_frames(paths)))
+    """Read the frames of demonstrations; about `max_frames` frames a view at the most."""
+    paths = [Path(path) for path in episode_files]
+    lengths = [[len(episode) for episode in read_episodes(path, images=False)] for path in paths]
+    share = min(1.0, max_frames / max(1, sum(map(sum, lengths))))
     rng = np.random.default_rng(seed)
     train: dict[str, list[np.ndarray]] = {}
     val: dict[str, list[np.ndarray]] = {}
-    with _progress("reading frames", len(paths)) as advance:
-        for i, path in enumerate(paths):
-            with h5py.File(path) as file:
-                demos = list(file["data"].values())  # pyright: ignore[reportAttributeAccessIssue]
-                for j, demo in enumerate(demos):
-                    length = len(demo["actions"] if "actions" in demo else next(iter(demo["obs"].values())))
-                    keep = np.flatnonzero(rng.random(length) < share)
-                    into = val if j == len(demos) - 1 and len(demos) > 1 else train
-                    for name, images in demo["obs"].items():
-                        if name.endswith("_rgb"):
-                            into.setdefault(name.removesuffix("_rgb"), []).append(images[()][keep])
-            advance(i + 1)
+    with progress_bar() as progress:
+        bar = progress.add_task("reading frames", total=sum(map(len, lengths)))
+        for path, of_file in zip(paths, lengths, strict=True):
+            for number, episode in enumerate(read_episodes(path), start=1):
+                keep = np.flatnonzero(rng.random(len(episode)) < share)
+                into = val if number == len(of_file) > 1 else train
+                for view, images in episode.images.items():
+                    into.setdefault(view, []).append(images[keep])
+                progress.advance(bar)
+    if not train:
+        raise ValueError("no episode files: give the HDF5 files that `worldvla collect` writes")
     frames = []
     for view in sorted(train):
         if len({a.shape[1:] for a in train[view] + val.get(view, [])}) > 1:
-            raise ValueError(
-                f"view {view} has frames of several sizes; train on files collected with one size a view"
-            )
+            raise ValueError(f"view {view} has frames of several sizes; collect with one size a view")
         images = torch.from_numpy(np.concatenate(train[view]))
         held_out = torch.from_numpy(np.concatenate(val[view])) if view in val else images[:64]
         frames.append(Frames(view, images, held_out, _background(images, rng)))
-    if not frames:
-        raise ValueError(f"{paths[0]}: no image observations; expected data/<demo>/obs/<view>_rgb")
     return frames
-
-
-def _count_frames(paths: list[Path]) -> int:
-    count = 0
-    for path in paths:
-        try:
-            with h5py.File(path) as file:
-                count += sum(len(next(iter(demo["obs"].values()))) for demo in file["data"].values())  # pyright: ignore
-        except (OSError, KeyError) as error:
-            raise ValueError(
-                f"{path} is no episode file ({error}); expected LIBERO/robomimic HDF5"
-            ) from error
-    return count
 
 
 def _background(images: UInt8[Tensor, "N Y X 3"], rng: np.random.Generator) -> Float[Tensor, "3 Y X"] | None:
@@ -262,7 +236,8 @@ def train_tokenizer(
     recent: list[Tensor] = []  # latents of the plain phase's last batches, for k-means
     window: list[Tensor] = []
     start, step, done = time.monotonic(), 0, 0.0
-    with (out_dir / "metrics.jsonl").open("w") as log, _progress("image tokenizer", 1.0) as advance:
+    with (out_dir / "metrics.jsonl").open("w") as log, progress_bar() as progress:
+        bar = progress.add_task("image tokenizer", total=1.0)
         while done < 1.0:
             if plain and book is not None and done >= PLAIN_SHARE and recent:
                 book.start(torch.cat(recent))
@@ -296,7 +271,8 @@ def train_tokenizer(
                     name: sum(getattr(p, name).item() for p in passes) / len(passes)
                     for name in ("reconstruction", "commitment")
                 }
-                advance(min(done, 1.0), f"image tokenizer  step {step}  loss {losses['reconstruction']:.4f}")
+                told = f"image tokenizer  step {step}  loss {losses['reconstruction']:.4f}"
+                progress.update(bar, completed=min(done, 1.0), description=told)
                 if step % _METRIC_STEPS == 0 or done >= 1.0:
                     speed = round(step * batch_size * len(views) / elapsed, 1)
                     row = {"step": step, "seconds": round(elapsed, 1), "lr": rate, "frames_per_second": speed}
@@ -306,7 +282,7 @@ def train_tokenizer(
     settings = {"minutes": minutes, "batch_size": batch_size, "learning_rate": learning_rate, "dtype": dtype}
     settings |= {"foreground_weight": foreground_weight, "seed": seed, "steps": step}
     record = {"train": settings, "config": to_json(config), **report(tokenizer, views, out_dir / "report")}
-    _write(out_dir / "report" / "report.json", json.dumps(record, indent=2) + "\n")
+    write_json(out_dir / "report" / "report.json", record, indent=2)
     return record
 
 
@@ -328,7 +304,6 @@ def report(
     tokenizer: ImageTokenizer, views: list[Frames], out_dir: Path, max_frames: int = 512
 ) -> dict[str, Any]:
     """Measure held-out frames; write index.html and a picture a view (originals above reconstructions)."""
-    out_dir.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"views": {}, "digest": tokenizer.digest()}
     body = ""
     for frames in views:
@@ -342,23 +317,17 @@ def report(
         numbers |= code_use(codes, tokenizer.config) | {"frames": float(len(images))}
         result["views"][frames.view] = numbers
         chosen = torch.linspace(0, len(images) - 1, min(12, len(images))).long()
-        sheet = rearrange(
-            torch.stack([images[chosen], guesses[chosen]]), "two n y x c -> (two y) (n x) c"
-        ).numpy()
+        sheet = rearrange(torch.stack([images[chosen], guesses[chosen]]), "two n y x c -> (two y) (n x) c")
         scale = max(1, 192 // images.shape[1])
-        picture = Image.fromarray(sheet).resize(
-            (sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST
+        _write_png(
+            out_dir / f"{frames.view}.png", sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
         )
-        temporary = out_dir / f"{frames.view}.tmp.png"
-        picture.save(temporary)
-        temporary.replace(out_dir / f"{frames.view}.png")
         if frames.background is not None:
-            Image.fromarray(to_images(frames.background[None])[0].numpy()).save(
-                out_dir / f"{frames.view}_background.png"
-            )
+            background = to_images(frames.background[None])[0]
+            _write_png(out_dir / f"{frames.view}_background.png", background)
         cells = "".join(f"<tr><td>{name}</td><td>{value:.3f}</td></tr>" for name, value in numbers.items())
         body += f'<h2>{frames.view}</h2><img src="{frames.view}.png"><table>{cells}</table>\n'
-    _write(
+    write_text(
         out_dir / "index.html",
         "<!doctype html><meta charset=utf-8><title>Image tokenizer</title>"
         "<style>body{font:15px sans-serif;margin:2em}img{max-width:100%}td{padding:0 1em 0 0}</style>"
@@ -368,7 +337,6 @@ def report(
     return result
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+def _write_png(path: Path, image: Tensor) -> None:
+    with whole_file(path) as scratch:
+        Image.fromarray(image.numpy()).save(scratch, format="png")
