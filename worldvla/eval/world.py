@@ -359,11 +359,11 @@ def ssim(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:
     side = min(11, 2 * min(a_BYXC.shape[1:3]) - 1)
     taps = torch.exp(-((torch.arange(side, dtype=torch.float64) - side // 2) ** 2) / (2 * 1.5**2))
     taps = (taps / taps.sum()).to(a_BYXC.device)
-    window = (taps[:, None] * taps).expand(3, 1, side, side)
+    rows, columns = (taps.view(shape).repeat(3, 1, 1, 1) for shape in ((1, 1, side, 1), (1, 1, 1, side)))
     a, b = (F.pad(x.permute(0, 3, 1, 2).double(), [side // 2] * 4, "reflect") for x in (a_BYXC, b_BYXC))
 
     def mean(x: Tensor) -> Tensor:
-        return F.conv2d(x, window, groups=3)
+        return F.conv2d(F.conv2d(x, rows, groups=3), columns, groups=3)
 
     mean_a, mean_b = mean(a), mean(b)
     var_a, var_b, cov = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2, mean(a * b) - mean_a * mean_b
