@@ -10,7 +10,6 @@ anything when they are read, its list of tasks imports torch, and its import wai
 """
 
 import contextlib
-import copy
 import importlib
 import importlib.metadata
 import logging
@@ -35,6 +34,15 @@ SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 EVALUATION_SEED = 0
 """Seeds every evaluation reset: fixtures are not in the stored states and drift otherwise (openvla#342)."""
 PLACEMENT_ATTEMPTS = 100
+SAMPLED = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "snapshot")
+"""Sensors that are read. The others, some thirty, are off: each would look at the clock every substep."""
+DRAWN = ("xpos", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat")
+DRAWN += ("cam_xpos", "cam_xmat", "light_xpos", "light_xdir")
+"""Fields of MuJoCo's data that a picture is drawn from."""
+HIDDEN_GROUP = 5
+"""A group of geoms that MuJoCo does not draw."""
+SIDES = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+"""Of a picture, outwards: x, y of the camera's frame, which looks along -z."""
 
 
 def tasks(name: str) -> tuple[Task, ...]:
@@ -74,6 +82,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         self.fast_render = fast_render
         opengl.choose(rendering=bool(self.views))
         wrapper = _load("libero.libero.envs.env_wrapper")
+        self._mujoco = _load("mujoco")  # at the top of the file it could fail, before MUJOCO_GL is tried
         self._to_axis_angle = _load("robosuite.utils.transform_utils").quat2axisangle
         self._no_placement: type[Exception] = _load("robosuite.utils.errors").RandomizationError
         self.inits = _initial_states(task)
@@ -82,18 +91,18 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
             self._control: Any = wrapper.ControlEnv(
                 bddl_file_name=str(_libero_path("bddl_files") / task.suite / f"{task.name}.bddl"),
                 use_camera_obs=False,
-                has_offscreen_renderer=bool(self.views),
+                has_offscreen_renderer=False,
                 ignore_done=True,
             )
         self.world: Any = self._control.env
         """The robosuite environment: for experts and probes."""
+        self.world.has_offscreen_renderer = bool(self.views)  # not above: the first reset compiles anew
         goals = self.world.parsed_problem["goal_state"]
         things = self.world.objects_dict
         self.targets: tuple[str, ...] = tuple(dict.fromkeys(g[1] for g in goals if g[1] in things))
         """Movable objects the goal speaks of, in its order."""
         self.goals: tuple[tuple[str, ...], ...] = tuple(tuple(goal) for goal in goals)
         self._snapshot: Any = None
-        self._add_snapshot_sensor()
         self._sampled: dict[str, np.ndarray] = {}
         self._steps = 0
         self.observation_space, self.action_space = spaces(self.views)
@@ -113,7 +122,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         start = self.inits[index] if stored else self._control.get_sim_state()
         self._sampled = self._control.set_init_state(start)
         for _ in range((options or {}).get("settle", SETTLE_STEPS)):
-            self._sampled = self.world.step(np.array(SETTLE_ACTION))[0]
+            self._advance(np.array(SETTLE_ACTION))
         self._steps = 0
         return self._observe_if(), self._info()
 
@@ -121,7 +130,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (NUM_ACTION_DIMS,) or not np.all(np.isfinite(action)):
             raise ValueError(f"action must be {NUM_ACTION_DIMS} finite numbers, got {action}, {action.shape}")
-        self._sampled = self.world.step(np.clip(action, -1.0, 1.0))[0]
+        self._advance(np.clip(action, -1.0, 1.0))
         self._steps += 1
         info = self._info()
         success = info["success"]
@@ -221,6 +230,9 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
             with _seeded(EVALUATION_SEED):
                 self._draw_world()
             self.world.hard_reset = False
+            self._add_snapshot_sensor()
+            for name, observable in self.world._observables.items():
+                observable.set_enabled(name in SAMPLED)
         gripper = self.world.robots[0].gripper
         gripper.current_action = np.zeros_like(gripper.current_action)
         self._draw_world()
@@ -232,10 +244,36 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
                 return
         raise RuntimeError(f"{self.task.name}: no collision-free placement in {PLACEMENT_ATTEMPTS} draws")
 
+    def _advance(self, action: np.ndarray) -> None:
+        """Step. robosuite computes the forward dynamics three times a substep from one state: before the
+        controller looks, as it looks, and in the step. What follows from positions and velocities alone is
+        computed once here; the solver of contacts, which starts warm from where it was, as often as there.
+        """
+        sim, mujoco = self.world.sim, self._mujoco
+        model, data = sim.model._model, sim.data._data
+        is_current = False
+
+        def forward() -> None:
+            nonlocal is_current
+            done = mujoco.mjtStage.mjSTAGE_VEL if is_current else mujoco.mjtStage.mjSTAGE_NONE
+            mujoco.mj_forwardSkip(model, data, done, False)
+            is_current = True
+
+        def step() -> None:
+            nonlocal is_current
+            mujoco.mj_step2(model, data)
+            is_current = False
+
+        sim.forward, sim.step = forward, step  # of this simulation alone
+        try:
+            self._sampled = self.world.step(action)[0]
+        finally:
+            del sim.forward, sim.step
+
     def _simplify_pictures(self) -> None:
         """Take multisampling, shadows and reflections from this environment's own renderer."""
         context = self.world.sim._render_context_offscreen
-        flags = _load("mujoco").mjtRndFlag  # at the top of the file it could fail, before MUJOCO_GL is tried
+        flags = self._mujoco.mjtRndFlag
         context.scn.flags[[int(flags.mjRND_SHADOW), int(flags.mjRND_REFLECTION)]] = 0
         if context.con.offSamples:  # its buffers know the number of samples from when they were made
             context.gl_ctx.make_current()
@@ -250,10 +288,13 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         published observation. Cameras are drawn from this copy, whenever they are asked for.
         """
         observables = _load("robosuite.utils.observables")
+        if self.views:
+            self._snapshot = self._mujoco.MjData(self.world.sim.model._model)
 
         @observables.sensor(modality="snapshot")
         def copy_data(_cache: dict[str, Any]) -> np.ndarray:
-            self._snapshot = copy.copy(self.world.sim.data._data)
+            for name in DRAWN if self.views else ():
+                getattr(self._snapshot, name)[:] = getattr(self.world.sim.data._data, name)
             return np.zeros(1)
 
         rate = self.world.control_freq
@@ -266,11 +307,41 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
             raise ValueError("made without views, so it cannot render; pass views={'agentview': (256, 256)}")
         context.gl_ctx.make_current()  # robosuite never does: a second environment would draw into the first
         context.data = SimpleNamespace(_data=self._snapshot)
+        groups = self.world.sim.model.geom_group
+        before = groups.copy()
+        groups[self._out_of_sight(view, size)] = HIDDEN_GROUP
         rows, columns = size
         picture = self.world.sim.render(width=columns, height=rows, camera_name=CAMERAS[view])
-        return picture[
-            ::-1, ::-1
-        ].copy()  # OpenGL starts at the bottom; upright now, and mirrored as published
+        groups[:] = before
+        # OpenGL starts at the bottom; upright now, and mirrored as published
+        return picture[::-1, ::-1].copy()
+
+    def _out_of_sight(self, view: str, size: tuple[int, int]) -> np.ndarray:
+        """Return which geoms, bool (geoms,), have a box wholly beyond one side of the picture or behind the
+        camera, and also of its image in each mirror that is seen: MuJoCo would draw them in vain.
+        """
+        model, seen = self.world.sim.model, self._snapshot
+        camera = model.camera_name2id(CAMERAS[view])
+        slope = np.tan(np.deg2rad(model.cam_fovy[camera]) / 2)
+        slopes = np.abs(SIDES) @ (slope * size[1] / size[0], slope)
+        outwards = np.vstack([np.column_stack([SIDES, slopes]), (0.0, 0.0, 1.0)])
+        outwards = outwards @ seen.cam_xmat[camera].reshape(3, 3).T
+        eye, turned = seen.cam_xpos[camera], seen.geom_xmat.reshape(-1, 3, 3)
+        middles = seen.geom_xpos + (turned @ model.geom_aabb[:, :3, None])[..., 0]
+
+        def beyond(eye: np.ndarray, outwards: np.ndarray) -> np.ndarray:
+            reach = np.abs(outwards @ turned) @ model.geom_aabb[:, 3:, None]
+            return ((middles - eye) @ outwards.T - reach[..., 0] > 1e-3).any(axis=1)
+
+        is_plane = model.geom_type == 0  # its box says nothing
+        hidden = beyond(eye, outwards) & ~is_plane
+        shines = (model.geom_matid >= 0) & (model.mat_reflectance[model.geom_matid] > 0)
+        for mirror in np.flatnonzero(shines & ~hidden & (is_plane | (model.geom_type == 6))):
+            up = turned[mirror, :, 2]
+            top = seen.geom_xpos[mirror] + up * model.geom_size[mirror, 2] * (not is_plane[mirror])
+            flip = np.eye(3) - 2 * np.outer(up, up)
+            hidden &= beyond(top + flip @ (eye - top), outwards @ flip)
+        return hidden
 
 
 # -- loading LIBERO -----------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ PALM = (0.110, 0.042)
 """Half extents of the hand along and across the finger axis, with a margin, metres."""
 TO_PALM = 0.024
 """The palm's height above the grip point, with a margin for a hand that is not upright, metres."""
-FINGERS = (0.052, 0.016, 0.016)
-"""Of an open finger at its tip: its middle along the finger axis, half extents along and across, metres (no
-less than half the spacing of the points around)."""
+FINGERS = (0.039, 0.029, 0.016)
+"""Of an open finger at its tip and its way in: its middle along the finger axis, half extents along
+and across, metres (no less than half the spacing of the points around)."""
 WIDEST = 0.072
 """What fits between the fingers, metres: they open to 0.08."""
 YAWS = np.deg2rad(np.arange(-85, 90, 5))
