@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Speed of the built-in world and of decoding; the last line printed is results/bench/tabletop.json.
+# Speed of the built-in world and of decoding, shipped (3m) and random weights, beside transformers: one core, about six minutes. Each last
+# line printed is the record. Then the picture of the README.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-.venv/bin/python tools/bench.py --sizes 3m --seconds 2 | tail -n 1 | tee results/bench/tabletop.json
-# Larger models, random weights, beside transformers: about ten minutes. Then the picture of the README.
 .venv/bin/python tools/bench.py --sizes 3m 25m 92m | tail -n 1 | tee results/bench/decoding.json
-.venv/bin/python tools/picture.py --speed results/bench/tabletop.json results/bench/decoding.json --out docs/speed.svg
+.venv/bin/python tools/bench.py --sizes 25m 92m --dtype bfloat16 | tail -n 1 | tee results/bench/decoding_bfloat16.json
+.venv/bin/python tools/picture.py --speed results/bench/decoding.json results/bench/decoding_bfloat16.json --out docs/speed.svg
 # A LIBERO evaluation beside the plain loop that most use (needs the libero extra): results/bench/libero_eval.json.
 # OMP_NUM_THREADS=1 .venv/bin/python tools/bench_eval.py --task 0 --episodes 10 --workers 2 | tail -n 1 | tee results/bench/libero_eval.json

@@ -14,6 +14,7 @@ from token_stubs import random_episode
 from worldvla.config import ImageTokenizerConfig
 from worldvla.data.episode import write_episodes
 from worldvla.tokenizers.image import (
+    Encoder,
     FiniteScalarQuantizer,
     ImageTokenizer,
     VectorQuantizer,
@@ -93,6 +94,7 @@ def test_module_names_and_shapes_are_the_published_ones():
     assert not [name for name in shapes if ".attn." in name]  # attention stands in the middle only
     encoding = [name for name in shapes if not name.startswith("decoder.")]
     assert len(encoding) == 129  # as many `model.vqmodel.*` tensors as the published base model has
+    assert isinstance(published.encoder, Encoder)
     assert published.encoder.mid.block_1.norm1.num_groups == 32
     assert published.encoder.mid.block_1.norm1.eps == 1e-6
 

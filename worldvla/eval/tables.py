@@ -26,30 +26,55 @@ from worldvla.files import read_json, write_json, write_text
 
 PILOT_SUITES = ("tabletop_object", "tabletop_goal")
 SEEDS = (0, 1)
+LARGE = "92m actions"
 SPEED = (  # words, how the README says it, the record, the way to the number in it
     (
         "physics and one 64 x 64 picture, steps a second",
         r"(\d+) steps a second",
-        "tabletop",
+        "decoding",
         "simulation steps_s_camera",
     ),
     (
         "chunk of five actions after the prefill, ms",
         r"in (\d+) ms after",
-        "tabletop",
+        "decoding",
         "3m actions side_by_side chunk_ms",
     ),
     (
         "side by side: times as fast as one by one",
         r"([\d.]+) times as fast",
-        "tabletop",
+        "decoding",
         "3m actions one_by_one slower_chunk",
     ),
     (
         "side by side: times as fast as one by one without a cache",
         r"([\d.]+) times as one by one",
-        "tabletop",
+        "decoding",
         "3m actions without_cache slower_chunk",
+    ),
+    (
+        "92 million parameters, bfloat16: chunk of ten actions after the prefill, ms",
+        r"takes (\d+) ms after",
+        "decoding_bfloat16",
+        f"{LARGE} side_by_side chunk_ms",
+    ),
+    (
+        "the same: times as fast as one by one",
+        r"([\d.]+) times as our own",
+        "decoding_bfloat16",
+        f"{LARGE} one_by_one slower_chunk",
+    ),
+    (
+        "the same: times as fast as transformers' Chameleon",
+        r"([\d.]+) times as transformers",
+        "decoding_bfloat16",
+        f"{LARGE} transformers slower_chunk",
+    ),
+    (
+        "the same, prefill and all",
+        r"whole query ([\d.]+) times",
+        "decoding_bfloat16",
+        f"{LARGE} transformers slower_query",
     ),
     (
         "LIBERO evaluation: times the episodes an hour of the plain loop",
