@@ -28,6 +28,7 @@ worldvla tokenize $OUT/demos --tokenizer $OUT/image_tokenizer --out $OUT/store
 
 train libero_object "$MODEL"
 evaluate "$MODEL" libero_object --episodes 20 --execute 3
+evaluate "$MODEL" libero_object_quiet --episodes 10 --execute 3    # with nothing else on the machine: how long it takes
 evaluate "$MODEL" libero_object_training_states --first 50 --episodes 5 --execute 3
 evaluate "$MODEL" libero_object_execute5 --episodes 10 --execute 5
 
