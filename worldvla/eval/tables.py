@@ -269,6 +269,7 @@ def check(root: Path) -> list[str]:
             faults.append(f"docs/RESULTS.md names {script}, which is gone")
     readme = (root / "README.md").read_text(encoding="utf-8")
     numbers = readme.split("## Numbers", 1)[-1].split("\n## ", 1)[0]
+    numbers = " ".join(numbers.split())  # lines break anywhere
     for hits, trials in re.findall(r"\b(\d+)(?:/| of )(\d+)\b", numbers):
         if (int(hits), int(trials)) not in counts:
             faults.append(f"README.md says {hits} of {trials}: no record holds that")
