@@ -156,7 +156,9 @@ def test_one_batch_is_memorised_and_acts_from_the_checkpoint(root: Path, tmp_pat
     assert np.isnan(decision.entropy).all()
     assert np.isnan(decision.margin).all()
     for observation, expected in zip(observations, decision.actions, strict=True):
-        np.testing.assert_allclose(policy.act(observation), expected, atol=1e-5)
+        np.testing.assert_allclose(
+            policy.act(observation), expected, atol=4e-6
+        )  # SDPA adds up otherwise alone: 1.5e-6 seen
     assert policy.decoding == "at once"
     discrete = model.policy().act(observations)
     assert np.abs(discrete - decision.actions).max() > 0
