@@ -1,70 +1,98 @@
 #!/usr/bin/env bash
-# The paper's tables at pilot size: ablation (Table 3), history, resolution, world model (Table 2), chunk length. Two suites, two seeds,
-# 16 rows; `worldvla config pilot_ROW` prints one. Hardware: two CPU cores, about ten minutes to train a row and seed (longer with
-# history), about six hours in all. Run it again after a stop: what is done is skipped, what is half done goes on.
-# ROWS="action full" SEEDS=0 runs/tables.sh does a part; the rows are in order of importance.
+# The paper's tables at small size: ablation (Table 3), history, resolution, world model (Table 2), chunk length. `worldvla config
+# pilot_ROW` prints a row. Run it again after a stop: what is done is skipped, what is half done goes on.
+#   ROWS="action full" SEEDS=0 runs/tables.sh     a part; the rows are in order of importance
+#   SUITES=libero runs/tables.sh                  rows libero_pilot_ROW, on libero_object and libero_spatial (needs the extra libero)
+#   DEVICE=cuda JOBS=8 runs/tables.sh             trains eight rows at a time on one GPU
+#   ONLY=stores, ONLY=train                       stops after that part: stores and evaluations want processor cores, training a GPU
+# Hardware: stores ten minutes on two cores (LIBERO: an hour); a row and seed a minute on a GPU or half an hour on two cores; its
+# evaluation three to fifteen minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-OUT=out/tables
-RESULTS=${RESULTS:-results/tables}
-SUITES="tabletop_object tabletop_goal"
+SUITES=${SUITES:-tabletop}
 ROWS=${ROWS:-"action action_world chunk_causal chunk full full_even world world_no_action history2 history4 low head chunk10_causal chunk10 chunk2_causal chunk2"}
-SEEDS=${SEEDS:-"0 1"}
+DEVICE=${DEVICE:-cpu} JOBS=${JOBS:-1} ONLY=${ONLY:-}
 PYTHON=${PYTHON:-.venv/bin/python}
+if [ "$SUITES" = libero ]; then
+    OUT=out/tables_libero RECIPE=libero_pilot_ RESULTS=${RESULTS:-results/libero/tables} SEEDS=${SEEDS:-0}
+    SUITES="libero_object libero_spatial" VIEWS="agentview=128x128 wrist=64x64" DEMOS="--episodes 24 --label 5"
+    CODES="--config.patch 8 --config.channels 64 --config.num-codes 16384 --config.embed-dim 5 --config.fsq-levels 8 8 8 8 4"
+    STATES="--episodes 5"
+else
+    OUT=out/tables RECIPE=pilot_ RESULTS=${RESULTS:-results/tables} SEEDS=${SEEDS:-"0 1 2"}
+    SUITES="tabletop_spatial tabletop_object tabletop_goal tabletop_long" VIEWS="agentview=64x64 wrist=32x32"
+    DEMOS="--episodes 100 --label 10" CODES=""
+    STATES="--first 10 --episodes 10"
+fi
+export OUT RECIPE DEVICE PYTHON
 worldvla() { "$PYTHON" -m worldvla "$@"; }
 
-stores() {  # directory, views: demonstrations whose labels hold ten actions, as long chunks need; tokenizer; tokens
+stores() {  # directory, views: demonstrations whose labels hold as many actions as the longest chunk; tokenizer; tokens
     for suite in $SUITES; do
-        worldvla collect "$suite" --out "$1/demos/$suite" --episodes 100 --workers "$(nproc)" --label 10 --views $2
+        worldvla collect "$suite" --out "$1/demos/$suite" --workers "$(nproc)" $DEMOS --views $2
     done
-    [ -e "$1/image_tokenizer/report/report.json" ] || worldvla train-tokenizer "$1/demos" --out "$1/image_tokenizer" --config.encoder cell --steps 1500
+    [ -e "$1/image_tokenizer/report/report.json" ] ||
+        worldvla train-tokenizer "$1/demos" --out "$1/image_tokenizer" --config.encoder cell --steps 1500 $CODES
     for suite in $SUITES; do
         worldvla tokenize "$1/demos/$suite" --tokenizer "$1/image_tokenizer" --out "$1/store_$suite"
     done
 }
-stores $OUT "agentview=64x64 wrist=32x32"
-case " $ROWS " in *" low "*) stores ${OUT}_low "agentview=32x32 wrist=16x16" ;; esac    # half the resolution
-mkdir -p "$RESULTS"
-cp $OUT/image_tokenizer/report/report.json "$RESULTS/image_tokenizer.json"
-worldvla tokenize $OUT/demos/tabletop_object --tokenizer worldvla/assets/tabletop/image_tokenizer --out ${OUT}_vqgan/store    # beside it, the
-cp $OUT/store_tabletop_object/manifest.json "$RESULTS/codes_cell.json"                                                  # published encoder
-cp ${OUT}_vqgan/store/manifest.json "$RESULTS/codes_vqgan.json"
-for suite in $SUITES; do    # the clips of the world models; seed 0 was trained on
-    worldvla collect "$suite" --out "$OUT/held_out/$suite" --episodes 5 --seed 9 --workers "$(nproc)"
-done
-# 50 steps: only some episodes of tabletop_long are that long. Its tasks are none that the rows train on.
-worldvla collect tabletop_long --out $OUT/held_out_long --episodes 15 --seed 9 --workers "$(nproc)"
+if [ "$ONLY" != train ]; then
+    stores $OUT "$VIEWS"
+    case " $ROWS " in *" low "*) stores ${OUT}_low "agentview=32x32 wrist=16x16" ;; esac    # half the resolution
+    mkdir -p "$RESULTS"
+    cp $OUT/image_tokenizer/report/report.json "$RESULTS/image_tokenizer.json"
+fi
+[ "$ONLY" != stores ] || exit 0
 
-evaluate() {  # run, head, directory: initial states 10..19, every action of a chunk executed, as the paper does
+train() {  # row, seed -> the exported model and its train.json
+    local run=$OUT/run_$1_$2 model=$OUT/$1_$2
+    [ ! -e "$model/train.json" ] || return 0
+    if [ "$DEVICE" = cuda ]; then
+        "$PYTHON" -m worldvla train "$RECIPE$1" --out "$run" --train.seed "$2" --train.device cuda
+    else
+        OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m worldvla \
+            train "$RECIPE$1" --out "$run" --train.seed "$2" --train.num-threads 1 --train.compile
+    fi
+    "$PYTHON" -m worldvla export "$run" "$model"
+    "$PYTHON" -c "import sys; from worldvla.eval.tables import train_record; train_record(*sys.argv[1:])" "$run" "$model"
+}
+export -f train
+for seed in $SEEDS; do for row in $ROWS; do echo "$row $seed"; done; done > "$OUT/rows"
+[ "$DEVICE" != cuda ] || xargs -P "$JOBS" -L 1 bash -euc 'train "$@" > "$OUT/log_$1_$2" 2>&1' _ < "$OUT/rows"
+[ "$ONLY" != train ] || exit 0
+
+evaluate() {  # model, head, directory: states that no demonstration starts from; every action of a chunk executed, as the paper does
     for suite in $SUITES; do
-        worldvla eval "$1" --suite "$suite" --first 10 --episodes 10 --head "$2" --videos 0 --out "$3/$suite"
+        worldvla eval "$1" --suite "$suite" $STATES --head "$2" --videos 0 --out "$3/$suite"
     done
 }
+total=$(wc -l < "$OUT/rows") at=0
+while read -r row seed <&3; do
+    model=$OUT/${row}_$seed result=$RESULTS/${row}_$seed
+    at=$((at + 1))
+    [ ! -e "$result/train.json" ] || continue    # written last: this row is whole
+    echo "== row $at of $total: $row, seed $seed =="
+    train "$row" "$seed"
+    case $row in world*) ;; *) evaluate "$model" discrete "$result" ;; esac
+    [ "$row" != head ] || evaluate "$model" continuous "$RESULTS/head_continuous_$seed"
+    mkdir -p "$result"
+    cp "$model/train.json" "$result/train.json"
+done 3< "$OUT/rows"
+[ $OUT = out/tables ] || { worldvla tables; exit 0; }
 
-set -- $ROWS
-total=$(($# * $(wc -w <<< "$SEEDS"))) at=0 started=$SECONDS trained=0
-for seed in $SEEDS; do
-    for row in $ROWS; do
-        run=$OUT/run_${row}_$seed result=$RESULTS/${row}_$seed
-        at=$((at + 1))
-        [ ! -e "$result/train.json" ] || continue    # written last: this row is whole
-        left=$((trained ? (SECONDS - started) * (total - at + 1) / trained / 60 : (total - at + 1) * 12))
-        echo "== row $at of $total: $row, seed $seed; about $left minutes left =="
-        OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m worldvla \
-            train "pilot_$row" --out "$run" --train.seed "$seed" --train.num-threads 1 --train.compile
-        trained=$((trained + 1))
-        case $row in world*) ;; *)
-            evaluate "$run" discrete "$result"
-        esac
-        [ "$row" != head ] || evaluate "$run" continuous "$RESULTS/head_continuous_$seed"
-        "$PYTHON" -c "import sys; from worldvla.eval.tables import train_record; train_record(*sys.argv[1:])" "$run" "$result"
-    done
-done
-
-have() { for row in "$@"; do [ ! -d "$OUT/run_${row}_0" ] || echo "$OUT/run_${row}_0"; done; }
+# What the tokenizer keeps of the codes, beside the published encoder.
+worldvla tokenize $OUT/demos/tabletop_object --tokenizer worldvla/assets/tabletop/image_tokenizer --out ${OUT}_vqgan/store
+cp $OUT/store_tabletop_object/manifest.json "$RESULTS/codes_cell.json"
+cp ${OUT}_vqgan/store/manifest.json "$RESULTS/codes_vqgan.json"
+have() { for row in "$@"; do [ ! -d "$OUT/${row}_0" ] || echo "$OUT/${row}_0"; done; }
 worlds=$(have world full full_even world_no_action)
 if [ -n "$worlds" ]; then
+    for suite in $SUITES; do    # the clips of the world models; seed 0 was trained on
+        worldvla collect "$suite" --out "$OUT/held_out/$suite" --episodes 5 --seed 9 --workers "$(nproc)"
+    done
+    worldvla collect tabletop_long --out $OUT/held_out_long --episodes 15 --seed 9 --workers "$(nproc)"    # some last 50 steps
     worldvla eval-world $worlds --demos $OUT/held_out --clips 64 --horizons 10 --out "$RESULTS/world10"
     worldvla eval-world $worlds --demos $OUT/held_out_long --clips 16 --horizons 50 --out "$RESULTS/world50"
 fi

@@ -13,8 +13,8 @@ import pytest
 
 from worldvla.config import Config
 from worldvla.eval.stats import Pairs
-from worldvla.eval.tables import PILOT_SUITES, Records, check, markdown, paired, sentence, write_tables
-from worldvla.recipes import ABLATIONS, RECIPES, recipe
+from worldvla.eval.tables import Records, check, markdown, paired, sentence, write_tables
+from worldvla.recipes import ABLATIONS, RECIPES, TABLETOP_SUITES, recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,7 +32,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def write_row(root: Path, row: str, won: int, seed: int = 0) -> None:
-    for suite in PILOT_SUITES:
+    for suite in TABLETOP_SUITES:
         outcomes = [
             {"task": 0, "init": i, "status": "success" if i < won else "fail", "grasped": True, "steps": 12}
             for i in range(10)
@@ -59,16 +59,18 @@ def test_the_repository_keeps_its_word() -> None:
 
 def test_rows_without_a_record_are_not_run_and_those_with_one_are_counted(root: Path) -> None:
     before = markdown(Records(root))
-    assert "| action model | 67.3 / 82.9 / 77.8 / 23.0 / 62.8 | not run | not run | not run |" in before
+    assert "| action model | 67.3 / 82.9 / 77.8 / 23.0 / 62.8" + 6 * " | not run" in before
     assert "nothing can be compared yet" in before
     for seed in (0, 1):
         write_row(root, "chunk", 9, seed)
         write_row(root, "chunk_causal", 2, seed)
     records = Records(root)
-    assert paired(records, "chunk", "chunk_causal") == Pairs(8, 28, 0, 4)
+    assert paired(records, "chunk", "chunk_causal") == Pairs(16, 56, 0, 8)
     text = markdown(records)
-    assert "18/20 (90 %) | 18/20 (90 %) | 36/40 (90 %)" in text
-    assert "| 36/40 (90 %) | 10 |" in text  # three queries an episode, ten episodes, three seconds
+    assert "18/20 (90 %, 2 of 3 records) | 72/80 (90 %, 8 of 12 records)" in text
+    assert (
+        "| 72/80 (90 %, 8 of 12 records) | 10 |" in text
+    )  # three queries an episode, ten episodes, three seconds
     assert "The selective mask raises success: +70.0 points" in text
 
 
@@ -111,8 +113,8 @@ def test_rows_differ_from_full_in_what_they_say(row: str) -> None:
     assert isinstance(config, Config)
     assert RECIPES[f"pilot_{row}"]().name == f"pilot_{row}"
     batch, share = config.train.batch_size, config.data.world_fraction
-    assert batch * share in (0, 16)
-    assert batch * (1 - share) in (0, 48)
+    assert batch * share in (0, 64)
+    assert batch * (1 - share) in (0, 96)
     assert config.optim == full.optim
     assert replace(config.loss, image_weight=full.loss.image_weight) == full.loss
     assert (config.loss != full.loss) == (row == "full_even")

@@ -198,9 +198,11 @@ def hugging_face(case: Case) -> tuple[Callable[[], object], torch.nn.Module] | s
     from transformers import ChameleonForConditionalGeneration
 
     config = hub_config(case.model.config, vocab_size=case.vocab.size, attn_implementation="sdpa")
-    theirs: Any = ChameleonForConditionalGeneration(config)
-    theirs = theirs.eval().to(case.model.head.weight)
-    theirs.load_state_dict(published_state(case.model), strict=False)
+    with torch.device(case.model.head.weight.device), torch.no_grad():
+        theirs: Any = ChameleonForConditionalGeneration._from_config(
+            config, dtype=case.model.head.weight.dtype
+        )
+    theirs.eval().load_state_dict(published_state(case.model), strict=False)
     num = case.builder.action_block_positions(0).size
     ids = torch.from_numpy(case.prompt.ids)[None].to(theirs.device)
     more = {"min_new_tokens": num, "max_new_tokens": num, "do_sample": False, "use_cache": True}
@@ -360,7 +362,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     reached = machine(args.device, dtype, args.seconds)
-    numbers: dict[str, Any] = {"simulation": simulation(args.seconds), "machine": reached}
+    world = simulation(args.seconds) if "3m" in args.sizes else {}
+    numbers: dict[str, Any] = {"simulation": world, "machine": reached}
     table, ours, console = Table(*COLUMNS), Table(*OURS), Console(stderr=True, width=150)
     for size in args.sizes:
         case = case_of(size, args.checkpoint, args.quantize, args.device, dtype)

@@ -23,9 +23,11 @@ from worldvla.eval.page import COLORS, ORANGE, data_url, line_plots, render, wor
 from worldvla.eval.record import provenance
 from worldvla.eval.stats import Pairs, mcnemar, paired_interval
 from worldvla.files import read_json, write_json, write_text
+from worldvla.recipes import TABLETOP_SUITES
 
-PILOT_SUITES = ("tabletop_object", "tabletop_goal")
-SEEDS = (0, 1)
+LIBERO = ("libero_object", "libero_spatial")
+"""Suites of the rows under results/libero/tables."""
+SEEDS = (0, 1, 2)
 LARGE = "92m actions"
 SPEED = (  # words, how the README says it, the record, the way to the number in it
     (
@@ -119,8 +121,10 @@ def train_record(run: str, out: str) -> None:
     write_json(out_dir / "train.json", {**record, **provenance()})
 
 
-def of_row(row: str, suites: Sequence[str] = PILOT_SUITES) -> list[str]:
-    """Return the names of a row's records, over the seeds."""
+def of_row(row: str, suites: Sequence[str] = TABLETOP_SUITES) -> list[str]:
+    """Return the names of a row's records, over the seeds (LIBERO: seed 0 alone)."""
+    if set(suites) <= set(LIBERO):
+        return [f"libero/tables/{row}_0/{suite}" for suite in suites]
     return [f"tables/{row}_{seed}/{suite}" for suite in suites for seed in SEEDS]
 
 
@@ -129,9 +133,10 @@ def of_suites(pattern: str) -> list[str]:
     return [pattern.format(s) for s in ("spatial", "object", "goal", "10" if "libero" in pattern else "long")]
 
 
-def paired(records: Records, a: str, b: str) -> Pairs | None:
+def paired(records: Records, a: str, b: str, suites: Sequence[str] = TABLETOP_SUITES) -> Pairs | None:
     """Return how rows A and B fare from the same initial states, over suites and seeds that both have."""
-    names = [pair for pair in zip(of_row(a), of_row(b), strict=True) if set(pair) <= records.all.keys()]
+    rows = zip(of_row(a, suites), of_row(b, suites), strict=True)
+    names = [pair for pair in rows if set(pair) <= records.all.keys()]
     found = [compare(records.all[x], records.all[y], force=True) for x, y in names]
     keys = ("both", "only_a", "only_b", "neither")
     return Pairs(*(sum(c[key] for c in found) for key in keys)) if found else None
@@ -154,7 +159,8 @@ def markdown(records: Records) -> str:
     return render(
         "results.md",
         records=records,
-        pilot=PILOT_SUITES,
+        tabletop=TABLETOP_SUITES,
+        libero=LIBERO,
         speed=SPEED,
         link=records.link,
         rate=records.rate,
@@ -227,8 +233,7 @@ def _plots(records: Records) -> Iterator[tuple[str, bytes]]:
     for (words, rows), color in zip(lengths.items(), (COLORS[0], ORANGE), strict=True):
         points = []
         for length, row in zip((1, 2, 5, 10), rows, strict=True):
-            names = [f"tables/{row}_{seed}/{suite}" for suite in PILOT_SUITES for seed in SEEDS]
-            found = [records.all[name] for name in names if name in records.all]
+            found = [records.all[name] for name in of_row(row) if name in records.all]
             if trials := sum(r["episodes"] - r["errors"] for r in found):
                 points.append((length, 100 * sum(r["successes"] for r in found) / trials))
         if points:
@@ -261,9 +266,9 @@ def check(root: Path) -> list[str]:
             faults += [f"results/{name} does not say its {key}" for key in lacking]
             trials = record["episodes"] - record["errors"]
             counts |= {(record["successes"], trials), (record["grasped"], trials)}
-            row = name.split("/")[1]
-            if name.startswith("tables/") and f"tables/{row}/train.json" not in records.all:
-                faults.append(f"results/tables/{row} has no train.json (config, hours): run runs/tables.sh")
+            row = name.rpartition("/")[0].replace("head_continuous", "head")
+            if "tables/" in name and f"{row}/train.json" not in records.all:
+                faults.append(f"results/{row} has no train.json (config, hours): run runs/tables.sh")
     for script in sorted(set(re.findall(r"runs/\w+\.sh", text))):
         if not (root / script).exists():
             faults.append(f"docs/RESULTS.md names {script}, which is gone")

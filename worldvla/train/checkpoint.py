@@ -32,7 +32,7 @@ from worldvla.train.build import Pieces
 _PACKAGES = ("worldvla", "torch", "numpy", "tokenizers", "safetensors")
 _RNG = "random_state"
 _ADAMW = ("exp_avg", "exp_avg_sq", "step")
-_FREE = ("num_threads", "log_every", "eval_every", "num_eval_batches", "save_every", "compile")
+_FREE = ("num_threads", "log_every", "eval_every", "num_eval_batches", "save_every", "compile", "device")
 """Fields of TrainConfig that may change between the parts of a run."""
 Optimizers = Sequence[torch.optim.Optimizer]
 
