@@ -55,7 +55,7 @@ train() {  # row, seed -> the exported model and its train.json
         OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m worldvla \
             train "$RECIPE$1" --out "$run" --train.seed "$2" --train.num-threads 1 --train.compile
     fi
-    "$PYTHON" -m worldvla export "$run" "$model"
+    "$PYTHON" -m worldvla export "$run" --out "$model"
     "$PYTHON" -c "import sys; from worldvla.eval.tables import train_record; train_record(*sys.argv[1:])" "$run" "$model"
 }
 export -f train

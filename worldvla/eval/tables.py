@@ -113,6 +113,8 @@ class Records:
 
 def train_record(run: str, out: str) -> None:
     """Write out/train.json: the config of a run, its hours, its last validation, where it was made."""
+    import torch  # noqa: F401  `provenance` names the GPUs only where it is loaded
+
     run_dir, out_dir = Path(run), Path(out)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = {line["event"]: line for line in lines}
