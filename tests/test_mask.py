@@ -1,4 +1,4 @@
-"""Who attends to whom: a golden picture, the published definition, FlexAttention, and influence in the model.
+"""Who attends to whom: a golden picture, the published definition, and influence in the model.
 
 pytest tests/test_mask.py
 """
@@ -10,8 +10,8 @@ import torch
 from tiny_run import MODEL
 from torch import Tensor
 
-from worldvla.model.mask import additive_mask, block_mask, dense_mask, visible
-from worldvla.model.transformer import Transformer, attend
+from worldvla.model.mask import additive_mask, dense_mask, visible
+from worldvla.model.transformer import Transformer
 
 GOLDEN = Path(__file__).parent / "golden" / "mask.txt"
 POLICY = "bttiiis" + "111" + "222" + "333" + "s"
@@ -73,15 +73,6 @@ def test_decoding_rows_equal_rows_of_the_whole_mask() -> None:
     queries = torch.tensor([[8, 11, 14]])  # the second token of each action, side by side
     rows = dense_mask(chunk_BT[:, queries[0]], chunk_BT, queries)
     assert torch.equal(rows, whole[:, :, queries[0]])
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_agrees_with_dense() -> None:
-    chunk_BT = torch.cat([chunk_of(POLICY), torch.zeros(1, len(POLICY), dtype=torch.int64)])
-    q, k, v = torch.randn(3, 2, 4, len(POLICY), 16)
-    dense = attend(q, k[:, :2], v[:, :2], additive_mask(dense_mask(chunk_BT), torch.float32))
-    flex = attend(q, k[:, :2], v[:, :2], block_mask(chunk_BT))
-    assert torch.allclose(dense, flex, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -364,8 +364,9 @@ def main() -> None:
     reached = machine(args.device, dtype, args.seconds)
     world = simulation(args.seconds) if "3m" in args.sizes else {}
     numbers: dict[str, Any] = {"simulation": world, "machine": reached}
-    table, ours, console = Table(*COLUMNS), Table(*OURS), Console(stderr=True, width=150)
-    for size in args.sizes:
+    console = Console(stderr=True, width=150)
+    for size in args.sizes:  # each is printed when it is done: what a stop leaves is not nothing
+        table, ours = Table(*COLUMNS), Table(*OURS)
         case = case_of(size, args.checkpoint, args.quantize, args.device, dtype)
         rows, frame = decoding(case, args.seconds, args.batch, reached), frames(case, args.seconds)
         parameters = case.model.num_parameters()
@@ -377,7 +378,7 @@ def main() -> None:
             cells = [f"{row[c]:.1f}" if c in row else "" for c in COLUMNS[3:]]
             table.add_row(size, f"{parameters:,}", row.get("left_out", way), *cells)
         ours.add_row(size, *(f"{rows['side by side'][c]:.4g}" for c in OURS[1:]))
-    console.print(table, ours)
+        console.print(table, ours)
     for name, value in (numbers["simulation"] | reached).items():
         console.print(f"{name} {value:.4g}")
     settings = {name: getattr(args, name) for name in ("threads", "quantize", "device", "dtype")}

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 def visible(q_pos: Any, k_pos: Any, q_chunk: Any, k_chunk: Any) -> Any:
@@ -44,16 +43,6 @@ def additive_mask(mask: Bool[Tensor, "B 1 T S"], dtype: torch.dtype) -> Float[Te
     # Half of the lowest finite value: adding a score cannot overflow to -inf (a row of which is NaN).
     zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return zeros.masked_fill_(~mask, torch.finfo(dtype).min / 2)
-
-
-def block_mask(chunk_BT: Int[Tensor, "B T"]) -> BlockMask:
-    """Return the predicate for FlexAttention: for CUDA, as torch 2.13 has no backward of it on the CPU."""
-
-    def predicate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # noqa: ARG001
-        return visible(q, k, chunk_BT[b, q], chunk_BT[b, k])
-
-    num_samples, length = chunk_BT.shape
-    return create_block_mask(predicate, num_samples, None, length, length, device=str(chunk_BT.device))
 
 
 def _counting(chunk_BT: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from worldvla.config import ModelConfig
@@ -51,7 +50,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        mask: Tensor | BlockMask | None,
+        mask: Tensor | None,
         rope: Tensor,
         cache: KeyValueCache | None,
         layer: int,
@@ -90,7 +89,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | BlockMask | None,
+        mask: Tensor | None,
         rope: Tensor,
         cache: KeyValueCache | None,
         layer: int,
@@ -134,7 +133,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         ids_BT: Int[Tensor, "B T"],
-        mask: Tensor | BlockMask | None,
+        mask: Tensor | None,
         row_BT: Int[Tensor, "B T"] | None = None,
         col_BT: Int[Tensor, "B T"] | None = None,
         positions_BT: Int[Tensor, "b T"] | None = None,
@@ -143,8 +142,8 @@ class Transformer(nn.Module):
     ) -> Float[Tensor, "*any D"]:
         """Return hidden states after the final norm: (B, T, D), or (P, D) at flattened positions `keep_P`.
 
-        `mask`: bool (True = may attend) or additive, broadcastable to (B, 1, T, S); a BlockMask on CUDA; None
-        lets every query see every key. With a `cache`, S counts the cached keys too. `positions_BT` (RoPE)
+        `mask`: bool (True = may attend) or additive, broadcastable to (B, 1, T, S); None lets every query see
+        every key. With a `cache`, S counts the cached keys too. `positions_BT` (RoPE)
         defaults to 0..T-1.
         """
         x_BTD = self.embed(ids_BT)
@@ -160,7 +159,7 @@ class Transformer(nn.Module):
         rope = rope_table(
             positions_BT, self.config.width // self.config.num_heads, self.config.rope_theta
         ).to(dtype)
-        if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        if mask is not None and mask.dtype == torch.bool:
             mask = additive_mask(mask, dtype)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
@@ -246,13 +245,9 @@ class Transformer(nn.Module):
         return 2 * (num_positions * (matrices + scores_and_values) + num_logits * self.head.weight.numel())
 
 
-def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None) -> Tensor:
     """Return softmax(q k / sqrt(K) + mask) v as (B, H, T, K). The same numbers from every back end."""
     is_grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    if isinstance(mask, BlockMask):
-        out = flex_attention(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=is_grouped)
-        assert isinstance(out, Tensor)
-        return out
     if q_BHTK.is_cuda:
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, enable_gqa=is_grouped)
     if is_grouped:
