@@ -273,8 +273,8 @@ def pilot(row: str, libero: bool = False) -> Config:
     """A row of the paper's tables at small size: 3.7 M parameters on the four tabletop suites; or, on
     libero_object and libero_spatial together, 8.8 M.
 
-    2,000 steps (LIBERO: 3,000) of 96 policy samples and, where the row has them, 64 world samples, by Muon:
-    a minute or two on a GPU, 15 to 40 minutes on two cores. `runs/tables.sh` makes the stores, whose labels
+    2,000 steps (LIBERO: 1,000) of 96 policy samples and, where the row has them, 64 world samples, by Muon:
+    a minute or two on a GPU, 15 to 30 minutes on two cores. `runs/tables.sh` makes the stores, whose labels
     hold ten actions (LIBERO: five), and trains the seeds.
     """
     base, layout = libero_object() if libero else tabletop(), dict(ABLATIONS[row])
@@ -284,7 +284,7 @@ def pilot(row: str, libero: bool = False) -> Config:
     root = "out/tables_libero" if libero else "out/tables_low" if row == "low" else "out/tables"
     suites = ("libero_object", "libero_spatial") if libero else TABLETOP_SUITES
     length = {"history2": 320, "history4": 480}.get(row, 256)
-    share, steps = world / (policy + world), 3_000 if libero else 2_000
+    share, steps = world / (policy + world), 1_000 if libero else 2_000
     train = replace(base.train, steps=steps, batch_size=policy + world, eval_every=500, save_every=1_000)
     return replace(
         base,
