@@ -63,9 +63,9 @@ for seed in $SEEDS; do for row in $ROWS; do echo "$row $seed"; done; done > "$OU
 [ "$DEVICE" != cuda ] || xargs -P "$JOBS" -L 1 bash -euc 'train "$@" > "$OUT/log_$1_$2" 2>&1' _ < "$OUT/rows"
 [ "$ONLY" != train ] || exit 0
 
-evaluate() {  # model, head, directory: states that no demonstration starts from; every action of a chunk executed, as the paper does
+evaluate() {  # model, head, directory, options: states that no demonstration starts from; all of a chunk executed, as the paper does
     for suite in $SUITES; do
-        worldvla eval "$1" --suite "$suite" $STATES --head "$2" --videos 0 --out "$3/$suite"
+        worldvla eval "$1" --suite "$suite" $STATES --head "$2" --videos 0 --out "$3/$suite" "${@:4}"
     done
 }
 total=$(wc -l < "$OUT/rows") at=0
@@ -77,6 +77,7 @@ while read -r row seed <&3; do
     train "$row" "$seed"
     case $row in world*) ;; *) evaluate "$model" discrete "$result" ;; esac
     [ "$row" != head ] || evaluate "$model" continuous "$RESULTS/head_continuous_$seed"
+    [ "$row" != chunk ] || evaluate "$model" discrete "$RESULTS/chunk_execute1_$seed" --execute 1
     mkdir -p "$result"
     cp "$model/train.json" "$result/train.json"
 done 3< "$OUT/rows"

@@ -268,7 +268,7 @@ def check(root: Path) -> list[str]:
             faults += [f"results/{name} does not say its {key}" for key in lacking]
             trials = record["episodes"] - record["errors"]
             counts |= {(record["successes"], trials), (record["grasped"], trials)}
-            row = name.rpartition("/")[0].replace("head_continuous", "head")
+            row = name.rpartition("/")[0].replace("head_continuous", "head").replace("_execute1", "")
             if "tables/" in name and f"{row}/train.json" not in records.all:
                 faults.append(f"results/{row} has no train.json (config, hours): run runs/tables.sh")
     for script in sorted(set(re.findall(r"runs/\w+\.sh", text))):
