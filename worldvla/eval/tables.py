@@ -23,8 +23,8 @@ from worldvla.eval.page import COLORS, ORANGE, data_url, line_plots, render, wor
 from worldvla.eval.record import provenance
 from worldvla.eval.stats import Pairs, mcnemar, paired_interval
 from worldvla.files import read_json, write_json, write_text
-from worldvla.recipes import TABLETOP_SUITES
 
+TABLETOP = tuple(f"tabletop_{name}" for name in ("spatial", "object", "goal", "long"))
 LIBERO = ("libero_object", "libero_spatial")
 """Suites of the rows under results/libero/tables."""
 SEEDS = (0, 1, 2)
@@ -123,7 +123,7 @@ def train_record(run: str, out: str) -> None:
     write_json(out_dir / "train.json", {**record, **provenance()})
 
 
-def of_row(row: str, suites: Sequence[str] = TABLETOP_SUITES) -> list[str]:
+def of_row(row: str, suites: Sequence[str] = TABLETOP) -> list[str]:
     """Return the names of a row's records, over the seeds (LIBERO: seed 0 alone)."""
     if set(suites) <= set(LIBERO):
         return [f"libero/tables/{row}_0/{suite}" for suite in suites]
@@ -135,7 +135,7 @@ def of_suites(pattern: str) -> list[str]:
     return [pattern.format(s) for s in ("spatial", "object", "goal", "10" if "libero" in pattern else "long")]
 
 
-def paired(records: Records, a: str, b: str, suites: Sequence[str] = TABLETOP_SUITES) -> Pairs | None:
+def paired(records: Records, a: str, b: str, suites: Sequence[str] = TABLETOP) -> Pairs | None:
     """Return how rows A and B fare from the same initial states, over suites and seeds that both have."""
     rows = zip(of_row(a, suites), of_row(b, suites), strict=True)
     names = [pair for pair in rows if set(pair) <= records.all.keys()]
@@ -161,7 +161,7 @@ def markdown(records: Records) -> str:
     return render(
         "results.md",
         records=records,
-        tabletop=TABLETOP_SUITES,
+        tabletop=TABLETOP,
         libero=LIBERO,
         speed=SPEED,
         link=records.link,
