@@ -239,7 +239,7 @@ def rynnvla(suite: str = "libero_goal", is_world: bool = False) -> Config:
     return _epochs(config, suite, 8 * 8)
 
 
-POLICY_BATCH, WORLD_BATCH = 96, 64
+POLICY_BATCH, WORLD_BATCH, LIBERO_WORLD_BATCH = 96, 64, 24
 """Samples a step of each kind in every row below that has the kind: rows differ in nothing else."""
 ABLATIONS: dict[str, dict[str, Any]] = {
     # Table 3, in its order. `action` is the OpenVLA-style baseline too: one frame, one action, no world.
@@ -273,13 +273,13 @@ def pilot(row: str, libero: bool = False) -> Config:
     """A row of the paper's tables at small size: 3.7 M parameters on the four tabletop suites; or, on
     libero_object and libero_spatial together, 8.8 M.
 
-    2,000 steps (LIBERO: 1,000) of 96 policy samples and, where the row has them, 64 world samples, by Muon:
-    a minute or two on a GPU, 15 to 30 minutes on two cores. `runs/tables.sh` makes the stores, whose labels
+    2,000 steps (LIBERO: 1,000) of 96 policy samples and, where the row has them, 64 world samples (LIBERO: 24), by
+    Muon: a minute or two on a GPU, 15 to 30 minutes on two cores. `runs/tables.sh` makes the stores, whose labels
     hold ten actions (LIBERO: five), and trains the seeds.
     """
     base, layout = libero_object() if libero else tabletop(), dict(ABLATIONS[row])
     policy = POLICY_BATCH * layout.pop("policy", True)
-    world = WORLD_BATCH * layout.pop("world", True)
+    world = (LIBERO_WORLD_BATCH if libero else WORLD_BATCH) * layout.pop("world", True)
     head, alpha = layout.pop("head", HeadConfig()), layout.pop("image_weight", base.loss.image_weight)
     root = "out/tables_libero" if libero else "out/tables_low" if row == "low" else "out/tables"
     suites = ("libero_object", "libero_spatial") if libero else TABLETOP_SUITES
