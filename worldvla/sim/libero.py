@@ -103,6 +103,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         """Movable objects the goal speaks of, in its order."""
         self.goals: tuple[tuple[str, ...], ...] = tuple(tuple(goal) for goal in goals)
         self._snapshot: Any = None
+        self._compiled_places: Any = None
         self._sampled: dict[str, np.ndarray] = {}
         self._steps = 0
         self.observation_space, self.action_space = spaces(self.views)
@@ -225,8 +226,10 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         if self.world.hard_reset:
             # Compiling the model takes seconds, and each time LIBERO appends another sampler of drawers and
             # doors, which draws one number more: fixtures drift even where every reset is seeded. So it is
-            # done once. Of what a reset without it leaves behind, only the fingers' command matters: with it
-            # cleared, every episode starts with the bits of a fresh environment's first one.
+            # done once. Of what a reset without it leaves behind, two things matter: the fingers' command, and
+            # where the fixtures stood, as LIBERO's samplers measure a place on one from where it is compiled.
+            # With both put back, every episode starts with the bits of a fresh environment's first one.
+            self._note_compiled_places()
             with _seeded(EVALUATION_SEED):
                 self._draw_world()
             self.world.hard_reset = False
@@ -237,8 +240,21 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         gripper.current_action = np.zeros_like(gripper.current_action)
         self._draw_world()
 
+    def _note_compiled_places(self) -> None:
+        """Have this environment remember where bodies are in the model, whenever it is compiled."""
+        world, initialize = self.world, self.world._initialize_sim
+
+        def remember(*args: Any, **kwargs: Any) -> None:
+            initialize(*args, **kwargs)
+            self._compiled_places = world.sim.model.body_pos.copy(), world.sim.model.body_quat.copy()
+
+        world._initialize_sim = remember
+
     def _draw_world(self) -> None:
         for _ in range(PLACEMENT_ATTEMPTS):
+            if not self.world.hard_reset:
+                model = self.world.sim.model
+                model.body_pos[:], model.body_quat[:] = self._compiled_places
             with contextlib.suppress(self._no_placement):
                 self.world.reset()
                 return
