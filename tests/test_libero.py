@@ -277,8 +277,8 @@ def test_every_reset_is_that_of_a_fresh_environment():
 
 @needs_libero
 def test_sampled_things_stand_on_the_fixtures_they_belong_to():
-    """LIBERO's samplers measure a place on a fixture from where the fixture is compiled, not from where it is."""
-    env = sim.make(sim.tasks("libero_spatial")[7], {})
+    """LIBERO's samplers measure a place on a fixture from where that is compiled, not from where it is."""
+    env: Any = sim.make(sim.tasks("libero_spatial")[7], {})
     for init in (60, 61):  # the second reset finds the fixtures of the first
         env.reset(options={"init": init})
         bowl, stove = env.position("akita_black_bowl_1"), env.position("flat_stove_1_cook_region")

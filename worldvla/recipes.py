@@ -273,9 +273,9 @@ def pilot(row: str, libero: bool = False) -> Config:
     """A row of the paper's tables at small size: 3.7 M parameters on the four tabletop suites; or, on
     libero_object and libero_spatial together, 8.8 M.
 
-    2,000 steps (LIBERO: 1,000) of 96 policy samples and, where the row has them, 64 world samples (LIBERO: 24), by
-    Muon: a minute or two on a GPU, 15 to 30 minutes on two cores. `runs/tables.sh` makes the stores, whose labels
-    hold ten actions (LIBERO: five), and trains the seeds.
+    2,000 steps (LIBERO: 1,000) of 96 policy samples and, where the row has them, 64 world samples (LIBERO:
+    24), by Muon: a minute or two on a GPU, 15 to 30 minutes on two cores. `runs/tables.sh` makes the stores,
+    whose labels hold ten actions (LIBERO: five), and trains the seeds.
     """
     base, layout = libero_object() if libero else tabletop(), dict(ABLATIONS[row])
     policy = POLICY_BATCH * layout.pop("policy", True)

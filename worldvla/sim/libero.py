@@ -226,7 +226,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         if self.world.hard_reset:
             # Compiling the model takes seconds, and each time LIBERO appends another sampler of drawers and
             # doors, which draws one number more: fixtures drift even where every reset is seeded. So it is
-            # done once. Of what a reset without it leaves behind, two things matter: the fingers' command, and
+            # done once. Of what a reset without it leaves behind, two things matter: the fingers' command and
             # where the fixtures stood, as LIBERO's samplers measure a place on one from where it is compiled.
             # With both put back, every episode starts with the bits of a fresh environment's first one.
             self._note_compiled_places()
