@@ -56,7 +56,9 @@ done > "$RESULTS/validation.jsonl"
 
 for suite in $SUITES; do
     worldvla eval worldvla/assets/tabletop --suite "$suite" $STATES --execute $EXECUTE --videos 0 --out "$RESULTS/$suite"
-    worldvla eval worldvla/assets/tabletop --suite "$suite" $STATES --execute 5 --videos 0 --out "$RESULTS/${suite}_execute5"
+    for execute in 1 5; do
+        worldvla eval worldvla/assets/tabletop --suite "$suite" $STATES --execute $execute --videos 0 --out "$RESULTS/${suite}_execute$execute"
+    done
     # The states on which the first model, before its rounds, is on record in results/tabletop/first: a paired comparison.
     worldvla eval worldvla/assets/tabletop --suite "$suite" --episodes 10 --execute $EXECUTE --videos 0 --out "$RESULTS/states_0_9/$suite"
     worldvla compare "$RESULTS/states_0_9/$suite" "results/tabletop/first/$suite"
