@@ -6,7 +6,6 @@ meet; a failure leaves nothing behind.
 
 import glob
 import json
-import os
 import secrets
 import shutil
 import subprocess
@@ -83,12 +82,10 @@ def check_shapes(
 
 
 def commit() -> str | None:
-    """Return the git commit of the source, `+` after it with uncommitted changes; where there is no git, what
-    the environment variable WORLDVLA_COMMIT says, or None.
-    """
+    """Return the git commit of the source, `+` after it with uncommitted changes; None without one."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists() or not shutil.which("git"):
-        return os.environ.get("WORLDVLA_COMMIT")
+        return None
     options: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "check": False}
     head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
     changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout
