@@ -38,7 +38,7 @@ def build_ours(seed: int = 0, config: ModelConfig = CONFIG) -> Transformer:
 def published_state(model: Transformer) -> dict[str, Tensor]:
     """Return its state dict under the published keys, QK-norms one row a head as transformers has them."""
     heads = {"q_norm": model.config.num_heads, "k_norm": model.config.num_kv_heads}
-    names, state = published_names(model.config.num_layers), {}
+    names, state = published_names(model.config), {}
     for name, tensor in model.state_dict().items():
         rows = heads.get(name.split(".")[-2])
         state[names[name]] = tensor.expand(rows, -1).clone() if rows else tensor.clone()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldvla.config import ImageTokenizerConfig, ModelConfig
 from worldvla.model.pretrained import published_names
@@ -19,14 +19,56 @@ from worldvla.vocab import chameleon
 MODEL = ModelConfig(num_layers=2, width=32, num_heads=2, num_kv_heads=2, hidden=48)
 # The smallest with 32 groups a norm, 16 pixels a code and 8192 codes.
 IMAGE = ImageTokenizerConfig(channel_mult=(1,) * 5, num_res_blocks=1, z_channels=4, embed_dim=4)
-HEAD = {  # RynnVLA-002's, K = 5, A = 7, at width 8
-    "action_token_embeddings.weight": (1, 5 * 7 * 8),
-    "hidden_projection.weight": (4, 8),
-    "hidden_projection.bias": (4,),
-    "transformer_encoder.layers.0.self_attn.in_proj_weight": (12, 4),
-    "transformer_encoder.norm.weight": (4,),
-    "output_projection.model.fc1.weight": (4, 28),
-}
+HEAD_WIDTH, HEAD_HIDDEN = 16, 24
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ffn(x)
+
+
+class _Model(nn.Module):
+    """OpenVLA-OFT's MLPResNet, its two blocks written out."""
+
+    def __init__(self, num_in: int, width: int, num_out: int) -> None:
+        super().__init__()
+        self.layer_norm1, self.fc1 = nn.LayerNorm(num_in), nn.Linear(num_in, width)
+        self.mlp_resnet_blocks = nn.ModuleList([_Residual(width), _Residual(width)])
+        self.layer_norm2, self.fc2 = nn.LayerNorm(width), nn.Linear(width, num_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.mlp_resnet_blocks
+        return self.fc2(self.layer_norm2(second(first(self.fc1(self.layer_norm1(x)).relu()))))
+
+
+class RynnHead(nn.Module):
+    """RynnVLA-002's continuous head restated with torch's own encoder (reference: `docs/MODELS.md`)."""
+
+    def __init__(self, num_actions: int, num_dims: int = 7) -> None:
+        super().__init__()
+        self.num_actions, num_queries = num_actions, num_actions * num_dims
+        self.action_token_embeddings = nn.Embedding(1, num_queries * MODEL.width)
+        self.hidden_projection = nn.Linear(MODEL.width, HEAD_WIDTH)
+        layer = nn.TransformerEncoderLayer(HEAD_WIDTH, 4, HEAD_HIDDEN, batch_first=True)
+        self.transformer_encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(HEAD_WIDTH))
+        self.output_projection = nn.ModuleDict({"model": _Model(num_dims * HEAD_WIDTH, HEAD_WIDTH, num_dims)})
+
+    def forward(self, x_SD: Tensor) -> Tensor:
+        queries_QD = self.action_token_embeddings.weight.view(-1, x_SD.shape[1])
+        x_NW = self.transformer_encoder(self.hidden_projection(torch.cat((x_SD, queries_QD)))[None])[0]
+        return self.output_projection["model"](x_NW[len(x_SD) :].reshape(self.num_actions, -1))
+
+
+@cache
+def head_state(num_actions: int) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = RynnHead(num_actions)
+    return {f"action_head.{k}": v.bfloat16() for k, v in head.state_dict().items()}
 
 
 def transformer_state(config: ModelConfig = MODEL, norm_rows: int = 1, seed: int = 0) -> dict[str, Tensor]:
@@ -34,7 +76,7 @@ def transformer_state(config: ModelConfig = MODEL, norm_rows: int = 1, seed: int
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         model = Transformer(config, chameleon().size)
-    names, state = published_names(config.num_layers), {}
+    names, state = published_names(config), {}
     for name, like in model.state_dict().items():
         values = 0.2 * torch.randn(like.shape, generator=generator) + ("norm.weight" in name)
         rows = norm_rows if "q_norm" in name or "k_norm" in name else None
@@ -60,16 +102,15 @@ def write_release(
     norm_rows: int = 1,
     shards: int = 3,
     image: bool = False,
-    head: bool = False,
+    head: int = 0,
     state: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Write config.json and shards with an index (one shard: none); return all tensors."""
+    """Write config.json and shards with an index (one shard: none); return all tensors. `head`: its K."""
     directory.mkdir(parents=True, exist_ok=True)
     state = transformer_state(config, norm_rows) if state is None else state
     if image:
         state |= {f"model.vqmodel.{k}": v.bfloat16() for k, v in image_state(decoder=False).items()}
-    if head:
-        state |= {f"action_head.{k}": torch.randn(shape).bfloat16() for k, shape in HEAD.items()}
+    state |= head_state(head) if head else {}
     settings: dict[str, Any] = {
         "architectures": ["ChameleonForConditionalGeneration"],
         "vocab_size": chameleon().size,

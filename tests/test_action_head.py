@@ -21,7 +21,6 @@ from worldvla.batch import KIND_ACTION, Batch
 from worldvla.config import Config, HeadConfig
 from worldvla.infer.load import export
 from worldvla.model.action_head import ActionHead
-from worldvla.model.pretrained import HEAD_PARTS
 from worldvla.tokenizers.action import dequantize, normalize
 from worldvla.train.build import build, build_model
 from worldvla.train.loop import Trainer, train
@@ -55,7 +54,6 @@ def last(run_dir: Path, event: str) -> dict[str, float]:
 
 def test_it_is_the_published_arrangement_of_torch_modules() -> None:
     head = new_head()
-    assert {name.split(".")[0] for name in head.state_dict()} == set(HEAD_PARTS)
     layer = nn.TransformerEncoderLayer(HEAD.width, HEAD.num_heads, HEAD.hidden, 0.0, batch_first=True)
     whole = nn.TransformerEncoder(layer, 2, nn.LayerNorm(HEAD.width), enable_nested_tensor=False)
     whole.load_state_dict(head.transformer_encoder.state_dict())

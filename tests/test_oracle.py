@@ -163,7 +163,7 @@ def test_loss_and_gradients_are_equal(
     value.backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
     gradients = {key: p.grad for key, p in theirs.named_parameters()}
-    for name, key in published_names(CONFIG.num_layers).items():
+    for name, key in published_names(CONFIG).items():
         mine, other = ours.get_parameter(name).grad, gradients[key]
         assert mine is not None
         other = other.sum(0) if other.dim() > mine.dim() else other  # one QK-norm stands for every head's

@@ -10,24 +10,28 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from fake_env import TABLE, make_short
-from released import HEAD, IMAGE, MODEL, image_state, transformer_state, write_release, write_tokenizer
+from released import IMAGE, MODEL, RynnHead, image_state, transformer_state, write_release, write_tokenizer
 from safetensors.torch import load_file, save_file
 from token_stubs import PixelSums, random_episode
 
 import worldvla
 from worldvla import cli
+from worldvla.batch import Batch
 from worldvla.config import LoraConfig
 from worldvla.data.store import write_store
 from worldvla.eval.actors import ModelActor
 from worldvla.eval.rollout import run
 from worldvla.infer.convert import convert, convert_back
+from worldvla.infer.decode import regress_chunk
 from worldvla.infer.load import export, load
+from worldvla.model.mask import dense_mask
 from worldvla.model.pretrained import RELEASES, open_release, published_names
 from worldvla.recipes import RECIPES, libero
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA
@@ -59,15 +63,18 @@ def folder(path: Path) -> dict[str, torch.Tensor]:
 def test_every_layout_round_trips(
     release: str, norm_rows: int, image: bool, tmp_path: Path, tokenizer: Path
 ) -> None:
-    has_head = RELEASES[release].may_have_head
     state = transformer_state(MODEL, norm_rows)
     if norm_rows > 1:  # types may be mixed
         state["model.norm.weight"] = state["model.norm.weight"].float()
     shards = 3 if norm_rows == 1 else 1
-    given = write_release(tmp_path / "theirs", shards=shards, image=image, head=has_head, state=state)
+    head = 10 if RELEASES[release].may_have_head else 0
+    given = write_release(tmp_path / "theirs", shards=shards, image=image, head=head, state=state)
     suite = "libero_10" if RELEASES[release].chunks else ""
-    remarks = convert(tmp_path / "theirs", tmp_path / "ours", release, libero(), suite, tokenizer, has_head)
-    assert ("6 tensors" in " ".join(remarks)) == has_head
+    without_head = release == "rynnvla_action_world_512"
+    remarks = convert(
+        tmp_path / "theirs", tmp_path / "ours", release, libero(), suite, tokenizer, without_head
+    )
+    assert ("not used" in " ".join(remarks)) == without_head
     model = worldvla.load(tmp_path / "ours")
     layout = model.config.layout
     assert layout.chunk == (10 if suite else 5)
@@ -76,9 +83,10 @@ def test_every_layout_round_trips(
     assert len(layout.views) == (2 if "rynnvla" in release else 1)
     ranges = RYNNVLA if release == "rynnvla_256" else WORLDVLA
     assert model.builder.statistics.action_low == ranges.action_low
-    assert model.config.model == replace(MODEL, dropout=0.05)
+    assert replace(model.config.model, head=MODEL.head) == replace(MODEL, dropout=0.05)
+    assert (model.transformer.action_head is not None) == (release == "rynnvla_256")
     assert {p.dtype for p in model.transformer.parameters()} == {torch.bfloat16}
-    for name, key in published_names(MODEL.num_layers).items():
+    for name, key in published_names(model.config.model).items():
         theirs = given[key][0] if "q_norm" in name or "k_norm" in name else given[key]
         assert torch.equal(model.transformer.get_parameter(name), theirs.bfloat16()), name
 
@@ -91,6 +99,33 @@ def test_every_layout_round_trips(
     for name in kept & {"config.json", "model.safetensors.index.json"}:
         old, new = (json.loads((tmp_path / d / name).read_text()) for d in ("theirs", "again"))
         assert old == new
+
+
+@pytest.mark.parametrize("quantize", ["", "int8"])
+def test_a_released_head_answers_as_torchs_own_modules_do(
+    quantize: Any, tmp_path: Path, tokenizer: Path
+) -> None:
+    given = write_release(tmp_path / "theirs", head=5)
+    convert(tmp_path / "theirs", tmp_path / "ours", "rynnvla_256", libero(), "libero_goal", tokenizer)
+    model = load(tmp_path / "ours", dtype=torch.float32, quantize=quantize)
+    restated = RynnHead(5).eval()
+    restated.load_state_dict(
+        {k.removeprefix("action_head."): v for k, v in given.items() if "action_head" in k}
+    )
+    rng = np.random.default_rng(0)
+    views = {v: rng.integers(256, size=(256, 256, 3), dtype=np.uint8) for v in ("agentview", "wrist")}
+    observation = views | {"state": 0.1 * rng.normal(size=8), "instruction": "open it"}
+    policy = model.policy(head="continuous")
+    prompt = policy.prompts([observation])[0]
+    actions_KA = regress_chunk(model.transformer, model.vocab, [prompt])[0]
+    with torch.inference_mode():
+        batch = Batch.stack([prompt], model.vocab.pad)
+        mask = dense_mask(batch.chunk_BT)
+        x_SD = model.transformer(batch.ids_BT, mask, batch.row_BT, batch.col_BT)[0]
+        expected_KA = restated(x_SD[: len(prompt)])
+    assert actions_KA.shape == (5, 7)
+    assert actions_KA.std() > 0.01
+    assert np.allclose(actions_KA, expected_KA.numpy(), atol=1e-5)
 
 
 def test_releases_say_what_was_published() -> None:
@@ -325,4 +360,3 @@ def test_the_base_model_brings_its_own_tokenizer(tmp_path: Path) -> None:
     assert all(torch.equal(v, expected[k]) for k, v in model.image.state_dict().items())
     assert chameleon().digest() == model.vocab.digest()
     assert len(open_release(tmp_path / "base", chameleon()).aside) == len(expected)
-    assert len(HEAD) == 6

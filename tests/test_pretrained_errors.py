@@ -5,6 +5,7 @@ pytest tests/test_pretrained_errors.py
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,13 +117,23 @@ def test_heads_that_differ_in_their_norm_are_refused(tmp_path: Path) -> None:
     assert state
 
 
-def test_an_action_head_is_named_and_refused(tmp_path: Path) -> None:
-    write_release(tmp_path, head=True)
-    with pytest.raises(ValueError, match=r"action head, action_head\..* and 3 more: .*--without-action-head"):
-        open_release(tmp_path, chameleon(), may_have_head=True)
+def test_an_action_head_is_checked_like_the_rest(tmp_path: Path) -> None:
+    state = write_release(tmp_path, head=5)
     with pytest.raises(ValueError, match=r"has unknown action_head\.action_token_embeddings\.weight"):
-        open_release(tmp_path, chameleon(), keep_head=True)  # a release that has none
-    assert len(open_release(tmp_path, chameleon(), may_have_head=True, keep_head=True).aside) == 6
+        open_release(tmp_path, chameleon())  # a release that has none
+    with pytest.raises(ValueError, match=r"embeddings\.weight \(1, 1120\), expected \(1, 2240\)"):
+        open_release(tmp_path, chameleon(), (10, 7))  # another suite's chunks
+    assert open_release(tmp_path, chameleon(), (5, 7)).config.head.num_layers == 2
+    aside = open_release(tmp_path, chameleon(), (5, 7), without_head=True)
+    assert len(aside.aside) == sum(key.startswith("action_head.") for key in state)
+    assert aside.config.head.num_layers == 0
+    key = "action_head.output_projection.model.fc2.weight"
+    write_release(tmp_path / "other", state={k: v for k, v in state.items() if k != key})
+    with pytest.raises(ValueError, match=rf"lacks {re.escape(key)}: .* --without-action-head"):
+        open_release(tmp_path / "other", chameleon(), (5, 7))
+    write_release(tmp_path / "more", state=state | {"action_head.bias": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"has unknown action_head\.bias"):
+        open_release(tmp_path / "more", chameleon(), (5, 7))
 
 
 def test_another_text_vocabulary_is_refused(tmp_path: Path) -> None:

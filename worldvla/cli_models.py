@@ -94,7 +94,7 @@ class Convert:
     tokenizer: str = ""
     """Folder, or ORG/NAME/FOLDER, of text_tokenizer.json and vqgan.ckpt. Default: SOURCE."""
     without_action_head: bool = False
-    """Set the continuous head of a RynnVLA-002 policy aside; its discrete actions remain."""
+    """Do not read the continuous head of a RynnVLA-002 policy; its discrete actions remain."""
     back: bool = False
     """Write the published layout of SOURCE."""
     like: Path | None = None

@@ -223,8 +223,8 @@ def libero(suite: str = "libero_goal", pixels: int = 256) -> Config:
 
 
 def rynnvla(suite: str = "libero_goal", is_world: bool = False) -> Config:
-    """RynnVLA-002 (its pretokenised training scripts), on from the released weights: discrete actions with
-    state and wrist camera at 256 pixels, or the world model alone at 512."""
+    """RynnVLA-002 (its pretokenised training scripts), on from the released weights: discrete actions and a
+    continuous head, with state and wrist camera, at 256 pixels, or the world model alone at 512."""
     name = "rynnvla_world_512" if is_world else "rynnvla_256"
     weights = name if is_world else f"{name}_{suite.removeprefix('libero_')}"
     config = _published(name, name, suite, f"out/models/{weights}")
@@ -233,7 +233,7 @@ def rynnvla(suite: str = "libero_goal", is_world: bool = False) -> Config:
     config = replace(
         config,
         data=replace(config.data, world_fraction=1.0 if is_world else 0.5),
-        model=replace(config.model, dropout=dropout),
+        model=replace(config.model, dropout=dropout, head=HeadConfig(num_layers=0 if is_world else 2)),
         optim=replace(config.optim, learning_rate=rate, min_learning_rate=rate, weight_decay=decay),
     )
     return _epochs(config, suite, 8 * 8)

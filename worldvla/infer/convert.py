@@ -75,7 +75,8 @@ def convert(
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}: expected a released checkpoint or its tokenizer")
         verify_checksums(folder)
-    released = open_release(directory, vocab, facts.may_have_head, keep_head=without_action_head)
+    actions = (layout.chunk, layout.num_action_dims) if facts.may_have_head else (0, 0)
+    released = open_release(directory, vocab, actions, without_action_head)
     image = _image(released, pieces, vocab)
     text = _text(pieces, vocab)
     statistics = WORLDVLA if facts.actions == "worldvla" else RYNNVLA
@@ -125,7 +126,7 @@ def convert_back(source: Path, out_dir: Path, like: Path | None = None) -> None:
     facts = read_json(template / FACTS)
     config = from_json(Config, read_json(path / "config.json"), str(path / "config.json")).model
     files: dict[str, str] = facts["files"]
-    names = published_names(config.num_layers)
+    names = published_names(config)
     ours, weights = {key: name for name, key in names.items()}, path / "model.safetensors"
     stored = set(header(weights)[0])
     if stored != set(names) or not set(ours) <= set(files):
@@ -211,6 +212,8 @@ def _remarks(released: Released, image: ImageTokenizer, facts: Release) -> list[
         lines.append("the image tokenizer has no decoder: the policy acts, imagined frames cannot be shown")
     if head := [key for key in released.aside if key.startswith(HEAD_PREFIX)]:
         lines.append(f"the continuous action head ({len(head)} tensors) is kept in {ASIDE}, not used")
+    if released.config.head.num_layers:
+        lines.append("with a continuous action head: --head continuous acts by it, discrete by the bins")
     if not facts.chunks:
         lines.append("no policy: a world model, or weights to start training from")
     return lines

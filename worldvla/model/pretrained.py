@@ -2,7 +2,7 @@
 
 Chameleon's layout in Hugging Face's words (WorldVLA model/chameleon/modeling_chameleon.py) is what WorldVLA
 and RynnVLA-002 release: safetensors shards of bfloat16 with an index, and a config.json. Every key of the
-folder is placed, set aside (`vqmodel`, action head) or named in an error, before a weight is read.
+folder is placed, set aside (`vqmodel`, a head on request) or named in an error, before a weight is read.
 
 Headers alone are checked; then a tensor is copied out of its shard's map in place of a meta tensor, so the
 host holds the model and one tensor (docs/MODELS.md has the numbers).
@@ -10,7 +10,7 @@ host holds the model and one tensor (docs/MODELS.md has the numbers).
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,16 +19,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from worldvla.config import LayoutConfig, ModelConfig
+from worldvla.config import HeadConfig, LayoutConfig, ModelConfig
 from worldvla.files import check_shapes, read_json
+from worldvla.model.action_head import ActionHead
 from worldvla.model.quantize import Form, Packed
 from worldvla.model.transformer import Transformer
 from worldvla.vocab import Vocab
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 VQ_PREFIX, HEAD_PREFIX = "model.vqmodel.", "action_head."
-HEAD_PARTS = ("action_token_embeddings", "hidden_projection", "transformer_encoder", "output_projection")
-"""Of RynnVLA-002's continuous head (model/modeling_xllmx_chameleon_ck_action_head.py:19-295)."""
+NUM_HEAD_HEADS = 4
+"""Of RynnVLA-002's continuous head (model/modeling_xllmx_chameleon_ck_action_head.py:19-295), whose other
+sizes its tensors have."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,20 @@ _LAYER |= {
 }
 
 
-def published_names(num_layers: int) -> dict[str, str]:
-    """Return our parameter name -> the published key, of all that a Transformer has (7B: 419)."""
-    names = {
-        f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}"
-        for i in range(num_layers)
-        for ours, theirs in _LAYER.items()
+def published_names(config: ModelConfig) -> dict[str, str]:
+    """Return our parameter name -> the published key, of all a Transformer has (7B: 419; a head: 45)."""
+    names = _TOP | _layer_names(range(config.num_layers))
+    if config.head.num_layers:
+        with torch.device("meta"):
+            head = ActionHead(config.head, width=1, num_actions=1, num_dims=1)
+        names |= {name: name for name in (HEAD_PREFIX + inner for inner in head.state_dict())}
+    return names
+
+
+def _layer_names(layers: range) -> dict[str, str]:
+    return {
+        f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}" for i in layers for ours, theirs in _LAYER.items()
     }
-    return _TOP | names
 
 
 def model_config(data: Mapping[str, Any], where: str, vocab: Vocab) -> ModelConfig:
@@ -126,33 +134,36 @@ class Released:
     files: dict[str, str]
     """Their key -> shard."""
     aside: tuple[str, ...]
-    """Keys beside the transformer's: `model.vqmodel.*`, `action_head.*`."""
+    """Keys beside the transformer's: `model.vqmodel.*`, and `action_head.*` if it is not wanted."""
     norm_rows: dict[str, int]
     """Rows of a QK-norm's tensor as stored, by our parameter's name: 1, or one a head."""
     dtypes: dict[str, str]
     """Of every tensor as stored, by our parameter's name: bfloat16, as published."""
+    action_shape: tuple[int, int] = (0, 0)
+    """K and A, where there is a continuous head."""
 
     def read(self, key: str) -> Tensor:
         return read_tensor(self.directory / self.files[key], key)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield our name and the tensor, shard after shard, one at a time, in its stored type."""
-        names = published_names(self.config.num_layers)
+        names = published_names(self.config)
         for name, key in sorted(names.items(), key=lambda pair: self.files[pair[1]]):
             yield name, _one_row(self.read(key), key) if _is_qk_norm(name) else self.read(key)
 
     def transformer(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
         """Return the model, evaluation mode, in the stored type unless `dtype` is given."""
-        return assign(empty_model(self.config, self.vocab.size), self.tensors(), device, dtype)
+        empty = empty_model(self.config, self.vocab.size, action_shape=self.action_shape)
+        return assign(empty, self.tensors(), device, dtype)
 
 
 def open_release(
-    directory: Path, vocab: Vocab, may_have_head: bool = False, keep_head: bool = False
+    directory: Path, vocab: Vocab, action_shape: tuple[int, int] = (0, 0), without_head: bool = False
 ) -> Released:
     """Check a released folder by its headers; whatever is missing, too much or misshapen raises ValueError.
 
-    `may_have_head`: of such a release a continuous action head, which is not converted (docs/MODELS.md), is
-    refused by that name, or its keys are set aside (`keep_head`); of others its keys are unknown ones.
+    `action_shape`: (K, A) of a release that may have a continuous action head, which is read, or its keys set
+    aside (`without_head`); of others, (0, 0), such keys are unknown ones.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -160,17 +171,20 @@ def open_release(
     hub_config = read_json(path)
     config = model_config(hub_config, str(path), vocab)
     files, shapes, dtypes = _headers(directory)
-    names = published_names(config.num_layers)
-    own = {names[n]: tuple(t.shape) for n, t in empty_model(config, vocab.size).state_dict().items()}
+    head = sorted(k for k in shapes if k.startswith(HEAD_PREFIX)) if any(action_shape) else []
+    if head and not without_head:
+        config = replace(config, head=_head_config(shapes))
+    else:
+        action_shape = (0, 0)
+    names, empty = published_names(config), empty_model(config, vocab.size, action_shape=action_shape)
+    own = {names[n]: tuple(t.shape) for n, t in empty.state_dict().items()}
     heads = {"q_norm": config.num_heads, "k_norm": config.num_kv_heads}
-    head = sorted(k for k in shapes if k.startswith(tuple(HEAD_PREFIX + part + "." for part in HEAD_PARTS)))
     image = sorted(k for k in shapes if k.startswith(VQ_PREFIX))
-    aside = (*image, *head) if may_have_head else tuple(image)
+    aside = (*image, *head) if without_head else tuple(image)
     unknown, other = sorted(set(shapes) - set(own) - set(aside)), "choose another --release"
+    other += ", or --without-action-head" if config.head.num_layers else ""
     _named(directory, "lacks", sorted(set(own) - set(shapes)), f"download it again, or {other}")
     _named(directory, "has unknown", unknown, other)
-    fix = "it is not converted: --without-action-head leaves it out"
-    _named(directory, "has a continuous action head,", [] if keep_head else head, fix)
     strange = sorted(key for key in own if dtypes[key] not in _DTYPES.values())
     _named(directory, f"has other types than {', '.join(_DTYPES.values())}:", strange, "dequantise it")
     wrong, rows = [], {}
@@ -182,9 +196,19 @@ def open_release(
             expected = (rows[name] if rows[name] in (1, count) else count, *expected)
         if shape != expected:
             wrong.append(f"{key} {shape}, expected {expected}")
-    _named(directory, "has other shapes than config.json says:", wrong, "use files of one checkpoint")
+    says = "config.json and the suite say" if config.head.num_layers else "config.json says"
+    _named(directory, f"has other shapes than {says}:", wrong, "use files of one checkpoint")
     types = {name: dtypes[key] for name, key in names.items()}
-    return Released(directory, hub_config, config, vocab, files, aside, rows, types)
+    return Released(directory, hub_config, config, vocab, files, aside, rows, types, action_shape)
+
+
+def _head_config(shapes: Mapping[str, tuple[int, ...]]) -> HeadConfig:
+    """Return the shape of a released head, read off its tensors; where one is missing, the published size."""
+    published, encoder = HeadConfig(), HEAD_PREFIX + "transformer_encoder.layers."
+    width = shapes.get(HEAD_PREFIX + "hidden_projection.weight", (published.width,))[0]
+    hidden = shapes.get(encoder + "0.linear1.weight", (published.hidden,))[0]
+    layers = {key.removeprefix(encoder).split(".")[0] for key in shapes if key.startswith(encoder)}
+    return HeadConfig(num_layers=len(layers) or 2, width=width, num_heads=NUM_HEAD_HEADS, hidden=hidden)
 
 
 class _Undrawn(TorchFunctionMode):
@@ -242,10 +266,12 @@ def published_tensors(
     ours: Iterable[tuple[str, Tensor]], norm_rows: Mapping[str, int], dtypes: Mapping[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the published key and tensor of each of ours, in the stored form: the way back."""
-    names = published_names(sum(name.endswith("mlp_norm.weight") for name in dtypes))
+    layers = range(sum(name.endswith("mlp_norm.weight") for name in dtypes))
+    names = _TOP | _layer_names(layers)
     for name, tensor in ours:
         tensor = tensor.to(getattr(torch, dtypes[name]))
-        yield names[name], tensor.expand(norm_rows[name], -1).contiguous() if name in norm_rows else tensor
+        key = names.get(name, name)  # a head's names are the published ones
+        yield key, tensor.expand(norm_rows[name], -1).contiguous() if name in norm_rows else tensor
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
