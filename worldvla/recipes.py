@@ -304,6 +304,20 @@ def pilot(row: str, libero: bool = False) -> Config:
     )
 
 
+def libero_object_spatial() -> Config:
+    """One model for both suites: `libero_pilot_full` for half as long again, with a continuous head.
+
+    `runs/libero_object_spatial.sh`; the stores are those of the tables.
+    """
+    base = pilot("full", libero=True)
+    return replace(
+        base,
+        name="libero_object_spatial",
+        model=replace(base.model, head=ABLATIONS["head"]["head"]),
+        train=replace(base.train, steps=1_500, save_every=500),
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     f.__name__: f
     for f in (
@@ -314,6 +328,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         debug,
         libero_object,
         libero_object_front,
+        libero_object_spatial,
     )
 }
 for _suite in LIBERO_SUITES:
