@@ -77,7 +77,7 @@ while read -r row seed <&3; do
     train "$row" "$seed"
     case $row in world*) ;; *) evaluate "$model" discrete "$result" ;; esac
     [ "$row" != head ] || evaluate "$model" continuous "$RESULTS/head_continuous_$seed"
-    [ "$row" != chunk ] || evaluate "$model" discrete "$RESULTS/chunk_execute1_$seed" --execute 1
+    case $row in chunk|full) evaluate "$model" discrete "$RESULTS/${row}_execute1_$seed" --execute 1 ;; esac
     mkdir -p "$result"
     cp "$model/train.json" "$result/train.json"
 done 3< "$OUT/rows"

@@ -5,6 +5,7 @@ attempt leaves a file of its own in `.<task>.parts/` until its task is complete,
 without the stop, for any number of workers. Workers never import torch.
 """
 
+import atexit
 import importlib.metadata
 import itertools
 import json
@@ -209,13 +210,20 @@ _kept: dict[str, tuple[Any, ...]] = {}
 
 
 def kept(key: Any, make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-    """Return the environments that `make` made for this key the last time; those of another key are closed."""
+    """Return the environments that `make` made for this key the last time; others are closed."""
     if str(key) not in _kept:
-        for env in filter(None, itertools.chain(*_kept.values())):
-            env.close()
-        _kept.clear()
+        _close_kept()
         _kept[str(key)] = make()
+        # Registered last, so called before EGL's own: a context that outlives it prints traces.
+        atexit.unregister(_close_kept)
+        atexit.register(_close_kept)
     return _kept[str(key)]
+
+
+def _close_kept() -> None:
+    for env in filter(None, itertools.chain(*_kept.values())):
+        env.close()
+    _kept.clear()
 
 
 def task_of(episode: Episode) -> sim.Task:
