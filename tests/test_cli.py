@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from worldvla.cli import VERBS, main
-from worldvla.config import Config, from_json
+from worldvla.config import Config, from_json, to_json
 from worldvla.recipes import RECIPES
 
 
@@ -71,6 +71,18 @@ def test_every_recipe_is_complete_and_survives_json(capsys, name):
     code, out, _ = _run(capsys, "config", name)
     assert code == 0
     assert from_json(Config, json.loads(out)) == config
+
+
+def test_a_config_from_before_a_field_was_added_is_read():
+    config = RECIPES["tabletop"]()
+    data = to_json(config)
+    del data["loss"]["head_weight"]
+    assert from_json(Config, data) == config
+    with pytest.raises(ValueError, match=r"config\.loss: unknown keys \['haed_weight'\]"):
+        from_json(Config, data | {"loss": {"haed_weight": 1.0}})
+    del data["model"]["width"]
+    with pytest.raises(ValueError, match=r"config\.model: missing keys \['width'\]"):
+        from_json(Config, data)
 
 
 def test_overrides_reach_the_config(capsys):

@@ -1,6 +1,6 @@
 """Every setting, as frozen dataclasses; `recipes.py` holds complete named configs. Imports nothing of ours.
 
-A config is written as `config.json` beside every checkpoint; `from_json` rejects unknown and missing keys.
+A config is written as `config.json` beside every checkpoint; `from_json` rejects unknown keys.
 """
 
 import dataclasses
@@ -278,14 +278,17 @@ _T = typing.TypeVar("_T")
 
 
 def from_json(cls: type[_T], data: dict[str, Any], where: str = "config") -> _T:
-    """Build dataclass `cls` from `to_json`'s dict; unknown or missing keys raise ValueError naming them."""
-    hints = typing.get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    """Build dataclass `cls` from `to_json`'s dict; unknown keys, and missing ones without a default, raise
+    ValueError naming them. A field that is added later has the default that older files were made by.
+    """
+    hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    names = {f.name for f in fields}
     if unknown := sorted(set(data) - names):
         raise ValueError(f"{where}: unknown keys {unknown}; expected some of {sorted(names)}")
-    if missing := sorted(names - set(data)):
-        raise ValueError(f"{where}: missing keys {missing}; was it written by an older version?")
-    return cls(**{name: _coerce(hints[name], data[name], f"{where}.{name}") for name in names})
+    plain = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(plain - set(data)):
+        raise ValueError(f"{where}: missing keys {missing}; expected {sorted(names)}")
+    return cls(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in data.items()})
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
