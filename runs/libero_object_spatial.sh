@@ -23,9 +23,11 @@ if [ ! -e $OUT/model/train.json ]; then
 fi
 mkdir -p "$RESULTS"
 cp $OUT/model/train.json "$RESULTS/train.json"
-for suite in libero_spatial libero_object; do
-    for head in discrete continuous; do
-        worldvla eval $OUT/model --suite $suite --episodes 20 --head $head --execute 3 --videos 0 --out "$RESULTS/${suite}_$head"
-    done
-    worldvla eval $OUT/model --suite $suite --first 50 --episodes 5 --execute 3 --videos 0 --out "$RESULTS/${suite}_training_states"
+evaluate() {  # name of the record, suite, options
+    worldvla eval $OUT/model --suite "$2" --videos 0 --out "$RESULTS/$1" "${@:3}"
+}
+for suite in libero_object libero_spatial; do
+    evaluate ${suite}_discrete $suite --episodes 20 --execute 3
+    evaluate ${suite}_continuous $suite --episodes 10 --head continuous --execute 3
+    evaluate ${suite}_training_states $suite --first 50 --episodes 5 --execute 3
 done

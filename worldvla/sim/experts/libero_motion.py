@@ -138,14 +138,6 @@ class Hand:
             tuple(model.geom_id2name(geom) for geom in geoms),
         )
 
-    def touches(self, geoms: tuple[str, ...]) -> bool:
-        """Return whether both fingers touch one of `geoms`."""
-        world = self.env.world
-        fingers = world.robots[0].gripper.important_geoms
-        return all(
-            world.check_contact(fingers[side], list(geoms)) for side in ("left_finger", "right_finger")
-        )
-
     def _world_corners(self, ids: np.ndarray) -> np.ndarray:
         world = self.env.world
         boxes = world.sim.model.geom_aabb[ids]
