@@ -176,9 +176,9 @@ def markdown(records: Records) -> str:
     )
 
 
-def _queries(records: Records, row: str) -> str:
+def _queries(records: Records, names: Sequence[str]) -> str:
     """Return how many queries a second the policy answered while it was evaluated, image to actions."""
-    found = [records.all[name] for name in of_row(row) if name in records.all]
+    found = [records.all[name] for name in names if name in records.all]
     queries = sum(-(-o["steps"] // r["protocol"]["executed"]) for r in found for o in r["outcomes"])
     return f"{queries / sum(r['policy_seconds'] for r in found):.0f}" if found else "not run"
 
