@@ -1,33 +1,41 @@
 #!/usr/bin/env bash
 # One model for libero_object and libero_spatial, from nothing: scripted demonstrations (not LIBERO's own), one image tokenizer, one
-# training; evaluated on stored initial states, which no demonstration starts from, by its bins and by its continuous head.
-# Needs: pip install -e '.[libero]' -c constraints.txt. Hardware: two CPU cores, about two hours; training alone on a GPU:
-# DEVICE=cuda. Run it again after a stop: what is done is skipped, what is half done goes on.
+# training; evaluated on stored initial states, which no demonstration starts from, by its bins and by its continuous head if it has one.
+# Needs: pip install -e '.[libero]' -c constraints.txt. Run it again after a stop: what is done is skipped, what is half done goes on.
+#   runs/libero_object_spatial.sh                             8.8 M parameters with a head; two CPU cores, about two hours
+#   MODEL=_long DEVICE=cuda runs/libero_object_spatial.sh     bins alone, six times the samples; a GPU: ten minutes of training
+#   MODEL=_large DEVICE=cuda runs/libero_object_spatial.sh    the same data, 24 M parameters
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-PYTHON=${PYTHON:-.venv/bin/python} DEVICE=${DEVICE:-cpu}
-OUT=out/libero_object_spatial RESULTS=${RESULTS:-results/libero/object_spatial}
+PYTHON=${PYTHON:-.venv/bin/python} DEVICE=${DEVICE:-cpu} MODEL=${MODEL:-}
+OUT=out/libero_object_spatial RESULTS=${RESULTS:-results/libero/object_spatial$MODEL}
+RUN=$OUT/run$MODEL EXPORT=$OUT/model$MODEL
 worldvla() { "$PYTHON" -m worldvla "$@"; }
 
 SUITES=libero ONLY=stores ROWS=full runs/tables.sh
-if [ ! -e $OUT/model/train.json ]; then
+if [ -n "$MODEL" ]; then    # as many demonstrations of libero_spatial again
+    worldvla collect libero_spatial --out $OUT/more --workers "$(nproc)" --episodes 24 --label 5 --seed 1 \
+        --views agentview=128x128 wrist=64x64
+    worldvla tokenize $OUT/more --tokenizer out/tables_libero/image_tokenizer --out $OUT/store_more
+fi
+if [ ! -e "$EXPORT/train.json" ]; then
     if [ "$DEVICE" = cuda ]; then
-        worldvla train libero_object_spatial --out $OUT/run --train.device cuda
+        worldvla train "libero_object_spatial$MODEL" --out "$RUN" --train.device cuda
     else
         OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m worldvla \
-            train libero_object_spatial --out $OUT/run --train.num-threads 1 --train.compile
+            train "libero_object_spatial$MODEL" --out "$RUN" --train.num-threads 1 --train.compile
     fi
-    worldvla export $OUT/run --out $OUT/model
-    "$PYTHON" -c "import sys; from worldvla.eval.tables import train_record; train_record(*sys.argv[1:])" $OUT/run $OUT/model
+    worldvla export "$RUN" --out "$EXPORT"
+    "$PYTHON" -c "import sys; from worldvla.eval.tables import train_record; train_record(*sys.argv[1:])" "$RUN" "$EXPORT"
 fi
 mkdir -p "$RESULTS"
-cp $OUT/model/train.json "$RESULTS/train.json"
+cp "$EXPORT/train.json" "$RESULTS/train.json"
 evaluate() {  # name of the record, suite, options
-    worldvla eval $OUT/model --suite "$2" --videos 0 --out "$RESULTS/$1" "${@:3}"
+    worldvla eval "$EXPORT" --suite "$2" --videos 0 --out "$RESULTS/$1" "${@:3}"
 }
 for suite in libero_object libero_spatial; do
     evaluate ${suite}_discrete $suite --episodes 20 --execute 3
-    evaluate ${suite}_continuous $suite --episodes 10 --head continuous --execute 3
+    [ -n "$MODEL" ] || evaluate ${suite}_continuous $suite --episodes 10 --head continuous --execute 3
     evaluate ${suite}_training_states $suite --first 50 --episodes 5 --execute 3
 done

@@ -6,9 +6,9 @@ Run: worldvla bench   (or: make bench; python tools/bench.py --sizes 3m --second
 Sizes: 3m is the shipped model (or --checkpoint), on its own observation. 25m and 92m have random weights, the
 published 65,536 ids and layout at 256 pixels, two frames, K = 10; so have 1b and 7b, which need --device
 cuda. Baselines, same weights, same prompts: one by one with our cache; one by one with the whole sequence run
-again for each token; `transformers`' Chameleon `generate` with its cache, where it is installed and the model
-has no place embeddings. It has no selective mask: it does the same work under a causal one, the structure of
-the chunk included (9 K tokens).
+again for each token; on a GPU, side by side without recorded passes; `transformers`' Chameleon `generate`
+with its cache, where it is installed and the model has no place embeddings. It has no selective mask: it does
+the same work under a causal one, the structure of the chunk included (9 K tokens).
 `prefill_ms` is the first model pass, `chunk_ms` what follows it; images are tokenised before both. Frames:
 `ms_frame` by verified drafts, `ms_frame_plain` one code a pass. A random model's frames are noise, of which
 no guess is right: their `passes` are the worst case. `tokens_s`: action codes a second of whole queries, the
@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ from worldvla.data.sample import SampleBuilder
 from worldvla.eval.record import provenance
 from worldvla.infer.cache import Cache
 from worldvla.infer.decode import best_bin, decode_chunk, decode_frame
+from worldvla.infer.replay import Replay
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
 from worldvla.sim.env import make, tasks
@@ -277,11 +279,16 @@ def decoding(case: Case, seconds: float, most: int, reached: dict[str, float]) -
         prompts = [case.prompt] * batch
         return decode_chunk(model, case.vocab, prompts, tail, blocks_KA, together=together).codes_BKA[0]
 
+    def eager() -> np.ndarray:
+        with patch.object(Replay, "of", return_value=None):
+            return ours(True)
+
     peak = peak_mb(lambda: ours(True))
     theirs = hugging_face(case)
     ways: dict[str, tuple[Callable[[], object], torch.nn.Module, int]] = {
         "side by side": (lambda: ours(True), model.norm, 3),
         "one by one": (lambda: ours(False), model.norm, 3),
+        **({"side by side, no graphs": (eager, model.norm, 3)} if model.head.weight.is_cuda else {}),
         "without cache": (lambda: without_cache(case), model.norm, 1 if len(blocks_KA) > 5 else 3),
     }
     if not isinstance(theirs, str):

@@ -6,35 +6,49 @@ Run: python tools/memory.py   (or: python tools/memory.py tabletop --lora-rank 8
 Counted are tensors with the shapes and types of the real ones (train/build.py, infer/load.py). `copies`:
 bfloat16 copies of float32 matrices that autocast keeps for the backward pass, where layers are not computed
 again. `inputs`: what that keeps of one sample, the input of each layer. Not counted: everything else that the
-backward pass needs, CUDA's own memory, keys and values.
+backward pass needs, CUDA's own memory, keys and values. `measured` (--measure, on a CUDA device): the most
+that was allocated over two steps on one sample or one pass, weights drawn; empty where it did not fit.
 """
 
 import argparse
+import gc
 import json
 import math
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from worldvla.config import Config, LoraConfig
+from worldvla.model.mask import dense_mask
 from worldvla.model.pretrained import assign, empty_model
 from worldvla.model.quantize import Form
 from worldvla.model.transformer import Transformer
 from worldvla.recipes import recipe
 from worldvla.train.build import trainable
+from worldvla.train.optim import build_optimizers
 from worldvla.vocab import chameleon, compact
 
-COLUMNS = ("weights", "copies", "gradients", "moments", "inputs", "total")
+COLUMNS = ("weights", "copies", "gradients", "moments", "inputs", "total", "measured")
+NUM_PREDICTED = 90
+INFERENCE: dict[str, tuple[torch.dtype, Form | None]] = {
+    "infer float32": (torch.float32, None),
+    "infer bfloat16": (torch.bfloat16, "bfloat16"),
+    "infer int8": (torch.bfloat16, "int8"),
+    "infer int4": (torch.bfloat16, "int4"),
+}
+"""Name -> type of the small tensors, form of the large matrices."""
 
 
 def training(config: Config, vocab_size: int) -> dict[str, int]:
     """Return the bytes that `worldvla train` needs with these settings, by COLUMNS."""
-    model = trainable(_empty(config, vocab_size), config, None)
+    model = _trained(config, vocab_size)
     matrices = [p for p in model.parameters() if p.ndim == 2 and p.dtype == torch.float32]
     embeddings = {id(model.embed.weight)}
     copied = sum(2 * p.numel() for p in matrices if id(p) not in embeddings)
@@ -52,28 +66,80 @@ def training(config: Config, vocab_size: int) -> dict[str, int]:
 
 def inference(config: Config, vocab_size: int, dtype: torch.dtype, form: Form | None) -> dict[str, int]:
     """Return the bytes of a model that acts or imagines in `dtype`, its large matrices held in `form`."""
-    model = _empty(config, vocab_size)
-    model = assign(model, list(model.state_dict().items()), "meta", dtype, form)
+    model = _loaded(config, vocab_size, dtype, form)
     return _summed(weights=_bytes([*model.parameters(), *model.buffers()]))
 
 
-def modes(config: Config, vocab_size: int, rank: int) -> dict[str, dict[str, int]]:
-    """Return the bytes of every mode of docs/MODELS.md."""
+def measured(model: Transformer, config: Config, dtype: torch.dtype | None) -> int | None:
+    """Return the most bytes that a CUDA device holds of `model` (on the meta device; its weights are drawn)
+    over two training steps of one sample of config.data.sequence_length tokens, 90 of them predicted, or,
+    with a `dtype`, one pass over them; None where they do not fit.
+    """
+    try:
+        model = model.to_empty(device="cuda")
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.detach().normal_(0, 0.02) if tensor.is_floating_point() else tensor.random_(0, 100)
+        torch.cuda.reset_peak_memory_stats()
+        ids_BT = torch.randint(model.vocab_size, (1, config.data.sequence_length), device="cuda")
+        mask, places = dense_mask(torch.zeros_like(ids_BT)), [torch.zeros_like(ids_BT)] * 2
+        if dtype is not None:
+            with torch.inference_mode():
+                model.logits(model(ids_BT, mask, *places)[:, -NUM_PREDICTED:])
+            return torch.cuda.max_memory_allocated()
+        optimizers = build_optimizers(model, config.optim)
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                logits_BPV = model.logits(model(ids_BT, mask, *places)[:, -NUM_PREDICTED - 1 : -1])
+            F.cross_entropy(logits_BPV.float().flatten(0, 1), ids_BT[0, -NUM_PREDICTED:]).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return torch.cuda.max_memory_allocated()
+    except torch.OutOfMemoryError:
+        return None
 
-    def train(again: bool, lora: LoraConfig) -> dict[str, int]:
+
+def modes(config: Config, vocab_size: int, rank: int, measure: bool = False) -> dict[str, dict[str, Any]]:
+    """Return the bytes of every mode of docs/MODELS.md, with `measure` beside what a CUDA device held."""
+    table: dict[str, dict[str, Any]] = {}
+    for name, (again, lora) in training_modes(rank).items():
         settings = replace(config.train, checkpoint_layers=again, dtype="bfloat16")
-        return training(replace(config, train=settings, lora=lora), vocab_size)
+        changed = replace(config, train=settings, lora=lora)
+        table[name] = training(changed, vocab_size)
+        if measure:
+            table[name]["measured"] = measured(_trained(changed, vocab_size), changed, None)
+            _release()
+    for name, (dtype, form) in INFERENCE.items():
+        table[name] = inference(config, vocab_size, dtype, form)
+        if measure:
+            table[name]["measured"] = measured(_loaded(config, vocab_size, dtype, form), config, dtype)
+            _release()
+    return table
 
-    table = {
-        "train all": train(False, LoraConfig()),
-        "train all, layers again": train(True, LoraConfig()),
-        "LoRA, bfloat16 base": train(True, LoraConfig(rank=rank)),
-        "LoRA, int4 base": train(True, LoraConfig(rank=rank, base="int4")),
-        "LoRA, int4, embed and head": train(True, LoraConfig(rank=rank, base="int4", full=("embed", "head"))),
-        "infer float32": inference(config, vocab_size, torch.float32, None),
+
+def training_modes(rank: int) -> dict[str, tuple[bool, LoraConfig]]:
+    """Return name -> whether layers are computed again, and what is trained."""
+    return {
+        "train all": (False, LoraConfig()),
+        "train all, layers again": (True, LoraConfig()),
+        "LoRA, bfloat16 base": (True, LoraConfig(rank=rank)),
+        "LoRA, int4 base": (True, LoraConfig(rank=rank, base="int4")),
+        "LoRA, int4, embed and head": (True, LoraConfig(rank=rank, base="int4", full=("embed", "head"))),
     }
-    forms: tuple[Form, ...] = ("bfloat16", "int8", "int4")
-    return table | {f"infer {f}": inference(config, vocab_size, torch.bfloat16, f) for f in forms}
+
+
+def _release() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _trained(config: Config, vocab_size: int) -> Transformer:
+    return trainable(_empty(config, vocab_size), config, None)
+
+
+def _loaded(config: Config, vocab_size: int, dtype: torch.dtype, form: Form | None) -> Transformer:
+    model = _empty(config, vocab_size)
+    return assign(model, list(model.state_dict().items()), "meta", dtype, form)
 
 
 def _empty(config: Config, vocab_size: int) -> Transformer:
@@ -96,14 +162,16 @@ def main() -> None:
     )
     parser.add_argument("recipe", nargs="?", default="libero_256_goal")
     parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--measure", action="store_true", help="on a CUDA device too")
     args = parser.parse_args()
     config = recipe(args.recipe)
     vocab = chameleon() if config.vocab == "chameleon" else compact(8192, config.num_text)
-    table, rows = Table("GB = 10^9 bytes", *COLUMNS), modes(config, vocab.size, args.lora_rank)
+    table, rows = Table("GB = 10^9 bytes", *COLUMNS), modes(config, vocab.size, args.lora_rank, args.measure)
     for name, row in rows.items():
         table.add_row(name, *(f"{row[c] / 1e9:.2f}" if row.get(c) else "" for c in COLUMNS))
     Console(file=sys.stderr, width=110).print(table)
-    print(json.dumps({"memory": rows, "recipe": args.recipe, "lora_rank": args.lora_rank}))
+    device = {"gpu": torch.cuda.get_device_name()} if args.measure else {}
+    print(json.dumps({"memory": rows, "recipe": args.recipe, "lora_rank": args.lora_rank, **device}))
 
 
 if __name__ == "__main__":

@@ -273,8 +273,8 @@ def pilot(row: str, libero: bool = False) -> Config:
     """A row of the paper's tables at small size: 3.7 M parameters on the four tabletop suites; or, on
     libero_object and libero_spatial together, 8.8 M.
 
-    2,000 steps (LIBERO: 1,000) of 96 policy samples and, where the row has them, 64 world samples (LIBERO:
-    24), by Muon: a minute or two on a GPU, 15 to 30 minutes on two cores. `runs/tables.sh` makes the stores,
+    2,000 steps of 96 policy samples and, where the row has them, 64 world samples (LIBERO: 24), by Muon:
+    minutes on a GPU, half an hour to an hour on two cores. `runs/tables.sh` makes the stores,
     whose labels hold ten actions (LIBERO: five), and trains the seeds.
     """
     base, layout = libero_object() if libero else tabletop(), dict(ABLATIONS[row])
@@ -284,8 +284,8 @@ def pilot(row: str, libero: bool = False) -> Config:
     root = "out/tables_libero" if libero else "out/tables_low" if row == "low" else "out/tables"
     suites = ("libero_object", "libero_spatial") if libero else TABLETOP_SUITES
     length = {"history2": 320, "history4": 480}.get(row, 256)
-    share, steps = world / (policy + world), 1_000 if libero else 2_000
-    train = replace(base.train, steps=steps, batch_size=policy + world, eval_every=500, save_every=1_000)
+    share, batch_size = world / (policy + world), policy + world
+    train = replace(base.train, steps=2_000, batch_size=batch_size, eval_every=500, save_every=1_000)
     return replace(
         base,
         name=f"libero_pilot_{row}" if libero else f"pilot_{row}",
@@ -305,7 +305,7 @@ def pilot(row: str, libero: bool = False) -> Config:
 
 
 def libero_object_spatial() -> Config:
-    """One model for both suites: `libero_pilot_full` for half as long again, with a continuous head.
+    """One model for both suites on two cores: `libero_pilot_full`, shorter, with a continuous head.
 
     `runs/libero_object_spatial.sh`; the stores are those of the tables.
     """
@@ -315,6 +315,22 @@ def libero_object_spatial() -> Config:
         name="libero_object_spatial",
         model=replace(base.model, head=ABLATIONS["head"]["head"]),
         train=replace(base.train, steps=1_500, save_every=500),
+    )
+
+
+def libero_object_spatial_long(is_large: bool = False) -> Config:
+    """The same for a GPU, bins alone: six times the samples, twice the demonstrations of libero_spatial;
+    `_large`: twice as wide, a layer more, 24 M parameters instead of 8.8 M.
+    """
+    base = pilot("full", libero=True)
+    large = {"num_layers": 6, "width": 384, "num_heads": 6, "num_kv_heads": 6, "hidden": 1024}
+    stores = (*base.data.stores, "out/libero_object_spatial/store_more")
+    return replace(
+        base,
+        name=f"libero_object_spatial_{'large' if is_large else 'long'}",
+        model=replace(base.model, **large) if is_large else base.model,
+        data=replace(base.data, stores=stores),
+        train=replace(base.train, steps=4_500, batch_size=320, save_every=500, dtype="bfloat16"),
     )
 
 
@@ -329,8 +345,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
         libero_object,
         libero_object_front,
         libero_object_spatial,
+        libero_object_spatial_long,
     )
 }
+RECIPES["libero_object_spatial_large"] = partial(libero_object_spatial_long, True)
 for _suite in LIBERO_SUITES:
     _name = _suite.removeprefix("libero_")
     RECIPES[f"libero_256_{_name}"] = partial(libero, _suite, 256)

@@ -1,4 +1,4 @@
-"""Keys and values of positions that were fed before, one buffer a layer.
+"""Keys and values of positions that were fed before, one buffer a layer; and model passes recorded over them.
 
 Dims: B batch, G kv heads, S key positions, T new positions, K head dim.
 """
@@ -18,6 +18,12 @@ class Cache:
         self._values: list[Tensor | None] = [None] * num_layers
         self._used = [0] * num_layers
         self._starts: list[int] | None = None
+        self.slots: tuple[Tensor, Tensor] | None = None
+        """Rows (B, 1) and slots (B, T). Set, passes write there and return all of the room: fixed shapes."""
+
+    def clear(self) -> None:
+        """Hold nothing, in the same buffers."""
+        self._used, self._starts = [0] * len(self._used), None
 
     @property
     def length(self) -> int:
@@ -33,6 +39,13 @@ class Cache:
     def update(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Write new positions of one layer, by default after the last; return views of all that it holds."""
         batch, heads, length, head_dim = k_BGTK.shape
+        if self.slots is not None:
+            (rows_B1, slots_BT), keys, values = self.slots, self._keys[layer], self._values[layer]
+            assert keys is not None, "the prompt is fed first"
+            assert values is not None
+            keys[rows_B1, :, slots_BT] = k_BGTK.transpose(1, 2)
+            values[rows_B1, :, slots_BT] = v_BGTK.transpose(1, 2)
+            return keys, values
         starts = [self._used[layer]] if self._starts is None else self._starts
         stop = max(starts) + length
         if stop > self.capacity:

@@ -24,6 +24,7 @@ from torch import Tensor
 from worldvla.batch import KIND_IMAGE, Batch, Sample
 from worldvla.infer.cache import Cache
 from worldvla.infer.draft import FrameStats, Window
+from worldvla.infer.replay import Replay
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
 from worldvla.vocab import NUM_BIN_CODES, Vocab
@@ -183,6 +184,8 @@ def decode_frame(
         width = window.width(num_codes) if is_drafted else 1
         first_B = np.where(done_B == 0, 0, open_N[done_B - 1])
         length = int((open_N[np.minimum(done_B + width, num_codes) - 1] - first_B).max())
+        if is_drafted and stream.replay is not None:
+            length = min(end, 1 << (length - 1).bit_length())  # few lengths, each recorded once
         first_B = np.minimum(first_B, end - length)  # near the end some codes are fed again
         x_BTD = stream.feed_rows(first_B, length)
         where_BT = torch.from_numpy(first_B).to(device)[:, None] + torch.arange(1, length + 1, device=device)
@@ -263,10 +266,15 @@ class _Stream:
         longest = self.prompt.ids_BT.shape[1]
         self.is_causal = not tail.chunk.any() and min(len(p) for p in prompts) == longest
         """A single new token then sees all that is cached."""
-        self.cache = Cache(len(model.layers), longest + len(tail))
-        self.chunk_BS = torch.zeros(len(prompts), 0, dtype=torch.int64, device=device)
-        self.positions_BS = self.chunk_BS
-        """Mask positions of what is in the cache."""
+        capacity = longest + len(tail)
+        self.replay = Replay.of(model, len(prompts), capacity)
+        self.cache = Cache(len(model.layers), capacity) if self.replay is None else self.replay.cache
+        shape = (len(prompts), self.cache.capacity)
+        self.filled = 0
+        """Slots of the cache that hold something."""
+        self.chunk_BS = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.positions_BS = torch.full_like(self.chunk_BS, HIDDEN_POSITION)
+        """Mask positions of the cache's slots."""
 
     def feed(self, offsets: np.ndarray, keep: int) -> Tensor:
         """Feed the tokens at `offsets` of the tail (the first time: after the prompts); return hidden states
@@ -276,7 +284,7 @@ class _Stream:
         fields = [getattr(self.tail, name)[:, where] for name in ("ids_BT", "chunk_BT", "row_BT", "col_BT")]
         positions_BT = self.lengths_B[:, None] + where
         visible_BT = positions_BT
-        if self.cache.length == 0:
+        if self.filled == 0:
             prompt = self.prompt
             parts = (prompt.ids_BT, prompt.chunk_BT, prompt.row_BT, prompt.col_BT)
             fields = [torch.cat(pair, 1) for pair in zip(parts, fields, strict=True)]
@@ -285,11 +293,17 @@ class _Stream:
             visible_BT = torch.cat((hidden_BT, positions_BT), 1)
             positions_BT = torch.cat((counting_BT, positions_BT), 1)
         ids_BT, chunk_BT, row_BT, col_BT = fields
-        self.positions_BS = torch.cat((self.positions_BS, visible_BT), 1)
-        self.chunk_BS = torch.cat((self.chunk_BS, chunk_BT), 1)
         batch, length = ids_BT.shape
+        start, self.filled = self.filled, self.filled + length
+        self.positions_BS[:, start : self.filled] = visible_BT
+        self.chunk_BS[:, start : self.filled] = chunk_BT
+        if start and self.replay is not None:
+            slots_BT = torch.arange(start, self.filled, device=where.device).expand_as(ids_BT)
+            mask = dense_mask(chunk_BT, self.chunk_BS, visible_BT, self.positions_BS)
+            return self.replay(self.model, ids_BT, mask, row_BT, col_BT, positions_BT, slots_BT)[:, -keep:]
+        keys = (self.chunk_BS[:, : self.filled], self.positions_BS[:, : self.filled])
         sees_all = self.is_causal and length == 1
-        mask = None if sees_all else dense_mask(chunk_BT, self.chunk_BS, visible_BT, self.positions_BS)
+        mask = None if sees_all else dense_mask(chunk_BT, keys[0], visible_BT, keys[1])
         rows_B1 = torch.arange(batch, device=where.device)[:, None] * length
         keep_P = (rows_B1 + torch.arange(length - keep, length, device=where.device)).reshape(-1)
         x_PD = self.model(ids_BT, mask, row_BT, col_BT, positions_BT, self.cache, keep_P)
@@ -301,27 +315,28 @@ class _Stream:
 
         For tails without chunks, which keep one cache slot a token: what comes later is hidden by causality.
         """
-        if self.cache.length == 0:
+        longest, missing = self.prompt.ids_BT.shape[1], self.tail.ids_BT.shape[1]
+        if self.filled == 0:
             assert not first_B.any()
             hidden = self.feed(np.arange(length), length)
-            missing = self.tail.ids_BT.shape[1]
             rest_BT = self.lengths_B[:, None] + torch.arange(length, missing, device=self.lengths_B.device)
-            self.positions_BS = torch.cat((self.positions_BS, rest_BT), 1)
-            self.chunk_BS = torch.zeros_like(self.positions_BS)
+            self.positions_BS[:, longest + length : longest + missing] = rest_BT
             return hidden
-        longest = self.prompt.ids_BT.shape[1]
         where_BT = torch.from_numpy(first_B).to(self.lengths_B.device)[:, None] + torch.arange(
             length, device=self.lengths_B.device
         )
         ids_BT, row_BT, col_BT = (
             getattr(self.tail, n).gather(1, where_BT) for n in ("ids_BT", "row_BT", "col_BT")
         )
-        positions_BT = self.lengths_B[:, None] + where_BT
+        positions_BT, chunk_BT = self.lengths_B[:, None] + where_BT, torch.zeros_like(where_BT)
+        if self.replay is not None:
+            mask = dense_mask(chunk_BT, self.chunk_BS, positions_BT, self.positions_BS)
+            fields = (row_BT, col_BT, positions_BT, where_BT + longest)
+            return self.replay(self.model, ids_BT, mask, *fields)
         self.cache.seek((first_B + longest).tolist())
         stop = longest + int(first_B.max()) + length
         mask = None
         if length > 1 or not self.is_causal or first_B.min() != first_B.max():
-            chunk_BT = torch.zeros_like(where_BT)
             mask = dense_mask(chunk_BT, self.chunk_BS[:, :stop], positions_BT, self.positions_BS[:, :stop])
         return self.model(ids_BT, mask, row_BT, col_BT, positions_BT, self.cache)
 

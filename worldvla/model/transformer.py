@@ -264,18 +264,17 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None) 
 
 
 def rope_table(positions_BT: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Return cosines and sines of every position and frequency, float32 (2, B, T, 1, K/2)."""
+    """Return factors of x and of x rolled by K/2, float32 (2, B, T, 1, K): the rotation of every position."""
     pairs = torch.arange(0, head_dim, 2, device=positions_BT.device, dtype=torch.float32)
     frequencies = theta ** (-pairs / head_dim)
     angles = positions_BT[..., None].float() * frequencies
-    return torch.stack((angles.cos(), angles.sin()))[:, :, :, None, :]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))[:, :, :, None, :]
 
 
 def rotate(x_BTHK: Tensor, rope: Tensor) -> Tensor:
     """Rotate the pairs (i, i + K/2) of each head by `rope`: rotate-half, as the published weights."""
-    cos, sin = rope
-    left, right = x_BTHK.chunk(2, -1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+    return x_BTHK * rope[0] + x_BTHK.roll(x_BTHK.shape[-1] // 2, -1) * rope[1]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -1,0 +1,98 @@
+"""Model passes over a few new tokens, recorded as CUDA graphs: one launch in place of some thousand.
+
+A pass of a decoder over ten tokens is bound by reading the weights once, if the processor does not have to
+launch every kernel of it. For that, all shapes and addresses stay: the cache returns all of its room, what is
+not written is hidden by the mask, and one cache serves query after query (`Replay.of`).
+Dims: B batch, T new positions, S cache positions, D width.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from worldvla.infer.cache import Cache
+from worldvla.model.transformer import Transformer
+
+ROUND = 64
+"""Room is a multiple of this: prompts of nearly the same length share their graphs."""
+KEPT = 2
+"""Caches (with their graphs) that a model keeps, the last used ones."""
+
+
+class Replay:
+    """A cache and the recorded passes over it, one for each T. Its results last until the next pass."""
+
+    def __init__(self, model: Transformer, capacity: int, is_recorded: bool = True) -> None:
+        self.cache = Cache(len(model.layers), capacity)
+        self.is_recorded = is_recorded
+        """Off: the same passes, launched one by one (a machine without CUDA)."""
+        self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+
+    @classmethod
+    def of(cls, model: Transformer, batch: int, longest: int) -> "Replay | None":
+        """Return the model's replay for `batch` rows of at most `longest` positions, its cache empty; None
+        where the model is not on a CUDA device.
+        """
+        weight = model.head.weight
+        if not weight.is_cuda:
+            return None
+        key = (batch, -(-longest // ROUND) * ROUND, weight.dtype, weight.device)
+        kept = _REPLAYS.setdefault(model, OrderedDict())
+        replay = kept.pop(key, None) or cls(model, key[1])
+        kept[key] = replay
+        while len(kept) > KEPT:
+            kept.popitem(last=False)
+        replay.cache.clear()
+        return replay
+
+    def __call__(
+        self,
+        model: Transformer,
+        ids_BT: Tensor,
+        mask: Tensor,
+        row_BT: Tensor,
+        col_BT: Tensor,
+        positions_BT: Tensor,
+        slots_BT: Tensor,
+    ) -> Tensor:
+        """Return hidden states (B, T, D); `mask` bool (B, 1, T, S); row b's keys go to slots_BT[b]."""
+        inputs = [ids_BT, mask, row_BT, col_BT, positions_BT, slots_BT]
+        if not self.is_recorded:
+            return self._pass(model, inputs)
+        length = ids_BT.shape[1]
+        if length not in self._recorded:
+            self._recorded[length] = self._record(lambda fixed: self._pass(model, fixed), inputs)
+        graph, fixed, x_BTD = self._recorded[length]
+        for target, source in zip(fixed, inputs, strict=True):
+            target.copy_(source)
+        graph.replay()
+        return x_BTD
+
+    def _pass(self, model: Transformer, inputs: list[Tensor]) -> Tensor:
+        *fields, slots_BT = inputs
+        self.cache.slots = (torch.arange(len(slots_BT), device=slots_BT.device)[:, None], slots_BT)
+        x_BTD = model(*fields, self.cache)
+        self.cache.slots = None
+        return x_BTD
+
+    @staticmethod
+    def _record(
+        call: Callable[[list[Tensor]], Tensor], inputs: list[Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        fixed = [t.clone() for t in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set themselves up outside a recording
+            for _ in range(2):
+                call(fixed)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            x_BTD = call(fixed)
+        return graph, fixed, x_BTD
+
+
+_REPLAYS: WeakKeyDictionary[Transformer, OrderedDict[tuple, Replay]] = WeakKeyDictionary()
