@@ -6,5 +6,7 @@ cd "$(dirname "$0")/.."
 .venv/bin/python tools/bench.py --sizes 3m 25m 92m | tail -n 1 | tee results/bench/decoding.json
 .venv/bin/python tools/bench.py --sizes 25m 92m --dtype bfloat16 | tail -n 1 | tee results/bench/decoding_bfloat16.json
 .venv/bin/python tools/picture.py --speed results/bench/decoding.json results/bench/decoding_bfloat16.json --out docs/speed.svg
+# On a GPU: .venv/bin/python tools/bench.py --device cuda --dtype bfloat16 --sizes 7b --seconds 0.3 --batch 4 | tail -n 1 | tee results/bench/cuda.json
+# and the memory table: .venv/bin/python tools/memory.py --measure | tail -n 1 | tee results/bench/memory_7b.json
 # A LIBERO evaluation beside the plain loop that most use (needs the libero extra): results/bench/libero_eval.json.
 # OMP_NUM_THREADS=1 .venv/bin/python tools/bench_eval.py --task 0 --episodes 10 --workers 2 | tail -n 1 | tee results/bench/libero_eval.json

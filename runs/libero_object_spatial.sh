@@ -2,9 +2,9 @@
 # One model for libero_object and libero_spatial, from nothing: scripted demonstrations (not LIBERO's own), one image tokenizer, one
 # training; evaluated on stored initial states, which no demonstration starts from, by its bins and by its continuous head if it has one.
 # Needs: pip install -e '.[libero]' -c constraints.txt. Run it again after a stop: what is done is skipped, what is half done goes on.
-#   runs/libero_object_spatial.sh                             8.8 M parameters with a head; two CPU cores, about two hours
-#   MODEL=_long DEVICE=cuda runs/libero_object_spatial.sh     bins alone, six times the samples; a GPU: ten minutes of training
-#   MODEL=_large DEVICE=cuda runs/libero_object_spatial.sh    the same data, 24 M parameters
+#   runs/libero_object_spatial.sh                             9.4 M parameters with a head; two CPU cores, about two hours
+#   MODEL=_long DEVICE=cuda runs/libero_object_spatial.sh     8.8 M, bins alone, 4.4 times the samples; a GPU: four minutes of training
+#   MODEL=_dagger runs/libero_object_spatial.sh               then: on, with states that it visited; half an hour on two cores
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,13 +12,14 @@ PYTHON=${PYTHON:-.venv/bin/python} DEVICE=${DEVICE:-cpu} MODEL=${MODEL:-}
 OUT=out/libero_object_spatial RESULTS=${RESULTS:-results/libero/object_spatial$MODEL}
 RUN=$OUT/run$MODEL EXPORT=$OUT/model$MODEL
 worldvla() { "$PYTHON" -m worldvla "$@"; }
+demonstrations() {  # name, options
+    worldvla collect libero_spatial --out "$OUT/$1" --workers "$(nproc)" --label 5 --views agentview=128x128 wrist=64x64 "${@:2}"
+    worldvla tokenize "$OUT/$1" --tokenizer out/tables_libero/image_tokenizer --out "$OUT/store_$1"
+}
 
 SUITES=libero ONLY=stores ROWS=full runs/tables.sh
-if [ -n "$MODEL" ]; then    # as many demonstrations of libero_spatial again
-    worldvla collect libero_spatial --out $OUT/more --workers "$(nproc)" --episodes 24 --label 5 --seed 1 \
-        --views agentview=128x128 wrist=64x64
-    worldvla tokenize $OUT/more --tokenizer out/tables_libero/image_tokenizer --out $OUT/store_more
-fi
+[ -z "$MODEL" ] || demonstrations more --episodes 24 --seed 1
+[ "$MODEL" != _dagger ] || demonstrations dagger --tasks 4 --episodes 40 --seed 2 --policy $OUT/model_long --execute 3
 if [ ! -e "$EXPORT/train.json" ]; then
     if [ "$DEVICE" = cuda ]; then
         worldvla train "libero_object_spatial$MODEL" --out "$RUN" --train.device cuda
@@ -34,7 +35,7 @@ cp "$EXPORT/train.json" "$RESULTS/train.json"
 evaluate() {  # name of the record, suite, options
     worldvla eval "$EXPORT" --suite "$2" --videos 0 --out "$RESULTS/$1" "${@:3}"
 }
-for suite in libero_object libero_spatial; do
+for suite in libero_spatial libero_object; do
     evaluate ${suite}_discrete $suite --episodes 20 --execute 3
     [ -n "$MODEL" ] || evaluate ${suite}_continuous $suite --episodes 10 --head continuous --execute 3
     evaluate ${suite}_training_states $suite --first 50 --episodes 5 --execute 3

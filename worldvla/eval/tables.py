@@ -79,6 +79,30 @@ SPEED = (  # words, how the README says it, the record, the way to the number in
         f"{LARGE} transformers slower_query",
     ),
     (
+        "7 billion parameters, bfloat16, one H200: query of ten actions, prefill and all, ms",
+        r"one H200 takes (\d+) ms",
+        "cuda",
+        "7b actions side_by_side query_ms",
+    ),
+    (
+        "the same: times as fast as with its passes launched kernel by kernel",
+        r"([\d.]+) times as launched",
+        "cuda",
+        "7b actions side_by_side,_no_graphs slower_query",
+    ),
+    (
+        "the same: times as fast as transformers' Chameleon",
+        r"([\d.]+) times as transformers there",
+        "cuda",
+        "7b actions transformers slower_query",
+    ),
+    (
+        "the same: part of the copy bandwidth that the passes after the prefill reach",
+        r"([\d.]+) of its bandwidth",
+        "cuda",
+        "7b actions side_by_side chunk_of_bandwidth",
+    ),
+    (
         "LIBERO evaluation: times the episodes an hour of the plain loop",
         r"([\d.]+) times as many episodes",
         "libero_eval",
