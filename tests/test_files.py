@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from worldvla.files import check_shapes, read_json, whole_file, whole_folder, write_json
+from worldvla.files import check_shapes, commit, read_json, whole_file, whole_folder, write_json
 
 
 def names(folder: Path) -> set[str]:
@@ -65,3 +65,10 @@ def test_the_first_tensor_that_does_not_fit_is_named() -> None:
         check_shapes("here", {"a": [2]}, {"a": (2,), "b": (1,)}, "fix")
     with pytest.raises(ValueError, match=r"first a with shape \(3,\), expected \(2,\)"):
         check_shapes("here", {"a": [3]}, {"a": (2,)}, "fix")
+
+
+def test_a_copy_without_a_repository_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLDVLA_COMMIT", "abc123")
+    assert commit() == "abc123"
+    monkeypatch.delenv("WORLDVLA_COMMIT")
+    assert commit() != "abc123"

@@ -6,6 +6,7 @@ meet; a failure leaves nothing behind.
 
 import glob
 import json
+import os
 import secrets
 import shutil
 import subprocess
@@ -82,7 +83,11 @@ def check_shapes(
 
 
 def commit() -> str | None:
-    """Return the git commit of the source, `+` after it with uncommitted changes; None without one."""
+    """Return the git commit of the source, `+` after it with uncommitted changes; None without one. The
+    variable WORLDVLA_COMMIT, where it is set, says it for a copy of the source that has no repository.
+    """
+    if said := os.environ.get("WORLDVLA_COMMIT"):
+        return said
     root = Path(__file__).parents[1]
     if not (root / ".git").exists() or not shutil.which("git"):
         return None
