@@ -27,7 +27,7 @@ def replays() -> Iterator[dict[int, Replay]]:
 
     def of(model: Transformer, batch: int, longest: int) -> Replay:
         assert longest <= 160
-        replay = made.setdefault(batch, Replay(model, 160, is_recorded=False))
+        replay = made.setdefault(batch, Replay(model, 160, batch, is_recorded=False))
         replay.cache.clear()
         return replay
 
@@ -74,6 +74,9 @@ def test_fixed_shapes_change_no_action(selective: bool, replays: dict[int, Repla
     asked = queries(rng, builder)
     found = chunks(builder, model, asked)
     assert set(replays) == {1, 3}
+    for replay in replays.values():
+        buffers = [*replay.cache._keys, *replay.cache._values]
+        assert replay.num_bytes == sum(b.nbytes for b in buffers if b is not None)
     with patch.object(Replay, "of", return_value=None):
         expected = chunks(builder, model, asked)
     for mine, theirs in zip(found, expected, strict=True):

@@ -18,15 +18,18 @@ from worldvla.model.transformer import Transformer
 
 ROUND = 64
 """Room is a multiple of this: prompts of nearly the same length share their graphs."""
-KEPT = 2
-"""Caches (with their graphs) that a model keeps, the last used ones."""
+KEPT, KEPT_BYTES = 32, 2**31
+"""Caches (with their graphs) that a model keeps, the last used ones: one for each number of rows and room."""
 
 
 class Replay:
     """A cache and the recorded passes over it, one for each T. Its results last until the next pass."""
 
-    def __init__(self, model: Transformer, capacity: int, is_recorded: bool = True) -> None:
-        self.cache = Cache(len(model.layers), capacity)
+    def __init__(self, model: Transformer, capacity: int, batch: int, is_recorded: bool = True) -> None:
+        config = model.config
+        self.cache = Cache(config.num_layers, capacity)
+        width = config.width // config.num_heads * config.num_kv_heads * model.head.weight.element_size()
+        self.num_bytes = 2 * config.num_layers * batch * capacity * width
         self.is_recorded = is_recorded
         """Off: the same passes, launched one by one (a machine without CUDA)."""
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
@@ -41,9 +44,9 @@ class Replay:
             return None
         key = (batch, -(-longest // ROUND) * ROUND, weight.dtype, weight.device)
         kept = _REPLAYS.setdefault(model, OrderedDict())
-        replay = kept.pop(key, None) or cls(model, key[1])
+        replay = kept.pop(key, None) or cls(model, key[1], batch)
         kept[key] = replay
-        while len(kept) > KEPT:
+        while len(kept) > 1 and (len(kept) > KEPT or sum(r.num_bytes for r in kept.values()) > KEPT_BYTES):
             kept.popitem(last=False)
         replay.cache.clear()
         return replay
