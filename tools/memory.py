@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from worldvla.config import Config, LoraConfig
+from worldvla.eval.record import provenance
 from worldvla.model.mask import dense_mask
 from worldvla.model.pretrained import assign, empty_model
 from worldvla.model.quantize import Form
@@ -170,8 +171,8 @@ def main() -> None:
     for name, row in rows.items():
         table.add_row(name, *(f"{row[c] / 1e9:.2f}" if row.get(c) else "" for c in COLUMNS))
     Console(file=sys.stderr, width=110).print(table)
-    device = {"gpu": torch.cuda.get_device_name()} if args.measure else {}
-    print(json.dumps({"memory": rows, "recipe": args.recipe, "lora_rank": args.lora_rank, **device}))
+    where = provenance() if args.measure else {}
+    print(json.dumps({"memory": rows, "recipe": args.recipe, "lora_rank": args.lora_rank, **where}))
 
 
 if __name__ == "__main__":

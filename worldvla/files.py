@@ -83,14 +83,12 @@ def check_shapes(
 
 
 def commit() -> str | None:
-    """Return the git commit of the source, `+` after it with uncommitted changes; None without one. The
-    variable WORLDVLA_COMMIT, where it is set, says it for a copy of the source that has no repository.
+    """Return the git commit of the source, `+` after it with uncommitted changes; for a copy that has no
+    repository, what the variable WORLDVLA_COMMIT says, or None.
     """
-    if said := os.environ.get("WORLDVLA_COMMIT"):
-        return said
     root = Path(__file__).parents[1]
     if not (root / ".git").exists() or not shutil.which("git"):
-        return None
+        return os.environ.get("WORLDVLA_COMMIT") or None
     options: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "check": False}
     head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
     changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout

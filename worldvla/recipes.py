@@ -326,7 +326,9 @@ def libero_object_spatial_long() -> Config:
         base,
         name="libero_object_spatial_long",
         data=replace(base.data, stores=stores),
-        train=replace(base.train, steps=2_500, batch_size=320, save_every=500, dtype="bfloat16"),
+        train=replace(
+            base.train, steps=2_500, batch_size=320, eval_every=1_300, save_every=1_300, dtype="bfloat16"
+        ),
     )
 
 

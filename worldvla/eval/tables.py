@@ -97,12 +97,6 @@ SPEED = (  # words, how the README says it, the record, the way to the number in
         "7b actions transformers slower_query",
     ),
     (
-        "the same: part of the copy bandwidth that the passes after the prefill reach",
-        r"([\d.]+) of its bandwidth",
-        "cuda",
-        "7b actions side_by_side chunk_of_bandwidth",
-    ),
-    (
         "LIBERO evaluation: times the episodes an hour of the plain loop",
         r"([\d.]+) times as many episodes",
         "libero_eval",

@@ -22,8 +22,12 @@ class Cache:
         """Rows (B, 1) and slots (B, T). Set, passes write there and return all of the room: fixed shapes."""
 
     def clear(self) -> None:
-        """Hold nothing, in the same buffers."""
+        """Hold nothing, in the same buffers; zeros, for NaNs of a query before would come through a mask."""
         self._used, self._starts = [0] * len(self._used), None
+        with torch.inference_mode():
+            for buffer in (*self._keys, *self._values):
+                if buffer is not None:
+                    buffer.zero_()
 
     @property
     def length(self) -> int:

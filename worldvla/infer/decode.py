@@ -184,8 +184,8 @@ def decode_frame(
         width = window.width(num_codes) if is_drafted else 1
         first_B = np.where(done_B == 0, 0, open_N[done_B - 1])
         length = int((open_N[np.minimum(done_B + width, num_codes) - 1] - first_B).max())
-        if is_drafted and stream.replay is not None:
-            length = min(end, 1 << (length - 1).bit_length())  # few lengths, each recorded once
+        if is_drafted and stream.filled and stream.replay is not None:  # few lengths, each recorded once
+            length = min(end, 1 << (length - 1).bit_length() if length <= 64 else -(-length // 64) * 64)
         first_B = np.minimum(first_B, end - length)  # near the end some codes are fed again
         x_BTD = stream.feed_rows(first_B, length)
         where_BT = torch.from_numpy(first_B).to(device)[:, None] + torch.arange(1, length + 1, device=device)

@@ -7,7 +7,7 @@ Dims: B batch, T new positions, S cache positions, D width.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,15 +23,21 @@ KEPT, KEPT_BYTES = 32, 2**31
 
 
 class Replay:
-    """A cache and the recorded passes over it, one for each T. Its results last until the next pass."""
+    """A cache and the recorded passes over it, one for each T. Its results last until the next pass, and a
+    model answers one query at a time.
+    """
 
-    def __init__(self, model: Transformer, capacity: int, batch: int, is_recorded: bool = True) -> None:
+    def __init__(
+        self, model: Transformer, capacity: int, batch: int, is_recorded: bool = True, pool: Any = None
+    ) -> None:
         config = model.config
         self.cache = Cache(config.num_layers, capacity)
         width = config.width // config.num_heads * config.num_kv_heads * model.head.weight.element_size()
         self.num_bytes = 2 * config.num_layers * batch * capacity * width
         self.is_recorded = is_recorded
         """Off: the same passes, launched one by one (a machine without CUDA)."""
+        self.pool = pool
+        """Memory of what is computed inside recordings, shared by all of a model."""
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
     @classmethod
@@ -42,9 +48,12 @@ class Replay:
         weight = model.head.weight
         if not weight.is_cuda:
             return None
-        key = (batch, -(-longest // ROUND) * ROUND, weight.dtype, weight.device)
+        capacity = -(-longest // ROUND) * ROUND
+        weights = (*model.parameters(), *model.buffers())  # recordings hold where they lie
+        key = (batch, capacity, weight.dtype, *(tensor.data_ptr() for tensor in weights))
         kept = _REPLAYS.setdefault(model, OrderedDict())
-        replay = kept.pop(key, None) or cls(model, key[1], batch)
+        pool = next(iter(kept.values())).pool if kept else torch.cuda.graph_pool_handle()
+        replay = kept.pop(key, None) or cls(model, capacity, batch, pool=pool)
         kept[key] = replay
         while len(kept) > 1 and (len(kept) > KEPT or sum(r.num_bytes for r in kept.values()) > KEPT_BYTES):
             kept.popitem(last=False)
@@ -66,35 +75,36 @@ class Replay:
         if not self.is_recorded:
             return self._pass(model, inputs)
         length = ids_BT.shape[1]
-        if length not in self._recorded:
-            self._recorded[length] = self._record(lambda fixed: self._pass(model, fixed), inputs)
-        graph, fixed, x_BTD = self._recorded[length]
-        for target, source in zip(fixed, inputs, strict=True):
-            target.copy_(source)
-        graph.replay()
+        with torch.cuda.device(ids_BT.device):
+            if length not in self._recorded:
+                self._recorded[length] = self._record(model, inputs)
+            graph, fixed, x_BTD = self._recorded[length]
+            for target, source in zip(fixed, inputs, strict=True):
+                target.copy_(source)
+            graph.replay()
         return x_BTD
 
     def _pass(self, model: Transformer, inputs: list[Tensor]) -> Tensor:
         *fields, slots_BT = inputs
         self.cache.slots = (torch.arange(len(slots_BT), device=slots_BT.device)[:, None], slots_BT)
-        x_BTD = model(*fields, self.cache)
-        self.cache.slots = None
-        return x_BTD
+        try:
+            return model(*fields, self.cache)
+        finally:
+            self.cache.slots = None
 
-    @staticmethod
     def _record(
-        call: Callable[[list[Tensor]], Tensor], inputs: list[Tensor]
+        self, model: Transformer, inputs: list[Tensor]
     ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
         fixed = [t.clone() for t in inputs]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries set themselves up outside a recording
             for _ in range(2):
-                call(fixed)
+                self._pass(model, fixed)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            x_BTD = call(fixed)
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+            x_BTD = self._pass(model, fixed)
         return graph, fixed, x_BTD
 
 
