@@ -44,7 +44,9 @@ def queries(rng: np.random.Generator, builder: SampleBuilder) -> list[list[Sampl
 def chunks(builder: SampleBuilder, model: Transformer, asked: list[list[Sample]]) -> list[np.ndarray]:
     tail, blocks_KA = builder.policy_tail(), builder.action_block_positions(0)
     found = [
-        decode_chunk(model, builder.vocab, p, tail, blocks_KA, together=t) for p in asked for t in (1, 0)
+        decode_chunk(model, builder.vocab, p, tail, blocks_KA, together=t)
+        for p in asked
+        for t in (True, False)
     ]
     return [chunk.codes_BKA for chunk in found]
 
