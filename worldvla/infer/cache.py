@@ -1,4 +1,4 @@
-"""Keys and values of positions that were fed before, one buffer a layer; and model passes recorded over them.
+"""Keys and values of positions that were fed before, one buffer a layer.
 
 Dims: B batch, G kv heads, S key positions, T new positions, K head dim.
 """
