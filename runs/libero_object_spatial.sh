@@ -4,15 +4,15 @@
 # Needs: pip install -e '.[libero]' -c constraints.txt. Run it again after a stop: what is done is skipped, what is half done goes on.
 #   runs/libero_object_spatial.sh                             9.4 M parameters with a head; two CPU cores, about two hours
 #   MODEL=_long DEVICE=cuda runs/libero_object_spatial.sh     8.8 M, bins alone, 4.4 times the samples; a GPU: four minutes of training
-#   MODEL=_dagger runs/libero_object_spatial.sh               after _long: trains that model on, with states that it visited; an hour on two cores
+#   MODEL=_drawer runs/libero_object_spatial.sh               after _long: trains that model on, with more of the drawer; an hour on two cores
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-.venv/bin/python} DEVICE=${DEVICE:-cpu} MODEL=${MODEL:-}
 OUT=out/libero_object_spatial RESULTS=${RESULTS:-results/libero/object_spatial$MODEL}
 RUN=$OUT/run$MODEL EXPORT=$OUT/model$MODEL
-case "$MODEL" in ""|_long|_dagger) ;; *) echo "MODEL: got '$MODEL', expected nothing, _long or _dagger" >&2; exit 2 ;; esac
-[ "$MODEL" != _dagger ] || [ -e $OUT/model_long/train.json ] || { echo "no $OUT/model_long: MODEL=_long $0 makes it" >&2; exit 2; }
+case "$MODEL" in ""|_long|_drawer) ;; *) echo "MODEL: got '$MODEL', expected nothing, _long or _drawer" >&2; exit 2 ;; esac
+[ "$MODEL" != _drawer ] || [ -e $OUT/model_long/train.json ] || { echo "no $OUT/model_long: MODEL=_long $0 makes it" >&2; exit 2; }
 worldvla() { "$PYTHON" -m worldvla "$@"; }
 demonstrations() {  # name, options
     worldvla collect libero_spatial --out "$OUT/$1" --workers "$(nproc)" --label 5 --views agentview=128x128 wrist=64x64 "${@:2}"
@@ -21,7 +21,7 @@ demonstrations() {  # name, options
 
 SUITES=libero ONLY=stores ROWS=full runs/tables.sh
 [ -z "$MODEL" ] || demonstrations more --episodes 24 --seed 1
-[ "$MODEL" != _dagger ] || demonstrations dagger --tasks 4 --episodes 40 --seed 2 --policy $OUT/model_long --execute 3
+[ "$MODEL" != _drawer ] || demonstrations drawer --tasks 4 --episodes 48 --seed 3
 if [ ! -e "$EXPORT/train.json" ]; then
     if [ "$DEVICE" = cuda ]; then
         worldvla train "libero_object_spatial$MODEL" --out "$RUN" --train.device cuda

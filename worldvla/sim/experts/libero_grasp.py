@@ -30,6 +30,9 @@ TURNED_AXES = np.stack([-np.sin(YAWS), np.cos(YAWS)], axis=1)
 """Finger axes to choose from (35, 2); yaw 0: along y, as at the start."""
 WALL = 0.013
 """Half of the thickest wall that counts as one, metres."""
+HIT, TOUCH = 10.0, 40.0
+"""Cost of a metre that the palm, and that a finger by a wall, is inside what is around. A finger costs more: a
+grip that is nearly free and one that is free must not tie, or demonstrations of one scene differ for nothing."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def _across(hand: Hand, thing: str, axis: np.ndarray | None) -> Grip:
     best = 0
     if axis is None:
         cost = widths + 0.005 * _turns(hand, axes) + 0.3 * np.abs(shifts)
-        cost += 10 * _hits(hand.around(thing, height + TO_PALM)[:, :2], centres, axes, (0.0, *PALM))
+        cost += HIT * _hits(hand.around(thing, height + TO_PALM)[:, :2], centres, axes, (0.0, *PALM))
         cost += (widths > WIDEST) + (np.abs(shifts) + 0.012 > lengths / 2) * (shifts != 0)
         best = int(np.argmin(cost))
     room = min(float(widths[best]) + 0.01, 0.07)
@@ -132,11 +135,11 @@ def _by_wall(hand: Hand, thing: str, *, held: bool, avoid: np.ndarray | None = N
         own = corners[~walls].reshape(-1, 3)
         near = np.concatenate([around, own[own[:, 2] > height - 0.01]])
         high = around[around[:, 2] > height + TO_PALM, :2]
-        cost = 0.2 * cost + 0.02 * _turns(hand, axes) + 10 * _hits(high, centres, axes, (0.0, *PALM))
+        cost = 0.2 * cost + 0.02 * _turns(hand, axes) + HIT * _hits(high, centres, axes, (0.0, *PALM))
         if avoid is not None:
             cost += 0.2 * np.abs(axes @ avoid[:2])
         for side in (-1, 1):
-            cost += 10 * _hits(near[:, :2], centres, axes, (side * FINGERS[0], *FINGERS[1:]))
+            cost += TOUCH * _hits(near[:, :2], centres, axes, (side * FINGERS[0], *FINGERS[1:]))
     best = int(np.argmin(cost))
     return Grip(_lift(centres[best], height), _lift(axes[best]), 0.05, 0.0, bottom)
 
