@@ -31,8 +31,8 @@ TURNED_AXES = np.stack([-np.sin(YAWS), np.cos(YAWS)], axis=1)
 WALL = 0.013
 """Half of the thickest wall that counts as one, metres."""
 HIT, TOUCH = 10.0, 40.0
-"""Cost of a metre that the palm, and that a finger by a wall, is inside what is around. A finger costs more: a
-grip that is nearly free and one that is free must not tie, or demonstrations of one scene differ for nothing."""
+"""Cost of a metre that the palm, and that a finger by a wall, is inside what is around. A finger costs more:
+a grip that is free and one that nearly is must not tie, or demonstrations differ where scenes do not."""
 
 
 @dataclass(frozen=True)
