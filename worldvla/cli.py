@@ -28,7 +28,7 @@ from worldvla.cli_data import (
     TrainTokenizer,
     say,
 )
-from worldvla.cli_models import ChunkError, Compare, Convert, Doctor, EvalWorld, Serve, Tables, key
+from worldvla.cli_models import ChunkError, Compare, Convert, Doctor, EvalWorld, Rank, Serve, Tables, key
 from worldvla.config import Config, to_json
 
 EXIT_BAD_INPUT = 2
@@ -222,6 +222,7 @@ VERBS: dict[str, type[Any]] = {
     "eval": Eval,
     "eval-world": EvalWorld,
     "chunk-error": ChunkError,
+    "rank": Rank,
     "tables": Tables,
     "export": Export,
     "convert": Convert,

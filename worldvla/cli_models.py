@@ -176,6 +176,43 @@ class EvalWorld:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rank:
+    """Do policies rank in imagination as they do in the simulator? Each acts in both from the same frames."""
+
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    """The policies: checkpoints, or run directories (their newest one)."""
+    world: Path
+    """The world model that they act in."""
+    demos: tuple[Path, ...]
+    """HDF5 files, or directories of them, of every task: a judge of success is trained on them."""
+    suites: tuple[str, ...]
+    out: Path = Path("out/rank")
+    """Directory of the record, picture and film."""
+    episodes: int = 2
+    """Initial states of each task."""
+    first: int = 0
+    """The first of them."""
+    execute: tuple[int, ...] = ()
+    """Actions of a chunk before the next look; several: each a policy of its own. Default: all."""
+    seed: int = 0
+
+    def run(self) -> int:
+        from worldvla.eval.rank import rank_policies
+
+        options = {"episodes": self.episodes, "first": self.first, "execute": self.execute, "seed": self.seed}
+        record = rank_policies(
+            self.checkpoints, self.world, hdf5_files(self.demos), self.suites, self.out, **options
+        )
+        for row in record["policies"]:
+            real, judged, imagined = (f"{sum(o)}/{len(o)}" for o in row["outcomes"])
+            words = f"simulator {real}, judge there {judged}, imagined {imagined}"
+            say(f"{row['name']} seed {row['seed']} execute {row['execute']}: {words}")
+        found = record["imagined"]["spearman"]
+        say(f"rank correlation {found['value']} (95 % {found['interval_95']})   picture: {self.out}/rank.png")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChunkError:
     """Error of the k-th action of a chunk on held-out episodes, with teacher forcing and without."""
 

@@ -4,7 +4,7 @@ A small network reads x, y, z of the executed action off two real frames, in uni
 frames it is then asked the same. Trained on demonstrations that are not among the clips.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -20,18 +20,18 @@ NUM_DIMS = 3
 STEPS, BATCH, RATE, WIDTH = 600, 64, 2e-3, 24
 
 
-class Inverse(nn.Module):
-    """Both frames of every view -> (B, 3)."""
+class Towers(nn.Module):
+    """Pictures of every view, `channels` deep -> (B, num_out)."""
 
-    def __init__(self, views: Sequence[str]) -> None:
+    def __init__(self, views: Sequence[str], channels: int, num_out: int) -> None:
         super().__init__()
         self.views = list(views)
-        channels = [9, WIDTH, 2 * WIDTH, 4 * WIDTH]
+        widths = [channels, WIDTH, 2 * WIDTH, 4 * WIDTH]
         self.towers = nn.ModuleList(
             nn.Sequential(
                 *(
                     layer
-                    for i, o in pairwise(channels)
+                    for i, o in pairwise(widths)
                     for layer in (nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())
                 ),
                 nn.AdaptiveAvgPool2d(4),
@@ -40,16 +40,33 @@ class Inverse(nn.Module):
             for _ in self.views
         )
         self.head = nn.Sequential(
-            nn.Linear(16 * channels[-1] * len(self.views), 128), nn.ReLU(), nn.Linear(128, NUM_DIMS)
+            nn.Linear(16 * widths[-1] * len(self.views), 128), nn.ReLU(), nn.Linear(128, num_out)
         )
+
+    def forward(self, pictures: Mapping[str, Tensor]) -> Tensor:
+        """`pictures`: view -> float (B, channels, Y, X) in [-1, 1]."""
+        parts = [tower(pictures[v]) for v, tower in zip(self.views, self.towers, strict=True)]
+        return self.head(torch.cat(parts, 1))
+
+
+class Inverse(nn.Module):
+    """Both frames of every view -> (B, 3)."""
+
+    def __init__(self, views: Sequence[str]) -> None:
+        super().__init__()
+        self.towers = Towers(views, 9, NUM_DIMS)
+
+    @property
+    def views(self) -> list[str]:
+        return self.towers.views
 
     def forward(self, pairs: dict[str, Tensor]) -> Tensor:
         """`pairs`: view -> uint8 (B, 2, Y, X, 3)."""
-        parts = []
-        for view, tower in zip(self.views, self.towers, strict=True):
+        pictures = {}
+        for view in self.views:
             x = pairs[view].permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-            parts.append(tower(torch.cat((x[:, 0], x[:, 1], x[:, 1] - x[:, 0]), 1)))
-        return self.head(torch.cat(parts, 1))
+            pictures[view] = torch.cat((x[:, 0], x[:, 1], x[:, 1] - x[:, 0]), 1)
+        return self.towers(pictures)
 
 
 def train_inverse(episodes: Sequence[Episode], views: Sequence[str], seed: int = 0) -> Inverse:

@@ -91,6 +91,12 @@ class World:
         self.stats.append(stats)
         return self.frame()
 
+    def keep(self, rows: np.ndarray) -> None:
+        """Go on with these of the worlds alone: indices, or bool (B,)."""
+        if self._codes_BN is None or not self._is_batch:
+            raise ValueError("only a batch of worlds can be thinned: call reset with stacked frames first")
+        self._codes_BN = self._codes_BN[rows]
+
     def frame(self) -> Frame:
         """Return the current frame, decoded."""
         frames = {}
