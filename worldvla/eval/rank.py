@@ -331,7 +331,7 @@ def rank_policies(
             "seed": seed,
         },
         "judge": {"demonstrations": judged, **errors},
-        "outcomes": "of each initial state: the simulator's word, the judge's there, the judge's imagined",
+        "columns": "of each initial state: the simulator's word, the judge's there, the judge's imagined",
         "policies": rows,
         "imagined": agreement(sim_MN, imagined_MN),
         "judge_on_real_frames": agreement(sim_MN, judge_MN),
