@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 SUITES=${SUITES:-tabletop}
-ROWS=${ROWS:-"action action_world chunk_causal chunk full full_even world world_no_action history2 history4 low head chunk10_causal chunk10 chunk2_causal chunk2"}
+ROWS=${ROWS:-"action action_world chunk_causal chunk full full_even world world_long world_no_action history2 history4 low head chunk10_causal chunk10 chunk2_causal chunk2"}
 DEVICE=${DEVICE:-cpu} JOBS=${JOBS:-1} ONLY=${ONLY:-}
 PYTHON=${PYTHON:-.venv/bin/python}
 if [ "$SUITES" = libero ]; then
@@ -88,7 +88,7 @@ worldvla tokenize $OUT/demos/tabletop_object --tokenizer worldvla/assets/tableto
 cp $OUT/store_tabletop_object/manifest.json "$RESULTS/codes_cell.json"
 cp ${OUT}_vqgan/store/manifest.json "$RESULTS/codes_vqgan.json"
 have() { for row in "$@"; do [ ! -d "$OUT/${row}_0" ] || echo "$OUT/${row}_0"; done; }
-worlds=$(have world full full_even world_no_action)
+worlds=$(have world world_long full full_even world_no_action)
 if [ -n "$worlds" ]; then
     for suite in $SUITES; do    # the clips of the world models; seed 0 was trained on
         worldvla collect "$suite" --out "$OUT/held_out/$suite" --episodes 5 --seed 9 --workers "$(nproc)"
@@ -97,9 +97,9 @@ if [ -n "$worlds" ]; then
     worldvla eval-world $worlds --demos $OUT/held_out --clips 64 --horizons 10 --out "$RESULTS/world10"
     worldvla eval-world $worlds --demos $OUT/held_out_long --clips 16 --horizons 50 --out "$RESULTS/world50"
 fi
-if [ -d $OUT/world_0 ]; then    # policies of several strengths, in imagination and in the simulator
+if [ -d $OUT/world_long_0 ]; then    # policies of several strengths, in imagination and in the simulator
     policies=$(for seed in 0 1 2; do ls -d $OUT/{action,chunk_causal,chunk,full}_$seed 2> /dev/null; done || true)
-    worldvla rank $policies --world $OUT/world_0 --demos $OUT/demos --suites tabletop_spatial tabletop_object tabletop_goal \
+    worldvla rank $policies --world $OUT/world_long_0 --demos $OUT/demos --suites tabletop_spatial tabletop_object tabletop_goal \
         --episodes 2 --first 10 --execute 5 1 --out "$RESULTS/rank"
 fi
 chunks=$(have action chunk2_causal chunk2 chunk_causal chunk chunk10_causal chunk10)

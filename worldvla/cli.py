@@ -171,7 +171,7 @@ class Export:
 class Demo:
     """Roll the shipped model out, imagine, and write one HTML page."""
 
-    suite: Literal["tabletop", "libero_object"] = "tabletop"
+    suite: Literal["tabletop", "libero_object", "libero_spatial"] = "tabletop"
     """All four tabletop suites, or a real Franka's (needs the libero extra)."""
     out: Path | None = None
     """Default: out/demo_SUITE."""

@@ -17,8 +17,14 @@ from worldvla.infer.load import weights_digest
 from worldvla.recipes import TABLETOP_SUITES
 
 ASSETS = Path(__file__).parent / "assets"
-SUITES = {"tabletop": TABLETOP_SUITES, "libero_object": ("libero_object",)}
-"""Shipped model, by its directory in ASSETS -> the suites it is shown on."""
+SUITES = {
+    "tabletop": ("tabletop", TABLETOP_SUITES),
+    "libero_object": ("libero", ("libero_object",)),
+    "libero_spatial": ("libero", ("libero_spatial",)),
+}
+"""What can be shown -> the shipped model, by its directory in ASSETS, and the suites."""
+RECIPES = {"tabletop": "runs/tabletop.sh", "libero": "MODEL=_drawer runs/libero_object_spatial.sh"}
+"""Shipped model -> what makes it."""
 DEMONSTRATION_SEED = 9
 """Of the episodes that are imagined: not the one that any recipe collects with."""
 EXECUTE = 3
@@ -38,10 +44,10 @@ def demo(
     """Roll out `episodes` of each task, imagine a few clips, and return the path of the page."""
     if suite not in SUITES:
         raise ValueError(f"a model is shipped for {', '.join(SUITES)}, got {suite!r}: see `worldvla eval`")
-    suites = SUITES[suite]
-    path = ASSETS / suite if checkpoint is None else checkpoint
+    shipped, suites = SUITES[suite]
+    path = ASSETS / shipped if checkpoint is None else checkpoint
     if not path.exists():
-        fix = f"train one by runs/{suite}.sh, or give yours: worldvla demo --checkpoint PATH"
+        fix = f"train one by {RECIPES[shipped]}, or give yours: worldvla demo --checkpoint PATH"
         raise FileNotFoundError(f"no model at {path}: {fix}")
     actor = ModelActor(path, EXECUTE)
     model = actor.model

@@ -256,6 +256,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "low": {"grids": ((4, 4), (2, 2))},
     # Table 2, the world model alone.
     "world": {"policy": False},
+    "world_long": {"policy": False, "steps": 5_000},
     "world_no_action": {"policy": False, "action_conditioning": False},
     # Chunk length, beside action (1), chunk and chunk_causal (5).
     "chunk2": {"chunk": 2, "world": False},
@@ -265,8 +266,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     # Beside chunk: a continuous action head next to the bins.
     "head": {"head": HeadConfig(num_layers=2, width=128, hidden=512), "world": False},
 }
-"""Row -> what differs from `full`: a field of the layout, the head, the weight of image tokens, or which kind
-of samples is left out."""
+"""Row -> what differs from `full`: a field of the layout, the head, the weight of image tokens, the steps, or
+which kind of samples is left out."""
 
 
 def pilot(row: str, libero: bool = False) -> Config:
@@ -281,11 +282,12 @@ def pilot(row: str, libero: bool = False) -> Config:
     policy = POLICY_BATCH * layout.pop("policy", True)
     world = (LIBERO_WORLD_BATCH if libero else WORLD_BATCH) * layout.pop("world", True)
     head, alpha = layout.pop("head", HeadConfig()), layout.pop("image_weight", base.loss.image_weight)
+    steps = layout.pop("steps", 2_000)
     root = "out/tables_libero" if libero else "out/tables_low" if row == "low" else "out/tables"
     suites = ("libero_object", "libero_spatial") if libero else TABLETOP_SUITES
     length = {"history2": 320, "history4": 480}.get(row, 256)
     share, batch_size = world / (policy + world), policy + world
-    train = replace(base.train, steps=2_000, batch_size=batch_size, eval_every=500, save_every=1_000)
+    train = replace(base.train, steps=steps, batch_size=batch_size, eval_every=500, save_every=1_000)
     return replace(
         base,
         name=f"libero_pilot_{row}" if libero else f"pilot_{row}",
