@@ -203,20 +203,21 @@ def imagine(
     world: World,
     numbers: np.ndarray,
     first: Sequence[Mapping[str, Any]],
-    horizon: int,
     films: int = 0,
 ) -> tuple[np.ndarray, list[list[Frame]]]:
     """Return what the judge says (N,) of episodes that `world` imagines from the observations `first` on, and
     the frames of the first `films` of them. Task `numbers` (N,)."""
     views, alive = judge.towers.views, np.arange(len(numbers))
+    horizons = np.array([sim.suite(judge.tasks[n].suite).horizon for n in numbers])
     done, states = np.zeros(len(numbers), dtype=bool), np.stack([o["state"] for o in first])
     frame: Any = world.reset({view: np.stack([o[view] for o in first]) for view in views})
     said, chunks = np.zeros((CONFIRM, len(numbers)), dtype=bool), np.empty(0)
     filmed: list[list[Frame]] = [[] for _ in range(films)]
-    for t in range(horizon):
+    for t in range(horizons.max()):
         if t % execute == 0:
-            world.keep(~done[alive])
-            frame, alive = {v: f[~done[alive]] for v, f in frame.items()}, alive[~done[alive]]
+            going = ~done[alive] & (t < horizons[alive])
+            world.keep(going)
+            frame, alive = {v: f[going] for v, f in frame.items()}, alive[going]
             if not len(alive):
                 break
             chunks = policy.act(
@@ -230,7 +231,7 @@ def imagine(
         states[alive], now = judge.read(frame, numbers[alive])
         said = np.concatenate([said[1:], said[-1:]])
         said[-1, alive] = now
-        done[alive] |= said[:, alive].all(0)
+        done[alive] |= said[:, alive].all(0) & (t < horizons[alive])
         for i, n in enumerate(alive):
             if n < films:
                 filmed[n].append({v: frame[v][i] for v in views})
@@ -299,7 +300,6 @@ def rank_policies(
     judge, errors = train_judge(tasks, seen, judge_steps, seed)
     starts = [(number, first + i) for number in range(len(tasks)) for i in range(episodes)]
     numbers = np.array([number for number, _ in starts])
-    horizon = max(sim.suite(suite).horizon for suite in suites)
     envs: list[Any] = [sim.make(task, views) for task in tasks]
     observations = [envs[n].reset(options={"init": init})[0] for n, init in starts]
     rows, imagination = [], model.world()
@@ -309,7 +309,7 @@ def rank_policies(
             act = policy.policy()
             real = [simulate(act, n, judge, number, init, envs[number]) for number, init in starts]
             wanted = 0 if rows else films
-            done, filmed = imagine(act, n, judge, imagination, numbers, observations, horizon, wanted)
+            done, filmed = imagine(act, n, judge, imagination, numbers, observations, wanted)
             if filmed:
                 pictures = [picture for film in filmed for picture in views_side_by_side(film)]
                 write_mp4(out_dir / "imagined.mp4", pictures, FPS[sim.suite(suites[0]).simulator])
@@ -326,7 +326,7 @@ def rank_policies(
         "protocol": {
             "episodes": episodes,
             "first": first,
-            "horizon": horizon,
+            "horizons": {suite: sim.suite(suite).horizon for suite in suites},
             "confirm": CONFIRM,
             "seed": seed,
         },
