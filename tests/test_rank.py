@@ -3,8 +3,10 @@
 Run: pytest tests/test_rank.py
 """
 
+import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,43 +34,131 @@ def test_ranks_and_correlations_are_scipys(rng: np.random.Generator) -> None:
     assert np.isnan(rank.correlation(np.ones(3), np.arange(3.0)))
 
 
-def test_success_has_to_be_seen_twice_in_a_row() -> None:
-    said = np.array([1, 0, 1, 1, 0, 1], dtype=bool)
-    assert rank.confirmed(said).tolist() == [False, False, False, True, False, False]
+class Scripted:
+    """A body whose episodes the judge and the simulator speak of as written, and which says who asked it."""
+
+    def __init__(self, said: list[str], success: list[str]) -> None:
+        self.said, self.success, self.rows, self.t = said, success, np.arange(len(said)), 0
+
+    def keep(self, rows: np.ndarray) -> None:
+        self.rows = self.rows[rows]
+
+    def step(self, actions: np.ndarray) -> rank.Seen:
+        assert np.array_equal(actions[:, 0], 100 * self.rows + self.t)  # what the policy meant for this step
+        said, success = (
+            np.array([self.t < len(w[n]) and w[n][self.t] == "x" for n in self.rows])
+            for w in (self.said, self.success)
+        )
+        self.t += 1
+        frame = {"agentview": np.broadcast_to(self.rows[:, None, None, None], (len(self.rows), 2, 2, 3))}
+        return rank.Seen(frame, np.full((len(self.rows), 8), self.t, np.float32), said, success)
+
+
+class Counting:
+    """A policy that tells its steps apart: 100 times the episode that it sees, plus the step that it feels."""
+
+    def act(self, observations: list[dict]) -> np.ndarray:
+        first = [100 * int(o["agentview"][0, 0, 0]) + int(o["state"][0]) for o in observations]
+        return np.add.outer(first, np.arange(2))[..., None] * np.ones(7)
+
+
+def test_episodes_end_when_both_say_so_or_at_their_own_horizon(monkeypatch: pytest.MonkeyPatch) -> None:
+    horizons = {"short": 5, "long": 9}
+    monkeypatch.setattr(sim, "suite", lambda name: sim.Suite(name, "tabletop", horizons[name], ""))
+    tasks = [sim.Task(suite, 0, "a", "do it") for suite in ("long", "long", "short", "long")]
+    # twice in a row; never twice; only after the short horizon; the simulator later than the judge
+    said = ["..xx", "x.x.x.x.x", "....xx", "xx"]
+    body = Scripted(said, ["...x", ".........", ".....x", ".....x"])
+    first = [{"agentview": np.full((2, 2, 3), n), "state": np.zeros(8, np.float32)} for n in range(4)]
+    success, judged, films = rank.drive(Counting(), 2, body, tasks, first, films=1)  # pyright: ignore
+    assert judged.tolist() == [True, False, False, True]
+    assert success.tolist() == [True, False, False, True]
+    assert (len(films[0]), body.t, body.rows.tolist()) == (4, 9, [1])
+
+
+def test_worlds_that_are_kept_go_on_as_they_would_have(rng: np.random.Generator) -> None:
+    model = worldvla.load(MODEL)
+    frames = {v: rng.integers(0, 256, (3, *s, 3), dtype=np.uint8) for v, s in model.view_sizes.items()}
+    actions, worlds = rng.uniform(-1, 1, (3, 7)), [model.world(), model.world()]
+    for world in worlds:
+        world.reset(frames)
+    worlds[1].keep(np.array([True, False, True]))
+    whole, part = worlds[0].step(actions), worlds[1].step(actions[[0, 2]])
+    assert all(np.array_equal(whole[view][[0, 2]], part[view]) for view in frames)
 
 
 def test_the_same_outcomes_agree_and_opposite_ones_do_not(rng: np.random.Generator) -> None:
     outcomes_MN = (rng.random((5, 40)) < np.linspace(0.1, 0.9, 5)[:, None]).astype(int)
-    same, opposite = rank.agreement(outcomes_MN, outcomes_MN), rank.agreement(outcomes_MN, 1 - outcomes_MN)
+    of = [0, 1, 2, 3, 3]
+    same, opposite = (rank.agreement(outcomes_MN, b_MN, of) for b_MN in (outcomes_MN, 1 - outcomes_MN))
     assert same["spearman"] == {"value": 1.0, "interval_95": [1.0, 1.0]}
     assert same["same_episodes"] == [200, 200]
+    assert 1900 < same["draws"] < rank.DRAWS  # one checkpoint four times: nothing differs
     assert opposite["pearson"]["value"] == -1.0
-    assert rank.agreement(np.ones((3, 4)), np.ones((3, 4)))["spearman"] == {
-        "value": None,
-        "interval_95": None,
-    }
+    nothing = rank.agreement(np.ones((3, 4)), np.ones((3, 4)), range(3))
+    assert (nothing["spearman"], nothing["draws"]) == ({"value": None, "interval_95": None}, 0)
 
 
-def test_a_policy_acts_in_both_and_the_record_says_how(
+def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks = sim.tasks(SUITE)[:1]
     collect(SUITE, tmp_path / "demos", episodes=3, tasks=(0,), workers=1)
     monkeypatch.setattr(sim, "tasks", lambda _: tasks)
     demos = sorted((tmp_path / "demos").glob("*.hdf5"))
-    options = {"episodes": 1, "first": 10, "execute": (3, 9, 5), "judge_steps": 60, "films": 1}
-    record = rank.rank_policies([MODEL], MODEL, demos, [SUITE], tmp_path / "out", **options)
+    options = {"episodes": 2, "first": 10, "execute": (3, 9, 5), "judge_steps": 30, "films": 1}
+    run = functools.partial(rank.rank_policies, [MODEL], MODEL, demos, [SUITE], tmp_path / "out", **options)
+    record = run()
     assert [row["execute"] for row in record["policies"]] == [3, 5]  # no more than the chunk, each once
-    assert all(np.shape(row["outcomes"]) == (3, 1) for row in record["policies"])
-    assert record["policies"][0]["outcomes"][0] == [1]  # the shipped model succeeds from this state
+    assert all(np.shape(row["outcomes"]) == (3, 2) for row in record["policies"])
+    assert sum(sum(row["outcomes"][0]) for row in record["policies"]) >= 3  # the shipped model can do this
     assert json.loads((tmp_path / "out/record.json").read_text())["judge"] == record["judge"]
     assert all((tmp_path / "out" / name).stat().st_size for name in ("rank.png", "imagined.mp4"))
+    monkeypatch.setattr(rank, "drive", None)
+    assert run()["policies"] == record["policies"]
+
+
+def test_the_judge_learns_what_pictures_show_of_each_task(rng: np.random.Generator) -> None:
+    """Brightness is the state; task 0 is done when it is bright, task 1 when it is dark."""
+    bright, tasks = rng.integers(40, 216, 600), rng.integers(0, 2, 600)
+    images = np.broadcast_to(bright[:, None, None, None], (600, 16, 16, 3)).astype(np.uint8)
+    states = np.repeat(bright[:, None] / 1000, 8, 1).astype(np.float32)
+    success = np.where(tasks == 0, bright > 128, bright < 128)
+    pictures = rank.Pictures({"agentview": images}, states, tasks, success, np.arange(600) // 10)
+    judge, errors = rank.train_judge([sim.Task("x", n, "a", "do it") for n in (0, 1)], pictures, 200)
+    (seen, successes), (alarms, failures) = errors["successes_seen"], errors["false_alarms"]
+    assert successes + failures == 60
+    assert seen > 0.9 * successes
+    assert alarms < 0.1 * failures
+    assert errors["position_error_mm"] < 10  # of 175
+    felt, _ = judge.read({"agentview": images[:5]}, tasks[:5])
+    assert np.abs(felt - states[:5]).max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"execute": (0,)}, "execute at least 1"),
+        ({"first": 49}, r"0\.\.49 are for evaluation: got 2 from 49 on"),
+        ({"episodes": 0}, "got 0 from 0 on"),
+        ({"checkpoints": []}, "at least one"),
+        ({"checkpoints": ["a", "a"]}, "every policy once"),
+        ({"suites": [SUITE, SUITE]}, "every suite once"),
+    ],
+)
+def test_bad_input_is_said_before_anything_is_loaded(tmp_path: Path, options: dict, words: str) -> None:
+    given = {"checkpoints": ["nowhere"], "world": "nowhere", "demos": [], "suites": [SUITE], **options}
+    with pytest.raises(ValueError, match=words):
+        rank.rank_policies(out_dir=tmp_path, **given)
 
 
 def test_what_the_judge_cannot_learn_is_said(tmp_path: Path) -> None:
     collect(SUITE, tmp_path / "demos", episodes=1, tasks=(0,), workers=1)
-    demos, views = sorted((tmp_path / "demos").glob("*.hdf5")), {"agentview": (64, 64), "wrist": (32, 32)}
+    demos, model = sorted((tmp_path / "demos").glob("*.hdf5")), worldvla.load(MODEL)
     with pytest.raises(ValueError, match=f"no demonstration of {SUITE}/"):
-        rank.gather(demos, [SUITE], views, 5)
-    with pytest.raises(ValueError, match=r"view wrist is \(32, 32\) pixels, the models see \(16, 16\)"):
-        rank.gather(demos, [SUITE], views | {"wrist": (16, 16)}, 5)
+        rank.gather(demos, [SUITE], model, 5)
+    other = SimpleNamespace(view_sizes=model.view_sizes | {"wrist": (16, 16)})
+    with pytest.raises(
+        ValueError, match=r"view wrist is \(32, 32\), the models see \(16, 16\): collect it so"
+    ):
+        rank.gather(demos, [SUITE], other, 5)  # pyright: ignore

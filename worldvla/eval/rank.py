@@ -1,12 +1,15 @@
 """Do policies rank in imagination as they do in the simulator?
 
-Every policy acts from the same first frames twice: in the simulator, and in a world model, which after that
-frame never asks the simulator again. A judge, a small network trained on demonstrations, reads the
-proprioception and the success off imagined frames. It reads the simulator's too, so that its own errors can
-be told from the world's. Dims: N episodes, P pictures, M policies, Y X pixels.
+Every policy acts from the same observations twice: in the simulator, and in a world model, which after that
+never asks the simulator again. A judge, a small network trained on demonstrations, reads proprioception and
+success off imagined frames. It reads the simulator's too, through the same image tokenizer and up to the
+same step, so that its own errors can be told from the world's. Dims: N episodes, P pictures, M policies, Y X
+pixels.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,9 @@ from torch import Tensor, nn
 
 from worldvla.data.episode import read_episodes
 from worldvla.eval.inverse import Towers
-from worldvla.eval.record import provenance
+from worldvla.eval.record import Journal, provenance
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
+from worldvla.eval.world import reconstruct
 from worldvla.files import write_json
 from worldvla.infer.imagine import World
 from worldvla.infer.load import Model, load
@@ -32,11 +36,12 @@ AFTER = 4
 CONFIRM = 2
 """Pictures in a row that the judge must call a success."""
 STEPS, BATCH, RATE = 2_000, 64, 2e-3
+DRAWS = 2_000
 HELD_OUT = 0.1
 """Share of the demonstrations that the judge is not trained on: its errors are measured there."""
 
 Frame = dict[str, np.ndarray]
-"""view -> uint8 (Y, X, 3); of several pictures (P, Y, X, 3)."""
+"""view -> uint8 (P, Y, X, 3)."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +57,6 @@ class Pictures:
     """(P,) bool: the simulator's word."""
     episodes: np.ndarray
     """(P,), which demonstration."""
-
-    def __getitem__(self, rows: np.ndarray) -> "Pictures":
-        images = {v: a[rows] for v, a in self.images.items()}
-        return Pictures(images, self.states[rows], self.tasks[rows], self.success[rows], self.episodes[rows])
 
 
 class Judge(nn.Module):
@@ -83,42 +84,53 @@ class Judge(nn.Module):
 
 
 def gather(
-    paths: Sequence[Path], suites: Sequence[str], views: Mapping[str, tuple[int, int]], episodes: int
+    paths: Sequence[Path], suites: Sequence[str], model: Model, episodes: int
 ) -> tuple[list[sim.Task], Pictures]:
-    """Return the tasks of `suites` and the pictures of at most `episodes` demonstrations of each."""
+    """Return the tasks of `suites` and the pictures of at most `episodes` demonstrations of each.
+
+    The pictures are as the image tokenizer of `model` shows them.
+    """
     tasks = [task for suite in suites for task in sim.tasks(suite)]
     numbers = {(task.suite, task.name): i for i, task in enumerate(tasks)}
-    images: dict[str, list[np.ndarray]] = {view: [] for view in views}
+    images: dict[str, list[np.ndarray]] = {view: [] for view in model.view_sizes}
     states, of, success, which = [], [], [], []
     with progress_bar() as progress:
         for path in progress.track(paths, description="demonstrations for the judge"):
-            env: Any = None
-            for count, episode in enumerate(read_episodes(path)):
-                number = numbers.get((episode.suite, episode.task))
-                if number is None or count == episodes:
-                    break
-                if env is None:
-                    env = sim.make(tasks[number], dict(views))
-                    env.reset(options={"init": 0})
-                env.set_state(episode.sim_states[-1])
-                more = [env.step(action) for action in [episode.actions[-1]] * AFTER]
-                for view, size in views.items():
-                    if (found := episode.images.get(view, np.empty(0)).shape[1:3]) != tuple(size):
-                        raise ValueError(
-                            f"{path}: view {view} is {found} pixels, the models see {size}: collect it so"
-                        )
-                    images[view] += [episode.images[view], np.stack([step[0][view] for step in more])]
-                states += [episode.states, np.stack([step[0]["state"] for step in more])]
-                success += [False] * len(episode) + [step[4]["success"] for step in more]
-                of += [number] * (len(episode) + AFTER)
-                which += [len(states)] * (len(episode) + AFTER)
-            if env is not None:
-                env.close()
-    if missing := sorted(set(range(len(tasks))) - set(of)):
-        task = tasks[missing[0]]
-        raise ValueError(
-            f"no demonstration of {task.suite}/{task.name} for the judge: collect it, give --demos"
-        )
+            with ExitStack() as stack:
+                env: Any = None
+                for count, episode in enumerate(read_episodes(path)):
+                    number = numbers.get((episode.suite, episode.task))
+                    if number is None or count == episodes:
+                        break
+                    sizes = {view: found.shape[1:3] for view, found in episode.images.items()}
+                    for view, size in model.view_sizes.items():
+                        if sizes.get(view) != tuple(size):
+                            raise ValueError(
+                                f"{path}: view {view} is {sizes.get(view, 'missing')}, "
+                                f"the models see {size}: collect it so"
+                            )
+                    if env is None:
+                        env = sim.make(tasks[number], model.view_sizes)
+                        stack.enter_context(closing(env))
+                    env.reset(options={"init": max(episode.init, 0)})  # fixtures are not in every state
+                    env.set_state(episode.sim_states[-1])
+                    rest = episode.actions[-1] * (np.arange(sim.NUM_ACTION_DIMS) == sim.NUM_ACTION_DIMS - 1)
+                    more = [env.step(action) for action in [episode.actions[-1], *[rest] * (AFTER - 1)]]
+                    for view, found in images.items():
+                        after = np.stack([step[0][view] for step in more])
+                        found.append(reconstruct(model, np.concatenate([episode.images[view], after])))
+                    states += [episode.states, np.stack([step[0]["state"] for step in more])]
+                    success += [False] * len(episode) + [step[4]["success"] for step in more]
+                    of += [number] * (len(episode) + AFTER)
+                    which += [len(states)] * (len(episode) + AFTER)
+    seen = {
+        "demonstration": set(of),
+        "success when it is replayed": set(np.array(of)[np.array(success, bool)]),
+    }
+    for what, found in seen.items():
+        if missing := sorted(set(range(len(tasks))) - found):
+            where = f"{tasks[missing[0]].suite}/{tasks[missing[0]].name}"
+            raise ValueError(f"no {what} of {where} for the judge: collect it anew, give --demos")
     joined = {view: np.concatenate(parts) for view, parts in images.items()}
     arrays = (np.concatenate(states), np.array(of), np.array(success), np.array(which))
     return tasks, Pictures(joined, *arrays)
@@ -131,111 +143,134 @@ def train_judge(
     rng = np.random.default_rng(seed)
     names = rng.permutation(np.unique(seen.episodes))
     held = np.isin(seen.episodes, names[: max(1, int(HELD_OUT * len(names)))])
-    train, test = seen[~held], seen[held]
-    kinds = [np.flatnonzero(train.success == kind) for kind in (False, True)]
-    if not all(map(len, kinds)):
-        raise ValueError("the judge needs demonstrations that end in success, and more than one")
-    std = train.states.std(0) + 1e-4
+    kinds = [np.flatnonzero(~held & (seen.success == kind)) for kind in (False, True)]
+    if lacking := sorted(set(range(len(tasks))) - set(seen.tasks[kinds[1]])):
+        where = f"{tasks[lacking[0]].suite}/{tasks[lacking[0]].name}"
+        raise ValueError(f"too few demonstrations of {where} to hold some out: collect more of it")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        judge = Judge(list(seen.images), tasks, train.states.mean(0), std)
+        train = seen.states[~held]
+        judge = Judge(list(seen.images), tasks, train.mean(0), train.std(0) + 1e-4)
         optimizer = torch.optim.AdamW(judge.parameters(), RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
         with progress_bar() as progress:
             for _ in progress.track(range(steps), description="train the judge"):
-                batch = train[np.concatenate([rng.choice(kind, BATCH // 2) for kind in kinds])]
-                states, logits = judge(batch.images, batch.tasks)
-                truth = (torch.from_numpy(batch.states) - judge.mean) / judge.std
+                rows = np.concatenate([rng.choice(kind, BATCH // 2) for kind in kinds])
+                states, logits = judge({v: a[rows] for v, a in seen.images.items()}, seen.tasks[rows])
+                truth = (torch.from_numpy(seen.states[rows]) - judge.mean) / judge.std
+                success = torch.from_numpy(seen.success[rows]).float()
                 loss = F.smooth_l1_loss(states, truth)
-                loss = loss + F.binary_cross_entropy_with_logits(
-                    logits, torch.from_numpy(batch.success).float()
-                )
+                loss = loss + F.binary_cross_entropy_with_logits(logits, success)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
     judge.eval()
-    parts = [
-        test[rows] for rows in np.array_split(np.arange(len(test.tasks)), max(1, len(test.tasks) // 512))
-    ]
-    read = [judge.read(part.images, part.tasks) for part in parts]
-    off, said = (
-        np.abs(np.concatenate([r[0] for r in read]) - test.states),
-        np.concatenate([r[1] for r in read]),
-    )
+    off, said = np.empty(seen.states.shape), np.empty(len(held), dtype=bool)
+    for rows in np.split(np.flatnonzero(held), range(512, int(held.sum()), 512)):
+        read, said[rows] = judge.read({v: a[rows] for v, a in seen.images.items()}, seen.tasks[rows])
+        off[rows] = np.abs(read - seen.states[rows])
+    good, bad = held & seen.success, held & ~seen.success
     return judge, {
-        "pictures": len(test.tasks),
-        "position_error_mm": round(1000 * float(off[:, :3].mean()), 2),
-        "successes_seen": [int(said[test.success].sum()), int(test.success.sum())],
-        "false_alarms": [int(said[~test.success].sum()), int((~test.success).sum())],
+        "position_error_mm": round(1000 * float(off[held, :3].mean()), 2),
+        "successes_seen": [int(said[good].sum()), int(good.sum())],
+        "false_alarms": [int(said[bad].sum()), int(bad.sum())],
     }
 
 
-def confirmed(said: np.ndarray) -> np.ndarray:
-    """Return for each time whether the last CONFIRM of `said` (T, ...) are all true; (T, ...)."""
-    padded = np.concatenate([np.zeros((CONFIRM - 1, *said.shape[1:]), dtype=bool), said])
-    return np.all([padded[i : i + len(said)] for i in range(CONFIRM)], axis=0)
+@dataclass(frozen=True)
+class Seen:
+    """What episodes side by side show after a step; one row an episode."""
+
+    frame: Frame
+    """What the policy sees."""
+    states: np.ndarray
+    """(N, 8), what the policy feels."""
+    said: np.ndarray
+    """(N,) bool: the judge's word."""
+    success: np.ndarray
+    """(N,) bool: the simulator's word; the judge's where there is no simulator."""
 
 
-def simulate(
-    policy: Policy, execute: int, judge: Judge, number: int, init: int, env: Any
-) -> tuple[bool, bool]:
-    """Return what the simulator and what the judge say of one episode of task `number` in the simulator."""
-    observation, _ = env.reset(options={"init": init})
-    task, frames, done, left, chunk = judge.tasks[number], [], False, CONFIRM, np.empty(0)
-    for t in range(env.horizon):
-        if t % execute == 0:
-            chunk = policy.act({**observation, "instruction": task.instruction})
-        observation, _, success, _, _ = env.step(chunk[t % execute])
-        frames.append({view: observation[view] for view in judge.towers.views})
-        done = done or success
-        left -= done
-        if not left:
-            break
-    images = {view: np.stack([frame[view] for frame in frames]) for view in judge.towers.views}
-    return done, bool(confirmed(judge.read(images, np.full(len(frames), number))[1]).any())
+class Simulated:
+    """Episodes in the simulator."""
+
+    def __init__(self, judge: Judge, model: Model, envs: Sequence[Any], numbers: np.ndarray) -> None:
+        self.judge, self.model, self.envs, self.numbers = judge, model, list(envs), numbers
+
+    def keep(self, rows: np.ndarray) -> None:
+        self.envs = [env for env, kept in zip(self.envs, rows, strict=True) if kept]
+        self.numbers = self.numbers[rows]
+
+    def step(self, actions: np.ndarray) -> Seen:
+        done = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
+        frame = {view: np.stack([step[0][view] for step in done]) for view in self.model.view_sizes}
+        shown = {view: reconstruct(self.model, images) for view, images in frame.items()}
+        states, success = (
+            np.stack([step[0]["state"] for step in done]),
+            np.array([step[4]["success"] for step in done]),
+        )
+        return Seen(frame, states, self.judge.read(shown, self.numbers)[1], success)
 
 
-def imagine(
+class Imagined:
+    """The same in a world model; the judge is asked for what no frame says."""
+
+    def __init__(self, judge: Judge, world: World, first: Frame, numbers: np.ndarray) -> None:
+        self.judge, self.world, self.numbers = judge, world, numbers
+        world.reset(first)
+
+    def keep(self, rows: np.ndarray) -> None:
+        self.world.keep(rows)
+        self.numbers = self.numbers[rows]
+
+    def step(self, actions: np.ndarray) -> Seen:
+        frame: Any = self.world.step(actions)
+        states, said = self.judge.read(frame, self.numbers)
+        return Seen(frame, states, said, said)
+
+
+def drive(
     policy: Policy,
     execute: int,
-    judge: Judge,
-    world: World,
-    numbers: np.ndarray,
+    body: Simulated | Imagined,
+    tasks: Sequence[sim.Task],
     first: Sequence[Mapping[str, Any]],
     films: int = 0,
-) -> tuple[np.ndarray, list[list[Frame]]]:
-    """Return what the judge says (N,) of episodes that `world` imagines from the observations `first` on, and
-    the frames of the first `films` of them. Task `numbers` (N,)."""
-    views, alive = judge.towers.views, np.arange(len(numbers))
-    horizons = np.array([sim.suite(judge.tasks[n].suite).horizon for n in numbers])
-    done, states = np.zeros(len(numbers), dtype=bool), np.stack([o["state"] for o in first])
-    frame: Any = world.reset({view: np.stack([o[view] for o in first]) for view in views})
-    said, chunks = np.zeros((CONFIRM, len(numbers)), dtype=bool), np.empty(0)
+) -> tuple[np.ndarray, np.ndarray, list[list[Frame]]]:
+    """Return whether each of N episodes succeeded by the simulator's word and by the judge's, (N,) bool each,
+    and the frames of the first `films`. An episode ends when both say so, or at its suite's horizon.
+
+    `tasks` (N), and what each is seen to be at `first` (N).
+    """
+    views = [view for view in first[0] if view != "state"]
+    horizons = np.array([sim.suite(task.suite).horizon for task in tasks])
+    frame, states = {v: np.stack([o[v] for o in first]) for v in views}, np.stack([o["state"] for o in first])
+    alive, chunks = np.arange(len(tasks)), np.empty(0)
+    streak, success, judged = (np.zeros(len(tasks), dtype=t) for t in (int, bool, bool))
     filmed: list[list[Frame]] = [[] for _ in range(films)]
-    for t in range(horizons.max()):
-        if t % execute == 0:
-            going = ~done[alive] & (t < horizons[alive])
-            world.keep(going)
-            frame, alive = {v: f[going] for v, f in frame.items()}, alive[going]
+    for t in range(int(horizons.max())):
+        if t % execute == 0 or (t >= horizons[alive]).any():
+            going = ~(success & judged)[alive] & (t < horizons[alive])
+            body.keep(going)
+            frame, states, alive = {v: f[going] for v, f in frame.items()}, states[going], alive[going]
+            if t % execute:
+                chunks = chunks[going]
             if not len(alive):
                 break
-            chunks = policy.act(
-                [
-                    {**{v: frame[v][i] for v in views}, "state": states[n], "instruction": text}
-                    for i, n in enumerate(alive)
-                    for text in [judge.tasks[numbers[n]].instruction]
-                ]
-            )
-        frame = world.step(chunks[:, t % execute])
-        states[alive], now = judge.read(frame, numbers[alive])
-        said = np.concatenate([said[1:], said[-1:]])
-        said[-1, alive] = now
-        done[alive] |= said[:, alive].all(0) & (t < horizons[alive])
-        for i, n in enumerate(alive):
+        if t % execute == 0:
+            seen = [{**{v: frame[v][i] for v in views}, "state": states[i]} for i in range(len(alive))]
+            texts = [{"instruction": tasks[n].instruction} for n in alive]
+            chunks = policy.act([{**o, **text} for o, text in zip(seen, texts, strict=True)])
+        now = body.step(chunks[:, t % execute])
+        frame, states = now.frame, now.states
+        streak[alive] = np.where(now.said, streak[alive] + 1, 0)
+        judged[alive] |= streak[alive] >= CONFIRM
+        success[alive] |= now.success
+        for i, n in enumerate(alive.tolist()):
             if n < films:
                 filmed[n].append({v: frame[v][i] for v in views})
-    return done, filmed
+    return success, judged, filmed
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -252,20 +287,29 @@ def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide((a * b).sum(-1), spread, out=np.full(spread.shape, np.nan), where=spread > 1e-12)
 
 
-def agreement(a_MN: np.ndarray, b_MN: np.ndarray, draws: int = 2_000, seed: int = 0) -> dict[str, Any]:
+def agreement(a_MN: np.ndarray, b_MN: np.ndarray, of_M: Sequence[Any], seed: int = 0) -> dict[str, Any]:
     """Return Spearman's and Pearson's correlation of the success rates of M policies, with intervals.
 
-    Bootstrap over the N initial states, which all policies share; draws in which no policy differs are left
-    out.
+    Bootstrap over checkpoints, `of_M`: policies that share one are drawn together. (Over initial states it
+    would add their noise to rates that hold it already, and pull the interval towards 0.) Draws in which no
+    policy differs are left out, and `draws` says how many were not.
     """
-    rows = np.random.default_rng(seed).integers(0, a_MN.shape[1], (draws, a_MN.shape[1]))
-    drawn = [m[:, rows].mean(-1).T for m in (a_MN, b_MN)]  # (draws, M)
-    whole = [m.mean(1) for m in (a_MN, b_MN)]
-    out: dict[str, Any] = {"same_episodes": [int((a_MN == b_MN).sum()), int(a_MN.size)]}
-    for name, of in {"spearman": ranks, "pearson": np.asarray}.items():
-        value, spread = correlation(*map(of, whole)), correlation(*map(of, drawn))
-        spread = spread[np.isfinite(spread)]
-        interval = [round(float(q), 3) for q in np.quantile(spread, (0.025, 0.975))] if len(spread) else None
+    rates = np.stack([a_MN.mean(1), b_MN.mean(1)])
+    names = list(dict.fromkeys(of_M))
+    groups = [np.array([i for i, of in enumerate(of_M) if of == name]) for name in names]
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(DRAWS):
+        rows = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
+        pair = rates[:, rows]
+        drawn.append([correlation(*ranks(pair)), correlation(*pair)])
+    spread = np.array([draw for draw in drawn if np.isfinite(draw).all()]).reshape(-1, 2)
+    out: dict[str, Any] = {"same_episodes": [int((a_MN == b_MN).sum()), int(a_MN.size)], "draws": len(spread)}
+    for i, (name, value) in enumerate(
+        {"spearman": correlation(*ranks(rates)), "pearson": correlation(*rates)}.items()
+    ):
+        interval = (
+            [round(float(q), 3) for q in np.quantile(spread[:, i], (0.025, 0.975))] if len(spread) else None
+        )
         out[name] = {"value": round(float(value), 3) if np.isfinite(value) else None, "interval_95": interval}
     return out
 
@@ -287,40 +331,29 @@ def rank_policies(
 ) -> dict[str, Any]:
     """Let every checkpoint act in the simulator and in `world`; write record.json, rank.png and imagined.mp4.
 
-    `episodes` of each task from initial state `first` on; `execute`: actions of a chunk before the next look,
-    several: each a policy of its own, none: all; `judged`: demonstrations of each task for the judge.
+    `episodes` of each task from initial state `first` on, side by side; `execute`: actions of a chunk before
+    the next look, several: each a policy of its own, none: all; `judged`: demonstrations of each task for the
+    judge. The same call again goes on where it stopped: policies that are done stand in policies.jsonl.
     """
+    if not checkpoints or len(set(map(str, checkpoints))) < len(checkpoints):
+        raise ValueError(f"give every policy once, and at least one, got {[str(c) for c in checkpoints]}")
+    if not suites or len(set(suites)) < len(suites) or any(n < 1 for n in execute):
+        raise ValueError(f"give every suite once, and execute at least 1, got {suites} and {execute}")
+    if episodes < 1 or first < 0 or first + episodes > sim.NUM_INITS:
+        raise ValueError(
+            f"initial states 0..{sim.NUM_INITS - 1} are for evaluation: got {episodes} from {first} on"
+        )
     model, policies = load(world), []
     for policy in map(load, checkpoints):
         _check(policy, model)
         chunk = policy.config.layout.chunk
         policies += [(policy, n) for n in dict.fromkeys(min(n, chunk) for n in execute or [chunk])]
-    views = model.view_sizes
-    tasks, seen = gather(demos, suites, views, judged)
+    tasks, seen = gather(demos, suites, model, judged)
     judge, errors = train_judge(tasks, seen, judge_steps, seed)
-    starts = [(number, first + i) for number in range(len(tasks)) for i in range(episodes)]
-    numbers = np.array([number for number, _ in starts])
-    envs: list[Any] = [sim.make(task, views) for task in tasks]
-    observations = [envs[n].reset(options={"init": init})[0] for n, init in starts]
-    rows, imagination = [], model.world()
-    with progress_bar() as progress:
-        bar = progress.add_task("policies", total=len(policies))
-        for policy, n in policies:
-            act = policy.policy()
-            real = [simulate(act, n, judge, number, init, envs[number]) for number, init in starts]
-            wanted = 0 if rows else films
-            done, filmed = imagine(act, n, judge, imagination, numbers, observations, wanted)
-            if filmed:
-                pictures = [picture for film in filmed for picture in views_side_by_side(film)]
-                write_mp4(out_dir / "imagined.mp4", pictures, FPS[sim.suite(suites[0]).simulator])
-            outcomes = np.array([*np.array(real).T, done], dtype=int)
-            identity = {"name": policy.config.name, "seed": policy.config.train.seed, "execute": n}
-            rows.append(identity | {"checkpoint": policy.identity(), "outcomes": outcomes.tolist()})
-            progress.advance(bar)
-    for env in envs:
-        env.close()
-    sim_MN, judge_MN, imagined_MN = np.array([row["outcomes"] for row in rows]).transpose(1, 0, 2)
-    record = {
+    numbers = np.repeat(np.arange(len(tasks)), episodes)
+    listed = [tasks[n] for n in numbers]
+    inits = [first + i for _ in tasks for i in range(episodes)]
+    identity = {
         "world": model.identity(),
         "suites": list(suites),
         "protocol": {
@@ -330,11 +363,38 @@ def rank_policies(
             "confirm": CONFIRM,
             "seed": seed,
         },
-        "judge": {"demonstrations": judged, **errors},
+        "judge": {"demonstrations": judged, "steps": judge_steps},
+    }
+    with ExitStack() as stack:
+        envs: list[Any] = [stack.enter_context(closing(sim.make(task, model.view_sizes))) for task in listed]
+        journal = stack.enter_context(Journal(out_dir / "policies.jsonl", identity))
+        progress = stack.enter_context(progress_bar())
+        imagination = model.world()
+        for policy, n in progress.track(policies, description="policies"):
+            row = {"name": policy.config.name, "seed": policy.config.train.seed, "execute": n}
+            row |= {"checkpoint": policy.identity(), "status": "done"}
+            row = json.loads(json.dumps(row))
+            if any({key: done[key] for key in row} == row for done in journal.outcomes):
+                continue
+            start = [env.reset(options={"init": i})[0] for env, i in zip(envs, inits, strict=True)]
+            act, frames = policy.policy(), {v: np.stack([o[v] for o in start]) for v in model.view_sizes}
+            real, control, _ = drive(act, n, Simulated(judge, model, envs, numbers), listed, start)
+            body = Imagined(judge, imagination, frames, numbers)
+            _, imagined, filmed = drive(act, n, body, listed, start, 0 if journal.outcomes else films)
+            if filmed:
+                pictures = [picture for film in filmed for picture in views_side_by_side(film)]
+                write_mp4(out_dir / "imagined.mp4", pictures, FPS[sim.suite(suites[0]).simulator])
+            journal.add(row | {"outcomes": np.array([real, control, imagined], dtype=int).tolist()})
+        rows = journal.outcomes
+    sim_MN, judge_MN, imagined_MN = np.array([row["outcomes"] for row in rows]).transpose(1, 0, 2)
+    of = [str(row["checkpoint"]) for row in rows]
+    record = {
+        **identity,
+        "judge": {**identity["judge"], **errors},
         "columns": "of each initial state: the simulator's word, the judge's there, the judge's imagined",
         "policies": rows,
-        "imagined": agreement(sim_MN, imagined_MN),
-        "judge_on_real_frames": agreement(sim_MN, judge_MN),
+        "imagined": agreement(sim_MN, imagined_MN, of),
+        "judge_on_real_frames": agreement(sim_MN, judge_MN, of),
         **provenance(),
     }
     write_json(out_dir / "record.json", record)
