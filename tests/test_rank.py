@@ -55,7 +55,7 @@ class Scripted:
 
 
 class Counting:
-    """A policy that tells its steps apart: 100 times the episode that it sees, plus the step that it feels."""
+    """A policy that tells its steps apart: 100 times the episode it sees, plus the step it feels."""
 
     def act(self, observations: list[dict]) -> np.ndarray:
         first = [100 * int(o["agentview"][0, 0, 0]) + int(o["state"][0]) for o in observations]
