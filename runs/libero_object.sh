@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The shipped model of libero_object, from nothing: scripted demonstrations (not LIBERO's own), image tokenizer and its gate, tokens,
+# A model of libero_object alone, from nothing: scripted demonstrations (not LIBERO's own), image tokenizer and its gate, tokens,
 # training, evaluation on held-out and on training initial states; the same with the front view alone, as the paper has it.
-# Needs: pip install -e '.[libero]' -c constraints.txt. Hardware: two CPU cores; about two hours, see docs/LOG.md. Every step resumes
+# In a clone set RESULTS=out/again: its records are another model's. Needs: pip install -e '.[libero]' -c constraints.txt. Hardware: two CPU cores; about two hours, see docs/LOG.md. Every step resumes
 # or skips what is done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 OUT=out/libero_object
 RESULTS=${RESULTS:-results/libero}   # set it elsewhere to run again: a record is not mixed with another model's
-MODEL=${MODEL:-worldvla/assets/libero_object}
+MODEL=${MODEL:-$OUT/model}
 
 worldvla() { .venv/bin/python -m worldvla "$@"; }
 train() {  # recipe, directory of the exported model
@@ -39,4 +39,4 @@ for recipe in libero_object libero_object_front; do    # errors on held-out epis
     (grep '"val"' "$OUT/run_$recipe/metrics.jsonl"; grep '"train"' "$OUT/run_$recipe/metrics.jsonl" | tail -n 1) |
         sed "s/^{/{\"run\": \"$recipe\", /"
 done > "$RESULTS/validation.jsonl"
-worldvla demo --suite libero_object    # imagines two clips besides: its imagined/record.json is results/libero/imagine
+worldvla demo --suite libero_object --checkpoint "$MODEL"    # imagines two clips besides: its imagined/record.json is results/libero/imagine

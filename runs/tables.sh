@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The paper's tables at small size: ablation (Table 3), history, resolution, world model (Table 2), chunk length. `worldvla config
-# pilot_ROW` prints a row. Run it again after a stop: what is done is skipped, what is half done goes on.
+# pilot_ROW` prints a row. Run it again after a stop: what is done is skipped, what is half done goes on. Rows whose record is in $RESULTS
+# are done: in a clone, RESULTS=out/again makes them anew.
 #   ROWS="action full" SEEDS=0 runs/tables.sh     a part; the rows are in order of importance
 #   SUITES=libero runs/tables.sh                  rows libero_pilot_ROW, on libero_object and libero_spatial (needs the extra libero)
 #   DEVICE=cuda JOBS=8 runs/tables.sh             trains eight rows at a time on one GPU

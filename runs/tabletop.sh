@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # The shipped small model, from nothing: demonstrations, image tokenizer, its gate, tokens, training, two rounds on the states that
 # the policy itself visits (DAgger), evaluation, imagination. Hardware: two CPU cores; about five hours, see docs/LOG.md. Seeds are
-# written out. Every step resumes or skips what is done: run it again after a stop. Training runs as two processes of one thread,
+# written out. Every step resumes or skips what is done: run it again after a stop. In a clone set RESULTS=out/again MODEL=out/again/model, or
+# it meets, and overwrites, the shipped model's. Training runs as two processes of one thread,
 # which compute one batch together.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 OUT=out/tabletop
 RESULTS=${RESULTS:-results/tabletop}   # set it elsewhere to run again: a record is not mixed with another model's
+MODEL=${MODEL:-worldvla/assets/tabletop}
 SUITES="tabletop_spatial tabletop_object tabletop_goal tabletop_long"
 STATES="--first 10 --episodes 10"   # initial states 10..19 of each task; choices were made on 0, 1 and 40..49
 EXECUTE=3         # actions of each chunk of five that are executed before the next look
@@ -49,18 +51,18 @@ for suite in $SUITES; do
     worldvla eval "$OUT/second" --suite "$suite" $STATES --execute $EXECUTE --videos 0 --out "$RESULTS/round1/$suite"
 done
 visit 2 "$OUT/second" 40
-train tabletop_dagger2 worldvla/assets/tabletop
+train tabletop_dagger2 "$MODEL"
 for recipe in tabletop_dagger1 tabletop_dagger2; do    # errors on held-out episodes
     grep '"val"' "$OUT/run_$recipe/metrics.jsonl" | sed "s/^{/{\"run\": \"$recipe\", /"
 done > "$RESULTS/validation.jsonl"
 
 for suite in $SUITES; do
-    worldvla eval worldvla/assets/tabletop --suite "$suite" $STATES --execute $EXECUTE --videos 0 --out "$RESULTS/$suite"
+    worldvla eval "$MODEL" --suite "$suite" $STATES --execute $EXECUTE --videos 0 --out "$RESULTS/$suite"
     for execute in 1 5; do
-        worldvla eval worldvla/assets/tabletop --suite "$suite" $STATES --execute $execute --videos 0 --out "$RESULTS/${suite}_execute$execute"
+        worldvla eval "$MODEL" --suite "$suite" $STATES --execute $execute --videos 0 --out "$RESULTS/${suite}_execute$execute"
     done
     # The states on which the first model, before its rounds, is on record in results/tabletop/first: a paired comparison.
-    worldvla eval worldvla/assets/tabletop --suite "$suite" --episodes 10 --execute $EXECUTE --videos 0 --out "$RESULTS/states_0_9/$suite"
+    worldvla eval "$MODEL" --suite "$suite" --episodes 10 --execute $EXECUTE --videos 0 --out "$RESULTS/states_0_9/$suite"
     worldvla compare "$RESULTS/states_0_9/$suite" "results/tabletop/first/$suite"
     worldvla eval random --suite "$suite" $STATES --videos 0 --out "$RESULTS/${suite}_random"
     worldvla eval blind --demos "$OUT/demos/$suite" --suite "$suite" $STATES --videos 0 --out "$RESULTS/${suite}_blind"
@@ -69,4 +71,4 @@ done
 for suite in $SUITES; do
     worldvla collect "$suite" --out "$OUT/held_out/$suite" --episodes 1 --seed 9 --tasks 0 3    # seeds 0, 1 and 2 were trained on
 done
-worldvla eval-world worldvla/assets/tabletop --demos "$OUT"/held_out/*/ --clips 8 --horizons 30 --shorter --out "$RESULTS/imagine"
+worldvla eval-world "$MODEL" --demos "$OUT"/held_out/*/ --clips 8 --horizons 30 --shorter --out "$RESULTS/imagine"

@@ -168,7 +168,7 @@ def sentence(what: str, pairs: Pairs) -> str:
     verdict = (
         ("raises success" if pairs.difference > 0 else "lowers success")
         if p < 0.05
-        else ("makes no difference that these episodes show")
+        else ("shows no clear difference")
     )
     numbers = f"{100 * pairs.difference:+.1f} points, 95 %: {100 * low:+.1f} to {100 * high:+.1f}"
     return f"{what} {verdict}: {numbers}, p = {p:.2g}, {pairs.total} pairs."
