@@ -5,14 +5,20 @@
 #   runs/libero_object_spatial.sh                             9.4 M parameters with a head; two CPU cores, about two hours
 #   MODEL=_long DEVICE=cuda runs/libero_object_spatial.sh     8.8 M, bins alone, 4.4 times the samples; a GPU: four minutes of training
 #   MODEL=_drawer runs/libero_object_spatial.sh               after _long: trains that model on, with more of the drawer; an hour on two cores
+#   MODEL=_visited runs/libero_object_spatial.sh              after _drawer: on, with states that it visited there; an hour on two cores
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-.venv/bin/python} DEVICE=${DEVICE:-cpu} MODEL=${MODEL:-}
 OUT=out/libero_object_spatial RESULTS=${RESULTS:-results/libero/object_spatial$MODEL}
 RUN=$OUT/run$MODEL EXPORT=$OUT/model$MODEL
-case "$MODEL" in ""|_long|_drawer) ;; *) echo "MODEL: got '$MODEL', expected nothing, _long or _drawer" >&2; exit 2 ;; esac
-[ "$MODEL" != _drawer ] || [ -e $OUT/model_long/train.json ] || { echo "no $OUT/model_long: MODEL=_long $0 makes it" >&2; exit 2; }
+case "$MODEL" in
+    ""|_long) ;;
+    _drawer) AFTER=_long ;;
+    _visited) AFTER=_drawer ;;
+    *) echo "MODEL: got '$MODEL', expected nothing, _long, _drawer or _visited" >&2; exit 2 ;;
+esac
+[ -z "${AFTER:-}" ] || [ -e "$OUT/model$AFTER/train.json" ] || { echo "no $OUT/model$AFTER: MODEL=$AFTER $0 makes it" >&2; exit 2; }
 worldvla() { "$PYTHON" -m worldvla "$@"; }
 demonstrations() {  # name, options
     worldvla collect libero_spatial --out "$OUT/$1" --workers "$(nproc)" --label 5 --views agentview=128x128 wrist=64x64 "${@:2}"
@@ -21,7 +27,8 @@ demonstrations() {  # name, options
 
 SUITES=libero ONLY=stores ROWS=full runs/tables.sh
 [ -z "$MODEL" ] || demonstrations more --episodes 24 --seed 1
-[ "$MODEL" != _drawer ] || demonstrations drawer --tasks 4 --episodes 48 --seed 3
+[ -z "${AFTER:-}" ] || demonstrations drawer --tasks 4 --episodes 48 --seed 3
+[ "$MODEL" != _visited ] || demonstrations visited --tasks 4 --episodes 40 --seed 4 --policy $OUT/model_drawer --execute 3
 if [ ! -e "$EXPORT/train.json" ]; then
     if [ "$DEVICE" = cuda ]; then
         worldvla train "libero_object_spatial$MODEL" --out "$RUN" --train.device cuda
