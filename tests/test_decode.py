@@ -326,7 +326,7 @@ def noisy_prompts(model: Model, rng: np.random.Generator, instructions: Sequence
     return model.policy().prompts(observations)
 
 
-@pytest.mark.parametrize("name", ["tabletop", "libero_object"])
+@pytest.mark.parametrize("name", ["tabletop", "libero"])
 def test_the_shipped_models_act_as_their_training_pass_says(name: str, rng: np.random.Generator) -> None:
     """One pass with gradients over the decoded sequence, no cache: each code is its best, near ties apart."""
     model = worldvla.load(ASSETS / name)

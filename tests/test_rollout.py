@@ -238,10 +238,16 @@ def test_the_expert_succeeds_in_the_real_world_where_chance_does_not(tmp_path: P
     assert run(RandomActor(), "tabletop_object", 1, out_dir=tmp_path / "random", **options)["successes"] == 0
 
 
-@pytest.mark.parametrize("name", ["tabletop/tabletop_object", "libero/libero_object"])
-def test_the_records_of_the_shipped_models_can_be_gone_on_with(name: str) -> None:
+@pytest.mark.parametrize(
+    ("shipped", "record"),
+    [
+        ("tabletop", "tabletop/tabletop_object"),
+        ("libero", "libero/object_spatial_long/libero_object_discrete"),
+    ],
+)
+def test_the_records_of_the_shipped_models_can_be_gone_on_with(shipped: str, record: str) -> None:
     """Whoever they are of is still called the same: `--episodes` can be raised by the command of runs/."""
     root = Path(__file__).parent.parent
-    header = json.loads((root / "results" / name / "episodes.jsonl").read_text().splitlines()[0])
-    actor = ModelActor(root / "worldvla/assets" / name.split("/")[1].replace("tabletop_object", "tabletop"))
+    header = json.loads((root / "results" / record / "episodes.jsonl").read_text().splitlines()[0])
+    actor = ModelActor(root / "worldvla/assets" / shipped)
     assert {k: v for k, v in actor.identity().items() if k != "path"} == header["checkpoint"]

@@ -321,7 +321,7 @@ def libero_object_spatial() -> Config:
 
 
 def libero_object_spatial_long() -> Config:
-    """The same for a GPU, bins alone: 4.4 times the samples, twice the demonstrations of libero_spatial."""
+    """The shipped LIBERO model: for a GPU, bins alone, 4.4 times the samples, 240 more demonstrations."""
     base = pilot("full", libero=True)
     stores = (*base.data.stores, "out/libero_object_spatial/store_more")
     return replace(
@@ -343,7 +343,7 @@ def libero_object_spatial_drawer() -> Config:
 
 def libero_object_spatial_visited() -> Config:
     """`libero_object_spatial_drawer`, on, with the expert's labels on states that it visited in that task,
-    every frame of it three times. The shipped LIBERO model.
+    every frame of it three times.
     """
     return _on("visited", "drawer", 1_000, ("store_drawer", "store_visited") * 3)
 
