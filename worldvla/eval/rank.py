@@ -260,7 +260,7 @@ def drive(
                 break
         if t % execute == 0:
             seen = [{**{v: frame[v][i] for v in views}, "state": states[i]} for i in range(len(alive))]
-            texts = [{"instruction": tasks[n].instruction} for n in alive]
+            texts = [{"instruction": tasks[n].instruction} for n in alive.tolist()]
             chunks = policy.act([{**o, **text} for o, text in zip(seen, texts, strict=True)])
         now = body.step(chunks[:, t % execute])
         frame, states = now.frame, now.states
