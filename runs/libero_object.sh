@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A model of libero_object alone, from nothing: scripted demonstrations (not LIBERO's own), image tokenizer and its gate, tokens,
 # training, evaluation on held-out and on training initial states; the same with the front view alone, as the paper has it.
-# In a clone set RESULTS=out/again: its records are another model's. Needs: pip install -e '.[libero]' -c constraints.txt. Hardware: two CPU cores; about two hours, see docs/LOG.md. Every step resumes
-# or skips what is done.
+# Needs: pip install -e '.[libero]' -c constraints.txt. Hardware: two CPU cores; about two hours, see docs/LOG.md. Every step resumes
+# or skips what is done. In a clone set RESULTS=out/again: the records there are another model's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

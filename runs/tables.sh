@@ -98,8 +98,8 @@ if [ -n "$worlds" ]; then
     worldvla eval-world $worlds --demos $OUT/held_out --clips 64 --horizons 10 --out "$RESULTS/world10"
     worldvla eval-world $worlds --demos $OUT/held_out_long --clips 16 --horizons 50 --out "$RESULTS/world50"
 fi
-if [ -d $OUT/world_0 ]; then    # policies of several strengths, in imagination and in the simulator
-    policies=$(for seed in 0 1; do ls -d $OUT/{action,chunk_causal,chunk,full}_$seed 2> /dev/null; done || true)
+policies=$(for seed in 0 1; do ls -d $OUT/{action,chunk_causal,chunk,full}_$seed 2> /dev/null; done || true)
+if [ -d $OUT/world_0 ] && [ -n "$policies" ] && [ ! -e "$RESULTS/rank/record.json" ]; then    # in imagination and in the simulator
     worldvla rank $policies --world $OUT/world_0 --demos $OUT/demos --suites tabletop_spatial tabletop_object tabletop_goal \
         --episodes 2 --first 10 --execute 5 1 --out "$RESULTS/rank"
 fi
