@@ -6,7 +6,6 @@
 #   MODEL=_long DEVICE=cuda runs/libero_object_spatial.sh     8.8 M, bins alone, 4.4 times the samples; a GPU: four minutes of training.
 #                                                             The shipped model: its 48 demonstrations of the drawer are the expert's of fd080f5
 #   MODEL=_drawer runs/libero_object_spatial.sh               after _long: trains that model on, with more of the drawer; an hour on two cores
-#   MODEL=_visited runs/libero_object_spatial.sh              after _drawer: on, with states that it visited there; an hour on two cores
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,8 +15,7 @@ RUN=$OUT/run$MODEL EXPORT=$OUT/model$MODEL
 case "$MODEL" in
     ""|_long) ;;
     _drawer) AFTER=_long ;;
-    _visited) AFTER=_drawer ;;
-    *) echo "MODEL: got '$MODEL', expected nothing, _long, _drawer or _visited" >&2; exit 2 ;;
+    *) echo "MODEL: got '$MODEL', expected nothing, _long or _drawer" >&2; exit 2 ;;
 esac
 [ -z "${AFTER:-}" ] || [ -e "$OUT/model$AFTER/train.json" ] || { echo "no $OUT/model$AFTER: MODEL=$AFTER $0 makes it" >&2; exit 2; }
 worldvla() { "$PYTHON" -m worldvla "$@"; }
@@ -29,7 +27,6 @@ demonstrations() {  # name, options
 SUITES=libero ONLY=stores ROWS=full runs/tables.sh
 [ -z "$MODEL" ] || demonstrations more --episodes 24 --seed 1
 [ -z "${AFTER:-}" ] || demonstrations drawer --tasks 4 --episodes 48 --seed 3
-[ "$MODEL" != _visited ] || demonstrations visited --tasks 4 --episodes 40 --seed 4 --policy $OUT/model_drawer --execute 3
 if [ ! -e "$EXPORT/train.json" ]; then
     if [ "$DEVICE" = cuda ]; then
         worldvla train "libero_object_spatial$MODEL" --out "$RUN" --train.device cuda

@@ -268,6 +268,7 @@ def test_every_reset_is_that_of_a_fresh_environment():
         look(used, init)
         used.step(np.ones(7, dtype=np.float32))
     fixtures, state = look(used, 7)
+    assert np.array_equal(look(used, 61)[0], fixtures)  # a sampled state too: demonstrations start from them
     used.close()
     fresh = sim.make(task, {})
     for found, expected in zip((fixtures, state), look(fresh, 7), strict=True):

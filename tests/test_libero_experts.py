@@ -104,18 +104,20 @@ def test_expert_succeeds_after_a_disturbance(index):
 
 
 @needs_libero
-def test_the_bowl_in_the_drawer_is_held_the_same_way_in_nearly_every_scene():
-    """Two ways that tie make demonstrations that no policy can learn: of 48, 23 at -82 degrees, 23 at 43."""
+def test_the_bowl_in_the_drawer_is_held_near_and_alike_in_most_scenes():
+    """Two ways that tie make demonstrations that no policy can learn: of 48, 23 at -82 degrees, 23 at 43. And
+    what turns the hand far takes longer than the way there: it then hovers, which no policy learnt either.
+    """
     env: Any = sim.make(sim.tasks("libero_spatial")[4], {})
     try:
         expert = LiberoExpert(env)
         yaws = []
-        for init in range(50, 66):  # of the kind that demonstrations start from
+        for init in [*range(8), *range(50, 58)]:  # stored ones, and of the kind that demonstrations start from
             env.reset(options={"init": init})
             expert.hand.look()
             x, y, _ = grasp.best_grip(expert.hand, "akita_black_bowl_1").axis
             yaws.append(np.degrees(np.arctan2(-x, y)))
     finally:
         env.close()
-    off = np.abs((np.array(yaws) + 82 + 90) % 180 - 90)  # an axis has no sign
-    assert (off < 15).sum() >= 15, yaws
+    off = np.abs((np.array(yaws) - 33 + 90) % 180 - 90)  # an axis has no sign
+    assert (off < 15).sum() >= 12, yaws

@@ -30,9 +30,12 @@ TURNED_AXES = np.stack([-np.sin(YAWS), np.cos(YAWS)], axis=1)
 """Finger axes to choose from (35, 2); yaw 0: along y, as at the start."""
 WALL = 0.013
 """Half of the thickest wall that counts as one, metres."""
-HIT, TOUCH = 10.0, 40.0
+RAISED = (0.0, 0.01)
+"""Heights above a kind's own depth to choose from, metres: the palm passes over more."""
+HIT, TOUCH, YIELD = 10.0, 40.0, 0.01
 """Cost of a metre that the palm, and that a finger by a wall, is inside what is around. A finger costs more:
-a grip that is free and one that nearly is must not tie, or demonstrations differ where scenes do not."""
+a grip that is free and one that nearly is must not tie, or demonstrations differ where scenes do not. The
+last: metres that cost a finger nothing, because the arm and the thing give way."""
 
 
 @dataclass(frozen=True)
@@ -129,19 +132,27 @@ def _by_wall(hand: Hand, thing: str, *, held: bool, avoid: np.ndarray | None = N
     axes = normals[walls, :2] / level[walls, None]
     lean = (height - middles[walls, 2]) * normals[walls, 2] / level[walls]
     centres = middles[walls, :2] - lean[:, None] * axes
-    cost = np.hypot(*(centres - hand.position[:2]).T)
-    if not held:
-        around = hand.around(thing, height - 0.01)
-        own = corners[~walls].reshape(-1, 3)
-        near = np.concatenate([around, own[own[:, 2] > height - 0.01]])
-        high = around[around[:, 2] > height + TO_PALM, :2]
-        cost = 0.2 * cost + 0.02 * _turns(hand, axes) + HIT * _hits(high, centres, axes, (0.0, *PALM))
-        if avoid is not None:
-            cost += 0.2 * np.abs(axes @ avoid[:2])
-        for side in (-1, 1):
-            cost += TOUCH * _hits(near[:, :2], centres, axes, (side * FINGERS[0], *FINGERS[1:]))
-    best = int(np.argmin(cost))
-    return Grip(_lift(centres[best], height), _lift(axes[best]), 0.05, 0.0, bottom)
+    near = np.hypot(*(centres - hand.position[:2]).T)
+    if held:
+        best = int(np.argmin(near))
+        return Grip(_lift(centres[best], height), _lift(axes[best]), 0.05, 0.0, bottom)
+    cost = 0.2 * near + 0.02 * _turns(hand, axes)
+    if avoid is not None:
+        cost += 0.2 * np.abs(axes @ avoid[:2])
+    points = np.concatenate([hand.around(thing, height - 0.01), corners[~walls].reshape(-1, 3)])
+    costs = [cost + raised + _obstructed(points, centres, axes, height + raised) for raised in RAISED]
+    raise_, best = divmod(int(np.argmin(costs)), len(axes))
+    return Grip(_lift(centres[best], height + RAISED[raise_]), _lift(axes[best]), 0.05, 0.0, bottom)
+
+
+def _obstructed(points: np.ndarray, centres: np.ndarray, axes: np.ndarray, height: float) -> np.ndarray:
+    """Return what `points` (m, 3) around cost open hands at `centres` (n, 2) and `height`, (n,)."""
+    high, low = (points[points[:, 2] > height + above, :2] for above in (TO_PALM, -0.01))
+    cost = HIT * np.maximum(_hits(high, centres, axes, (0.0, *PALM)) - YIELD, 0.0)
+    for side in (-1, 1):
+        depth = _hits(low, centres, axes, (side * FINGERS[0], *FINGERS[1:]))
+        cost += TOUCH * np.maximum(depth - YIELD, 0.0)
+    return cost
 
 
 def _turns(hand: Hand, axes: np.ndarray) -> np.ndarray:

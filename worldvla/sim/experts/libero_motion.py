@@ -17,7 +17,7 @@ GAIN = 2.0
 """The controller covers only part of the asked way in one step."""
 MAX_TURN = 0.4
 ALIGNED = 0.010
-SPACING = 0.03
+SPACING = 0.015
 """Of the points that stand for what is around, metres."""
 FINGERTIP = 0.013
 """How far the fingertips reach below the hand's point, metres."""
