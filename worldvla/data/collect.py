@@ -5,7 +5,6 @@ attempt leaves a file of its own in `.<task>.parts/` until its task is complete,
 without the stop, for any number of workers. Workers never import torch.
 """
 
-import atexit
 import importlib.metadata
 import itertools
 import json
@@ -214,9 +213,6 @@ def kept(key: Any, make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
     if str(key) not in _kept:
         _close_kept()
         _kept[str(key)] = make()
-        # Registered last, so called before EGL's own: a context that outlives it prints traces.
-        atexit.unregister(_close_kept)
-        atexit.register(_close_kept)
     return _kept[str(key)]
 
 

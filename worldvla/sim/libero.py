@@ -9,12 +9,14 @@ Protocol of an episode: reseed, reset, stored initial state, 10 settling steps, 
 anything when they are read, its list of tasks imports torch, and its import waits for an answer on stdin.
 """
 
+import atexit
 import contextlib
 import importlib
 import importlib.metadata
 import logging
 import re
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,6 +244,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
             with _seeded(EVALUATION_SEED):
                 self._draw_world()
             self.world.hard_reset = False
+            _close_before_opengl(self)
             self._add_snapshot_sensor()
             for name, observable in self.world._observables.items():
                 observable.set_enabled(name in SAMPLED)
@@ -367,6 +370,26 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
             flip = np.eye(3) - 2 * np.outer(up, up)
             hidden &= beyond(top + flip @ (eye - top), outwards @ flip)
         return hidden
+
+
+# -- ending -------------------------------------------------------------------------------------------------
+
+_open: "weakref.WeakSet[LiberoEnv]" = weakref.WeakSet()
+
+
+def _close_before_opengl(env: LiberoEnv) -> None:
+    """Have `env`, which has just made its context, closed at exit if nobody does so before.
+
+    EGL's own exit is registered as the context is made; a context that outlives it prints traces.
+    """
+    _open.add(env)
+    atexit.unregister(_close_open)
+    atexit.register(_close_open)
+
+
+def _close_open() -> None:
+    for env in tuple(_open):
+        env.close()
 
 
 # -- loading LIBERO -----------------------------------------------------------------------------------------
