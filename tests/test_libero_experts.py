@@ -112,7 +112,7 @@ def test_the_bowl_in_the_drawer_is_held_near_and_alike_in_most_scenes():
     try:
         expert = LiberoExpert(env)
         yaws = []
-        for init in [*range(8), *range(50, 58)]:  # stored ones, and of the kind that demonstrations start from
+        for init in [*range(8), *range(50, 58)]:  # stored ones, and those that demonstrations start from
             env.reset(options={"init": init})
             expert.hand.look()
             x, y, _ = grasp.best_grip(expert.hand, "akita_black_bowl_1").axis

@@ -4,7 +4,7 @@ A config is written as `config.json` beside every checkpoint; `from_json` reject
 """
 
 import dataclasses
-import types
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,9 +35,7 @@ class ImageTokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.quantizer == "fsq":
-            product = 1
-            for levels in self.fsq_levels:
-                product *= levels
+            product = math.prod(self.fsq_levels)
             if product != self.num_codes or len(self.fsq_levels) != self.embed_dim:
                 raise ValueError(
                     f"fsq_levels {self.fsq_levels} give {product} codes of {len(self.fsq_levels)} dims, "
@@ -294,14 +292,6 @@ def from_json(cls: type[_T], data: dict[str, Any], where: str = "config") -> _T:
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value, where)
-    if isinstance(hint, types.UnionType):
-        return (
-            None
-            if value is None
-            else _coerce(next(h for h in typing.get_args(hint) if h is not type(None)), value, where)
-        )
     if typing.get_origin(hint) is tuple:
-        args = typing.get_args(hint)
-        item = args[0]
-        return tuple(_coerce(item, v, where) for v in value)
+        return tuple(_coerce(typing.get_args(hint)[0], v, where) for v in value)
     return value

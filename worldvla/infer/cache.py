@@ -29,11 +29,6 @@ class Cache:
                 if buffer is not None:
                     buffer.zero_()
 
-    @property
-    def length(self) -> int:
-        """Positions held by the last layer; between two passes by all."""
-        return self._used[-1]
-
     def seek(self, starts: Sequence[int]) -> None:
         """From the next pass on row b writes its T positions to starts[b] .. starts[b] + T - 1, over what is
         there; a pass then returns everything up to the last of them. The mask must hide what is stale.

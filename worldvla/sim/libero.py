@@ -224,9 +224,9 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         return self.observe() if self.rendering else {"state": self.proprioception()}
 
     def _draw_state(self, seed: int) -> np.ndarray:
-        """Return a state (1 + nq + nv,) drawn with `seed`, the way LIBERO drew the ones it stores: with places
-        of its own for the fixtures, which are no part of the state. So here too a thing in a drawer or on a
-        stove stands up to some 2 cm off, once the fixtures are where every evaluation puts them.
+        """Return a state (1 + nq + nv,) drawn with `seed`, as LIBERO drew the ones it stores: with its own
+        places of the fixtures, which are no part of the state. So here too a thing in a drawer or on a stove
+        stands up to some 2 cm off, once the fixtures are where every evaluation puts them.
         """
         with _seeded(seed):
             self._reset_world()
