@@ -37,8 +37,6 @@ class Joint:
     """A point on the axis, metres (3,)."""
     corners: np.ndarray
     """Of the collision boxes that it moves, metres (boxes, 8, 3)."""
-    geoms: tuple[str, ...]
-    """Their names."""
 
 
 class Hand:
@@ -135,7 +133,6 @@ class Hand:
             np.array(data.xaxis[index]),
             np.array(data.xanchor[index]),
             np.array([np.zeros(3)]) if not len(geoms) else self._world_corners(geoms),
-            tuple(model.geom_id2name(geom) for geom in geoms),
         )
 
     def _world_corners(self, ids: np.ndarray) -> np.ndarray:

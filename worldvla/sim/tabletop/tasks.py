@@ -14,7 +14,6 @@ from worldvla.sim.env import Task
 
 JITTER = 0.03
 FIXTURE_JITTER = 0.015
-FIXTURES = ("plate", "basket", "cabinet", "button", "zone")
 COLORS = {
     "red": (0.86, 0.16, 0.14),
     "blue": (0.13, 0.30, 0.85),
@@ -96,15 +95,10 @@ def _spatial() -> list[Spec]:
     ]
     specs = []
     for things, plate, relations in scenes:
+        fixtures = {"plate": plate, "cabinet": CABINET}
         for target, relation in zip(("red can", "red can 2"), relations, strict=True):
-            specs.append(
-                Spec(
-                    f"pick up the red can {relation} and put it on the plate",
-                    things,
-                    {"plate": plate, "cabinet": CABINET},
-                    (Goal("on", target, "plate"),),
-                )
-            )
+            text = f"pick up the red can {relation} and put it on the plate"
+            specs.append(Spec(text, things, fixtures, (Goal("on", target, "plate"),)))
     return specs
 
 
@@ -161,53 +155,30 @@ def _long() -> list[Spec]:
     ):
         things = {first: B2, second: A1, "purple ball" if first == "red cube" else "pink can": C2}
         goals = (Goal("in", first, "basket"), Goal("in", second, "basket"))
-        specs.append(
-            Spec(f"put the {first} and the {second} in the basket", things, {"basket": BASKET}, goals)
-        )
+        text = f"put the {first} and the {second} in the basket"
+        specs.append(Spec(text, things, {"basket": BASKET}, goals))
+    fixtures: dict[str, Place] = {"plate": (0.05, 0.13), "basket": (0.18, -0.02)}
     for first, second in (("red cube", "blue can"), ("white pawn", "green bottle")):
         things = {first: A2, second: B1, "cyan cube": C2}
         goals = (Goal("on", first, "plate"), Goal("in", second, "basket"))
-        specs.append(
-            Spec(
-                f"put the {first} on the plate and the {second} in the basket",
-                things,
-                {"plate": (0.05, 0.13), "basket": (0.18, -0.02)},
-                goals,
-            )
-        )
+        text = f"put the {first} on the plate and the {second} in the basket"
+        specs.append(Spec(text, things, fixtures, goals))
+    fixtures = {"button": (-0.05, -0.03), "basket": BASKET}
     for thing, rest in (("blue can", "yellow brick"), ("orange mug", "red cube")):
         goals = (Goal("pressed"), Goal("in", thing, "basket"))
-        specs.append(
-            Spec(
-                f"press the button and put the {thing} in the basket",
-                {thing: A1, rest: C2},
-                {"button": (-0.05, -0.03), "basket": BASKET},
-                goals,
-            )
-        )
+        text = f"press the button and put the {thing} in the basket"
+        specs.append(Spec(text, {thing: A1, rest: C2}, fixtures, goals))
     scene: dict[str, Place] = {"red cube": A3, "green bottle": B3}
-    fixtures: dict[str, Place] = {"cabinet": CABINET, "plate": (0.19, 0.08), "button": (0.06, 0.14)}
-    specs.append(
-        Spec(
-            "open the drawer and put the red cube in it",
-            scene,
-            fixtures,
-            (Goal("open"), Goal("in", "red cube", "cabinet")),
-        )
-    )
-    specs.append(
-        Spec(
-            "put the green bottle on the plate and close the drawer",
-            scene,
-            fixtures,
-            (Goal("on", "green bottle", "plate"), Goal("closed")),
-            drawer_open=True,
-        )
-    )
-    specs.append(
-        Spec("press the button and open the drawer", scene, fixtures, (Goal("pressed"), Goal("open")))
-    )
-    return specs
+    fixtures = {"cabinet": CABINET, "plate": (0.19, 0.08), "button": (0.06, 0.14)}
+    fill = (Goal("open"), Goal("in", "red cube", "cabinet"))
+    shut = (Goal("on", "green bottle", "plate"), Goal("closed"))
+    press = (Goal("pressed"), Goal("open"))
+    return [
+        *specs,
+        Spec("open the drawer and put the red cube in it", scene, fixtures, fill),
+        Spec("put the green bottle on the plate and close the drawer", scene, fixtures, shut, True),
+        Spec("press the button and open the drawer", scene, fixtures, press),
+    ]
 
 
 SPECS: dict[str, list[Spec]] = {
