@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from worldvla.cli import VERBS, main
 from worldvla.config import Config, from_json, to_json
@@ -137,6 +138,16 @@ def test_full_disk_is_one_line(capsys, monkeypatch):
 
     monkeypatch.setattr("worldvla.train.loop.train", full)
     assert "No space left on device" in _fails(capsys, "train", "debug")
+
+
+def test_a_device_that_is_full_is_one_line(capsys, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nIf reserved ...")
+
+    monkeypatch.setattr("worldvla.train.loop.train", full)
+    line = _fails(capsys, "train", "debug")
+    assert "Tried to allocate 2 GiB" in line
+    assert "--train.batch-size" in line
 
 
 def test_missing_extra_names_its_install(capsys, monkeypatch, tmp_path):

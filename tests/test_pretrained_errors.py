@@ -106,6 +106,32 @@ def test_a_damaged_folder_is_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_in_two_shards_is_refused(tmp_path: Path) -> None:
+    write_release(tmp_path)
+    where = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    key = next(key for key, shard in where.items() if shard == LAST)  # the index names the later one
+    change(tmp_path, LAST.replace("00003-", "00001-"), **{key: ONES})
+    with pytest.raises(ValueError, match=rf"keys in {LAST} that another shard has too: {re.escape(key)}"):
+        open_release(tmp_path, chameleon())
+
+
+def test_what_is_not_as_published_is_said(tmp_path: Path) -> None:
+    """A head that is not there, and tokenizer files with other checksums than the authors'."""
+    write_release(tmp_path / "theirs")
+    write_tokenizer(tmp_path / "tokenizer")
+    where = tmp_path / "theirs", tmp_path / "ours"
+    told = convert(*where, "rynnvla_256", libero(), "libero_goal", tmp_path / "tokenizer")
+    assert any(
+        "no action_head.* keys, which RynnVLA-002's training adds: the bins alone act" in t for t in told
+    )
+    assert any(re.search(r"vqgan\.ckpt has md5 .*, the published one 1a559fb5dab4d351d", t) for t in told)
+    assert any(re.search(r"text_tokenizer\.json has md5 .*, the published one 170a932b687", t) for t in told)
+    with (tmp_path / "tokenizer/checklist.chk").open("w") as file:
+        file.write(f"{'0' * 32}  vqgan.ckpt\n")
+    with pytest.raises(ValueError, match=r"vqgan\.ckpt has checksum .* says 0+: download it again"):
+        convert(*where, "rynnvla_256", libero(), "libero_goal", tmp_path / "tokenizer")
+
+
 def test_heads_that_differ_in_their_norm_are_refused(tmp_path: Path) -> None:
     write_release(tmp_path, norm_rows=2)
     whole(tmp_path, **{f"{LAYER}self_attn.k_norm.bias": UNEVEN})

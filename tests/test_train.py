@@ -5,6 +5,7 @@ pytest tests/test_train.py
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from tiny_run import tiny_config, write_tiny
 
 from worldvla.batch import Batch
-from worldvla.config import Config, OptimConfig, from_json
+from worldvla.config import Config, LoraConfig, OptimConfig, from_json
 from worldvla.train import checkpoint, loop
 from worldvla.train.build import build
 from worldvla.train.loop import Trainer, train
@@ -179,6 +180,27 @@ def test_init_from_takes_weights_and_what_the_ids_mean(root: Path, tmp_path: Pat
     wide = replace(config, model=replace(config.model, width=64))
     with pytest.raises(ValueError, match="does not fit"):
         Trainer(build(wide), tmp_path / "third")
+
+
+def test_what_is_no_checkpoint_is_no_start(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"train\.init_from: .* is no checkpoint .*`convert`"):
+        build(tiny_config(root, init_from=str(tmp_path)))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_too_little_memory_is_said_with_the_sum_before_a_weight_is_read(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    first = train(tiny_config(root, steps=1), tmp_path / "first").checkpoint
+    config = replace(tiny_config(root, init_from=str(first)), lora=LoraConfig(rank=rank))
+    monkeypatch.setattr("worldvla.train.build.available_memory", lambda _: 1_000)
+    monkeypatch.setattr("worldvla.train.build.read_tensor", lambda *_: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"training tiny needs \S+ GB on cpu .*1e-06 GB are free") as caught:
+        Trainer(build(config), tmp_path / "run")
+    found = re.search(r"weights (\S+) \+ gradients (\S+) \+ moments (\S+);", str(caught.value))
+    weights, gradients, moments = map(float, found.groups() if found else ())
+    assert moments == pytest.approx(2 * gradients, rel=0.01)
+    assert gradients == pytest.approx(weights, rel=0.01) if rank == 0 else gradients < weights / 2
 
 
 def test_a_loss_that_is_not_finite_raises(root: Path, tmp_path: Path) -> None:

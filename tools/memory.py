@@ -13,9 +13,7 @@ that was allocated over two steps on one sample or one pass, weights drawn; empt
 import argparse
 import gc
 import json
-import math
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from worldvla.config import Config, LoraConfig
 from worldvla.eval.record import provenance
@@ -32,7 +29,7 @@ from worldvla.model.pretrained import assign, empty_model
 from worldvla.model.quantize import Form
 from worldvla.model.transformer import Transformer
 from worldvla.recipes import recipe
-from worldvla.train.build import trainable
+from worldvla.train.build import held, trainable
 from worldvla.train.optim import build_optimizers
 from worldvla.vocab import chameleon, compact
 
@@ -54,13 +51,10 @@ def training(config: Config, vocab_size: int) -> dict[str, int]:
     embeddings = {id(model.embed.weight)}
     copied = sum(2 * p.numel() for p in matrices if id(p) not in embeddings)
     has_copies = config.train.dtype == "bfloat16" and not config.train.checkpoint_layers
-    trained = _bytes(p for p in model.parameters() if p.requires_grad)
     inputs = 4 * config.data.sequence_length * config.model.width * config.model.num_layers
     return _summed(
-        weights=_bytes([*model.parameters(), *model.buffers()]),
+        **held(model),
         copies=copied if has_copies else 0,
-        gradients=trained,
-        moments=2 * trained,
         inputs=inputs if config.train.checkpoint_layers else 0,
     )
 
@@ -68,7 +62,7 @@ def training(config: Config, vocab_size: int) -> dict[str, int]:
 def inference(config: Config, vocab_size: int, dtype: torch.dtype, form: Form | None) -> dict[str, int]:
     """Return the bytes of a model that acts or imagines in `dtype`, its large matrices held in `form`."""
     model = _loaded(config, vocab_size, dtype, form)
-    return _summed(weights=_bytes([*model.parameters(), *model.buffers()]))
+    return _summed(weights=held(model)["weights"])
 
 
 def measured(model: Transformer, config: Config, dtype: torch.dtype | None) -> int | None:
@@ -147,10 +141,6 @@ def _empty(config: Config, vocab_size: int) -> Transformer:
     layout = config.layout
     sizes = vocab_size, layout.num_rows, layout.num_cols, layout.action_shape
     return empty_model(config.model, *sizes)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(math.prod(t.shape) * t.element_size() for t in tensors)
 
 
 def _summed(**parts: int) -> dict[str, int]:

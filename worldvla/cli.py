@@ -302,6 +302,11 @@ def main(args: Sequence[str] | None = None) -> int:
         message, code = f"{error}: a package is missing; {fix}", EXIT_BAD_INPUT
     except (ValueError, OSError, FloatingPointError) as error:
         message, code = str(error) or type(error).__name__, EXIT_BAD_INPUT
+    except RuntimeError as error:  # torch.OutOfMemoryError, and torch is not loaded for every verb
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        fix = "a smaller --train.batch-size or --batch, fewer bits (--quantize), or a device with more memory"
+        message, code = f"{str(error).splitlines()[0]}: {fix}", EXIT_BAD_INPUT
     if show_traceback:
         traceback.print_exc()
     print(f"worldvla {words[0]}: " + " ".join(message.split()), file=sys.stderr)

@@ -41,6 +41,7 @@ from worldvla.tokenizers.published import (
     find,
     image_tokenizer,
     load_image_tokenizer,
+    unlike_published,
     verify_checksums,
 )
 from worldvla.tokenizers.text import TextTokenizer
@@ -71,10 +72,12 @@ def convert(
     layout, vocab = _layout(facts, release, suite), chameleon()
     directory = fetch(source)
     pieces = fetch(tokenizer) if tokenizer else directory
+    lines = []
     for folder in {directory, pieces}:
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}: expected a released checkpoint or its tokenizer")
         verify_checksums(folder)
+        lines += unlike_published(folder)
     actions = (layout.chunk, layout.num_action_dims) if facts.may_have_head else (0, 0)
     released = open_release(directory, vocab, actions, without_action_head)
     image = _image(released, pieces, vocab)
@@ -108,7 +111,7 @@ def convert(
         _save(dict(released.tensors()), scratch / "model.safetensors")
         if aside:
             _save(aside, scratch / ASIDE)
-    return _remarks(released, image, facts)
+    return [*lines, *_remarks(released, image, facts)]
 
 
 def convert_back(source: Path, out_dir: Path, like: Path | None = None) -> None:
@@ -214,6 +217,8 @@ def _remarks(released: Released, image: ImageTokenizer, facts: Release) -> list[
         lines.append(f"the continuous action head ({len(head)} tensors) is kept in {ASIDE}, not used")
     if released.config.head.num_layers:
         lines.append("with a continuous action head: --head continuous acts by it, discrete by the bins")
+    elif facts.may_have_head and not head:
+        lines.append(f"no {HEAD_PREFIX}* keys, which RynnVLA-002's training adds: the bins alone act")
     if not facts.chunks:
         lines.append("no policy: a world model, or weights to start training from")
     return lines

@@ -5,7 +5,6 @@ actions = model.policy().act(observation)
 world = model.world(); world.reset(frame); frame = world.step(actions[0])
 """
 
-import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from worldvla.model.pretrained import (
     INDEX,
     SINGLE,
     assign,
+    available_memory,
     empty_model,
     header,
     is_block_matrix,
@@ -188,20 +188,6 @@ def export(source: Path, out_dir: Path) -> Path:
             plain |= {"dtype": base.get("dtype", "float32"), "merged_base": model.manifest["base"]}
             write_json(scratch / "manifest.json", plain)
     return out_dir
-
-
-def available_memory(device: str) -> int | None:
-    """Return the free bytes of a device, None where that cannot be told (no Linux, another accelerator)."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if device != "cpu" or not meminfo.is_file():
-        return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-    free = [int(found[1]) * 1024] if found else []
-    limit = Path("/sys/fs/cgroup/memory.max")
-    free += [int(text)] if limit.is_file() and (text := limit.read_text().strip()).isdigit() else []
-    return min(free, default=None)
 
 
 def _load_weights(

@@ -9,6 +9,7 @@ host holds the model and one tensor (docs/MODELS.md has the numbers).
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -257,6 +258,21 @@ def assign(
     return model.eval()
 
 
+def available_memory(device: str) -> int | None:
+    """Return the free bytes of a device, None where that cannot be told (no Linux, another accelerator)."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if device != "cpu" or not meminfo.is_file():
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    free = [int(found[1]) * 1024] if found else []
+    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()).isdigit():
+        used = re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        free.append(int(limit) - (int(used[1]) if used else 0))
+    return min(free, default=None)
+
+
 def is_block_matrix(name: str, shape: Sequence[int]) -> bool:
     """Return whether a parameter is the weight of a linear layer of a block: what `form` applies to."""
     return name.startswith("layers.") and len(shape) == 2
@@ -323,6 +339,8 @@ def _headers(directory: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]
     files, shapes, dtypes = {}, {}, {}
     for shard in shards:
         shard_shapes, shard_dtypes = header(directory / shard)
+        twice = sorted(files.keys() & shard_shapes.keys())
+        _named(directory, f"has keys in {shard} that another shard has too:", twice, "download it again")
         files |= dict.fromkeys(shard_shapes, shard)
         shapes, dtypes = shapes | shard_shapes, dtypes | shard_dtypes
     differing = sorted(k for k in promised.keys() | files.keys() if promised.get(k) != files.get(k))

@@ -25,6 +25,12 @@ PREFIXES = ("model.vqmodel.", "vqmodel.")
 IMAGE_FILES = ("vqgan.ckpt", "vqgan.safetensors", "model.safetensors")
 TEXT_FILES = ("text_tokenizer.json", "tokenizer.json")
 CHECKLIST = "checklist.chk"
+MD5 = {
+    "text_tokenizer.json": "170a932b687671a4e676f3bf69147295",
+    "vqgan.yaml": "25724c8110d6adabc9130a123b4b922e",
+    "vqgan.ckpt": "1a559fb5dab4d351d19496ae89da1db1",
+}
+"""Of the tokenizer that WorldVLA and RynnVLA-002 publish: WorldVLA chameleon/tokenizer/checklist.chk."""
 NUM_GROUPS = 32
 RESERVED_OFFSET = 4
 """`<reservedN>` has id N + 4."""
@@ -48,6 +54,19 @@ def verify_checksums(directory: Path) -> int:
             raise ValueError(f"{file} has checksum {got}, {path} says {match[1]}: download it again")
         checked += 1
     return checked
+
+
+def unlike_published(directory: Path) -> list[str]:
+    """Return a line on each tokenizer file that is not the published one: repacked, or another vocabulary."""
+    lines = []
+    for file in (directory / name for name in MD5 if (directory / name).is_file()):
+        with file.open("rb") as opened:
+            got = hashlib.file_digest(opened, "md5").hexdigest()
+        if got != MD5[file.name]:
+            lines.append(
+                f"{file} has md5 {got}, the published one {MD5[file.name]}: not that file, bit by bit"
+            )
+    return lines
 
 
 def load_image_tokenizer(path: Path) -> ImageTokenizer:

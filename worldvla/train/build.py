@@ -13,7 +13,15 @@ from worldvla.data.store import TokenStore
 from worldvla.files import read_json
 from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import add_updates, refuse_updates
-from worldvla.model.pretrained import assign, check_fit, empty_model, header, read_tensor, weights_digest
+from worldvla.model.pretrained import (
+    assign,
+    available_memory,
+    check_fit,
+    empty_model,
+    header,
+    read_tensor,
+    weights_digest,
+)
 from worldvla.model.transformer import Transformer
 from worldvla.tokenizers.action import Statistics, dequantize, normalize
 from worldvla.tokenizers.image import ImageTokenizer
@@ -56,7 +64,12 @@ def build(config: Config) -> Pieces:
         raise ValueError("lora.rank updates a checkpoint that is there: name it by train.init_from")
     if lora.rank and lora.base == "bfloat16" != config.train.dtype:
         raise ValueError(f"lora.base bfloat16 needs train.dtype bfloat16, got {config.train.dtype}")
-    if config.train.init_from and (source / "manifest.json").is_file():
+    if config.train.init_from:
+        if not (source / "manifest.json").is_file():
+            raise FileNotFoundError(
+                f"train.init_from: {source} is no checkpoint (no manifest.json): name one that `worldvla "
+                "train` wrote (DIR/ckpt/step_N), or `export`, or, of a released folder or hub id, `convert`"
+            )
         refuse_updates(source)
     image = ImageTokenizer.load(config.tokenizer)
     stores = [TokenStore.open(Path(path), image.digest()) for path in config.data.stores]
@@ -78,6 +91,7 @@ def build_model(pieces: Pieces) -> Transformer:
     config, vocab = pieces.config, pieces.vocab
     layout = config.layout
     sizes = vocab.size, layout.num_rows, layout.num_cols, layout.action_shape
+    _check_memory(trainable(empty_model(config.model, *sizes), config, None), config)
     if config.train.init_from:
         path = Path(config.train.init_from) / "model.safetensors"
         return trainable(empty_model(config.model, *sizes), config, path)
@@ -112,6 +126,27 @@ def trainable(model: Transformer, config: Config, weights: Path | None) -> Trans
     if config.lora.rank:
         return add_updates(model, config.lora, config.train.seed).train()
     return model.requires_grad_(True).train()
+
+
+def held(model: Transformer) -> dict[str, int]:
+    """Return the bytes of weights, gradients and AdamW's moments of a model, on the meta device too."""
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    return {"weights": weights, "gradients": trained, "moments": 2 * trained}
+
+
+def _check_memory(model: Transformer, config: Config) -> None:
+    """Raise ValueError with the sum if training `model`, on the meta device, does not fit."""
+    parts, device = held(model), config.train.device
+    if config.optim.method == "muon":  # one moment of most matrices; of them all, to be on the safe side
+        parts["moments"] //= 2
+    needed, free = sum(parts.values()), available_memory(device)
+    if free is not None and needed > free:
+        terms = " + ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
+        raise ValueError(
+            f"training {config.name} needs {needed / 1e9:.3g} GB on {device} ({terms}; activations on top), "
+            f"{free / 1e9:.3g} GB are free: use a device with more, updates of low rank (lora.rank)"
+        )
 
 
 def action_scale(pieces: Pieces) -> ActionScale:
