@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+import worldvla.sim.env as sim
 from worldvla.sim.env import Task
 
 CRASH, DIE, HANG = 1, 2, 3
@@ -83,3 +84,10 @@ def make_short(task: Task, views: dict[str, tuple[int, int]] | None) -> FakeEnv:
 
 def make(task: Task, views: dict[str, tuple[int, int]] | None) -> FakeEnv:
     return FakeEnv(task, views or {})
+
+
+def make_brief(task: Task, views: dict[str, tuple[int, int]], fast_render: bool = False) -> Any:
+    """The real environment, for ten steps."""
+    env: Any = sim.make(task, views, fast_render)
+    env.horizon = 10
+    return env

@@ -264,6 +264,10 @@ def test_damaged_checkpoints_are_one_line(checkpoint: Path, tmp_path: Path) -> N
 def test_an_exported_model_is_smaller_and_acts_alike(checkpoint: Path, model: Model, tmp_path: Path) -> None:
     exported = worldvla.load(export(checkpoint, tmp_path / "shipped"))
     assert not (exported.path / "trainer.safetensors").exists()
+    card = (exported.path / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: worldvla\n")
+    assert f"weights {exported.identity()['digest']}, image tokenizer {model.image.digest()}" in card
+    assert f"a WorldVLA of {model.transformer.num_parameters():,} parameters".lower() in card.lower()
     for name, weight in exported.transformer.state_dict().items():
         torch.testing.assert_close(weight, model.transformer.state_dict()[name], rtol=1e-2, atol=1e-3)
     assert exported.policy().act(observe(0)).shape == model.policy().act(observe(0)).shape

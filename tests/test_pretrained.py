@@ -3,6 +3,7 @@
 pytest tests/test_pretrained.py   (on synthetic folders with the published names, see released.py)
 """
 
+import importlib.util
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from fake_env import TABLE, make_short
+from fake_env import TABLE, make_brief, make_short
 from released import IMAGE, MODEL, RynnHead, image_state, transformer_state, write_release, write_tokenizer
 from safetensors.torch import load_file, save_file
 from token_stubs import PixelSums, random_episode
@@ -300,6 +301,22 @@ def test_a_downloaded_release_is_converted_evaluated_and_trained_on(
     assert plain.policy().act(observation).shape == (5, 7)
     convert_back(tmp_path / "plain", tmp_path / "merged", like=ours)
     assert folder(tmp_path / "merged").keys() == back.keys()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="needs worldvla[libero]")
+@pytest.mark.parametrize(("release", "head"), [("worldvla_256", "discrete"), ("rynnvla_256", "continuous")])
+def test_a_converted_release_acts_in_libero(release: str, head: str, tmp_path: Path, tokenizer: Path) -> None:
+    """Ten steps of a real episode: pictures, state, prompt, mask and range are those of the release."""
+    write_release(tmp_path / "theirs", head=5 if head == "continuous" else 0)
+    convert(tmp_path / "theirs", tmp_path / "ours", release, libero(), "libero_goal", tokenizer)
+    actor = ModelActor(str(tmp_path / "ours"), head=head)
+    record = run(
+        actor, "libero_goal", 1, out_dir=tmp_path / "eval", tasks=(0,), workers=1, videos=0, page=False,
+        make=make_brief,
+    )  # fmt: skip
+    episode = json.loads((tmp_path / "eval/episodes.jsonl").read_text().splitlines()[-1])
+    assert (record["errors"], episode["status"], episode["steps"]) == (0, "fail", 10), record
+    assert record["protocol"]["head"] == head
 
 
 def test_a_model_of_ours_is_loaded_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

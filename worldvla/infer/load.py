@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import jinja2
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from worldvla.config import Config, from_json
 from worldvla.data.sample import SampleBuilder
-from worldvla.files import check_shapes, read_json, whole_folder, write_json
+from worldvla.files import check_shapes, read_json, whole_folder, write_json, write_text
 from worldvla.infer.hub import fetch
 from worldvla.model.lora import merged
 from worldvla.model.pretrained import (
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from worldvla.infer.policy import Policy
 
 Quantize = Literal["", "int8", "int4"]
+CARD = Path(__file__).parents[1] / "assets/report/card.md"
 FILES = ("config.json", "model.safetensors", "vocab.json", "statistics.json", "text.json", "manifest.json")
 
 
@@ -173,8 +175,8 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def export(source: Path, out_dir: Path) -> Path:
-    """Copy what acting and imagining need, the transformer's weights in bfloat16; atomic. About a sixth of
-    a checkpoint's size. Low-rank updates are merged: the result is a plain checkpoint."""
+    """Copy what acting and imagining need, the transformer's weights in bfloat16; and a model card for the
+    hub; atomic. About a sixth of a checkpoint's size. Low-rank updates are merged: the result is a plain checkpoint."""
     model = load(source, dtype=torch.bfloat16)  # whole and consistent, or an error
     source = model.path
     with whole_folder(out_dir) as scratch:
@@ -187,7 +189,20 @@ def export(source: Path, out_dir: Path) -> Path:
             plain = {k: v for k, v in model.manifest.items() if k != "base"}
             plain |= {"dtype": base.get("dtype", "float32"), "merged_base": model.manifest["base"]}
             write_json(scratch / "manifest.json", plain)
+        write_text(scratch / "README.md", _card(model, weights_digest(scratch)))
     return out_dir
+
+
+def _card(model: Model, weights: str) -> str:
+    """Return a model card in the hub's form, of what the checkpoint itself knows; `weights`: their digest."""
+    config, statistics = model.config, model.builder.statistics
+    ranges = [("action", statistics.action_low, statistics.action_high)]
+    ranges += [("state", statistics.state_low, statistics.state_high)] if config.layout.state else []
+    template = jinja2.Template(CARD.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
+    facts = {"layout": config.layout, "manifest": model.manifest, "share": config.data.world_fraction}
+    return template.render(
+        model=model, config=config, statistics=statistics, ranges=ranges, weights=weights, **facts
+    )
 
 
 def _load_weights(
