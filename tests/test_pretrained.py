@@ -25,7 +25,7 @@ from token_stubs import PixelSums, random_episode
 import worldvla
 from worldvla import cli
 from worldvla.batch import Batch
-from worldvla.config import LoraConfig
+from worldvla.config import HeadConfig, LoraConfig
 from worldvla.data.store import write_store
 from worldvla.eval.actors import ModelActor
 from worldvla.eval.rollout import run
@@ -155,28 +155,50 @@ def test_releases_say_what_was_published() -> None:
 
 
 def test_recipes_are_what_was_published() -> None:
-    """Reference 5.1 and 5.2: batch, rate, decay, dropout, K, of every suite; 40 epochs."""
-    assert len([name for name in RECIPES if name.startswith(("libero_256", "libero_512", "rynnvla"))]) == 16
-    for name, batch, rate, decay, dropout, chunk, steps in (
-        ("libero_256_goal", 16, 5e-6, 0.1, 0.05, 5, 260_200),
+    """Reference 5.1 and 5.2, of every suite: batch, rate, decay, dropout, K, 40 epochs; what all share."""
+    rows = (
+        # WorldVLA: 8 a GPU; 4 GPUs, of the script for goal at 256 pixels 2.
         ("libero_256_spatial", 32, 5e-6, 0.1, 0.05, 5, 132_400),
+        ("libero_256_object", 32, 5e-6, 0.1, 0.05, 5, 167_440),
+        ("libero_256_goal", 16, 5e-6, 0.1, 0.05, 5, 260_200),
+        ("libero_256_10", 32, 5e-6, 0.1, 0.05, 10, 253_640),
+        ("libero_512_spatial", 32, 5e-6, 0.1, 0.05, 5, 132_400),
+        ("libero_512_object", 32, 5e-6, 0.1, 0.05, 5, 167_440),
+        ("libero_512_goal", 32, 5e-6, 0.1, 0.05, 5, 130_080),
         ("libero_512_10", 32, 5e-6, 0.1, 0.05, 10, 253_640),
-        ("rynnvla_256_goal", 64, 5e-6, 0.15, 0.08, 5, 65_040),
+        # RynnVLA-002, the pretokenised column: 8 GPUs.
         ("rynnvla_256_spatial", 64, 5e-6, 0.1, 0.05, 10, 66_200),
+        ("rynnvla_256_object", 64, 5e-6, 0.1, 0.05, 5, 83_720),
+        ("rynnvla_256_goal", 64, 5e-6, 0.15, 0.08, 5, 65_040),
         ("rynnvla_256_10", 64, 8e-6, 0.18, 0.1, 10, 126_800),
+        # Its world model alone: one sample a frame; no chunks, so that K is the layout's default.
+        ("rynnvla_world_512_spatial", 64, 5e-6, 0.15, 0.08, 5, 33_080),
+        ("rynnvla_world_512_object", 64, 5e-6, 0.15, 0.08, 5, 41_840),
+        ("rynnvla_world_512_goal", 64, 5e-6, 0.15, 0.08, 5, 32_520),
         ("rynnvla_world_512_10", 64, 5e-6, 0.15, 0.08, 5, 63_400),
-    ):
+    )
+    families = ("libero_256", "libero_512", "rynnvla")
+    assert {row[0] for row in rows} == {name for name in RECIPES if name.startswith(families)}
+    for name, batch, rate, decay, dropout, chunk, steps in rows:
         config = RECIPES[name]()
-        optim = config.optim
+        layout, optim, loss, training = config.layout, config.optim, config.loss, config.train
         assert config.name == name
-        assert (config.train.batch_size, config.train.steps, config.layout.chunk) == (batch, steps, chunk), (
-            name
-        )
+        assert (training.batch_size, training.steps, layout.chunk) == (batch, steps, chunk), name
         assert (optim.learning_rate, optim.weight_decay, config.model.dropout) == (rate, decay, dropout), name
-        assert optim.min_learning_rate == rate
-        assert optim.warmup_steps == steps // 4000
-        assert config.train.checkpoint_layers
-    assert RECIPES["libero_512_10"]().layout.grids == ((32, 32),)
+        assert optim.min_learning_rate == rate, name
+        assert optim.warmup_steps == steps // 4000, name
+        assert (optim.method, optim.betas, optim.clip) == ("adamw", (0.9, 0.95), 4.0), name
+        assert (loss.z_weight, loss.image_weight, loss.head_weight) == (1e-5, 0.04, 10.0), name
+        assert (loss.reduction, loss.supervise, loss.action_smoothing) == ("published", "all", 0.0), name
+        assert (training.accumulation, training.seed, training.dtype) == (1, 0, "bfloat16"), name
+        assert training.checkpoint_layers, name
+        is_world = name.startswith("rynnvla_world")
+        assert config.data.world_fraction == (1.0 if is_world else 0.5), name
+        assert (layout.history, layout.state) == (2, name.startswith("rynnvla_256")), name
+        side = 32 if "512" in name else 16
+        assert layout.grids == ((side, side),) * (2 if "rynnvla" in name else 1), name
+        head = HeadConfig(num_layers=2, width=1024, num_heads=4, hidden=4096, dropout=0.1)
+        assert config.model.head == (head if name.startswith("rynnvla_256") else HeadConfig()), name
 
 
 MEASURE = """
