@@ -2,6 +2,8 @@
 
 python tests/golden_samples.py   rewrites tests/golden/sample_*.json (part of `make golden`)
 
+Layouts, K and ranges of the published systems are those of `worldvla.model.pretrained.RELEASES`.
+
 Text ids are not real: word i of a text is code FIRST_WORD + i (`CountedWords`), 0 + i in the compact table.
 Frame f of view v holds the codes 1000 f + 500 v, +1, +2, ... in the published table, 20 f + 10 v in ours.
 """
@@ -29,10 +31,8 @@ TASK = "open the middle drawer of the cabinet"
 ACTIONS = np.array([[0, 0.1 * k, -0.1 * k, 0.05 * k, 0, -0.3, (-1) ** k] for k in range(5)])
 STATE = np.array([0.0, 0.1, 0.9, 3.1, 0.0, 0.0, 0.02, -0.02])
 
-WORLDVLA_256 = LayoutConfig()
-WORLDVLA_512 = RELEASES["worldvla_512"].layout
-RYNNVLA_WORLD_512 = RELEASES["rynnvla_world_512"].layout
-RYNNVLA_256 = LayoutConfig(views=("agentview", "wrist"), grids=((16, 16), (16, 16)), state=True)
+WORLDVLA_256 = RELEASES["worldvla_256"].layout
+RYNNVLA_256 = RELEASES["rynnvla_256"].layout
 TINY = LayoutConfig(
     views=("agentview", "wrist"), grids=((2, 3), (1, 2)), history=2, chunk=2, num_action_dims=2, state=True,
     num_state_dims=3, policy_prompt="{task}", world_prompt="imagine",
@@ -42,6 +42,16 @@ TINY_STATISTICS = Statistics((-1.0, -1.0), (1.0, 1.0), (0.0,) * 3, (1.0,) * 3, "
 
 def published(layout: LayoutConfig, statistics: Statistics) -> SampleBuilder:
     return SampleBuilder(layout, chameleon(), CountedWords(first=FIRST_WORD), statistics)
+
+
+def release_builder(name: str, suite: str = "libero_goal") -> SampleBuilder:
+    """Return the builder of a converted release: its layout, its suite's K, its ranges."""
+    facts = RELEASES[name]
+    layout = replace(facts.layout, chunk=facts.chunks[suite]) if facts.chunks else facts.layout
+    statistics = {"worldvla": WORLDVLA, "rynnvla": RYNNVLA}[facts.actions]
+    if layout.state:
+        statistics = replace(statistics, state_low=RYNNVLA.state_low, state_high=RYNNVLA.state_high)
+    return published(layout, statistics)
 
 
 def tiny(**changes: object) -> SampleBuilder:
@@ -62,32 +72,30 @@ def frames(builder: SampleBuilder, count: int, first: int = 0) -> list[list[np.n
 
 def cases() -> Iterator[tuple[str, str, Vocab, Sample]]:
     """Yield every golden sample: name, what it is, its vocabulary, the sample."""
-    wv, rv = published(WORLDVLA_256, WORLDVLA), published(RYNNVLA_256, RYNNVLA)
-    yield (
-        "worldvla_policy",
-        "WorldVLA 256 px, M=2, K=5",
-        wv.vocab,
-        wv.policy(TASK, None, frames(wv, 2), ACTIONS),
-    )
-    about = "WorldVLA 256 px at an episode's first frame: one image"
-    yield "worldvla_policy_first", about, wv.vocab, wv.policy(TASK, None, frames(wv, 1), ACTIONS)
-    world = wv.world(frames(wv, 1), ACTIONS[1], frames(wv, 1, 1)[0])
-    yield "worldvla_world", "WorldVLA 256 px world sample", wv.vocab, world
-    about = "RynnVLA-002 256 px: state, two views, M=2, K=5"
-    yield "rynnvla_policy", about, rv.vocab, rv.policy(TASK, STATE, frames(rv, 2), ACTIONS)
-    world = rv.world(frames(rv, 1), ACTIONS[1], frames(rv, 1, 1)[0])
-    yield "rynnvla_world", "RynnVLA-002 256 px world sample, two views", rv.vocab, world
-    wv = published(WORLDVLA_512, WORLDVLA)
-    policy = wv.policy(TASK, None, frames(wv, 2), ACTIONS)
-    yield "worldvla_512_policy", "WorldVLA 512 px, M=2, K=5", wv.vocab, policy
-    world = wv.world(frames(wv, 1), ACTIONS[1], frames(wv, 1, 1)[0])
-    yield "worldvla_512_world", "WorldVLA 512 px world sample", wv.vocab, world
-    wv = published(replace(WORLDVLA_256, chunk=10), WORLDVLA)
-    policy = wv.policy(TASK, None, frames(wv, 2), np.concatenate([ACTIONS, -ACTIONS]))
-    yield "worldvla_10_policy", "WorldVLA 256 px on LIBERO-10, M=2, K=10", wv.vocab, policy
-    rv = published(RYNNVLA_WORLD_512, WORLDVLA)
-    world = rv.world(frames(rv, 1), ACTIONS[1], frames(rv, 1, 1)[0])
-    yield "rynnvla_512_world", "RynnVLA-002 World_model_512: two views", rv.vocab, world
+    first = "WorldVLA 256 px at an episode's first frame: one image"
+    both = "RynnVLA-002 Action_World_model_512: state, two views, M=2, K=5"
+    for name, release, suite, count, about in (
+        ("worldvla_policy", "worldvla_256", "goal", 2, "WorldVLA 256 px, M=2, K=5"),
+        ("worldvla_policy_first", "worldvla_256", "goal", 1, first),
+        ("worldvla_10_policy", "worldvla_256", "10", 2, "WorldVLA 256 px on LIBERO-10, M=2, K=10"),
+        ("worldvla_512_policy", "worldvla_512", "goal", 2, "WorldVLA 512 px, M=2, K=5"),
+        ("worldvla_512_10_policy", "worldvla_512", "10", 2, "WorldVLA 512 px on LIBERO-10, M=2, K=10"),
+        ("rynnvla_policy", "rynnvla_256", "goal", 2, "RynnVLA-002 256 px: state, two views, M=2, K=5"),
+        ("rynnvla_spatial_policy", "rynnvla_256", "spatial", 2, "RynnVLA-002 256 px on spatial, M=2, K=10"),
+        ("rynnvla_512_policy", "rynnvla_action_world_512", "goal", 2, both),
+    ):
+        make = release_builder(release, f"libero_{suite}")
+        actions = np.concatenate([ACTIONS, -ACTIONS])[: make.layout.chunk]
+        yield name, about, make.vocab, make.policy(TASK, STATE, frames(make, count), actions)
+    for name, release, about in (
+        ("worldvla_world", "worldvla_256", "WorldVLA 256 px world sample"),
+        ("worldvla_512_world", "worldvla_512", "WorldVLA 512 px world sample"),
+        ("rynnvla_world", "rynnvla_256", "RynnVLA-002 256 px world sample, two views"),
+        ("rynnvla_512_world", "rynnvla_world_512", "RynnVLA-002 World_model_512: two views"),
+    ):
+        make = release_builder(release)
+        world = make.world(frames(make, 1), ACTIONS[1], frames(make, 1, 1)[0])
+        yield name, about, make.vocab, world
 
     state, actions = np.array([0.0, 0.5, 1.0]), np.array([[0.0, -1.0], [0.5, 1.0]])
     for name, builder, about in (

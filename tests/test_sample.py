@@ -53,10 +53,10 @@ def join(parts: Iterable[list[int]]) -> list[int]:
     return list(chain.from_iterable(parts))
 
 
-def image_block(codes: np.ndarray) -> list[int]:
-    """256 pixels: 16 rows of 16 codes, 8 patches of 32 pixels a side (item_processor.py:260-300)."""
-    rows = [[*(codes[16 * r : 16 * r + 16] + 4).tolist(), 8803] for r in range(16)]
-    return [8197, 8812, 8812, *join(rows), 8196]
+def image_block(codes: np.ndarray, side: int = 16) -> list[int]:
+    """`side` rows of codes, a patch of 32 pixels every two (item_processor.py:260-300)."""
+    rows = [[*(codes[side * r : side * (r + 1)] + 4).tolist(), 8803] for r in range(side)]
+    return [8197, *[{16: 8812, 32: 8820}[side]] * 2, *join(rows), 8196]
 
 
 def bins(values: np.ndarray, low: tuple[float, ...], high: tuple[float, ...], base: int) -> list[int]:
@@ -76,24 +76,31 @@ WORLD = (
 )
 
 
-def test_worldvla_policy_is_byte_for_byte():
-    builder = published(WORLDVLA_256, WORLDVLA)
-    blocks = [[10004, *bins(a, WORLDVLA.action_low, WORLDVLA.action_high, 10005), 15004] for a in ACTIONS]
-    images = image_block(np.arange(256)) + image_block(np.arange(1000, 1256))
-    expected = [0, *words(QUESTION), *images, 8710, *join(blocks), 8710]
-    sample = builder.policy(TASK, None, frames(builder, 2), ACTIONS)
-    assert sample.ids.tolist() == expected
-    assert len(expected) == 1 + 14 + 2 * 276 + 1 + 45 + 1
-
-
-def test_rynnvla_policy_is_byte_for_byte():
-    builder = published(RYNNVLA_256, RYNNVLA)
-    blocks = [[10004, *bins(a, RYNNVLA.action_low, RYNNVLA.action_high, 10005), 15004] for a in ACTIONS]
+@pytest.mark.parametrize(
+    ("name", "side", "views", "count", "chunk", "ranges", "length"),
+    [
+        ("worldvla_policy", 16, 1, 2, 5, WORLDVLA, 1 + 14 + 2 * 276 + 1 + 45 + 1),
+        ("worldvla_policy_first", 16, 1, 1, 5, WORLDVLA, 1 + 14 + 276 + 1 + 45 + 1),
+        ("worldvla_10_policy", 16, 1, 2, 10, WORLDVLA, 1 + 14 + 2 * 276 + 1 + 90 + 1),
+        ("worldvla_512_policy", 32, 1, 2, 5, WORLDVLA, 1 + 14 + 2 * 1060 + 1 + 45 + 1),
+        ("worldvla_512_10_policy", 32, 1, 2, 10, WORLDVLA, 1 + 14 + 2 * 1060 + 1 + 90 + 1),
+        ("rynnvla_policy", 16, 2, 2, 5, RYNNVLA, 1 + 14 + 10 + 4 * 276 + 1 + 45 + 1),
+        ("rynnvla_spatial_policy", 16, 2, 2, 10, RYNNVLA, 1 + 14 + 10 + 4 * 276 + 1 + 90 + 1),
+        # Actions in the range of its world samples (docs/DETAILS.md, 25).
+        ("rynnvla_512_policy", 32, 2, 2, 5, WORLDVLA, 1 + 14 + 10 + 4 * 1060 + 1 + 45 + 1),
+    ],
+)
+def test_policy_is_byte_for_byte(name, side, views, count, chunk, ranges, length):
+    """With two views: state after the text; front, wrist of t-1; front, wrist of t."""
+    actions = np.concatenate([ACTIONS, -ACTIONS])[:chunk]
+    blocks = [[10004, *bins(a, ranges.action_low, ranges.action_high, 10005), 15004] for a in actions]
     state = [15504, *bins(STATE, RYNNVLA.state_low, RYNNVLA.state_high, 15505), 16004]
-    order = [np.arange(256), np.arange(500, 756), np.arange(1000, 1256), np.arange(1500, 1756)]
-    images = join(map(image_block, order))  # front, wrist of t-1; front, wrist of t
-    expected = [0, *words(QUESTION), *state, *images, 8710, *join(blocks), 8710]
-    assert builder.policy(TASK, STATE, frames(builder, 2), ACTIONS).ids.tolist() == expected
+    starts = [1000 * f + 500 * v for f in range(count) for v in range(views)]
+    images = join(image_block(np.arange(start, start + side**2), side) for start in starts)
+    context = [*words(QUESTION), *(state if views == 2 else []), *images]
+    expected = [0, *context, 8710, *join(blocks), 8710]
+    assert CASES[name][3].ids.tolist() == expected
+    assert len(expected) == length
 
 
 @pytest.mark.parametrize(("layout", "statistics"), [(WORLDVLA_256, WORLDVLA), (RYNNVLA_256, RYNNVLA)])
