@@ -125,12 +125,16 @@ def published_mask(ids_BT: Tensor) -> Tensor:
     return mask[:, None]
 
 
+def additive(mask: Tensor) -> Tensor:
+    """Return the 4-D mask that transformers adds to its scores."""
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
 @torch.no_grad()
 def theirs_logits(theirs: Any, ids_BT: Tensor) -> Tensor:
     """Return transformers' scores (B, T, V) under the published mask, given as an additive 4-D mask."""
-    mask = published_mask(ids_BT)
-    additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    return theirs(input_ids=ids_BT, attention_mask=additive, use_cache=False).logits
+    mask = additive(published_mask(ids_BT))
+    return theirs(input_ids=ids_BT, attention_mask=mask, use_cache=False).logits
 
 
 def batch(layout: LayoutConfig) -> Batch:

@@ -4,6 +4,7 @@ pytest tests/test_oracle.py   (skipped where `transformers` is not installed)
 """
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ from oracle import (
     ONE_VIEW,
     TWO_VIEWS,
     VOCAB,
+    additive,
     batch,
     build_ours,
     build_theirs,
     builder,
     frame,
     published_mask,
+    samples,
     theirs_logits,
 )
 from torch import Tensor
 
-from worldvla.batch import KIND_IMAGE
+from worldvla.batch import KIND_IMAGE, KIND_PROMPT
 from worldvla.config import LayoutConfig, LossConfig
 from worldvla.infer.cache import Cache
 from worldvla.infer.decode import decode_actions, decode_images
@@ -91,6 +94,34 @@ def test_logits_are_equal_with_caches(ours: Transformer, theirs: Any, layout: La
     assert close(torch.cat(other, 1), whole)
 
 
+@LAYOUTS
+@pytest.mark.parametrize("split", [0, 12], ids=["chunk_at_once", "chunk_in_two"])
+def test_logits_of_a_chunk_are_equal_with_caches(
+    ours: Transformer, theirs: Any, layout: LayoutConfig, split: int
+) -> None:
+    """A prompt, then the chunk under the selective mask, at once or cut inside its second action, so that the
+    first is in the cache and hidden: through our cache and through theirs, both equal their whole pass."""
+    for sample in samples(layout)[:2]:  # policy samples of one frame and of two
+        ids_BT, chunk_BT = (torch.from_numpy(v).long()[None] for v in (sample.ids, sample.chunk))
+        prompt, length = int((sample.kind == KIND_PROMPT).sum()), len(sample)
+        rows = published_mask(ids_BT)
+        assert rows[:, :, prompt:].sum() < torch.ones_like(rows).tril()[:, :, prompt:].sum()
+        whole = theirs_logits(theirs, ids_BT)
+        cache, kept, mine, other = Cache(CONFIG.num_layers, length), None, [], []
+        cuts = sorted({0, prompt, prompt + split, length})
+        with torch.no_grad():
+            for start, stop in pairwise(cuts):
+                part, positions = ids_BT[:, start:stop], torch.arange(start, stop)[None]
+                mask = dense_mask(chunk_BT[:, start:stop], chunk_BT[:, :stop], positions)
+                mine.append(ours.logits(ours(part, mask, positions_BT=positions, cache=cache)))
+                mask = additive(rows[:, :, start:stop, :stop])
+                out = theirs(input_ids=part, attention_mask=mask, cache=kept, use_cache=True)
+                kept = out.cache
+                other.append(out.logits)
+        assert close(torch.cat(mine, 1), whole)
+        assert close(torch.cat(other, 1), whole)
+
+
 def one_by_one(
     theirs: Any, prompt: np.ndarray, tail: np.ndarray, is_open: np.ndarray, span: range
 ) -> list[int]:
@@ -138,8 +169,7 @@ def test_loss_and_gradients_are_equal(
 ) -> None:
     """Cross-entropy and z-loss of their logits by plain torch, and autograd's gradient of every weight."""
     data, z_weight = batch(layout), 1e-2  # the published 1e-5 would hide in the tolerance
-    mask = torch.zeros(published_mask(data.ids_BT).shape)
-    mask.masked_fill_(~published_mask(data.ids_BT), torch.finfo(torch.float32).min)
+    mask = additive(published_mask(data.ids_BT))
     theirs.zero_grad()
     logits = theirs(input_ids=data.ids_BT, attention_mask=mask, use_cache=False).logits[:, :-1].flatten(0, 1)
     kind, ids = data.kind_BT[:, 1:].flatten(), data.ids_BT[:, 1:].flatten()
