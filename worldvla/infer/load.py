@@ -175,8 +175,8 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def export(source: Path, out_dir: Path) -> Path:
-    """Copy what acting and imagining need, the transformer's weights in bfloat16; and a model card for the
-    hub; atomic. About a sixth of a checkpoint's size. Low-rank updates are merged: the result is a plain checkpoint."""
+    """Copy what acting and imagining need, the transformer's weights in bfloat16, and write a model card for
+    the hub; atomic. About a sixth of a checkpoint's size. Low-rank updates are merged: it is a plain one."""
     model = load(source, dtype=torch.bfloat16)  # whole and consistent, or an error
     source = model.path
     with whole_folder(out_dir) as scratch:
