@@ -111,6 +111,9 @@ def test_json_and_digest_round_trip():
     data = json.loads(json.dumps(RYNNVLA.to_json()))
     assert Statistics.from_json(data) == RYNNVLA
     assert Statistics.from_json(data).digest() == RYNNVLA.digest() != WORLDVLA.digest()
+    assert "world_low" not in WORLDVLA.to_json()  # digests of checkpoints without one stay
+    assert (RYNNVLA.encode_world_actions(HIGH) == WORLDVLA.encode_actions(HIGH)).all()
+    assert (RYNNVLA.encode_actions(0.5 * HIGH) != WORLDVLA.encode_actions(0.5 * HIGH)).any()
     with pytest.raises(ValueError, match="exactly the keys"):
         Statistics.from_json({"kind": "minmax"})
 

@@ -82,7 +82,7 @@ def test_every_layout_round_trips(
     assert layout.state == (release in ("rynnvla_256", "rynnvla_action_world_512"))
     assert layout.grids[0] == ((32, 32) if release.endswith("512") else (16, 16))
     assert len(layout.views) == (2 if "rynnvla" in release else 1)
-    ranges = RYNNVLA if release == "rynnvla_256" else WORLDVLA
+    ranges = RYNNVLA if layout.state else WORLDVLA
     assert model.builder.statistics.action_low == ranges.action_low
     assert replace(model.config.model, head=MODEL.head) == replace(MODEL, dropout=0.05)
     assert (model.transformer.action_head is not None) == (release == "rynnvla_256")

@@ -50,7 +50,7 @@ class Loader:
             np.concatenate([getattr(s, name) for s in stores]) for name in ("actions", "states")
         )
         vocab, statistics = builder.vocab, builder.statistics
-        self._action_ids = statistics.encode_actions(actions) + vocab.action.start
+        self._action_ids = statistics.encode_world_actions(actions) + vocab.action.start
         targets = [policy_targets(store, layout.chunk, data.pad_chunks) for store in stores]
         low, high = statistics.action_low, statistics.action_high
         values = [normalize(chunks, low, high) for chunks, _ in targets]

@@ -245,7 +245,7 @@ class SampleBuilder:
                 raise ValueError(
                     f"the layout conditions on an action, got none: pass {self.layout.num_action_dims} values"
                 )
-            ids[template.actions[0]] = to_ids(self.statistics.encode_actions(action), self.vocab.action)
+            ids[template.actions[0]] = to_ids(self.statistics.encode_world_actions(action), self.vocab.action)
         return template, ids
 
     def _fill_images(

@@ -57,9 +57,8 @@ RELEASES: dict[str, Release] = {
     "worldvla_256": Release(LayoutConfig(), "worldvla", _WORLDVLA_K),
     "worldvla_512": Release(LayoutConfig(grids=((32, 32),)), "worldvla", _WORLDVLA_K),
     "rynnvla_256": Release(_two_views(16, True), "rynnvla", _RYNNVLA_K, may_have_head=True),
-    # World samples were pretokenised with WorldVLA's range (RynnVLA-002 data/item_processor.py:327-328).
     "rynnvla_world_512": Release(_two_views(32, False), "worldvla", {}),
-    "rynnvla_action_world_512": Release(_two_views(32, True), "worldvla", _RYNNVLA_K, may_have_head=True),
+    "rynnvla_action_world_512": Release(_two_views(32, True), "rynnvla", _RYNNVLA_K, may_have_head=True),
 }
 """WorldVLA model_256, model_512; RynnVLA-002 VLA_model_256, World_model_512, Action_World_model_512 (both
 README.md); K by suite: WorldVLA exps_256_all/*.sh, RynnVLA-002's training scripts."""

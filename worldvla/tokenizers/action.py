@@ -33,9 +33,12 @@ class Statistics:
     state_low: tuple[float, ...]
     state_high: tuple[float, ...]
     kind: Literal["minmax", "quantile", "published"]
+    world_low: tuple[float, ...] = ()
+    """Range of the actions that the world model reads, where it is another (RynnVLA-002); empty: the same."""
+    world_high: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("action", "state"):
+        for name in ("action", "state", "world"):
             low, high = getattr(self, f"{name}_low"), getattr(self, f"{name}_high")
             if len(low) != len(high):
                 raise ValueError(
@@ -51,6 +54,11 @@ class Statistics:
         """Return the codes of physical actions (..., A), int64 in 0..255."""
         return quantize(normalize(actions, self.action_low, self.action_high))
 
+    def encode_world_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Return the codes (..., A) of physical actions as the world model reads them, int64 in 0..255."""
+        low, high = self.world_low or self.action_low, self.world_high or self.action_high
+        return quantize(normalize(actions, low, high))
+
     def decode_actions(self, codes: np.ndarray) -> np.ndarray:
         """Return physical actions (..., A) float32, the centres of the bins of `codes`."""
         return denormalize(dequantize(codes), self.action_low, self.action_high).astype(np.float32)
@@ -64,12 +72,14 @@ class Statistics:
         return denormalize(dequantize(codes), self.state_low, self.state_high).astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return a dict of JSON values; without a range of the world's own, where it has none."""
+        return {k: v for k, v in asdict(self).items() if v or not k.startswith("world_")}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Build from `to_json`'s dict; missing or unknown keys raise ValueError."""
-        names = set(cls.__dataclass_fields__)
+        own = {"world_low", "world_high"}
+        names = set(cls.__dataclass_fields__) - (own - set(data))
         if set(data) != names:
             raise ValueError(f"statistics need exactly the keys {sorted(names)}, got {sorted(data)}")
         ranges = {key: tuple(float(v) for v in value) for key, value in data.items() if key != "kind"}
@@ -113,8 +123,11 @@ RYNNVLA = Statistics(
         0.00131260958,
     ),
     kind="published",
+    world_low=WORLDVLA.action_low,
+    world_high=WORLDVLA.action_high,
 )
-"""RynnVLA-002's policy statistics (data/item_processor.py:546-565)."""
+"""RynnVLA-002's statistics: of its policy (data/item_processor.py:546-565), and of its world samples, which
+were pretokenised with WorldVLA's (327-328)."""
 
 
 def compute_statistics(
