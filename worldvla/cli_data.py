@@ -12,7 +12,7 @@ import tyro
 from worldvla.config import ImageTokenizerConfig
 
 EXIT_EPISODE_ERRORS = 3
-"""A replay that failed, or an evaluation with more errors than allowed."""
+"""A replay that failed or found turned pictures, or an evaluation with more errors than allowed."""
 
 
 def say(text: str) -> None:
@@ -124,7 +124,8 @@ class Collect:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """Re-run stored actions in the simulator and count the episodes that succeed again."""
+    """Re-run stored actions in the simulator and count the episodes that succeed again; name the files whose
+    pictures are not upright."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
     """HDF5 files, or directories of them."""
@@ -136,20 +137,23 @@ class Replay:
         from rich.progress import track
 
         from worldvla.data.collect import rerun
+        from worldvla.data.regenerate import inverted_gripper, wrong_pictures
 
         files = hdf5_files(self.paths)
         transform = _through_bins(files) if self.bins else (lambda actions: actions)
-        outcomes = []
+        outcomes: list[bool] = []
+        faults: list[str] = []
         for path in track(files, "replay", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-            outcomes += [done.success for done in rerun(path, transform)]
-        if not all(outcomes) and not self.bins:
-            from worldvla.data.regenerate import diagnose
-
-            for line in (line for path in files for line in diagnose(path)):
-                say(line)
+            found = [done.success for done in rerun(path, transform)]
+            outcomes += found
+            faults += wrong_pictures(path)
+            if not (all(found) or self.bins):
+                faults += inverted_gripper(path)
+        for line in faults:
+            say(line)
         k, n = sum(outcomes), len(outcomes)
         say(f"replayed: {k}/{n} episodes succeed again   next: worldvla train-tokenizer {self.paths[0]}")
-        return 0 if k == n or self.bins else EXIT_EPISODE_ERRORS
+        return 0 if not faults and (k == n or self.bins) else EXIT_EPISODE_ERRORS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +218,8 @@ class Tokenize:
     """Encode every frame once into a TokenStore."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
-    """HDF5 files, or directories of them."""
+    """HDF5 files, or directories of them. Of files that others made, `worldvla replay` says first whether the
+    pictures are upright; here they are taken as they are."""
     tokenizer: Path
     """Directory of the image tokenizer."""
     out: Path

@@ -84,7 +84,7 @@ def regenerate(
 ) -> dict[str, Counts]:
     """Write one file in `out_dir` for each of `files`; return what became of their demonstrations, by name.
 
-    A file of which nothing succeeds raises ValueError, which says why if it can be found (`diagnose`).
+    A file of which nothing succeeds raises ValueError, which says why if it can be found.
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,8 @@ def _merge(path: Path, parts: Path, out: Path, make: Callable[..., Any]) -> None
     good = sorted(parts.glob("*.hdf5"), key=lambda part: int(part.stem))
     lost = len(list(parts.glob("*.failed")))
     if not good:
-        why = "; ".join(diagnose(path, make)) or "were they made with another version of the simulator?"
+        wrong = [*wrong_pictures(path, make), *inverted_gripper(path, make)]
+        why = "; ".join(wrong) or "were they made with another version of the simulator?"
         raise ValueError(f"{path}: none of {lost} demonstrations succeeds again; {why}")
     counts = {"lost": lost, "no_ops": sum(facts(part)["no_ops"] for part in good)}
     found = (episode for part in good for episode in read_episodes(part))
@@ -147,9 +148,9 @@ def _merge(path: Path, parts: Path, out: Path, make: Callable[..., Any]) -> None
     shutil.rmtree(parts)
 
 
-def diagnose(path: Path, make: Callable[..., Any] = sim.make) -> list[str]:
-    """Return what is wrong with a file's conventions, one line each: pictures that are not upright, a gripper
-    whose sign is inverted. Tried on its first demonstration."""
+def wrong_pictures(path: Path, make: Callable[..., Any] = sim.make) -> list[str]:
+    """Return one line for each view whose pictures are not upright: the first one of the file's first
+    demonstration beside the simulator's in the same state."""
     episode = next(read_episodes(path))
     sizes = {view: (images.shape[1], images.shape[2]) for view, images in episode.images.items()}
     env = _environment(episode, sizes, make)
@@ -164,15 +165,19 @@ def diagnose(path: Path, make: Callable[..., Any] = sim.make) -> list[str]:
             found.append(
                 f"{path.name}: pictures of {view} are {best}: mean difference to the simulator's "
                 f"{differences[best]:.1f} of 255 turned back, {differences['upright']:.1f} as they are; "
-                "store them as LIBERO does"
-            )
-    if play(env, episode, episode.actions) is None:
-        flipped = episode.actions * np.array([1, 1, 1, 1, 1, 1, -1], dtype=np.float32)
-        if play(env, episode, flipped) is not None:
-            found.append(
-                f"{path.name}: the gripper is inverted, expected -1 open and +1 closed: change its sign"
+                "`worldvla regenerate` draws them again"
             )
     return found
+
+
+def inverted_gripper(path: Path, make: Callable[..., Any] = sim.make) -> list[str]:
+    """Return a line if the file's first demonstration succeeds with the gripper's sign changed alone."""
+    episode = next(read_episodes(path, images=False))
+    env = _environment(episode, {}, make)
+    flipped = episode.actions * np.array([1, 1, 1, 1, 1, 1, -1], dtype=np.float32)
+    if play(env, episode, episode.actions) is not None or play(env, episode, flipped) is None:
+        return []
+    return [f"{path.name}: the gripper is inverted, expected -1 open and +1 closed: change its sign"]
 
 
 def _counts(path: Path) -> Counts:
