@@ -132,6 +132,21 @@ def test_missing_and_malformed_input_is_one_line(capsys, tmp_path):
     assert not (tmp_path / "demos").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        (["tabletop_object"], {"agentview": (64, 64), "wrist": (32, 32)}),
+        (["libero_object"], {"agentview": (128, 128), "wrist": (128, 128)}),
+        (["libero_object", "--views", "wrist=8x4"], {"wrist": (8, 4)}),
+    ],
+)
+def test_demonstrations_have_their_simulators_size(capsys, monkeypatch, words, sizes):
+    asked = []
+    monkeypatch.setattr("worldvla.data.collect.collect", lambda *_args, **options: asked.append(options))
+    assert _run(capsys, "collect", *words)[0] == 0
+    assert asked[0]["views"] == sizes
+
+
 def test_full_disk_is_one_line(capsys, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors.tmp")

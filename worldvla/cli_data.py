@@ -85,8 +85,9 @@ class Collect:
     """Successful episodes of each task."""
     tasks: tuple[int, ...] = ()
     """Indices of the tasks; empty: all."""
-    views: tuple[str, ...] = ("agentview=64x64", "wrist=32x32")
-    """Cameras as NAME=ROWSxCOLUMNS in pixels."""
+    views: tuple[str, ...] = ()
+    """Cameras as NAME=ROWSxCOLUMNS in pixels. Default: agentview=64x64 wrist=32x32 of tabletop; 128x128 both
+    of LIBERO, as in its own files (its recipes and shipped model here read agentview=128x128 wrist=64x64)."""
     seed: int = 0
     workers: int = 2
     noise: float = 0.15
@@ -104,14 +105,14 @@ class Collect:
     def run(self) -> int:
         from worldvla.sim.env import suite
 
-        suite(self.suite)
+        rules = suite(self.suite).rules
         if self.policy is not None and not self.label:
             raise ValueError("--policy without --label K teaches nothing: its own actions are no targets")
         from worldvla.data.collect import collect
 
         out = self.out or Path("out/demos") / self.suite
         options = {name: value for name, value in vars(self).items() if name not in ("suite", "out")}
-        options["views"] = _views(self.views)
+        options["views"] = _views(self.views) or dict(rules.demonstrations)
         if self.policy is not None:
             from worldvla.infer.load import find_checkpoint, weights_digest
 

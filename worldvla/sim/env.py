@@ -44,15 +44,20 @@ class Rules:
     """Steps at rest before the first observation, while things fall into place; not counted as steps."""
     views: Mapping[str, tuple[int, int]]
     """View -> (rows, columns) in pixels, where none are asked for."""
+    demonstrations: Mapping[str, tuple[int, int]]
+    """The same of demonstrations that are collected."""
     source: str
 
 
+_TABLETOP_VIEWS = {"agentview": (64, 64), "wrist": (32, 32)}
 RULES = {
-    "tabletop": Rules(0, {"agentview": (64, 64), "wrist": (32, 32)}, "ours"),
+    "tabletop": Rules(0, _TABLETOP_VIEWS, _TABLETOP_VIEWS, "ours"),
     "libero": Rules(
         10,
         {"agentview": (256, 256), "wrist": (256, 256)},
-        "openpi examples/libero/main.py: num_steps_wait, LIBERO_ENV_RESOLUTION",
+        {"agentview": (128, 128), "wrist": (128, 128)},
+        "openpi examples/libero/main.py: num_steps_wait, LIBERO_ENV_RESOLUTION; "
+        "LIBERO scripts/create_dataset.py: camera_heights, camera_widths",
     ),
 }
 INITIAL_STATES = "the stored one with the episode's index, simulator reseeded before every episode"
