@@ -14,9 +14,13 @@ from worldvla.cli import main
 from worldvla.data.collect import collect
 from worldvla.data.episode import Episode, read_episodes, write_episodes
 from worldvla.data.regenerate import Counts, inverted_gripper, is_no_op, regenerate, wrong_pictures
+from worldvla.data.store import TokenStore
+from worldvla.tokenizers.image import ImageTokenizer
 
 INVERTED = np.array([1, 1, 1, 1, 1, 1, -1], dtype=np.float32)
 SIZE = {"agentview": (16, 16)}
+TOKENIZER = Path(__file__).parent.parent / "worldvla/assets/tabletop/image_tokenizer"
+"""Of eight pixels a code."""
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,21 @@ def test_the_published_filter() -> None:
     actions[3, 2] = 2e-4  # moves
     actions[4, 2] = 0.5e-4  # does not
     assert is_no_op(actions).tolist() == [True, True, False, False, True, False]
+
+
+def test_tokenize_regenerates_first(
+    demos: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "some_demo.hdf5", [with_pauses(demos[0]), demos[1]])
+    sizes = ["agentview=24x32", "wrist=8x16"]
+    words = [source, "--tokenizer", TOKENIZER, "--out", tmp_path / "store", "--regenerate", *sizes]
+    assert main(["tokenize", *map(str, words)]) == 0
+    assert "some_demo.hdf5: 2 kept, 0 fail now" in capsys.readouterr().out
+    first, second = read_episodes(tmp_path / "store.demos/some_demo.hdf5")
+    store = TokenStore.open(tmp_path / "store", ImageTokenizer.load(TOKENIZER).digest())
+    assert store.grids == {"agentview": (3, 4), "wrist": (1, 2)}
+    assert [row.length for row in store.episodes] == [len(first), len(second)]
+    assert np.array_equal(store.actions[: len(first)], demos[0].actions)  # the pauses are gone
 
 
 def test_no_ops_go_and_failures_are_counted(demos: list[Any], tmp_path: Path) -> None:
