@@ -74,6 +74,28 @@ def test_rows_without_a_record_are_not_run_and_those_with_one_are_counted(root: 
     assert "The selective mask raises success: +70.0 points" in text
 
 
+def test_experts_are_told_task_by_task(root: Path) -> None:
+    def row() -> str:
+        return next(
+            line for line in markdown(Records(root)).splitlines() if line.startswith("| libero_goal |")
+        )
+
+    assert (
+        "%)](../results/libero/libero_goal_expert/record.json) | 50/50 | 50/50 | 50/50 | 40/50 | 50/50 |"
+        in row()
+    )
+    assert "| 50/50 | 3: open the top drawer and put the bowl inside; 8: put the bowl on the plate |" in row()
+    path = root / "results/libero/libero_goal_expert/record.json"
+    record = json.loads(path.read_text())
+    record["tasks"][0]["successes"] = 7
+    path.write_text(json.dumps(record))
+    assert "| 7/50 | 50/50 |" in row()
+    assert any("RESULTS.md is not what the records say" in fault for fault in check(root))
+    path.unlink()
+    assert row().startswith("| libero_goal | not run |")
+    assert row().endswith("| `runs/libero_experts.sh` |")
+
+
 def test_plain_words_follow_the_p_value() -> None:
     assert "shows no clear difference: +2.0 points" in sentence("It", Pairs(50, 3, 1, 46))
     assert "It lowers success" in sentence("It", Pairs(50, 1, 20, 29))
