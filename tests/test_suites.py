@@ -3,6 +3,9 @@
 Run: pytest tests/test_suites.py
 """
 
+import re
+from pathlib import Path
+
 import pytest
 
 from worldvla.sim import env as sim
@@ -19,6 +22,15 @@ PUBLISHED = {
 def test_horizons_are_the_published_ones():
     plain = {n: row.horizon for n, row in sim.SUITES.items() if row.simulator == "libero" and not row.base}
     assert plain == PUBLISHED
+
+
+def test_the_page_says_the_same():
+    page = (Path(__file__).parent.parent / "docs/CONVENTIONS.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| steps until an episode"))
+    for name, horizon in PUBLISHED.items():
+        short = name if name[-1].isdigit() else name.removeprefix("libero_")
+        assert re.search(rf"\b{short} {horizon}\b", row), name
+    assert f"| {sim.RULES['libero'].settling} steps of (0, 0, 0, 0, 0, 0, -1), not counted |" in page
 
 
 def test_perturbed_suites_follow_their_base():
