@@ -187,11 +187,24 @@ def test_interrupt_is_not_a_traceback(capsys, monkeypatch):
 @pytest.mark.parametrize(("errors", "allowed", "expected"), [(0, 0, 0), (1, 0, 3), (1, 1, 0)])
 def test_errors_of_an_evaluation_make_the_exit_code(capsys, monkeypatch, errors, allowed, expected):
     record = {"successes": 1, "episodes": 2, "grasped": 1, "errors": errors, "wilson_95": [0.1, 0.9]}
+    record["outcomes"] = []
     monkeypatch.setattr("worldvla.eval.rollout.run", lambda *_args, **_kwargs: record)
     words = ("eval", "random", "--suite", "tabletop_object", "--allow-errors", allowed)
     code, out, _ = _run(capsys, *words)
     assert code == expected
     assert "1/2" in out
+
+
+def test_what_went_wrong_is_said_once_with_how_often(capsys, monkeypatch):
+    often = {"a": 1, "b": 2, "c": 1, "ValueError: wrong": 50}
+    outcomes = [{"status": "error", "reason": reason} for reason, n in often.items() for _ in range(n)]
+    outcomes.append({"status": "fail", "reason": ""})
+    record = {"successes": 0, "episodes": 55, "grasped": 0, "errors": 54, "wilson_95": [0.0, 0.1]}
+    record["outcomes"] = outcomes
+    monkeypatch.setattr("worldvla.eval.rollout.run", lambda *_args, **_kwargs: record)
+    code, out, _ = _run(capsys, "eval", "random", "--suite", "tabletop_object")
+    assert code == 3
+    assert out.splitlines()[1:-1] == ["  50 x ValueError: wrong", "  2 x b", "  1 x a"]
 
 
 def test_a_driving_policy_without_labels_is_refused(capsys):

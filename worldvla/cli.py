@@ -12,6 +12,7 @@ import runpy
 import sys
 import textwrap
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,9 @@ class Eval:
         low, high = record["wilson_95"]
         counts = f"{record['successes']}/{record['episodes']} (95% {low:.2f} to {high:.2f})"
         say(f"{self.suite}: {counts}, grasped {record['grasped']}, errors {record['errors']}")
+        reasons = Counter(o["reason"] for o in record["outcomes"] if o["status"] == "error")
+        for reason, times in reasons.most_common(3):
+            say(f"  {times} x {reason}")
         say(f"evaluation: {out / 'index.html'}")
         return 0 if record["errors"] <= self.allow_errors else EXIT_EPISODE_ERRORS
 
