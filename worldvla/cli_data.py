@@ -20,6 +20,19 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def warn_of_versions(suite: str) -> None:
+    """Write to stderr which versions are not those that numbers on a LIBERO suite hold for.
+
+    An unknown suite raises ValueError.
+    """
+    from worldvla.sim import doctor
+    from worldvla.sim import env as sim
+
+    for check in doctor.check_versions() if sim.suite(suite).simulator == "libero" else ():
+        if check.status == "warning":
+            print(f"warning: {check.name} {check.found}   fix: {check.fix}", file=sys.stderr)
+
+
 def _views(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Parse 'agentview=64x64' (rows x columns in pixels)."""
     views = {}
@@ -106,6 +119,7 @@ class Collect:
         from worldvla.sim.env import suite
 
         rules = suite(self.suite).rules
+        warn_of_versions(self.suite)
         if self.policy is not None and not self.label:
             raise ValueError("--policy without --label K teaches nothing: its own actions are no targets")
         from worldvla.data.collect import collect
