@@ -19,12 +19,12 @@ if [ "$SUITES" = libero ]; then
     OUT=out/tables_libero RECIPE=libero_pilot_ RESULTS=${RESULTS:-results/libero/tables} SEEDS=${SEEDS:-0}
     SUITES="libero_object libero_spatial" VIEWS="agentview=128x128 wrist=64x64" DEMOS="--episodes 24 --label 5"
     CODES="--config.patch 8 --config.channels 64 --config.num-codes 16384 --config.embed-dim 5 --config.fsq-levels 8 8 8 8 4"
-    STATES="--episodes 5"
+    STATES="--episodes 5 --workers 2"
 else
     OUT=out/tables RECIPE=pilot_ RESULTS=${RESULTS:-results/tables} SEEDS=${SEEDS:-"0 1 2"}
     SUITES="tabletop_spatial tabletop_object tabletop_goal tabletop_long" VIEWS="agentview=64x64 wrist=32x32"
     DEMOS="--episodes 100 --label 10" CODES=""
-    STATES="--first 10 --episodes 10"
+    STATES="--first 10 --episodes 10 --workers 2"
 fi
 export OUT RECIPE DEVICE PYTHON
 worldvla() { "$PYTHON" -m worldvla "$@"; }

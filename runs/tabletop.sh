@@ -11,7 +11,7 @@ OUT=out/tabletop
 RESULTS=${RESULTS:-results/tabletop}   # set it elsewhere to run again: a record is not mixed with another model's
 MODEL=${MODEL:-worldvla/assets/tabletop}
 SUITES="tabletop_spatial tabletop_object tabletop_goal tabletop_long"
-STATES="--first 10 --episodes 10"   # initial states 10..19 of each task; choices were made on 0, 1 and 40..49
+STATES="--first 10 --episodes 10 --workers 2"   # workers make the batches; initial states 10..19 of each task; choices were made on 0, 1 and 40..49
 EXECUTE=3         # actions of each chunk of five that are executed before the next look
 
 worldvla() { .venv/bin/python -m worldvla "$@"; }
@@ -62,7 +62,7 @@ for suite in $SUITES; do
         worldvla eval "$MODEL" --suite "$suite" $STATES --execute $execute --videos 0 --out "$RESULTS/${suite}_execute$execute"
     done
     # The states on which the first model, before its rounds, is on record in results/tabletop/first: a paired comparison.
-    worldvla eval "$MODEL" --suite "$suite" --episodes 10 --execute $EXECUTE --videos 0 --out "$RESULTS/states_0_9/$suite"
+    worldvla eval "$MODEL" --suite "$suite" --episodes 10 --workers 2 --execute $EXECUTE --videos 0 --out "$RESULTS/states_0_9/$suite"
     worldvla compare "$RESULTS/states_0_9/$suite" "results/tabletop/first/$suite"
     worldvla eval random --suite "$suite" $STATES --videos 0 --out "$RESULTS/${suite}_random"
     worldvla eval blind --demos "$OUT/demos/$suite" --suite "$suite" $STATES --videos 0 --out "$RESULTS/${suite}_blind"

@@ -7,6 +7,7 @@ Run: pytest tests/test_collect.py
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from worldvla.cli import Eval
+from worldvla.cli_data import Collect, Regenerate
 from worldvla.data.collect import (
     FIRST_INIT,
     INITS_PER_SEED,
@@ -25,6 +28,7 @@ from worldvla.data.collect import (
     rerun,
 )
 from worldvla.data.episode import read_episodes, write_episodes
+from worldvla.data.regenerate import regenerate
 from worldvla.sim import env as sim
 
 SUITE, TASK = "tabletop_object", sim.tasks("tabletop_object")[0]
@@ -117,12 +121,29 @@ def test_stopped_and_resumed_equals_not_stopped(tmp_path, monkeypatch):
         _collect(tmp_path / "whole", noise=0.3)
 
 
+def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
+    asked = []
+
+    def one_thread(workers, _context):
+        asked.append(workers)
+        return ThreadPoolExecutor(1)
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(7))
+    for module in ("collect", "regenerate"):
+        monkeypatch.setattr(f"worldvla.data.{module}.ProcessPoolExecutor", one_thread)
+    collect(SUITE, tmp_path, tasks=(0,), episodes=1, make=Line, expert=Right)
+    regenerate([], tmp_path, {})
+    assert asked == [7, 7]
+    verbs = Collect(suite=SUITE), Eval(checkpoint="random", suite=SUITE), Regenerate(paths=(), out=tmp_path)
+    assert {verb.workers for verb in verbs} == {0}
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"noise": 0.9}, "0 <= noise < 0.9"),
         ({"episodes": 0}, "episodes >= 1"),
-        ({"workers": 0}, "workers >= 1"),
+        ({"workers": -1}, "workers >= 0"),
         ({"seed": -1}, "seed >= 0"),
         ({"label": -1}, "label >= 0"),
         ({"execute": 0}, "execute >= 1"),

@@ -152,6 +152,14 @@ def test_the_policy_leaves_cores_to_busy_simulators(tmp_path: Path, monkeypatch:
     assert (apart, after, set(threads)) == ({6}, 8, {8})
 
 
+def test_there_is_a_worker_for_each_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3))
+    actor = Forward()
+    options = {"videos": 0, "page": False, "make": make, "table": TABLE}
+    record = run(actor, "tabletop_object", 2, out_dir=tmp_path, **options)
+    assert (record["protocol"]["workers"], len(actor.asked[0])) == (3, 3)
+
+
 def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     whole = roll(Forward(), tmp_path / "whole", 3, tasks=(0, 2))
     roll(Forward(), tmp_path / "part", 3, tasks=(0, 2))
@@ -232,7 +240,7 @@ def test_films_hold_every_step(tmp_path: Path) -> None:
     [
         ({"episodes": 0}, "at least one"),
         ({"first": 45, "episodes": 6}, "got 6 from 45 on"),
-        ({"workers": 0}, "worker"),
+        ({"workers": -1}, "worker"),
         ({"tasks": (7,)}, "0 to 2"),
     ],
 )

@@ -97,8 +97,8 @@ class Eval:
     videos: int = 1
     """Filmed episodes of each task."""
     seed: int = 0
-    workers: int = 2
-    """Processes that step environments."""
+    workers: int = 0
+    """Processes that step environments; 0: one a core (a LIBERO worker takes 1.7 GiB of memory)."""
     device: str = "cpu"
     quantize: Literal["", "int8", "int4"] = ""
     """Hold the model's large matrices in 8 or 4 bits: less memory, not less time (docs/MODELS.md)."""

@@ -102,7 +102,8 @@ class Collect:
     """Cameras as NAME=ROWSxCOLUMNS in pixels. Default: agentview=64x64 wrist=32x32 of tabletop; 128x128 both
     of LIBERO, as in its own files (its recipes and shipped model here read agentview=128x128 wrist=64x64)."""
     seed: int = 0
-    workers: int = 2
+    workers: int = 0
+    """Processes that simulate; 0: one a core (a LIBERO worker takes 1.7 GiB of memory)."""
     noise: float = 0.15
     """Expected share of perturbed steps, from which the expert recovers."""
     label: int = 0
@@ -183,7 +184,8 @@ class Regenerate:
     """Cameras as NAME=ROWSxCOLUMNS in pixels."""
     keep_no_ops: bool = False
     """Keep steps that neither move nor change the gripper (the published filter drops them)."""
-    workers: int = 2
+    workers: int = 0
+    """Processes that simulate; 0: one a core (a LIBERO worker takes 1.7 GiB of memory)."""
 
     def run(self) -> int:
         from worldvla.data.regenerate import regenerate
@@ -242,7 +244,8 @@ class Tokenize:
     regenerate: tuple[str, ...] = ()
     """Cameras as NAME=ROWSxCOLUMNS: first execute and render the demonstrations again at these sizes, into
     OUT.demos (see `worldvla regenerate`)."""
-    workers: int = 2
+    workers: int = 0
+    """Processes that simulate; 0: one a core (a LIBERO worker takes 1.7 GiB of memory)."""
 
     def run(self) -> int:
         from worldvla.data.tokenize import tokenize

@@ -23,6 +23,7 @@ from worldvla.data.episode import Episode, facts, read_episodes, write_episodes
 from worldvla.files import write_text
 from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
+from worldvla.sim.doctor import cores
 
 FIRST_INIT = sim.NUM_INITS
 """Initial states below are for evaluation alone."""
@@ -269,7 +270,7 @@ def collect(
     episodes: int = 50,
     views: Views | None = None,
     seed: int = 0,
-    workers: int = 2,
+    workers: int = 0,
     noise: float = 0.15,
     label: int = 0,
     policy: LoadPolicy | None = None,
@@ -282,14 +283,15 @@ def collect(
 ) -> dict[str, dict[str, int]]:
     """Write `episodes` successful demonstrations of every task of `suite` (or of those in `tasks`).
 
+    `workers`: processes that simulate; 0: one a core that this process may use.
     `noise`, `label`, `policy` and `execute` as of `worldvla collect`; `policy_name` says in the files which
     one it was. Return {task name: {episodes, steps, failed}}: how many were written, how many attempts
     failed. `make`, `expert` and `policy` must be importable by the workers.
     """
     chosen = choose(suite, sim.tasks(suite), tasks)
-    if not 0 <= noise < 0.9 or episodes < 1 or workers < 1 or seed < 0:
+    if not 0 <= noise < 0.9 or episodes < 1 or workers < 0 or seed < 0:
         raise ValueError(
-            "expected 0 <= noise < 0.9, episodes >= 1, workers >= 1 and seed >= 0, "
+            "expected 0 <= noise < 0.9, episodes >= 1, workers >= 0 and seed >= 0, "
             f"got {noise}, {episodes}, {workers} and {seed}"
         )
     if label < 0 or execute < 1:
@@ -307,7 +309,7 @@ def collect(
         for t in chosen
         if not _path(out_dir, t).exists()
     ]
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(workers or cores(), multiprocessing.get_context("spawn"))
     try:
         with progress_bar() as progress:
             bar = progress.add_task(f"collect {suite}", total=len(jobs) * episodes)

@@ -20,6 +20,7 @@ from worldvla.data.collect import Views, kept, record, task_of
 from worldvla.data.episode import Episode, count_episodes, facts, read_episodes, write_episodes
 from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
+from worldvla.sim.doctor import cores
 
 NO_OP = 1e-4
 """Norm of the first six dims below which an action that leaves the gripper alone is a no-op."""
@@ -79,11 +80,12 @@ def regenerate(
     views: Views,
     *,
     drop_no_ops: bool = True,
-    workers: int = 2,
+    workers: int = 0,
     make: Callable[..., Any] = sim.make,
 ) -> dict[str, Counts]:
     """Write one file in `out_dir` for each of `files`; return what became of their demonstrations, by name.
 
+    `workers`: processes that simulate; 0: one a core that this process may use.
     A file of which nothing succeeds raises ValueError, which says why if it can be found.
     """
     out_dir = Path(out_dir)
@@ -91,7 +93,7 @@ def regenerate(
     todo = [path for path in files if not (out_dir / path.name).exists()]
     parts = {path: out_dir / f".{path.stem}.parts" for path in todo}
     jobs = [(path, i) for path in todo for i in range(count_episodes(path))]
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(workers or cores(), multiprocessing.get_context("spawn"))
     try:
         with progress_bar() as progress:
             bar = progress.add_task("regenerate", total=len(jobs))

@@ -1,14 +1,13 @@
 """What a record says of its origin, and the journal of finished episodes that makes a run resumable."""
 
 import json
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from worldvla.files import commit, write_text
-from worldvla.sim.doctor import verdict, versions
+from worldvla.sim.doctor import cores, verdict, versions
 
 
 def provenance() -> dict[str, Any]:
@@ -25,12 +24,11 @@ def hardware() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch = sys.modules.get("torch")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": cores,
+        "cores": cores(),
         "gpus": gpus,
     }
 

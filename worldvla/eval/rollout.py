@@ -21,13 +21,14 @@ import numpy as np
 
 from worldvla.data.collect import choose
 from worldvla.eval.actors import Actor, ActorError, ModelActor, Query
-from worldvla.eval.record import Journal, hardware, provenance
+from worldvla.eval.record import Journal, provenance
 from worldvla.eval.stats import count
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
 from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings, Worker, open_workers
 from worldvla.files import write_json, write_text
 from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
+from worldvla.sim.doctor import cores
 
 MOST_AT_ONCE = 1
 """Queries answered together out of lockstep. One: the record is then a function of the arguments, as it is in
@@ -100,7 +101,7 @@ def _spared_cores(busy: int) -> Iterator[None]:
     torch = sys.modules.get("torch")  # absent where the actor needs none
     before = torch.get_num_threads() if torch else 1
     if torch:
-        torch.set_num_threads(min(before, max(1, hardware()["cores"] - busy)))
+        torch.set_num_threads(min(before, max(1, cores() - busy)))
     try:
         yield
     finally:
@@ -127,7 +128,7 @@ def run(
     *,
     out_dir: Path,
     seed: int = 0,
-    workers: int = 2,
+    workers: int = 0,
     first: int = 0,
     tasks: Sequence[int] = (),
     fast_render: bool = False,
@@ -141,9 +142,10 @@ def run(
     """Roll `actor` out from initial states first..first+episodes-1 of each task; write record.json, videos/
     and index.html; return the record.
 
-    The same command again goes on where it stopped. `tasks`: indices, empty for all. `videos`: filmed
-    episodes a task. `film_all`: film every step; default: where rendering is cheap (tabletop). `make`,
-    `table`: another simulator, for tests.
+    The same command again goes on where it stopped. `workers`: processes that step environments; 0: one a
+    core that this process may use, and the record says how many. `tasks`: indices, empty for all. `videos`:
+    filmed episodes a task. `film_all`: film every step; default: where rendering is cheap (tabletop).
+    `make`, `table`: another simulator, for tests.
     """
     inits = range(first, first + episodes)
     if not inits or first < 0 or first < sim.NUM_INITS < inits.stop:
@@ -151,8 +153,9 @@ def run(
             f"initial states 0..{sim.NUM_INITS - 1} are for evaluation, those after them for demonstrations; "
             f"ask for at least one and all of one kind, got {episodes} from {first} on"
         )
-    if workers < 1:
-        raise ValueError(f"an evaluation needs at least one worker, got {workers}")
+    if workers < 0:
+        raise ValueError(f"expected at least one worker, or 0 for one a core, got {workers}")
+    workers = workers or cores()
     listed = choose(suite, sim.tasks(suite) if table is None else table, tasks)
     kind = sim.suite(suite)
     is_cheap = kind.simulator == "tabletop"

@@ -103,9 +103,13 @@ def check_versions() -> Iterator[Check]:
         yield Check("hf-libero", "bad", "overwrites the libero package; its initial states are pickles", fix)
 
 
+def cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_machine() -> Iterator[Check]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Check("cores", "ok", f"{cores}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}")
+    yield Check("cores", "ok", f"{cores()}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}")
     meminfo = Path("/proc/meminfo")
     if found := re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text() if meminfo.exists() else ""):
         free = int(found[1]) / 2**20
