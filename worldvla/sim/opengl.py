@@ -6,15 +6,20 @@ A library without a driver, or CUDA_VISIBLE_DEVICES that names no EGL device, sh
 made, and a context that hangs would hang us: so it is tried in another process, once, with a time limit.
 """
 
+import atexit
 import ctypes.util
 import functools
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 
 BACKENDS = {"egl": ("EGL", "EGLGLContext"), "osmesa": ("OSMesa", "OSMesaGLContext")}
 """Value of MUJOCO_GL -> its library, robosuite's class. The first is the faster one."""
+AT_HOME = ("MPLCONFIGDIR", "MESA_SHADER_CACHE_DIR", "LIBERO_CONFIG_PATH")
+"""What writes below the home directory, or reads there where LIBERO's files are, unless it is set."""
 PATIENCE_S = 60.0
 # robosuite's own context, without the seconds that importing robosuite takes. It ends without clean-up, which
 # complains when the interpreter is half gone.
@@ -32,9 +37,21 @@ os._exit(0)
 """
 
 
+def keep_out_of_home() -> None:
+    """Set each of AT_HOME that is not set to one temporary directory, which goes when this process ends.
+
+    Workers inherit it.
+    """
+    if unset := [name for name in AT_HOME if name not in os.environ]:
+        directory = tempfile.mkdtemp(prefix="worldvla_")
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        os.environ.update(dict.fromkeys(unset, directory))
+
+
 @functools.cache
 def probe(backend: str) -> tuple[bool, str]:
     """Return whether `backend` makes a context here, and its renderer's name or the reason. Half a second."""
+    keep_out_of_home()
     library, kind = BACKENDS[backend]
     if not ctypes.util.find_library(library):
         return False, f"no lib{library}"
