@@ -18,10 +18,11 @@ TABLE = tuple(Task("tabletop_object", i, f"move_{i}", f"move dot {i}") for i in 
 
 
 class FakeEnv:
-    """Its picture holds the number of steps so far; it keeps no count of what it did not render."""
+    """Its picture holds the number of steps so far, and in green how many pictures there were before."""
 
     def __init__(self, task: Task, views: dict[str, tuple[int, int]]) -> None:
         self.task, self.views, self.horizon, self.rendering = task, views, 12, True
+        self.renders = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -50,7 +51,9 @@ class FakeEnv:
             time.sleep(60)
 
     def observe(self) -> dict[str, Any]:
-        images = {view: np.full((*size, 3), self.steps, dtype=np.uint8) for view, size in self.views.items()}
+        colour = np.array([self.steps, self.renders, self.steps], dtype=np.uint8)
+        self.renders += 1
+        images = {view: np.full((*size, 3), colour) for view, size in self.views.items()}
         return {**images, "state": np.full(8, self.place, dtype=np.float32)}
 
     def _observe_if(self) -> dict[str, Any]:

