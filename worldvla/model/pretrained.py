@@ -130,7 +130,6 @@ class Released:
     directory: Path
     hub_config: dict[str, Any]
     config: ModelConfig
-    vocab: Vocab
     files: dict[str, str]
     """Their key -> shard."""
     aside: tuple[str, ...]
@@ -139,8 +138,6 @@ class Released:
     """Rows of a QK-norm's tensor as stored, by our parameter's name: 1, or one a head."""
     dtypes: dict[str, str]
     """Of every tensor as stored, by our parameter's name: bfloat16, as published."""
-    action_shape: tuple[int, int] = (0, 0)
-    """K and A, where there is a continuous head."""
 
     def read(self, key: str) -> Tensor:
         return read_tensor(self.directory / self.files[key], key)
@@ -150,11 +147,6 @@ class Released:
         names = published_names(self.config)
         for name, key in sorted(names.items(), key=lambda pair: self.files[pair[1]]):
             yield name, _one_row(self.read(key), key) if _is_qk_norm(name) else self.read(key)
-
-    def transformer(self, device: str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
-        """Return the model, evaluation mode, in the stored type unless `dtype` is given."""
-        empty = empty_model(self.config, self.vocab.size, action_shape=self.action_shape)
-        return assign(empty, self.tensors(), device, dtype)
 
 
 def open_release(
@@ -199,7 +191,7 @@ def open_release(
     says = "config.json and the suite say" if config.head.num_layers else "config.json says"
     _named(directory, f"has other shapes than {says}:", wrong, "use files of one checkpoint")
     types = {name: dtypes[key] for name, key in names.items()}
-    return Released(directory, hub_config, config, vocab, files, aside, rows, types, action_shape)
+    return Released(directory, hub_config, config, files, aside, rows, types)
 
 
 def _head_config(shapes: Mapping[str, tuple[int, ...]]) -> HeadConfig:
