@@ -9,4 +9,9 @@ cd "$(dirname "$0")/.."
 # On a GPU: .venv/bin/python tools/bench.py --device cuda --dtype bfloat16 --sizes 7b --seconds 0.3 --batch 4 | tail -n 1 | tee results/bench/cuda.json
 # and the memory table: .venv/bin/python tools/memory.py --measure | tail -n 1 | tee results/bench/memory_7b.json
 # A LIBERO evaluation beside the plain loop that most use (needs the libero extra): results/bench/libero_eval.json.
-# OMP_NUM_THREADS=1 .venv/bin/python tools/bench_eval.py --task 0 --episodes 10 --workers 2 | tail -n 1 | tee results/bench/libero_eval.json
+if .venv/bin/python -c "import libero" 2> /dev/null; then
+    for model in "" "--checkpoint worldvla/assets/libero"; do
+        OMP_NUM_THREADS=1 .venv/bin/python tools/bench_eval.py --task 0 --episodes 10 --workers 2 $model | tail -n 1 |
+            tee "results/bench/libero_eval${model:+_model}.json"
+    done
+fi

@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RESULTS=${RESULTS:-results/libero}   # set it elsewhere to run again
+.venv/bin/python -m worldvla doctor    # numbers are of a healthy installation alone, and their records say so
 for suite in libero_spatial libero_object libero_goal libero_10; do
     OMP_NUM_THREADS=1 .venv/bin/python -m worldvla eval expert --suite "$suite" --episodes "${EPISODES:-50}" --videos 0 \
         --out "$RESULTS/${suite}_expert" || true

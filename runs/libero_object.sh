@@ -26,6 +26,7 @@ worldvla train-tokenizer $OUT/demos --out $OUT/image_tokenizer --steps 1500 --co
 worldvla probe $OUT/image_tokenizer $OUT/demos --steps 600 --out "$RESULTS/probe.json" || echo "the gate failed: see $RESULTS/probe.json"
 worldvla tokenize $OUT/demos --tokenizer $OUT/image_tokenizer --out $OUT/store
 
+worldvla doctor    # numbers are of a healthy installation alone, and their records say so
 train libero_object "$MODEL"
 evaluate "$MODEL" libero_object --episodes 20 --execute 3
 evaluate "$MODEL" libero_object_quiet --episodes 10 --execute 3    # with nothing else on the machine: how long it takes

@@ -25,6 +25,14 @@ demonstrations() {  # name, options
 }
 
 SUITES=libero ONLY=stores ROWS=full runs/tables.sh
+mkdir -p "$RESULTS"
+# The gates: what the codes hold of the target's position, and what the bins cost a perfect policy (its actions executed open loop).
+"$PYTHON" tools/probe.py out/tables_libero/image_tokenizer out/tables_libero/demos/libero_spatial --steps 600 --out "$RESULTS/probe.json" ||
+    echo "the gate failed: see $RESULTS/probe.json"
+for suite in libero_object libero_spatial; do
+    worldvla collect $suite --out "$OUT/clean/$suite" --episodes 1 --noise 0 --seed 5
+    worldvla replay "$OUT/clean/$suite" --bins
+done
 [ -z "$MODEL" ] || demonstrations more --episodes 24 --seed 1
 [ -z "${AFTER:-}" ] || demonstrations drawer --tasks 4 --episodes 48 --seed 3
 if [ ! -e "$EXPORT/train.json" ]; then
@@ -38,7 +46,6 @@ if [ ! -e "$EXPORT/train.json" ]; then
     "$PYTHON" -c "import sys; from worldvla.eval.tables import train_record; train_record(*sys.argv[1:])" "$RUN" "$EXPORT"
 fi
 worldvla doctor    # numbers are of a healthy installation alone, and their records say so
-mkdir -p "$RESULTS"
 cp "$EXPORT/train.json" "$RESULTS/train.json"
 evaluate() {  # name of the record, suite, options
     worldvla eval "$EXPORT" --suite "$2" --videos 0 --out "$RESULTS/$1" "${@:3}"
