@@ -292,7 +292,7 @@ def test_the_expert_succeeds_in_the_real_world_where_chance_does_not(tmp_path: P
     ("shipped", "record"),
     [
         ("tabletop", "tabletop/tabletop_object"),
-        ("libero", "libero/object_spatial_long/libero_object_discrete"),
+        ("libero", "libero/object_spatial_drawer/libero_object_discrete"),
     ],
 )
 def test_the_records_of_the_shipped_models_can_be_gone_on_with(shipped: str, record: str) -> None:
