@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from worldvla.eval.compare import compare
 from worldvla.eval.page import COLORS, ORANGE, data_url, line_plots, render, world_plot
 from worldvla.eval.record import provenance
-from worldvla.eval.stats import Pairs, mcnemar, paired_interval
+from worldvla.eval.stats import Pairs, mcnemar, paired_interval, wilson
 from worldvla.files import read_json, write_json, write_text
 
 TABLETOP = tuple(f"tabletop_{name}" for name in ("spatial", "object", "goal", "long"))
@@ -118,14 +118,17 @@ class Records:
         tail = "" if name.endswith(".json") else "/record.json"
         return f"[{text}](../results/{name}{tail})"
 
-    def rate(self, names: Sequence[str], key: str = "successes") -> str:
-        """Return k/n over those of the records that exist, linked; `not run` if none does."""
+    def rate(self, names: Sequence[str], key: str = "successes", interval: bool = False) -> str:
+        """Return k/n over those of the records that exist, linked; `not run` if none does. `interval`: with
+        Wilson's, in percent."""
         found = [self.all[name] for name in names if name in self.all]
         if not found:
             return "not run"
         hits, trials = sum(r[key] for r in found), sum(r["episodes"] - r["errors"] for r in found)
         part = f", {len(found)} of {len(names)} records" if len(found) < len(names) else ""
-        text = f"{hits}/{trials} ({100 * hits / max(1, trials):.3g} %{part})"
+        low, high = wilson(hits, trials)
+        between = f", {100 * low:.0f} to {100 * high:.0f}" if interval else ""
+        text = f"{hits}/{trials} ({100 * hits / max(1, trials):.3g} %{between}{part})"
         return self.link(names[0], text) if len(names) == 1 else text
 
 
