@@ -192,7 +192,8 @@ def test_too_little_memory_is_said_with_the_sum_before_a_weight_is_read(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
     first = train(tiny_config(root, steps=1), tmp_path / "first").checkpoint
-    config = replace(tiny_config(root, init_from=str(first)), lora=LoraConfig(rank=rank))
+    tiny = tiny_config(root, init_from=str(first), dtype="bfloat16")
+    config = replace(tiny, lora=LoraConfig(rank=rank))
     monkeypatch.setattr("worldvla.train.build.available_memory", lambda _: 1_000)
     monkeypatch.setattr("worldvla.train.build.read_tensor", lambda *_: pytest.fail("read"))
     with pytest.raises(ValueError, match=r"training tiny needs \S+ GB on cpu .*1e-06 GB are free") as caught:
