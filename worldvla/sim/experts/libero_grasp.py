@@ -18,8 +18,8 @@ SHIFTS = np.array([0.0, -0.01, 0.01, -0.02, 0.02])
 """Ways off the thing's middle to choose from, across the finger axis, metres."""
 PALM = (0.110, 0.042)
 """Half extents of the hand along and across the finger axis, with a margin, metres."""
-TO_PALM = 0.024
-"""The palm's height above the grip point, with a margin for a hand that is not upright, metres."""
+TO_PALM = 0.029
+"""The palm's height above the grip point, metres; it is 0.031 of a hand that is upright."""
 FINGERS = (0.039, 0.029, 0.016)
 """Of an open finger at its tip and its way in: its middle along the finger axis, half extents along
 and across, metres (no less than half the spacing of the points around)."""
@@ -32,7 +32,7 @@ WALL = 0.013
 """Half of the thickest wall that counts as one, metres."""
 RAISED = (0.0, 0.01)
 """Heights above a kind's own depth to choose from, metres: the palm passes over more."""
-HIT, TOUCH, YIELD = 10.0, 40.0, 0.01
+HIT, TOUCH, YIELD = 10.0, 40.0, 0.008
 """Cost of a metre that the palm, and that a finger by a wall, is inside what is around. A finger costs more:
 a grip that is free and one that nearly is must not tie, or demonstrations differ where scenes do not. The
 last: metres that cost a finger nothing, because the arm and the thing give way."""
@@ -148,7 +148,7 @@ def _by_wall(hand: Hand, thing: str, *, held: bool, avoid: np.ndarray | None = N
 def _obstructed(points: np.ndarray, centres: np.ndarray, axes: np.ndarray, height: float) -> np.ndarray:
     """Return what `points` (m, 3) around cost open hands at `centres` (n, 2) and `height`, (n,)."""
     high, low = (points[points[:, 2] > height + above, :2] for above in (TO_PALM, -0.01))
-    cost = HIT * np.maximum(_hits(high, centres, axes, (0.0, *PALM)) - YIELD, 0.0)
+    cost = HIT * _hits(high, centres, axes, (0.0, *PALM))
     for side in (-1, 1):
         depth = _hits(low, centres, axes, (side * FINGERS[0], *FINGERS[1:]))
         cost += TOUCH * np.maximum(depth - YIELD, 0.0)
