@@ -5,7 +5,7 @@
 #   runs/libero_object_spatial.sh                             9.4 M parameters with a head; two CPU cores, about two hours
 #   MODEL=_long DEVICE=cuda runs/libero_object_spatial.sh     8.8 M, bins alone, 4.4 times the samples; a GPU: four minutes of training.
 #   MODEL=_drawer runs/libero_object_spatial.sh               after _long: trains that model on, with more of the drawer; an hour on two cores.
-#                                                             The shipped model: all but its demonstrations of the drawer are the expert's of fd080f5
+#                                                             The shipped model: its demonstrations of the drawer are the expert's of bf4fcb8, all others older
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
