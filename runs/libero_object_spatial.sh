@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One model for libero_object and libero_spatial, from nothing: scripted demonstrations (not LIBERO's own), one image tokenizer, one
 # training; evaluated on stored initial states, which no demonstration starts from, by its bins and by its continuous head if it has one.
-# Needs: pip install -e '.[libero]' -c constraints.txt. Run it again after a stop: what is done is skipped, what is half done goes on.
+# In a clone set RESULTS=out/again: the records there are other models'. Needs: pip install -e '.[libero]' -c constraints.txt. Run it again after a stop: what is done is skipped, what is half done goes on.
 #   runs/libero_object_spatial.sh                             9.4 M parameters with a head; two CPU cores, about two hours
 #   MODEL=_long DEVICE=cuda runs/libero_object_spatial.sh     8.8 M, bins alone, 4.4 times the samples; a GPU: four minutes of training.
 #   MODEL=_drawer runs/libero_object_spatial.sh               after _long: trains that model on, with more of the drawer; an hour on two cores.
