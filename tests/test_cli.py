@@ -9,13 +9,18 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_run import tiny_config, write_tiny
 
+import worldvla
 from worldvla.cli import VERBS, main
 from worldvla.config import Config, from_json, to_json
 from worldvla.recipes import RECIPES
+from worldvla.train.build import build
+from worldvla.train.loop import Trainer
 
 
 def _run(capsys, *words):
@@ -163,6 +168,16 @@ def test_a_device_that_is_full_is_one_line(capsys, monkeypatch):
     line = _fails(capsys, "train", "debug")
     assert "Tried to allocate 2 GiB" in line
     assert "--train.batch-size" in line
+
+
+def test_a_device_that_is_not_there_is_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shipped = Path(worldvla.__file__).parent / "assets/tabletop"
+    words = ("eval", shipped, "--suite", "tabletop_object", "--device", "cuda:1", "--out", tmp_path)
+    assert "device cuda:1: torch" in _fails(capsys, *words)
+    write_tiny(tmp_path)
+    with pytest.raises(ValueError, match=r"device cuda: torch .* sees no CUDA device; use cpu"):
+        Trainer(build(tiny_config(tmp_path, device="cuda")), tmp_path / "run")
 
 
 def test_missing_extra_names_its_install(capsys, monkeypatch, tmp_path):

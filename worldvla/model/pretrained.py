@@ -252,6 +252,11 @@ def assign(
 def available_memory(device: str) -> int | None:
     """Return the free bytes of a device, None where that cannot be told (no Linux, another accelerator)."""
     if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f"device {device}: torch {torch.__version__} sees no CUDA device; use cpu, or "
+                "install a torch for CUDA and its driver"
+            )
         return torch.cuda.mem_get_info(device)[0]
     meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if device != "cpu" or not meminfo.is_file():
