@@ -14,7 +14,7 @@ from token_stubs import CountedWords, PixelSums, random_episode
 
 from worldvla.batch import KIND_ACTION, Batch, Sample
 from worldvla.config import DataConfig, LayoutConfig
-from worldvla.data.loader import MODES, Loader, Mode, split, store_statistics
+from worldvla.data.loader import MODES, Loader, Mode, prompted, split, store_statistics
 from worldvla.data.sample import SampleBuilder
 from worldvla.data.store import TokenStore, write_store
 from worldvla.vocab import compact
@@ -97,6 +97,33 @@ def test_every_sample_equals_the_one_built_from_its_episode(stores: list[TokenSt
             for name in vars(want):
                 assert (getattr(got, name) == getattr(want, name)).all(), (frame, mode, name)
                 assert getattr(got, name).dtype == getattr(want, name).dtype
+
+
+def test_longer_samples_are_cut_where_that_is_asked_for(stores: list[TokenStore]):
+    whole = make(stores).batch(0)
+    longest = 78
+    data = replace(DATA, sequence_length=longest - 5)
+    with pytest.raises(ValueError, match=f"a sample has {longest} tokens, sequence_length is {longest - 5}"):
+        make(stores, data)
+    cut = make(stores, replace(data, truncate=True)).batch(0)
+    for name in vars(whole):
+        want, got = getattr(whole, name)[:, : longest - 5], getattr(cut, name)
+        assert np.array_equal(got, want, equal_nan=True), name
+
+
+def test_instructions_can_begin_with_the_scene(tmp_path: Path):
+    task = "KITCHEN_SCENE3_turn_on_the_stove_and_put_the_moka_pot_on_it"
+    told = [replace(e, task=task if i % 2 else "turn_on_the_stove") for i, e in enumerate(EPISODES[:4])]
+    write_store(tmp_path / "told", told, PixelSums())
+    store = TokenStore.open(tmp_path / "told")
+    asked = [prompted(e, scene_prefix=True) for e in store.episodes]
+    assert asked == [("", "KITCHEN SCENE3 ")[i % 2] + e.instruction for i, e in enumerate(told)]
+    plain, begun = (make([store], replace(DATA, stores=("told",), scene_prefix=x)) for x in (False, True))
+    for k, e in enumerate(store.episodes):
+        text = np.array(begun.builder.text.encode(asked[k])) + begun.builder.vocab.text.start
+        ids = begun.sample(e.start, "policy").ids
+        assert np.array_equal(ids[1 : 1 + len(text)], text)
+        assert len(ids) - len(plain.sample(e.start, "policy").ids) == (2 if k % 2 else 0)
 
 
 @pytest.mark.parametrize("pad_chunks", [False, True])

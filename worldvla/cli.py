@@ -94,6 +94,9 @@ class Eval:
     """Key for a server. Default: the environment variable WORLDVLA_API_KEY."""
     fast_render: bool = False
     """LIBERO without multisampling, reflections and shadows: quicker, but not the published pictures."""
+    scene_prefix: bool = False
+    """Start instructions of libero_10 by their scene, as the released LIBERO-10 checkpoints were trained
+    ("KITCHEN SCENE3 turn on ..."); published evaluations leave it out."""
     videos: int = 1
     """Filmed episodes of each task."""
     seed: int = 0
@@ -120,6 +123,7 @@ class Eval:
             first=self.first,
             tasks=self.tasks,
             fast_render=self.fast_render,
+            scene_prefix=self.scene_prefix,
             videos=self.videos,
         )
         low, high = record["wilson_95"]

@@ -198,6 +198,10 @@ class DataConfig:
     """Normalisation range of actions and states: minimum, maximum (published) or 1st, 99th percentile."""
     sequence_length: int = 256
     """Batches are padded to it; a longer sample raises."""
+    truncate: bool = False
+    """Cut longer samples instead, as published for pairs of 512 px views (docs/DETAILS.md, 26)."""
+    scene_prefix: bool = False
+    """Start LIBERO-10's instructions by their scene, as published (docs/DETAILS.md, 4)."""
     pad_chunks: bool = False
     """Chunks that pass the end of an episode repeat its last action; off: there are none (as published)."""
 

@@ -18,6 +18,7 @@ from worldvla.batch import Batch, Sample
 from worldvla.config import DataConfig, LayoutConfig
 from worldvla.data.sample import DTYPES, ROWS, SampleBuilder, Template
 from worldvla.data.store import EpisodeRow, TokenStore
+from worldvla.sim.env import with_scene
 from worldvla.tokenizers.action import Statistics, compute_statistics, normalize, quantize
 from worldvla.vocab import Vocab
 
@@ -60,7 +61,7 @@ class Loader:
         """(F, K, A): the same in [-1, 1], not quantised."""
         self._state_ids = statistics.encode_states(states) + vocab.state.start if layout.state else None
 
-        texts = [e.instruction for store in stores for e in store.episodes]
+        texts = [prompted(e, data.scene_prefix) for store in stores for e in store.episodes]
         lengths = [e.length for store in stores for e in store.episodes]
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         self._frame_text = np.repeat([rows[text] for text in texts], lengths)
@@ -137,12 +138,14 @@ class Loader:
         values_BT = np.full(tables.shape[1:], np.nan, dtype=np.float32)
         for i, frame in enumerate(policy.tolist()):
             values_BT[i, self._policy_template(frame)[0].actions] = self._chunk_values[frame]
+        tables, values_BT = (a[..., : self.data.sequence_length] for a in (tables, values_BT))
         ints = {f"{name}_BT": torch.from_numpy(tables[k]) for k, name in enumerate(ROWS)}
         return Batch(**ints, value_BT=torch.from_numpy(values_BT))
 
     def _tables(self, policy: np.ndarray, world: np.ndarray) -> np.ndarray:
-        """Return (5, B, T) int64: policy samples first, then world samples, padded to the sequence length."""
-        tables = np.zeros((len(ROWS), len(policy) + len(world), self.data.sequence_length), dtype=np.int64)
+        """Return (5, B, T) int64: policy samples first, then world samples, padded to the sequence length or
+        the longest sample."""
+        tables = np.zeros((len(ROWS), len(policy) + len(world), self._width), dtype=np.int64)
         tables[0] = self.builder.vocab.pad
         for i, frame in enumerate(policy.tolist()):
             self._fill_policy(tables[:, i], frame)
@@ -183,8 +186,12 @@ class Loader:
         longest = max(
             len(t) for t in [self._world_template, *(t for ts in self._policy_templates for t in ts)]
         )
-        if longest > self.data.sequence_length:
-            raise ValueError(f"a sample has {longest} tokens, sequence_length is {self.data.sequence_length}")
+        if longest > self.data.sequence_length and not self.data.truncate:
+            raise ValueError(
+                f"a sample has {longest} tokens, sequence_length is {self.data.sequence_length}: raise it "
+                "(data.truncate cuts, as published)"
+            )
+        self._width = max(longest, self.data.sequence_length)
         if not 0 <= self._share <= 1:
             raise ValueError(f"data.world_fraction must be in [0, 1], got {self.data.world_fraction}")
         for mode in MODES:
@@ -193,6 +200,11 @@ class Loader:
                 raise ValueError(
                     f"the stores hold no {mode} sample (episodes too short?): collect more or set pad_chunks"
                 )
+
+
+def prompted(episode: EpisodeRow, scene_prefix: bool) -> str:
+    """Return the instruction that a policy sample of the episode holds."""
+    return with_scene(episode.instruction, episode.task) if scene_prefix else episode.instruction
 
 
 def check_stores(stores: Sequence[TokenStore], layout: LayoutConfig, vocab: Vocab) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -132,6 +133,7 @@ def run(
     first: int = 0,
     tasks: Sequence[int] = (),
     fast_render: bool = False,
+    scene_prefix: bool = False,
     videos: int = 1,
     film_all: bool | None = None,
     page: bool = True,
@@ -144,8 +146,8 @@ def run(
 
     The same command again goes on where it stopped. `workers`: processes that step environments; 0: one a
     core that this process may use, and the record says how many. `tasks`: indices, empty for all. `videos`:
-    filmed episodes a task. `film_all`: film every step; default: where rendering is cheap (tabletop).
-    `make`, `table`: another simulator, for tests.
+    filmed episodes a task. `scene_prefix`: LIBERO-10's instructions begin with their scene. `film_all`: film
+    every step; default: where rendering is cheap (tabletop). `make`, `table`: another simulator, for tests.
     """
     inits = range(first, first + episodes)
     if not inits or first < 0 or first < sim.NUM_INITS < inits.stop:
@@ -157,6 +159,11 @@ def run(
         raise ValueError(f"expected at least one worker, or 0 for one a core, got {workers}")
     workers = workers or cores()
     listed = choose(suite, sim.tasks(suite) if table is None else table, tasks)
+    if scene_prefix:
+        plain = listed
+        listed = [replace(task, instruction=sim.with_scene(task.instruction, task.name)) for task in plain]
+        if listed == plain:
+            raise ValueError(f"scene_prefix: the tasks of {suite} name no scene, those of libero_10 do")
     kind = sim.suite(suite)
     is_cheap = kind.simulator == "tabletop"
     side = 64 if is_cheap else 128
@@ -180,6 +187,8 @@ def run(
     who = actor.identity()
     fixed = {"suite": suite, "checkpoint": {k: v for k, v in who.items() if k != "path"}, "seed": seed}
     fixed |= {"executed": actor.execute, "fast_render": fast_render}
+    if scene_prefix:
+        fixed["scene_prefix"] = protocol["scene_prefix"] = True
     if isinstance(actor, ModelActor):
         protocol["head"] = actor.head
         # Journals of before there were two do not name the discrete one.

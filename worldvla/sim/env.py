@@ -12,6 +12,7 @@ terminated=True on success; `info` holds `success` and `grasped` (target object 
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,6 +35,14 @@ class Task:
     name: str
     """Stable file-name-safe name."""
     instruction: str
+
+
+def with_scene(instruction: str, task: str) -> str:
+    """Return the instruction behind the scene that the task's name starts with, if it does: "KITCHEN SCENE3
+    turn on ...", the prompts that the released LIBERO-10 checkpoints were trained on (WorldVLA
+    data/action_model_conv_generation.py:58); the published evaluation leaves the scene out."""
+    scene = re.match(r"[A-Z_]+SCENE\d+(?=_)", task)
+    return f"{scene[0].replace('_', ' ')} {instruction}" if scene else instruction
 
 
 @dataclass(frozen=True)

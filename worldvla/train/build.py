@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from worldvla.config import Config
-from worldvla.data.loader import Loader, store_statistics
+from worldvla.data.loader import Loader, prompted, store_statistics
 from worldvla.data.sample import SampleBuilder, prompt_texts
 from worldvla.data.store import TokenStore
 from worldvla.files import read_json
@@ -160,5 +160,5 @@ def action_scale(pieces: Pieces) -> ActionScale:
 def _text(config: Config, stores: list[TokenStore]) -> TextTokenizer:
     if config.vocab == "chameleon":
         return TextTokenizer.load(Path(config.tokenizer) / "text_tokenizer.json")
-    instructions = {episode.instruction for store in stores for episode in store.episodes}
+    instructions = {prompted(e, config.data.scene_prefix) for store in stores for e in store.episodes}
     return TextTokenizer.train(prompt_texts(config.layout, instructions), config.num_text)
