@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 SUITES=${SUITES:-tabletop}
-ROWS=${ROWS:-"action action_world chunk_causal chunk full full_even world world_long world_no_action history2 history4 low head chunk10_causal chunk10 chunk2_causal chunk2"}
+ROWS=${ROWS:-"action action_world chunk_causal chunk full full_even world world_long world_no_action history2 history4 low head head_after chunk10_causal chunk10 chunk2_causal chunk2"}
 DEVICE=${DEVICE:-cpu} JOBS=${JOBS:-1} ONLY=${ONLY:-}
 PYTHON=${PYTHON:-.venv/bin/python}
 if [ "$SUITES" = libero ]; then
@@ -48,20 +48,22 @@ fi
 [ "$ONLY" != stores ] || exit 0
 
 train() {  # row, seed -> the exported model and its train.json
-    local run=$OUT/run_$1_$2 model=$OUT/$1_$2
+    local run=$OUT/run_$1_$2 model=$OUT/$1_$2 after=
     [ ! -e "$model/train.json" ] || return 0
+    [ "$1" != head_after ] || { train chunk "$2"; after="--train.init-from $OUT/chunk_$2"; }
     if [ "$DEVICE" = cuda ]; then
-        "$PYTHON" -m worldvla train "$RECIPE$1" --out "$run" --train.seed "$2" --train.device cuda
+        "$PYTHON" -m worldvla train "$RECIPE$1" --out "$run" --train.seed "$2" --train.device cuda $after
     else
         OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m worldvla \
-            train "$RECIPE$1" --out "$run" --train.seed "$2" --train.num-threads 1 --train.compile
+            train "$RECIPE$1" --out "$run" --train.seed "$2" --train.num-threads 1 --train.compile $after
     fi
     "$PYTHON" -m worldvla export "$run" --out "$model"
     "$PYTHON" -c "import sys; from worldvla.eval.tables import train_record; train_record(*sys.argv[1:])" "$run" "$model"
 }
 export -f train
 for seed in $SEEDS; do for row in $ROWS; do echo "$row $seed"; done; done > "$OUT/rows"
-[ "$DEVICE" != cuda ] || xargs -P "$JOBS" -L 1 bash -euc 'train "$@" > "$OUT/log_$1_$2" 2>&1' _ < "$OUT/rows"
+side_by_side() { xargs -r -P "$JOBS" -L 1 bash -euc 'train "$@" > "$OUT/log_$1_$2" 2>&1' _; }
+[ "$DEVICE" != cuda ] || { sed /head_after/d "$OUT/rows" | side_by_side; sed -n /head_after/p "$OUT/rows" | side_by_side; }
 [ "$ONLY" != train ] || exit 0
 
 evaluate() {  # model, head, directory, options: states that no demonstration starts from; all of a chunk executed, as the paper does
@@ -76,7 +78,11 @@ while read -r row seed <&3; do
     [ ! -e "$result/train.json" ] || continue    # written last: this row is whole
     echo "== row $at of $total: $row, seed $seed =="
     train "$row" "$seed"
-    case $row in world*) ;; *) evaluate "$model" discrete "$result" ;; esac
+    case $row in
+        world*) ;;
+        head_after) evaluate "$model" continuous "$result" ;;    # by its bins it is chunk
+        *) evaluate "$model" discrete "$result" ;;
+    esac
     [ "$row" != head ] || evaluate "$model" continuous "$RESULTS/head_continuous_$seed"
     case $row in chunk|full) evaluate "$model" discrete "$RESULTS/${row}_execute1_$seed" --execute 1 ;; esac
     mkdir -p "$result"

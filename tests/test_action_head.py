@@ -168,8 +168,48 @@ def test_one_batch_is_memorised_and_acts_from_the_checkpoint(root: Path, tmp_pat
         model.policy("both")
 
 
-def test_resuming_is_bit_identical(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def beside(first: Path, root: Path, **settings: Any) -> Config:
+    """Return a config that trains a head alone on the checkpoint `first`."""
+    config = tiny_config(root, init_from=str(first), **settings)
+    config = replace(config, data=replace(config.data, world_fraction=0.0))
+    head = replace(HEAD, dropout=0.1)
+    return replace(
+        config, model=replace(config.model, head=head), train=replace(config.train, only_head=True)
+    )
+
+
+def test_a_head_can_be_trained_alone_beside_bins_that_stay(root: Path, tmp_path: Path) -> None:
+    first = train(tiny_config(root, steps=2), tmp_path / "first").checkpoint
+    config = beside(first, root, steps=100, log_every=10, eval_every=100, save_every=1000)
+    config = replace(config, model=replace(config.model, dropout=0.5))  # of the rest: not felt
+    path = train(config, tmp_path / "run", overfit=True).checkpoint
+    before, after = worldvla.load(first), worldvla.load(path)
+    own, now = before.transformer.state_dict(), after.transformer.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in own.items())
+    assert {name.split(".")[0] for name in now.keys() - own.keys()} == {"action_head"}
+    assert last(tmp_path / "run", "val")["head_l1"] < 0.25  # 0.49 is what the best constant has
+    observations = [observe(0), observe(1, 1)]
+    assert np.array_equal(after.policy().act(observations), before.policy().act(observations))
+
+
+def test_what_a_head_alone_cannot_be_trained_with_is_one_line(root: Path, tmp_path: Path) -> None:
+    config = beside(tmp_path, root)
+    with pytest.raises(
+        ValueError, match=r"only_head needs .* data\.world_fraction 0 .* got 2, '.*', 0\.3 and"
+    ):
+        replace(config, data=replace(config.data, world_fraction=0.3))
+    with pytest.raises(ValueError, match=r"only_head needs .* got 2, '', "):
+        replace(config, train=replace(config.train, init_from=""))
+
+
+@pytest.mark.parametrize("only_head", [False, True])
+def test_resuming_is_bit_identical(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only_head: bool
+) -> None:
     config = with_head(tiny_config(root, steps=4, save_every=2, dtype="bfloat16"), replace(HEAD, dropout=0.1))
+    if only_head:
+        first = train(tiny_config(root, steps=1), tmp_path / "first").checkpoint
+        config = beside(first, root, steps=4, save_every=2)
     whole, step = train(config, tmp_path / "whole").checkpoint, Trainer.step
 
     def killed(self: Trainer, batches: list[Batch]) -> dict[str, float]:

@@ -69,7 +69,7 @@ def test_rows_without_a_record_are_not_run_and_those_with_one_are_counted(root: 
     text = markdown(records)
     assert "18/20 (90 %, 2 of 3 records) | 72/80 (90 %, 8 of 12 records)" in text
     assert (
-        "| 72/80 (90 %, 8 of 12 records) | 10 |" in text
+        "| 72/80 (90 %, 8 of 12 records) | 10 (100 ms, 40 actions) |" in text
     )  # three queries an episode, ten episodes, three seconds
     assert "The selective mask raises success: +70.0 points" in text
 
@@ -140,5 +140,6 @@ def test_rows_differ_from_full_in_what_they_say(row: str) -> None:
     assert replace(config.loss, image_weight=full.loss.image_weight) == full.loss
     assert (config.loss != full.loss) == (row == "full_even")
     assert replace(config.model, head=full.model.head) == full.model
-    assert (config.model.head != full.model.head) == (row == "head")
+    assert (config.model.head != full.model.head) == row.startswith("head")
+    assert config.train.only_head == bool(config.train.init_from) == (row == "head_after")
     assert config.train.steps == (5_000 if row == "world_long" else full.train.steps)

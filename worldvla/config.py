@@ -227,6 +227,9 @@ class TrainConfig:
     save_every: int = 500
     init_from: str = ""
     """Checkpoint to take weights from before step 0; empty: from scratch."""
+    only_head: bool = False
+    """Train the continuous head alone, beside the weights of init_from, which stay as they are: the bins
+    answer as before, and a step costs a third."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +271,17 @@ class Config:
         if self.model.head.num_layers and self.data.world_fraction == 1:
             raise ValueError(
                 "world_fraction 1 never trains the action head: lower it, or set model.head.num_layers 0"
+            )
+        if self.train.only_head and (
+            not self.model.head.num_layers
+            or not self.train.init_from
+            or self.data.world_fraction
+            or self.lora.rank
+        ):
+            raise ValueError(
+                "train.only_head needs model.head.num_layers > 0, train.init_from, data.world_fraction 0 and "
+                f"lora.rank 0, got {self.model.head.num_layers}, {self.train.init_from!r}, "
+                f"{self.data.world_fraction} and {self.lora.rank}"
             )
 
 

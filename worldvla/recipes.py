@@ -265,9 +265,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "chunk10_causal": {"chunk": 10, "selective_mask": False, "world": False},
     # Beside chunk: a continuous action head next to the bins.
     "head": {"head": HeadConfig(num_layers=2, width=128, hidden=512), "world": False},
+    # The same head, trained alone on the trunk of chunk.
+    "head_after": {"head": HeadConfig(num_layers=2, width=128, hidden=512), "world": False, "after": "chunk"},
 }
-"""Row -> what differs from `full`: a field of the layout, the head, the weight of image tokens, the steps, or
-which kind of samples is left out."""
+"""Row -> what differs from `full`: a field of the layout, the head, the weight of image tokens, the steps,
+the row whose weights it leaves as they are, or which kind of samples is left out."""
 
 
 def pilot(row: str, libero: bool = False) -> Config:
@@ -282,12 +284,14 @@ def pilot(row: str, libero: bool = False) -> Config:
     policy = POLICY_BATCH * layout.pop("policy", True)
     world = (LIBERO_WORLD_BATCH if libero else WORLD_BATCH) * layout.pop("world", True)
     head, alpha = layout.pop("head", HeadConfig()), layout.pop("image_weight", base.loss.image_weight)
-    steps = layout.pop("steps", 2_000)
+    steps, after = layout.pop("steps", 2_000), layout.pop("after", "")
     root = "out/tables_libero" if libero else "out/tables_low" if row == "low" else "out/tables"
     suites = ("libero_object", "libero_spatial") if libero else TABLETOP_SUITES
     length = {"history2": 320, "history4": 480}.get(row, 256)
     share, batch_size = world / (policy + world), policy + world
     train = replace(base.train, steps=steps, batch_size=batch_size, eval_every=500, save_every=1_000)
+    if after:
+        train = replace(train, init_from=f"{root}/{after}_0", only_head=True)
     return replace(
         base,
         name=f"libero_pilot_{row}" if libero else f"pilot_{row}",

@@ -198,10 +198,15 @@ def markdown(records: Records) -> str:
 
 
 def _queries(records: Records, names: Sequence[str]) -> str:
-    """Return how many queries a second the policy answered while it was evaluated, image to actions."""
+    """Return queries a second, milliseconds a query and executed actions a second of the policy while it was
+    evaluated, image to actions; queries that arrive together share their time."""
     found = [records.all[name] for name in names if name in records.all]
-    queries = sum(-(-o["steps"] // r["protocol"]["executed"]) for r in found for o in r["outcomes"])
-    return f"{queries / sum(r['policy_seconds'] for r in found):.0f}" if found else "not run"
+    if not found:
+        return "not run"
+    steps = [(o["steps"], r["protocol"]["executed"]) for r in found for o in r["outcomes"]]
+    actions, queries = sum(n for n, _ in steps), sum(-(-n // executed) for n, executed in steps)
+    seconds = sum(r["policy_seconds"] for r in found)
+    return f"{queries / seconds:.0f} ({1000 * seconds / queries:.0f} ms, {actions / seconds:.0f} actions)"
 
 
 def _imagined(records: Records, name: str, model: str) -> str:

@@ -57,9 +57,11 @@ def add_updates(model: Transformer, config: LoraConfig, seed: int) -> Transforme
     return model
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that are trained, by name: what a checkpoint holds. Without updates: all."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that a checkpoint holds, by name: all, or with updates what is trained alone."""
+    has_updates = any(isinstance(module, Updated) for module in model.modules())
+    named = model.named_parameters()
+    return {name: p.detach() for name, p in named if p.requires_grad or not has_updates}
 
 
 def refuse_updates(path: Path) -> None:

@@ -125,6 +125,10 @@ def trainable(model: Transformer, config: Config, weights: Path | None) -> Trans
     model.checkpoint_layers = config.train.checkpoint_layers
     if config.lora.rank:
         return add_updates(model, config.lora, config.train.seed).train()
+    if model.action_head is not None and config.train.only_head:
+        model.requires_grad_(False)
+        model.action_head.requires_grad_(True)
+        return model
     return model.requires_grad_(True).train()
 
 

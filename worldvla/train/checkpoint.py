@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from worldvla.config import Config, to_json
 from worldvla.files import commit, whole_folder, write_json
-from worldvla.model.lora import trained
+from worldvla.model.lora import stored
 from worldvla.model.pretrained import check_fit
 from worldvla.train.build import Pieces
 
@@ -51,7 +51,7 @@ def save(
             write_json(scratch / "statistics.json", pieces.statistics.to_json())
             pieces.text.save(scratch / "text.json")
             shutil.copytree(pieces.config.tokenizer, scratch / "image_tokenizer")
-            weights = {name: tensor.contiguous() for name, tensor in trained(model).items()}
+            weights = {name: tensor.contiguous() for name, tensor in stored(model).items()}
             save_file(weights, scratch / "model.safetensors")
             save_file(_optimizer_tensors(model, optimizers), scratch / "trainer.safetensors")
             write_json(scratch / "trainer.json", dict(trainer))
@@ -89,8 +89,8 @@ def resume(path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Load what is trained from model.safetensors; another shape or vocabulary raises ValueError."""
-    own = trained(model)
+    """Load what a checkpoint holds from model.safetensors; another shape or vocabulary raises ValueError."""
+    own = stored(model)
     check_fit(path / "model.safetensors", own)
     for name, tensor in load_file(path / "model.safetensors").items():
         own[name].copy_(tensor)

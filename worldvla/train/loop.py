@@ -24,7 +24,6 @@ from worldvla.batch import KIND_ACTION, Batch
 from worldvla.config import Config
 from worldvla.data.loader import MODES
 from worldvla.model.action_head import ActionHead
-from worldvla.model.lora import trained
 from worldvla.model.mask import additive_mask, dense_mask
 from worldvla.train import checkpoint, dist
 from worldvla.train.build import Pieces, action_scale, build, build_model
@@ -87,7 +86,7 @@ class Trainer:
         hidden, head = torch.compile(self.model) if config.compile else self.model, self.model.action_head
         if config.compile and head is not None:
             head.compile()
-        self.forward = make_forward(hidden, config.dtype, head)
+        self.forward = make_forward(hidden, config.dtype, head, config.only_head)
 
     def run(self) -> Outcome:
         config, state = self.config.train, self.state
@@ -96,8 +95,10 @@ class Trainer:
             _stop_requests() as is_stopping,
             self._prefetch() as fetch,
         ):
-            size = sum(tensor.numel() for tensor in trained(self.model).values())
-            recorder.say(f"{size:,} parameters, step {state.step} of {config.steps}, in {self.run_dir}")
+            size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            recorder.say(
+                f"{size:,} trained parameters, step {state.step} of {config.steps}, in {self.run_dir}"
+            )
             while state.step < config.steps and not dist.any_rank(is_stopping(), self.device):
                 started = time.perf_counter()
                 self._note(self.step(fetch(state.step)))
@@ -118,6 +119,9 @@ class Trainer:
     def step(self, batches: list[Batch]) -> dict[str, float]:
         """Take one optimiser step and return its numbers; a loss that is not finite raises ValueError."""
         self.model.train()
+        if self.config.train.only_head:  # no dropout in what stays as it is
+            for name, module in self.model.named_children():
+                module.train(name == "action_head")
         if (
             dist.num_ranks() > 1
         ):  # dropout is then a function of (step, rank), and resuming needs no more than the step
@@ -234,7 +238,9 @@ class Trainer:
         return {**means, "train_seconds": round(self.state.train_seconds, 1)}
 
 
-def make_forward(model: Callable[..., Tensor], dtype: str, head: ActionHead | None) -> Forward:
+def make_forward(
+    model: Callable[..., Tensor], dtype: str, head: ActionHead | None, only_head: bool = False
+) -> Forward:
     """Return batch -> hidden states at its targets, and the head's actions where there is a head and a policy
     sample; the mask is built once for all layers.
     """
@@ -248,7 +254,8 @@ def make_forward(model: Callable[..., Tensor], dtype: str, head: ActionHead | No
         if head is None or not len(rows):
             return model(*inputs, keep_P=targets.positions_P), None
         # Prompt and targets are nearly all positions of a policy sample: nothing is left out.
-        x_BTD = model(*inputs)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not only_head):
+            x_BTD = model(*inputs)
         lengths_B = is_action_BT[rows].int().argmax(1)
         actions_BUA = head(x_BTD[rows, : int(lengths_B.max())], lengths_B)
         return x_BTD.flatten(0, 1).index_select(0, targets.positions_P), actions_BUA
