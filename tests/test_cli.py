@@ -176,8 +176,9 @@ def test_a_device_that_is_not_there_is_one_line(capsys, monkeypatch, tmp_path):
     words = ("eval", shipped, "--suite", "tabletop_object", "--device", "cuda:1", "--out", tmp_path)
     assert "device cuda:1: torch" in _fails(capsys, *words)
     write_tiny(tmp_path)
-    with pytest.raises(ValueError, match=r"device cuda: torch .* sees no CUDA device; use cpu"):
-        Trainer(build(tiny_config(tmp_path, device="cuda")), tmp_path / "run")
+    for device, words in (("cuba", "unknown device 'cuba': expected cpu, cuda"), ("cuda", "sees no CUDA")):
+        with pytest.raises(ValueError, match=words):
+            Trainer(build(tiny_config(tmp_path, device=device)), tmp_path / "run")
 
 
 def test_missing_extra_names_its_install(capsys, monkeypatch, tmp_path):

@@ -249,14 +249,23 @@ def assign(
     return model.eval()
 
 
+def find_device(name: str) -> torch.device:
+    """Return the device; one that is unknown, or CUDA where there is none, raises ValueError."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: expected cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {name}: torch {torch.__version__} sees no CUDA device; use cpu, or "
+            "install a torch for CUDA and its driver"
+        )
+    return device
+
+
 def available_memory(device: str) -> int | None:
     """Return the free bytes of a device, None where that cannot be told (no Linux, another accelerator)."""
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(
-                f"device {device}: torch {torch.__version__} sees no CUDA device; use cpu, or "
-                "install a torch for CUDA and its driver"
-            )
+    if find_device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if device != "cpu" or not meminfo.is_file():

@@ -25,6 +25,7 @@ from worldvla.config import Config
 from worldvla.data.loader import MODES
 from worldvla.model.action_head import ActionHead
 from worldvla.model.mask import additive_mask, dense_mask
+from worldvla.model.pretrained import find_device
 from worldvla.train import checkpoint, dist
 from worldvla.train.build import Pieces, action_scale, build, build_model
 from worldvla.train.loss import Loss, Targets
@@ -72,7 +73,7 @@ class Trainer:
     def __init__(self, pieces: Pieces, run_dir: Path, overfit: bool = False) -> None:
         self.pieces, self.config, self.run_dir, self.overfit = pieces, pieces.config, run_dir, overfit
         config = self.config.train
-        self.device = torch.device(config.device)
+        self.device = find_device(config.device)
         dist.start(self.device)
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads)
