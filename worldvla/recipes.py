@@ -354,6 +354,20 @@ def libero_object_spatial_drawer() -> Config:
     )
 
 
+def libero_object_spatial_head() -> Config:
+    """A continuous head alone, on `libero_object_spatial_drawer` and its data; the bins stay as they are."""
+    base, row = libero_object_spatial_drawer(), pilot("head_after", libero=True)
+    init_from = "out/libero_object_spatial/model_drawer"
+    return replace(
+        base,
+        name="libero_object_spatial_head",
+        model=row.model,
+        optim=row.optim,
+        data=replace(base.data, world_fraction=0.0),
+        train=replace(row.train, init_from=init_from),
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     f.__name__: f
     for f in (
@@ -367,6 +381,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         libero_object_spatial,
         libero_object_spatial_long,
         libero_object_spatial_drawer,
+        libero_object_spatial_head,
     )
 }
 for _suite in LIBERO_SUITES:
