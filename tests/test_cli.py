@@ -9,6 +9,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ import worldvla
 from worldvla.cli import VERBS, main
 from worldvla.config import Config, from_json, to_json
 from worldvla.recipes import RECIPES
-from worldvla.train.build import build
+from worldvla.train.build import build, build_model
+from worldvla.train.checkpoint import save
 from worldvla.train.loop import Trainer
+from worldvla.train.optim import build_optimizers
 
 
 def _run(capsys, *words):
@@ -203,7 +206,7 @@ def test_interrupt_is_not_a_traceback(capsys, monkeypatch):
 @pytest.mark.parametrize(("errors", "allowed", "expected"), [(0, 0, 0), (1, 0, 3), (1, 1, 0)])
 def test_errors_of_an_evaluation_make_the_exit_code(capsys, monkeypatch, errors, allowed, expected):
     record = {"successes": 1, "episodes": 2, "grasped": 1, "errors": errors, "wilson_95": [0.1, 0.9]}
-    record["outcomes"] = []
+    record |= {"outcomes": [], "protocol": {}}
     monkeypatch.setattr("worldvla.eval.rollout.run", lambda *_args, **_kwargs: record)
     words = ("eval", "random", "--suite", "tabletop_object", "--allow-errors", allowed)
     code, out, _ = _run(capsys, *words)
@@ -216,7 +219,7 @@ def test_what_went_wrong_is_said_once_with_how_often(capsys, monkeypatch):
     outcomes = [{"status": "error", "reason": reason} for reason, n in often.items() for _ in range(n)]
     outcomes.append({"status": "fail", "reason": ""})
     record = {"successes": 0, "episodes": 55, "grasped": 0, "errors": 54, "wilson_95": [0.0, 0.1]}
-    record["outcomes"] = outcomes
+    record |= {"outcomes": outcomes, "protocol": {}}
     monkeypatch.setattr("worldvla.eval.rollout.run", lambda *_args, **_kwargs: record)
     code, out, _ = _run(capsys, "eval", "random", "--suite", "tabletop_object")
     assert code == 3
@@ -260,3 +263,19 @@ def test_whole_line_on_the_debug_recipe(capsys, monkeypatch, tmp_path):
     record = json.loads((tmp_path / "out/by_head/record.json").read_text())
     assert (record["protocol"]["head"], record["errors"]) == ("continuous", 0)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_an_evaluation_says_why_actions_were_decoded_one_by_one(capsys, tmp_path):
+    write_tiny(tmp_path)
+    config = tiny_config(tmp_path)
+    layout, data = replace(config.layout, selective_mask=False), replace(config.data, sequence_length=160)
+    pieces = build(replace(config, layout=layout, data=data))
+    model = build_model(pieces)
+    save(tmp_path / "step_0", pieces, model, build_optimizers(model, pieces.config.optim), {"step": 0})
+    words = ("--suite", "tabletop_object", "--episodes", 1, "--tasks", 0, "--workers", 1, "--videos", 0)
+    code, out, _ = _run(capsys, "eval", tmp_path / "step_0", *words, "--out", tmp_path / "eval")
+    assert code == 0
+    why = "one by one: actions of a chunk see those before them (layout.selective_mask is off)"
+    assert f"decoded {why}" in out
+    assert json.loads((tmp_path / "eval/record.json").read_text())["protocol"]["decoding"] == why
+    assert why in (tmp_path / "eval/index.html").read_text()

@@ -129,6 +129,8 @@ class Eval:
         low, high = record["wilson_95"]
         counts = f"{record['successes']}/{record['episodes']} (95% {low:.2f} to {high:.2f})"
         say(f"{self.suite}: {counts}, grasped {record['grasped']}, errors {record['errors']}")
+        if (decoding := record["protocol"].get("decoding", "")).startswith("one by one"):
+            say(f"  decoded {decoding}")
         reasons = Counter(o["reason"] for o in record["outcomes"] if o["status"] == "error")
         for reason, times in reasons.most_common(3):
             say(f"  {times} x {reason}")

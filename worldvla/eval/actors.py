@@ -74,6 +74,8 @@ class ModelActor:
         self.head = head
         """Of the model's two: `discrete` or `continuous`."""
         self._policy = self.model.policy(head)
+        self.decoding = self._policy.decoding
+        """How it decodes: `side by side`, or why not."""
 
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
         self.example = self.example or queries[0].observation

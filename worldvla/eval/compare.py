@@ -15,7 +15,7 @@ from rich.table import Table
 
 from worldvla.eval.stats import Pairs, mcnemar, paired_interval
 
-MAY_DIFFER = {"views", "history", "head", "initial_states", "workers"}
+MAY_DIFFER = {"views", "history", "head", "decoding", "initial_states", "workers"}
 """Parts of a protocol that are the policy's own, bound the pairs, or change no episode."""
 
 

@@ -190,7 +190,7 @@ def run(
     if scene_prefix:
         fixed["scene_prefix"] = protocol["scene_prefix"] = True
     if isinstance(actor, ModelActor):
-        protocol["head"] = actor.head
+        protocol |= {"head": actor.head, "decoding": actor.decoding}
         # Journals of before there were two do not name the discrete one.
         fixed |= {"head": actor.head} if actor.head != "discrete" else {}
     start = time.monotonic()

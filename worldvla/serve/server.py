@@ -66,16 +66,17 @@ def serve_checkpoint(
 
     model = load(checkpoint, device, quantize=quantize)
     layout = model.config.layout
+    policy = model.policy(head)
     metadata = {
         **{key: value for key, value in model.identity().items() if key != "path"},
         "quantize": quantize,
         "chunk": layout.chunk,
         "history": layout.history,
         "head": head,
+        "decoding": policy.decoding,
         "views": {view: list(size) for view, size in model.view_sizes.items()},
         "worldvla": importlib.metadata.version("worldvla"),
     }
-    policy = model.policy(head)
     served = Served(
         act=policy.act,
         views=model.view_sizes,
