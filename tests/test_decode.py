@@ -225,8 +225,9 @@ def test_nothing_to_decode_is_one_line(rng: np.random.Generator) -> None:
         decode_actions(model, builder.vocab, [], tail, blocks)
     with pytest.raises(ValueError, match=r"got K = 0: raise layout\.chunk"):
         decode_actions(model, builder.vocab, prompts, tail, blocks[:0])
-    with pytest.raises(ValueError, match="temperature must be 0"):
-        decode_actions(model, builder.vocab, prompts, tail, blocks, temperature=-1.0)
+    for temperature in (-1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match=r"must be 0 \(greedy\) or above and finite, got"):
+            decode_actions(model, builder.vocab, prompts, tail, blocks, temperature)
 
 
 def tiny_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:

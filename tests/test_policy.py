@@ -109,6 +109,10 @@ def test_only_the_last_frames_of_the_history_count(model: Model) -> None:
         ({"instruction": ...}, "instruction"),
         ({"instruction": ""}, "instruction"),
         ({"previous": [{}]}, "needs the view"),
+        (
+            {"instruction": "do 1" * 99},
+            r"sequence of \d{3} tokens, the model was trained on 80 at most",
+        ),
     ],
 )
 def test_bad_observations_are_one_line(model: Model, change: Observation, message: str) -> None:

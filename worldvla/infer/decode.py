@@ -13,6 +13,7 @@ docs/DECODING.md for why both give the tokens of one-by-one decoding. Scores are
 type: rounded to bfloat16, the best two would often be one number.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -233,8 +234,8 @@ def _head(model: Transformer, span: range) -> Tensor:
 
 def _noise(shape: tuple[int, ...], temperature: float, seed: int) -> Tensor | None:
     """Return standard Gumbel noise: the argmax of log p + noise is a draw from p. None at temperature 0."""
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 (greedy) or above, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or above and finite, got {temperature}")
     if temperature == 0:
         return None
     return -torch.empty(shape).exponential_(generator=torch.Generator().manual_seed(seed)).log()

@@ -102,7 +102,7 @@ class Policy:
 
     def prompts(self, observations: Sequence[Observation]) -> list[Sample]:
         """Return the sequences that the model reads; bad input raises ValueError."""
-        layout = self.model.config.layout
+        layout, data = self.model.config.layout, self.model.config.data
         frames = [[*_previous(o, layout.history), o] for o in observations]
         flat = [frame for sequence in frames for frame in sequence]
         codes = iter(self._encode(flat))
@@ -114,9 +114,13 @@ class Policy:
                     f"an observation needs an instruction, a text that is not empty, got {instruction!r}"
                 )
             state = self._state(observation) if layout.state else None
-            prompts.append(
-                self.model.builder.policy_prompt(instruction, state, [next(codes) for _ in sequence])
-            )
+            prompt = self.model.builder.policy_prompt(instruction, state, [next(codes) for _ in sequence])
+            if (length := len(prompt) + len(self._tail)) > data.sequence_length and not data.truncate:
+                raise ValueError(
+                    f"the instruction {instruction[:40]!r} makes a sequence of {length} tokens, the model "
+                    f"was trained on {data.sequence_length} at most (data.sequence_length): shorten it"
+                )
+            prompts.append(prompt)
         return prompts
 
     def _encode(self, frames: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, ...]]:
