@@ -9,9 +9,10 @@ cuda. Baselines, same weights, same prompts: one by one with our cache; one by o
 again for each token; on a GPU, side by side without recorded passes; `transformers`' Chameleon `generate`
 with its cache, where it is installed and the model has no place embeddings. It has no selective mask: it does
 the same work under a causal one, the structure of the chunk included (9 K tokens).
-`prefill_ms` is the first model pass, `chunk_ms` what follows it; images are tokenised before both. Frames:
-`ms_frame` by verified drafts, `ms_frame_plain` one code a pass. A random model's frames are noise, of which
-no guess is right: their `passes` are the worst case. `tokens_s`: action codes a second of whole queries, the
+`prefill_ms` is the first model pass, `chunk_ms` what follows it; images are tokenised before both. `passes`:
+model passes of a chunk, the first included (not told on a GPU), or of a frame. Frames: `ms_frame` by verified
+drafts, `ms_frame_plain` one code a pass. A random model's frames are noise, of which no guess is right: their
+`passes` are the worst case. `tokens_s`: action codes a second of whole queries, the
 best over batches of up to --batch. `prefill_of_matmul`, `chunk_of_bandwidth`: operations and bytes (weights
 and cache, read once a pass) a second, as parts of what one large product and one large copy reach in the same
 run; above 1 where a small model stays in the processor's cache. `peak_mb`: of our own decoding, weights
@@ -47,6 +48,7 @@ from worldvla.infer.cache import Cache
 from worldvla.infer.decode import best_bin, decode_chunk, decode_frame
 from worldvla.infer.replay import Replay
 from worldvla.model.mask import dense_mask
+from worldvla.model.pretrained import find_device
 from worldvla.model.transformer import Transformer
 from worldvla.sim.env import make, tasks
 from worldvla.tokenizers.action import WORLDVLA
@@ -80,6 +82,8 @@ class Case:
     prompt: Sample
     world_prompt: Sample
     guess_BN: np.ndarray
+    who: dict[str, Any]
+    """What a record names as the model."""
 
 
 class Words:
@@ -159,7 +163,8 @@ def case_of(size: str, checkpoint: Path, quantize: Any, device: str, dtype: torc
         codes = np.concatenate([view.reshape(-1) for view in world.codes.values()])
         frame = loaded.builder.split_views(codes)
         world_prompt = loaded.builder.world_prompt([frame], np.zeros(loaded.config.layout.num_action_dims))
-        return Case(loaded.transformer, loaded.vocab, loaded.builder, prompt, world_prompt, codes[None])
+        who = {key: value for key, value in loaded.identity().items() if key != "path"}
+        return Case(loaded.transformer, loaded.vocab, loaded.builder, prompt, world_prompt, codes[None], who)
     rng, vocab = np.random.default_rng(0), chameleon()
     builder = SampleBuilder(LayoutConfig(chunk=10), vocab, Words(), WORLDVLA)
     with torch.device(device):
@@ -168,7 +173,15 @@ def case_of(size: str, checkpoint: Path, quantize: Any, device: str, dtype: torc
         model.init_weights(0)
     old, new = (rng.integers(0, vocab.num_image_codes, 256) for _ in range(2))
     prompt = builder.policy_prompt("put the bowl on the plate", None, [(old,), (new,)])
-    return Case(model, vocab, builder, prompt, builder.world_prompt([(new,)], np.zeros(7)), new[None])
+    return Case(
+        model,
+        vocab,
+        builder,
+        prompt,
+        builder.world_prompt([(new,)], np.zeros(7)),
+        new[None],
+        {"name": "random weights"},
+    )
 
 
 def without_cache(case: Case) -> np.ndarray:
@@ -212,14 +225,18 @@ def hugging_face(case: Case) -> tuple[Callable[[], object], torch.nn.Module] | s
     return call, theirs.model.norm
 
 
-def split(call: Callable[[], object], norm: torch.nn.Module, seconds: float, least: int) -> np.ndarray:
-    """Return milliseconds (n, 2) of the first pass, which ends in `norm`, and of the rest, of every call."""
+def split(
+    call: Callable[[], object], norm: torch.nn.Module, seconds: float, least: int
+) -> tuple[np.ndarray, int]:
+    """Return milliseconds (n, 2) of the first pass, which ends in `norm`, and of the rest, of every call; and
+    the passes of a call that are launched: recorded ones are not seen.
+    """
     marks: list[float] = []
 
     def mark(*_: object) -> None:
         if not marks:  # of the first pass alone: to wait costs time
             synchronize()
-            marks.append(time.perf_counter())
+        marks.append(time.perf_counter())
 
     handle = norm.register_forward_hook(mark)
     found: list[tuple[float, float]] = []
@@ -233,7 +250,7 @@ def split(call: Callable[[], object], norm: torch.nn.Module, seconds: float, lea
 
     count = len(timed(once, seconds, least))
     handle.remove()
-    return 1e3 * np.array(found[-count:])
+    return 1e3 * np.array(found[-count:]), len(marks)
 
 
 def limits(case: Case, row: dict[str, Any], reached: dict[str, float]) -> dict[str, float]:
@@ -298,7 +315,7 @@ def decoding(case: Case, seconds: float, most: int, reached: dict[str, float]) -
     same = float((codes == ours(False)).mean())
     assert same == 1 or model.head.weight.dtype != torch.float32, "side by side changed a code"
     for name, (call, norm, least) in ways.items():
-        times = split(call, norm, seconds, least)
+        times, passes = split(call, norm, seconds, least)
         prefill_ms, chunk_ms = (float(v) for v in np.median(times, 0))
         query_ms = float(np.median(times.sum(1)))
         rows[name] = {
@@ -307,7 +324,7 @@ def decoding(case: Case, seconds: float, most: int, reached: dict[str, float]) -
             "chunk_ms_p95": float(np.quantile(times[:, 1], 0.95)),
             "query_ms": query_ms,
             "actions_s": 1e3 * len(blocks_KA) / query_ms,
-        }
+        } | ({} if model.head.weight.is_cuda else {"passes": passes})
         first = rows["side by side"]
         rows[name] |= {f"slower_{n}": rows[name][f"{n}_ms"] / first[f"{n}_ms"] for n in ("chunk", "query")}
     batches = [2**i for i in range(most.bit_length())]
@@ -362,10 +379,16 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
-    if args.device == "cpu" and (big := sorted(set(args.sizes) & set(ON_GPU))):
-        parser.error(f"{', '.join(big)}: too large for a CPU, pass --device cuda")
-    if args.batch < 1:
-        parser.error(f"--batch must be at least 1, got {args.batch}")
+    try:
+        find_device(args.device)
+        if args.device == "cpu" and (big := sorted(set(args.sizes) & set(ON_GPU))):
+            raise ValueError(f"{', '.join(big)}: too large for a CPU, pass --device cuda")
+        if min(args.batch, args.threads) < 1:
+            raise ValueError(f"--batch and --threads must be at least 1, got {args.batch}, {args.threads}")
+        if args.quantize and args.sizes != ["3m"]:
+            raise ValueError(f"--quantize is of size 3m alone, got sizes {args.sizes}: pass --sizes 3m")
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     reached = machine(args.device, dtype, args.seconds)
@@ -377,7 +400,7 @@ def main() -> None:
         case = case_of(size, args.checkpoint, args.quantize, args.device, dtype)
         rows, frame = decoding(case, args.seconds, args.batch, reached), frames(case, args.seconds)
         parameters = case.model.num_parameters()
-        numbers[size] = {"parameters": parameters, "actions": rows, "frames": frame}
+        numbers[size] = {"parameters": parameters, "actions": rows, "frames": frame, "model": case.who}
         lines = dict(rows)
         for way, suffix in (("frame by drafts", ""), ("frame, one code a pass", "_plain")):
             lines[way] = {name: frame[name + suffix] for name in ("ms_frame", "passes")}
