@@ -20,8 +20,9 @@ import worldvla
 import worldvla.infer.decode as decode
 import worldvla.vocab
 from worldvla.batch import KIND_IMAGE, Batch, Sample
-from worldvla.config import LayoutConfig
+from worldvla.config import LayoutConfig, ModelConfig
 from worldvla.data.sample import SampleBuilder
+from worldvla.infer.cache import Cache
 from worldvla.infer.decode import (
     CLOSE,
     SIDE_BY_SIDE,
@@ -56,12 +57,14 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def build(rng: np.random.Generator, layout: LayoutConfig = LAYOUT) -> tuple[SampleBuilder, Transformer]:
+def build(
+    rng: np.random.Generator, layout: LayoutConfig = LAYOUT, shape: ModelConfig = MODEL, seed: int = 0
+) -> tuple[SampleBuilder, Transformer]:
     statistics = compute_statistics(rng.uniform(-1, 1, (9, 7)), rng.uniform(-1, 1, (9, 8)), "minmax")
     text = TextTokenizer.train(INSTRUCTIONS, 300)
     vocab = compact(16, text.size)
-    model = Transformer(MODEL, vocab.size, layout.num_rows, layout.num_cols)
-    model.init_weights(0)
+    model = Transformer(shape, vocab.size, layout.num_rows, layout.num_cols)
+    model.init_weights(seed)
     with torch.no_grad():
         model.head.weight.mul_(50.0)  # scores far apart, so that rounding decides nothing
     return SampleBuilder(layout, vocab, text, statistics), model.eval()
@@ -136,13 +139,21 @@ def test_plain_mask_makes_actions_depend_on_those_before(rng: np.random.Generato
     assert (selective[:, 1:] != causal[:, 1:]).any()
 
 
-def test_a_chunk_takes_as_many_passes_as_an_action_has_dims(rng: np.random.Generator) -> None:
-    builder, model = build(rng)
-    passes = []
+@pytest.mark.parametrize("chunk", [1, 5, 25])
+def test_a_chunk_takes_seven_passes_and_holds_its_prompt_once(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    """One pass an action dim, whatever K is; a cache of one row a prompt, as long as the sequence."""
+    builder, model = build(rng, replace(LAYOUT, chunk=chunk))
+    passes, caches = [], []
+    monkeypatch.setattr(decode, "Cache", lambda *args: caches.append(Cache(*args)) or caches[-1])
     model.norm.register_forward_hook(lambda *_: passes.append(1))
     prompts, tail = policy_prompts(builder, rng), builder.policy_tail()
     decode_actions(model, builder.vocab, prompts, tail, builder.action_block_positions(0))
-    assert len(passes) == LAYOUT.num_action_dims
+    assert len(passes) == 7
+    (cache,) = caches
+    rooms = {tensor.shape[::2] for tensor in (*cache._keys, *cache._values)}
+    assert rooms == {(3, max(map(len, prompts)) + len(tail))}
 
 
 def test_images_equal_the_slow_way(rng: np.random.Generator) -> None:
@@ -170,11 +181,14 @@ def test_the_two_codes_of_the_last_bin_count_as_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("chunk", [1, 2, 5, 10, 25])
 def test_side_by_side_is_one_by_one(chunk: int, dtype: torch.dtype) -> None:
-    """For any K, ragged batches and both types. In bfloat16 an action may leave the slow way only where the
-    slow way's own two best codes are nearly equal.
+    """For any K, random models, ragged batches and both types. In bfloat16 an action may leave the slow way
+    only where the slow way's own two best codes are nearly equal.
     """
     rng = np.random.default_rng(chunk)
-    builder, model = build(rng, replace(LAYOUT, chunk=chunk))
+    has_places, num_layers = bool(rng.integers(2)), int(rng.integers(1, 4))
+    shape = replace(MODEL, place_embedding=has_places, num_layers=num_layers, num_heads=4)
+    shape = replace(shape, num_kv_heads=int(rng.choice([1, 2, 4])))
+    builder, model = build(rng, replace(LAYOUT, chunk=chunk), shape, seed=chunk)
     model = model.to(dtype)
     prompts, tail, blocks = (
         policy_prompts(builder, rng),
@@ -280,6 +294,27 @@ def test_drawn_actions_follow_the_models_distribution(
     np.testing.assert_array_equal(codes, again)
     other = decode_actions(model, builder.vocab, [prompt] * num, tail, blocks, temperature, seed=6)
     assert (codes != other).any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_one_by_one_draws_and_knows_what_side_by_side_does(
+    rng: np.random.Generator, temperature: float
+) -> None:
+    builder, model = build(rng)
+    with torch.no_grad():
+        model.head.weight.mul_(0.1)
+    prompts, tail, blocks = (
+        policy_prompts(builder, rng),
+        builder.policy_tail(),
+        builder.action_block_positions(0),
+    )
+    both = [
+        decode_chunk(model, builder.vocab, prompts, tail, blocks, temperature, seed=2, together=together)
+        for together in (True, False)
+    ]
+    np.testing.assert_array_equal(both[0].codes_BKA, both[1].codes_BKA)
+    np.testing.assert_allclose(both[0].entropy_BKA, both[1].entropy_BKA, rtol=1e-4)
+    np.testing.assert_allclose(both[0].margin_BKA, both[1].margin_BKA, rtol=1e-3, atol=1e-5)
 
 
 def _tiny(rng: np.random.Generator, layout: LayoutConfig) -> tuple[SampleBuilder, Transformer]:

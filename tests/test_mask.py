@@ -3,6 +3,7 @@
 pytest tests/test_mask.py
 """
 
+import re
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,24 @@ def draw() -> str:
         ]
         blocks.append("\n".join([name, "  " + picture, *rows]) + "\n")
     return "\n".join(blocks)
+
+
+def test_the_picture_of_docs_decoding_is_the_mask() -> None:
+    """Rows of its first block look at the columns under which they have a #."""
+    header, *rows = (
+        (Path(__file__).parents[1] / "docs/DECODING.md").read_text().split("```")[1].splitlines()[1:]
+    )
+    columns = [(m[0], m.start(), m.end()) for m in re.finditer(r"\S+", header)]
+    chunk = {name: 0 if name == "prompt" else int(name[1]) for name, _, _ in columns}
+    names, seen = list(chunk), 0
+    for row in rows:
+        query = row[:12].partition("->")[0].strip()
+        if query:
+            found = {name for name, start, stop in columns if "#" in row[max(12, start) : stop]}
+            at = names.index(query)
+            assert found == {n for i, n in enumerate(names) if visible(at, i, chunk[query], chunk[n])}, row
+            seen += 1
+    assert seen == 7
 
 
 def published(picture: str) -> Tensor:
