@@ -18,7 +18,7 @@ from worldvla.batch import Batch, Sample
 from worldvla.config import LayoutConfig
 from worldvla.data.sample import SampleBuilder
 from worldvla.infer.decode import CLOSE, decode_frame, decode_images
-from worldvla.infer.draft import CHEAP, WIDE, FrameStats, Window, summary
+from worldvla.infer.draft import CHEAP, WIDE, FrameStats, Window, in_words, summary
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
 from worldvla.tokenizers.action import WORLDVLA
@@ -238,4 +238,7 @@ def test_the_summary_is_over_batches_of_unequal_length() -> None:
     b = [FrameStats(4, 2, 4, 2)]
     found = summary([a, b], 4)
     assert found == {"codes": 4, "passes": [3.0, 2.0], "acceptance": [0.5, 1.0], "close": 1}
-    assert summary([[FrameStats(4, 4)]], 4)["acceptance"] == [None]
+    assert in_words(found) == "passes a frame of 4 codes, by step: 3, 2; guesses right, %: 50, 100"
+    plain = summary([[FrameStats(4, 4)]], 4)
+    assert plain["acceptance"] == [None]
+    assert in_words(plain) == "passes a frame of 4 codes, by step: 4; no guesses"

@@ -159,7 +159,8 @@ def test_the_record_and_its_page_are_complete(root: Path, tmp_path: Path) -> Non
         assert all(1 <= n <= 13 for n in decoding["passes"])
         assert all((tmp_path / clip["video"]).stat().st_size for clip in section["clips"])
     page = (tmp_path / "index.html").read_text()
-    assert all(word in page for word in ("Imagination", "difference", "actions of another clip"))
+    words = "tiny, passes a frame of 13 codes, by step: ", "; guesses right, %: "
+    assert all(word in page for word in ("Imagination", "difference", "actions of another clip", *words))
 
 
 def test_the_probe_reads_motion_and_is_not_trained_on_the_clips(root: Path, monkeypatch) -> None:

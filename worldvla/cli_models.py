@@ -148,6 +148,7 @@ class EvalWorld:
 
     def run(self) -> int:
         from worldvla.eval.world import Extras, evaluate_world
+        from worldvla.infer.draft import in_words
 
         probe = hdf5_files(self.probe) if self.probe else ()
         record = evaluate_world(
@@ -169,6 +170,8 @@ class EvalWorld:
                 for name, kinds in models.items():
                     last = ", ".join(f"{kind} {scores['psnr'][-1]:.1f}" for kind, scores in kinds.items())
                     say(f"{name}, {view}, PSNR at step {section['steps'][-1]}: {last} dB")
+            for name, found in section["decoding"].items():
+                say(f"{name}, {in_words(found)}")
         for remark in record["remarks"]:
             say(f"note: {remark}")
         say(f"imagined videos: {self.out / 'index.html'}")

@@ -12,6 +12,7 @@ from typing import Any
 from worldvla.eval.page import LEGEND, render, world_plot
 from worldvla.eval.tokens import read_example
 from worldvla.files import read_json, write_text
+from worldvla.infer.draft import in_words
 
 MAX_VIDEOS = 12
 """Rollout videos of one suite on a page; failures and successes in their share, tasks in turn."""
@@ -47,6 +48,7 @@ def write_page(
         rate=lambda counts: counts["successes"] / max(1, counts["episodes"] - counts["errors"]),
         plot=world_plot,
         distances=_distances,
+        in_words=in_words,
         motions=_motions,
         plain=_plain,
         zip=zip,

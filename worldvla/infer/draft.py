@@ -1,7 +1,8 @@
 """How many codes of a guessed frame one pass checks, and what guessing has brought."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,7 +55,15 @@ class Window:
         self.gain += MEMORY * (gain - self.gain)
 
 
-def summary(rollouts: Sequence[Sequence[FrameStats]], codes: int) -> dict[str, object]:
+def in_words(found: Mapping[str, Any]) -> str:
+    """Return a `summary` as one line."""
+    passes = ", ".join(f"{n:g}" for n in found["passes"])
+    right = [f"{100 * share:.0f}" for share in found["acceptance"] if share is not None]
+    guesses = f"; guesses right, %: {', '.join(right)}" if right else "; no guesses"
+    return f"passes a frame of {found['codes']} codes, by step: {passes}{guesses}"
+
+
+def summary(rollouts: Sequence[Sequence[FrameStats]], codes: int) -> dict[str, Any]:
     """Return what a record says of rollouts that each hold the stats of steps 1..T; `codes` a frame."""
     steps = []
     for t in range(max(map(len, rollouts))):
