@@ -147,6 +147,18 @@ def test_bfloat16_differs_only_at_near_ties(seed: int) -> None:
             assert lead < CLOSE[torch.bfloat16], lead
 
 
+def test_codes_that_rounding_may_have_decided_are_counted() -> None:
+    """None of them by default; all where every code has a twin that scores alike to a millionth."""
+    model, vocab, prompts, tail = world(0, 3)
+    guess = decode_images(model, vocab, prompts, tail) ^ 1
+    assert decode_frame(model, vocab, prompts, tail, guess)[1].close == 0
+    with torch.no_grad():
+        rows = model.head.weight[vocab.image.start : vocab.image.stop]
+        rows[1::2] = rows[::2] * (1 + 1e-6)
+    for draft in (None, guess):
+        assert decode_frame(model, vocab, prompts, tail, draft)[1].close == 3 * N
+
+
 @torch.no_grad()
 def _scores(
     model: Transformer, vocab: Vocab, prompt: Sample, tail: Sample, codes: np.ndarray

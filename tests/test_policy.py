@@ -23,6 +23,7 @@ import worldvla.infer.decode as decode
 from worldvla.infer.cache import Cache
 from worldvla.infer.load import Model, export
 from worldvla.infer.policy import SEEN
+from worldvla.sim.env import make, tasks
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train.build import build, build_model
 from worldvla.train.checkpoint import save
@@ -185,6 +186,22 @@ def test_guessing_frames_changes_no_frame(model: Model) -> None:
     assert all(s.passes <= 13 and s.judged == s.codes == 13 for s in world.stats)
     world.reset(observe(1))
     assert world.stats == []
+
+
+def test_the_calls_in_docs_decoding_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every comment that is a value is that value."""
+    root, task = Path(__file__).parents[1], tasks("tabletop_goal")[0]
+    monkeypatch.chdir(root)
+    block = (root / "docs/DECODING.md").read_text().split("```python\n")[1].split("```")[0]
+    env = make(task, {"agentview": (64, 64), "wrist": (32, 32)})
+    names: Observation = {"worldvla": worldvla}
+    names["observation"] = {**env.reset(options={"init": 0})[0], "instruction": task.instruction}
+    exec(block, names)
+    policy, world = names["policy"], names["world"]
+    assert names["actions"].shape == (5, 7)
+    assert f'policy.decoding  # "{policy.decoding}"' in block
+    assert policy.decide(names["observation"]).entropy.sum(-1).shape == (5,)
+    assert f"world.stats[-1]  # {world.stats[-1]}\n" in block
 
 
 def test_long_rollouts_hold_no_more_than_short_ones(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Run: pytest tests/test_world.py
 """
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +162,20 @@ def test_the_record_and_its_page_are_complete(root: Path, tmp_path: Path) -> Non
     page = (tmp_path / "index.html").read_text()
     words = "tiny, passes a frame of 13 codes, by step: ", "; guesses right, %: "
     assert all(word in page for word in ("Imagination", "difference", "actions of another clip", *words))
+
+
+def test_the_table_of_guesses_is_of_exact_rollouts(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(__file__).parents[1] / "tools/drafts.py"
+    count = runpy.run_path(str(path))["count"]
+    guess, frame = np.array([1, 2, 3, 4, 5]), np.array([1, 0, 3, 4, 0])
+    assert [count(guess, frame, width) for width in (1, 2, 9)] == [5, 3, 2]
+    monkeypatch.setattr("sys.argv", [str(path), str(root / "run"), str(root), "--steps", "2"])
+    runpy.run_path(str(path), run_name="__main__")
+    table = capsys.readouterr().out.splitlines()
+    assert [line.count("|") for line in table] == [6, 6, 6, 6, 0]
+    assert table[-1].endswith("; the same codes as one a pass")
 
 
 def test_the_probe_reads_motion_and_is_not_trained_on_the_clips(root: Path, monkeypatch) -> None:

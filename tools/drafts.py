@@ -1,0 +1,71 @@
+"""Passes a frame by kind of guess and by the codes that a pass checks: the table of docs/DECODING.md.
+
+Run: worldvla collect tabletop_object --tasks 0 3 --episodes 3 --seed 77 --out DEMOS
+     python tools/drafts.py worldvla/assets/tabletop DEMOS
+The model imagines the first steps of every episode, one frame at a time. Guesses that stay as they are made
+are counted on the frames of one code a pass; the used one, which the model's own choices replace, is run.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import worldvla
+from worldvla.data.episode import Episode, read_episodes
+from worldvla.infer.draft import Window
+from worldvla.infer.load import Model
+
+WIDTHS = (4, 16, 80)
+
+
+def roll_out(model: Model, episode: Episode, steps: int, window: int | None, drafts: bool = True) -> tuple:
+    """Return the codes (steps + 1, N) of an imagined episode and the passes of each step."""
+    world = model.world(drafts)
+    world.reset({view: images[0] for view, images in episode.images.items()})
+    world._window = Window(model.device, window)
+    codes = [np.concatenate([c.ravel() for c in world.codes.values()])]
+    for action in episode.actions[:steps]:
+        world.step(action)
+        codes.append(np.concatenate([c.ravel() for c in world.codes.values()]))
+    return np.stack(codes), [stats.passes for stats in world.stats]
+
+
+def count(guess_N: np.ndarray, frame_N: np.ndarray, width: int) -> int:
+    """Return the passes that a guess takes which keeps its values: each ends at its first wrong code."""
+    done = passes = 0
+    while done < len(frame_N):
+        wrong = np.flatnonzero(guess_N[done : done + width] != frame_N[done : done + width])
+        done += int(wrong[0]) + 1 if len(wrong) else width
+        passes += 1
+    return passes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint")
+    parser.add_argument("demos", type=Path)
+    parser.add_argument("--steps", type=int, default=10)
+    args = parser.parse_args()
+    model = worldvla.load(args.checkpoint)
+    episodes = [e for path in sorted(args.demos.glob("*.hdf5")) for e in read_episodes(path)]
+    if not episodes:
+        parser.exit(2, f"{parser.prog}: {args.demos} holds no *.hdf5 files: `worldvla collect` makes them\n")
+    plain = [roll_out(model, e, args.steps, None, drafts=False)[0] for e in episodes]
+    print(f"| guess | {' | '.join(map(str, WIDTHS))} | as above |")
+    for back, name in ((1, "the current frame"), (2, "the frame before it")):
+        pairs = [(c[max(0, t - back)], c[t]) for c in plain for t in range(1, len(c))]
+        means = [np.mean([count(*pair, width) for pair in pairs]) for width in WIDTHS]
+        print(f"| {name} | {' | '.join(f'{m:.1f}' for m in means)} | |")
+    used = {width: [roll_out(model, e, args.steps, width) for e in episodes] for width in (*WIDTHS, None)}
+    same = all(np.array_equal(c, p) for rows in used.values() for (c, _), p in zip(rows, plain, strict=True))
+    passes = {width: np.array([p for _, p in rows]) for width, rows in used.items()}
+    print(f"| the model's own choices after it | {' | '.join(f'{p.mean():.1f}' for p in passes.values())} |")
+    steps = ", ".join(f"{n:.1f}" for n in passes[None].mean(0))
+    print(f"by step, as above: {steps}; {'the same codes as' if same else 'NOT the codes of'} one a pass")
+
+
+if __name__ == "__main__":
+    main()
