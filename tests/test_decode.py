@@ -31,7 +31,7 @@ from worldvla.infer.decode import (
     chunk_path,
     decode_actions,
     decode_chunk,
-    decode_images,
+    decode_frame,
 )
 from worldvla.infer.load import Model
 from worldvla.model.mask import dense_mask
@@ -162,10 +162,10 @@ def test_images_equal_the_slow_way(rng: np.random.Generator) -> None:
     prompts.append(builder.world_prompt([frame(rng), frame(rng)], rng.uniform(-1, 1, 7)))
     tail = builder.world_tail()
     opens = np.flatnonzero(tail.kind == KIND_IMAGE).tolist()
-    codes = decode_images(model, builder.vocab, prompts, tail)
+    codes = decode_frame(model, builder.vocab, prompts, tail)[0]
     expected = [slow(model, p, tail, builder.vocab.image, opens, bins=False) for p in prompts]
     np.testing.assert_array_equal(codes, expected)
-    np.testing.assert_array_equal(codes[:1], decode_images(model, builder.vocab, prompts[:1], tail))
+    np.testing.assert_array_equal(codes[:1], decode_frame(model, builder.vocab, prompts[:1], tail)[0])
     assert codes.shape == (3, 13)
     assert len(np.unique(codes)) > 3
 

@@ -17,7 +17,7 @@ from token_stubs import CountedWords
 from worldvla.batch import Batch, Sample
 from worldvla.config import LayoutConfig
 from worldvla.data.sample import SampleBuilder
-from worldvla.infer.decode import CLOSE, decode_frame, decode_images
+from worldvla.infer.decode import CLOSE, decode_frame
 from worldvla.infer.draft import CHEAP, WIDE, FrameStats, Window, in_words, summary
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
@@ -76,7 +76,7 @@ def test_row_ends_and_grid_sizes_between_the_codes() -> None:
         for _ in range(2)
     ]
     tail = builder.world_tail()
-    plain = decode_images(model, vocab, prompts, tail)
+    plain = decode_frame(model, vocab, prompts, tail)[0]
     guess = np.where(np.arange(24) % 7 == 3, 0, plain)
     for fixed in (1, 3, 24):
         codes, stats = decode_frame(model, vocab, prompts, tail, guess, Window(fixed=fixed))
@@ -87,7 +87,7 @@ def test_row_ends_and_grid_sizes_between_the_codes() -> None:
 @pytest.mark.parametrize(("fixed", "passes"), [(13, 1), (5, 3), (1, 13)])
 def test_a_right_guess_is_accepted_whole(fixed: int, passes: int) -> None:
     model, vocab, prompts, tail = world(0, 3)
-    plain = decode_images(model, vocab, prompts, tail)
+    plain = decode_frame(model, vocab, prompts, tail)[0]
     codes, stats = decode_frame(model, vocab, prompts, tail, plain, Window(fixed=fixed))
     np.testing.assert_array_equal(codes, plain)
     assert stats == FrameStats(codes=3 * N, passes=passes, judged=3 * N, accepted=3 * N, close=0)
@@ -96,7 +96,7 @@ def test_a_right_guess_is_accepted_whole(fixed: int, passes: int) -> None:
 def test_a_wrong_code_costs_a_pass_and_rows_go_on_alone() -> None:
     """Row 0 is guessed right, row 1 wrong at its last code, row 2 at codes 2 and 9: the worst row decides."""
     model, vocab, prompts, tail = world(1, 3)
-    plain = decode_images(model, vocab, prompts, tail)
+    plain = decode_frame(model, vocab, prompts, tail)[0]
     guess = plain.copy()
     for row, code in ((1, N - 1), (2, 2), (2, 9)):
         guess[row, code] = (guess[row, code] + 1) % 16
@@ -112,7 +112,7 @@ def test_a_model_that_looks_at_no_code_before_takes_two_passes() -> None:
     model, vocab, prompts, tail = world(2, 1)
     with torch.no_grad():
         model.embed.weight[vocab.image.start : vocab.image.stop] = 0
-    plain = decode_images(model, vocab, prompts, tail)
+    plain = decode_frame(model, vocab, prompts, tail)[0]
     codes, stats = decode_frame(model, vocab, prompts, tail, (plain + 1) % 16, Window(fixed=N))
     np.testing.assert_array_equal(codes, plain)
     assert (stats.passes, stats.judged, stats.accepted) == (2, N, N - 1)
@@ -121,7 +121,7 @@ def test_a_model_that_looks_at_no_code_before_takes_two_passes() -> None:
 def test_what_later_passes_do_not_need_costs_nothing_to_the_first_codes() -> None:
     """Stale keys: after a rejected window the cache holds keys of wrong codes; they must not be seen."""
     model, vocab, prompts, tail = world(3, 2)
-    plain = decode_images(model, vocab, prompts, tail)
+    plain = decode_frame(model, vocab, prompts, tail)[0]
     guess = (plain + 5) % 16
     guess[0] = plain[0]  # row 0 runs ahead, row 1 writes behind it
     codes, _ = decode_frame(model, vocab, prompts, tail, guess, Window(fixed=4))
@@ -150,7 +150,7 @@ def test_bfloat16_differs_only_at_near_ties(seed: int) -> None:
 def test_codes_that_rounding_may_have_decided_are_counted() -> None:
     """None of them by default; all where every code has a twin that scores alike to a millionth."""
     model, vocab, prompts, tail = world(0, 3)
-    guess = decode_images(model, vocab, prompts, tail) ^ 1
+    guess = decode_frame(model, vocab, prompts, tail)[0] ^ 1
     assert decode_frame(model, vocab, prompts, tail, guess)[1].close == 0
     with torch.no_grad():
         rows = model.head.weight[vocab.image.start : vocab.image.stop]
@@ -241,6 +241,10 @@ def test_a_guess_of_another_shape_is_refused() -> None:
     model, vocab, prompts, tail = world(0, 2)
     with pytest.raises(ValueError, match=r"a draft of 2 frames needs codes \(2, 13\), got \(1, 13\)"):
         decode_frame(model, vocab, prompts, tail, np.zeros((1, N), np.int64))
+    apart = replace(tail, chunk=np.ones_like(tail.chunk))
+    for other in (apart, replace(tail, kind=np.ones_like(tail.kind))):
+        with pytest.raises(ValueError, match="needs the tail of a world sample"):
+            decode_frame(model, vocab, prompts, other)
     with pytest.raises(ValueError, match="got no prompts"):
         decode_frame(model, vocab, [], tail)
 

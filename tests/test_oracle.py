@@ -32,7 +32,7 @@ from torch import Tensor
 from worldvla.batch import KIND_IMAGE, KIND_PROMPT
 from worldvla.config import LayoutConfig, LossConfig
 from worldvla.infer.cache import Cache
-from worldvla.infer.decode import decode_actions, decode_images
+from worldvla.infer.decode import decode_actions, decode_frame
 from worldvla.model.mask import dense_mask
 from worldvla.model.pretrained import open_release, published_names, published_tensors
 from worldvla.model.transformer import Transformer
@@ -158,7 +158,7 @@ def test_an_image_decodes_to_the_same_codes(ours: Transformer, theirs: Any, layo
     rng, make = np.random.default_rng(2), builder(layout)
     prompt, tail = make.world_prompt([frame(layout, rng)], np.full(7, 0.1)), make.world_tail()
     expected = one_by_one(theirs, prompt.ids, tail.ids, tail.kind == KIND_IMAGE, VOCAB.image)
-    assert decode_images(ours, VOCAB, [prompt], tail)[0].tolist() == expected
+    assert decode_frame(ours, VOCAB, [prompt], tail)[0][0].tolist() == expected
     assert len(set(expected)) > 5
 
 

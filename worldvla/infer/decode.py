@@ -136,11 +136,6 @@ def chunk_path(tail: Sample, blocks_KA: np.ndarray) -> str:
     return "one by one: actions of a chunk see those before them (layout.selective_mask is off)"
 
 
-def decode_images(model: Transformer, vocab: Vocab, prompts: Sequence[Sample], tail: Sample) -> np.ndarray:
-    """Return image codes (B, N) int64 of the next frame, all views in order of generation."""
-    return decode_frame(model, vocab, prompts, tail)[0]
-
-
 @torch.inference_mode()
 def decode_frame(
     model: Transformer,
@@ -161,6 +156,8 @@ def decode_frame(
     choice is the best of scores / temperature + Gumbel noise, drawn once for each row and position, which
     makes it a draw from the softmax and, given the noise, as certain as a greedy one.
     """
+    if tail.chunk.any() or KIND_IMAGE not in tail.kind:
+        raise ValueError("a frame needs the tail of a world sample, got another: SampleBuilder.world_tail()")
     stream = _Stream(model, prompts, tail, vocab.pad)
     device, span, batch = stream.lengths_B.device, vocab.image, len(prompts)
     open_N, is_open_T = np.flatnonzero(tail.kind == KIND_IMAGE), torch.from_numpy(tail.kind == KIND_IMAGE)
