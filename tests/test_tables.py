@@ -13,7 +13,7 @@ import pytest
 
 from worldvla.config import Config
 from worldvla.eval.stats import Pairs
-from worldvla.eval.tables import Records, check, markdown, paired, sentence, write_tables
+from worldvla.eval.tables import Records, _imagined, check, markdown, paired, sentence, write_tables
 from worldvla.recipes import ABLATIONS, RECIPES, TABLETOP_SUITES, recipe
 
 ROOT = Path(__file__).parent.parent
@@ -67,11 +67,12 @@ def test_rows_without_a_record_are_not_run_and_those_with_one_are_counted(root: 
     records = Records(root)
     assert paired(records, "chunk", "chunk_causal") == Pairs(16, 56, 0, 8)
     text = markdown(records)
-    assert "18/20 (90 %, 2 of 3 records) | 72/80 (90 %, 8 of 12 records)" in text
-    assert (
-        "| 72/80 (90 %, 8 of 12 records) | 10 (100 ms, 40 actions) |" in text
-    )  # three queries an episode, ten episodes, three seconds
-    assert "The selective mask raises success: +70.0 points" in text
+    seeds = ", ".join(f"[9](../results/tables/chunk_{seed}/tabletop_long/record.json)" for seed in (0, 1))
+    cells = f"| 18/20 (90 %, 2 of 3 records: {seeds}) | 72/80 (90 %, 81 to 95, 8 of 12 records) |"
+    # three queries an episode, ten episodes, three seconds
+    assert f"{cells} 10 (100 ms, 40 actions) |" in text
+    assert "The selective mask, against the plain one, raises success: +70.0 points" in text
+    assert "80 pairs; shows no clear difference in grasping: +0.0 points" in text
 
 
 def test_experts_are_told_task_by_task(root: Path) -> None:
@@ -96,8 +97,86 @@ def test_experts_are_told_task_by_task(root: Path) -> None:
 
 
 def test_plain_words_follow_the_p_value() -> None:
-    assert "shows no clear difference: +2.0 points" in sentence("It", Pairs(50, 3, 1, 46))
-    assert "It lowers success" in sentence("It", Pairs(50, 1, 20, 29))
+    assert "shows no clear difference in success: +2.0 points" in sentence("It", Pairs(50, 3, 1, 46))
+    assert "It lowers success" in sentence("It", Pairs(50, 1, 20, 29), Pairs(50, 20, 1, 29))
+    assert "100 pairs; raises grasping: +19.0" in sentence("It", Pairs(50, 1, 20, 29), Pairs(50, 20, 1, 29))
+    # The exact test and the interval disagree: neither is hidden.
+    assert "It may lower success (the interval leaves 0 out" in sentence("It", Pairs(60, 10, 22, 8))
+
+
+def test_grasping_is_paired_as_success_is_and_errors_are_left_out(root: Path) -> None:
+    for row, held in (("action_world", 8), ("action", 3)):
+        write_row(root, row, 2)
+        path = root / f"results/tables/{row}_0/tabletop_long/record.json"
+        record = json.loads(path.read_text())
+        for outcome in record["outcomes"]:
+            outcome["grasped"] = outcome["init"] < held
+        record["outcomes"][0]["status"] = "error"
+        path.write_text(json.dumps(record))
+    found = paired(Records(root), "action_world", "action", ("tabletop_long",), grasped=True)
+    assert found == Pairs(2, 5, 0, 2)
+
+
+def test_the_summary_says_what_the_records_say() -> None:
+    """Words of the template that no condition chooses."""
+    records = Records(ROOT)
+
+    def verdict(a: str, b: str) -> str:
+        pairs = paired(records, a, b)
+        assert pairs is not None
+        return sentence("", pairs).split(":")[0].strip()
+
+    assert verdict("chunk", "chunk_causal") == verdict("chunk_execute1", "action") == "raises success"
+    assert verdict("chunk", "action") == "lowers success"
+    nothing = "shows no clear difference in success"
+    assert verdict("action_world", "action") == verdict("full", "chunk") == nothing
+    models = {row: _imagined(records, "tables/world10", f"pilot_{row}")[0] for row in ("world", "full")}
+    over = {row: found["imagined"][0] - found["floor"][0] for row, found in models.items()}
+    assert over["full"] < 1.5 < 3 < over["world"]
+    text = markdown(records)
+    assert "whose interval holds the paper's +1.5 points" in text
+    assert "whose interval excludes the paper's +4.4 points" in text
+
+
+def test_imagination_is_told_by_view_with_other_actions_none_and_the_probe(root: Path) -> None:
+    views = {"v": {"pilot_world": {}}}
+    for kind, level in (("imagined", 21), ("ceiling", 25), ("floor", 17), ("swapped", 18), ("still", 19)):
+        views["v"]["pilot_world"][kind] = {"psnr": [level, level + 3], "ssim": [0.5, 0.8]}
+    probe = {"real": {"r2": 0.9, "size": 0.3}, "imagined": {"r2": 0.7}, "swapped": {"r2": -0.1}}
+    section = {"horizon": 2, "clips": [{}, {}], "num_clips": [2, 1], "views": views}
+    section["probe"] = {"pilot_world": {**probe, "still": {"size": 0.04}}}
+    path = root / "results/tables/world10/record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"horizons": [section]}))
+    text = markdown(Records(root))
+    row = "| v, 2 clips of at most 2 frames | [22.0, 0.60](../results/tables/world10/record.json)"
+    assert f"{row} | 26.0, 0.60 | 18.0, 0.60 | 19.0, 0.60 | 20.0, 0.60 | `runs/tables.sh` |" in text
+    assert (
+        "v: 4.00 dB over the copied frame, 4.00 under the ceiling; another clip's actions cost 3.00." in text
+    )
+    assert "| 0.90 | 0.70 | -0.10 | 0.040 (0.300) | `runs/tables.sh` |" in text
+
+
+def test_conclusions_follow_the_records_of_chunk_errors_and_of_ranks(root: Path) -> None:
+    (root / "results/tables").mkdir()
+    for name in ("chunk_error.json", "rank"):
+        copy = shutil.copytree if name == "rank" else shutil.copy
+        copy(ROOT / "results/tables" / name, root / "results/tables" / name)
+    text = markdown(Records(root))
+    assert "errs less than one that sees none (0.017 against 0.036)" in text
+    assert "errs more (0.095 against 0.063)" in text
+    assert "**No**: success in imagination does not rise" in text
+    for name, key in (("chunk_error.json", "chunks"), ("rank/record.json", "imagined")):
+        path = root / "results/tables" / name
+        record = json.loads(path.read_text())
+        if key == "chunks":
+            record[key][1]["free"] = record[key][2]["free"]
+        else:
+            record[key]["spearman"]["interval_95"] = [0.2, 0.9]
+        path.write_text(json.dumps(record))
+    text = markdown(Records(root))
+    assert "errors pile up" not in text
+    assert "**Yes**: policies that succeed more" in text
 
 
 def test_check_finds_what_no_record_holds(root: Path) -> None:

@@ -114,13 +114,15 @@ class Records:
             name = path.relative_to(root / "results").as_posix().removesuffix("/record.json")
             self.all[name] = read_json(path)
 
-    def link(self, name: str, text: str) -> str:
+    def link(self, name: str, text: object) -> str:
         tail = "" if name.endswith(".json") else "/record.json"
         return f"[{text}](../results/{name}{tail})"
 
-    def rate(self, names: Sequence[str], key: str = "successes", interval: bool = False) -> str:
+    def rate(
+        self, names: Sequence[str], key: str = "successes", interval: bool = False, each: bool = False
+    ) -> str:
         """Return k/n over those of the records that exist, linked; `not run` if none does. `interval`: with
-        Wilson's, in percent."""
+        Wilson's, in percent; `each`: with the k of every record, linked."""
         found = [self.all[name] for name in names if name in self.all]
         if not found:
             return "not run"
@@ -128,7 +130,9 @@ class Records:
         part = f", {len(found)} of {len(names)} records" if len(found) < len(names) else ""
         low, high = wilson(hits, trials)
         between = f", {100 * low:.0f} to {100 * high:.0f}" if interval else ""
-        text = f"{hits}/{trials} ({100 * hits / max(1, trials):.3g} %{between}{part})"
+        of_each = ", ".join(self.link(n, self.all[n][key]) for n in names if n in self.all)
+        parts = f": {of_each}" if each and len(names) > 1 else ""
+        text = f"{hits}/{trials} ({100 * hits / max(1, trials):.3g} %{between}{part}{parts})"
         return self.link(names[0], text) if len(names) == 1 else text
 
 
@@ -156,25 +160,41 @@ def of_suites(pattern: str) -> list[str]:
     return [pattern.format(s) for s in ("spatial", "object", "goal", "10" if "libero" in pattern else "long")]
 
 
-def paired(records: Records, a: str, b: str, suites: Sequence[str] = TABLETOP) -> Pairs | None:
-    """Return how rows A and B fare from the same initial states, over suites and seeds that both have."""
+def paired(
+    records: Records, a: str, b: str, suites: Sequence[str] = TABLETOP, grasped: bool = False
+) -> Pairs | None:
+    """Return how rows A and B fare from the same initial states, over suites and seeds that both have.
+    `grasped`: in holding the target, not in success."""
     rows = zip(of_row(a, suites), of_row(b, suites), strict=True)
-    names = [pair for pair in rows if set(pair) <= records.all.keys()]
-    found = [compare(records.all[x], records.all[y], force=True) for x, y in names]
+    sides = [[records.all[name] for name in pair] for pair in rows if set(pair) <= records.all.keys()]
+    if grasped:
+        sides = [[_of_grasping(record) for record in side] for side in sides]
+    found = [compare(*side, force=True) for side in sides]
     keys = ("both", "only_a", "only_b", "neither")
     return Pairs(*(sum(c[key] for c in found) for key in keys)) if found else None
 
 
-def sentence(what: str, pairs: Pairs) -> str:
-    """Return plain words: the difference, its interval, and whether it is more than chance."""
+def _of_grasping(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record in which to have held the target is the success."""
+    sound = [o for o in record["outcomes"] if o["status"] != "error"]
+    ends = ("fail", "success")
+    return {**record, "outcomes": [{**o, "status": ends[bool(o["grasped"])]} for o in sound]}
+
+
+def sentence(what: str, pairs: Pairs, grasped: Pairs | None = None) -> str:
+    """Return plain words: the differences, their intervals, and whether they are more than chance."""
+    grasps = f"; {_effect('grasping', grasped)}" if grasped else ""
+    return f"{what} {_effect('success', pairs)}, {pairs.total} pairs{grasps}."
+
+
+def _effect(of: str, pairs: Pairs) -> str:
     (low, high), p = paired_interval(pairs), mcnemar(pairs.only_a, pairs.only_b)
-    verdict = (
-        ("raises success" if pairs.difference > 0 else "lowers success")
-        if p < 0.05
-        else ("shows no clear difference")
-    )
+    way = "raise" if pairs.difference > 0 else "lower"
+    verdict = f"{way}s {of}" if p < 0.05 else f"shows no clear difference in {of}"
+    if p >= 0.05 and not low <= 0 <= high:
+        verdict = f"may {way} {of} (the interval leaves 0 out, the exact test does not)"
     numbers = f"{100 * pairs.difference:+.1f} points, 95 %: {100 * low:+.1f} to {100 * high:+.1f}"
-    return f"{what} {verdict}: {numbers}, p = {p:.2g}, {pairs.total} pairs."
+    return f"{verdict}: {numbers}, p = {p:.2g}"
 
 
 def markdown(records: Records) -> str:
@@ -190,6 +210,7 @@ def markdown(records: Records) -> str:
         of=of_row,
         named=of_suites,
         paired=partial(paired, records),
+        interval=paired_interval,
         sentence=sentence,
         queries=partial(_queries, records),
         imagined=partial(_imagined, records),
@@ -209,21 +230,21 @@ def _queries(records: Records, names: Sequence[str]) -> str:
     return f"{queries / seconds:.0f} ({1000 * seconds / queries:.0f} ms, {actions / seconds:.0f} actions)"
 
 
-def _imagined(records: Records, name: str, model: str) -> str:
-    """Return the scores of a model in an imagination record, linked; `not run` without one."""
-    lines = []
+def _imagined(records: Records, name: str, model: str) -> list[dict[str, Any]]:
+    """Return, a view of a model in an imagination record: `view`, `clips` in words, and kind -> its mean PSNR
+    and SSIM over all frames."""
+    rows = []
     for section in records.all.get(name, {}).get("horizons", ()):
+        weights = np.array(section["num_clips"]) / sum(section["num_clips"])
+        most = "at most " if min(section["num_clips"]) < len(section["clips"]) else ""
+        clips = f"{len(section['clips'])} clips of {most}{section['horizon']} frames"
         for view, models in section["views"].items():
-            scores = models.get(model)
-            if scores is None:
-                continue
-            kinds = [k for k in ("imagined", "ceiling", "floor", "swapped") if k in scores]
-            weights = np.array(section["num_clips"]) / sum(section["num_clips"])
-            mean = {k: [float(weights @ scores[k][m]) for m in ("psnr", "ssim")] for k in kinds}
-            text = ", ".join(f"{k} {m[0]:.1f} dB {m[1]:.2f}" for k, m in mean.items())
-            most = "at most " if min(section["num_clips"]) < len(section["clips"]) else ""
-            lines.append(f"{view}, {len(section['clips'])} clips of {most}{section['horizon']} steps: {text}")
-    return records.link(name, "; ".join(lines)) if lines else "not run"
+            kinds = {
+                kind: [float(weights @ scores[metric]) for metric in ("psnr", "ssim")]
+                for kind, scores in models.get(model, {}).items()
+            }
+            rows += [{"view": view, "clips": clips, **kinds}] if kinds else []
+    return rows
 
 
 def _bench(records: Records, name: str, way: str) -> float | None:
