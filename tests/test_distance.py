@@ -117,3 +117,21 @@ def test_fvd_reads_its_file_by_path(tmp_path: Path) -> None:
         network(clips[:, :9])
     with pytest.raises(FileNotFoundError, match="i3d_torchscript"):
         features.i3d(tmp_path / "none.pt")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["random", "empty", "cut", "list"])
+def test_a_weight_file_that_cannot_be_read_is_one_line(tmp_path: Path, kind: str) -> None:
+    path = write_alexnet(tmp_path)[0]
+    content = {"random": bytes(range(256)) * 9, "empty": b"", "cut": path.read_bytes()[:5000]}
+    if kind == "list":
+        torch.save([1], path)
+    else:
+        path.write_bytes(content[kind])
+    with pytest.raises(
+        ValueError, match=r"alexnet\.pth (cannot be read|holds no table).*must be alexnet"
+    ) as lpips:
+        features.lpips(path, tmp_path / "alex.pth")
+    with pytest.raises(ValueError, match=r"alexnet\.pth cannot be read .*must be i3d_torchscript") as i3d:
+        features.i3d(path)
+    assert "\n" not in str(lpips.value) + str(i3d.value)

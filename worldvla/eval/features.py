@@ -6,6 +6,7 @@ distance of EfficientNet-Lite0's features, `kvd_efflite0` a kernel distance of c
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def efflite0() -> tuple[FrameMetric, Callable[[np.ndarray], np.ndarray]]:
 
 def i3d(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     """Return uint8 (N, T, Y, X, 3) -> the features (N, 400) by which FVD is defined (StyleGAN-V's file)."""
-    net = torch.jit.load(str(_existing(path, "i3d")), map_location="cpu").eval()
+    net = _read(torch.jit.load, path, "i3d").eval()
 
     @torch.inference_mode()
     def features(clips: np.ndarray) -> np.ndarray:
@@ -129,11 +130,18 @@ def _perceptual(taps: Callable[[Tensor], list[Tensor]], heads: Sequence[Tensor] 
     return metric
 
 
-def _existing(path: Path, what: str) -> Path:
+def _read(reader: Callable[..., Any], path: Path, what: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: nothing is downloaded here; it is {WHERE[what]}")
-    return path
+    try:
+        return reader(str(path), map_location="cpu")
+    except Exception as error:  # torch has many, one a kind of damage
+        why = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read ({why}): it must be {WHERE[what]}") from None
 
 
 def _state(path: Path, what: str) -> Mapping[str, Tensor]:
-    return torch.load(_existing(path, what), map_location="cpu", weights_only=True)
+    state = _read(partial(torch.load, weights_only=True), path, what)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds no table of weights: it must be {WHERE[what]}")
+    return state
