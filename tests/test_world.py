@@ -25,6 +25,7 @@ from worldvla.eval.world import (
     evaluate_world,
     imagine,
     label,
+    other_episodes,
     psnr,
     reconstruct,
     score,
@@ -90,6 +91,16 @@ def test_ssim_is_one_for_equal_frames_and_follows_a_slow_loop() -> None:
     assert float(ssim(a, b)[0]) == pytest.approx(np.mean(values), abs=1e-10)
 
 
+def test_psnr_and_ssim_are_torchmetrics() -> None:
+    """Numbers of torchmetrics 1.9.0 on these frames: peak_signal_noise_ratio(dim=(1, 2, 3), reduction="none")
+    and structural_similarity_index_measure(reduction="none"), data_range=255.0; its logarithm is of float32.
+    """
+    a, noise = pictures(2, (2, 32, 40, 3)), pictures(3, (2, 32, 40, 3))
+    b = (a.double() * 0.7 + noise.double() * 0.2).to(torch.uint8)
+    assert psnr(a, b).tolist() == pytest.approx([18.666923995, 18.6680975222], abs=1e-6)
+    assert ssim(a, b).tolist() == pytest.approx([0.9099761068, 0.9081730652], abs=1e-9)
+
+
 def test_clips_start_at_the_truth_and_end_where_it_does(root: Path) -> None:
     model = load(root / "run")
     clips = choose(sorted(root.glob("*.hdf5")), 3, 4, seed=0, shorter=True)
@@ -119,6 +130,19 @@ def test_each_kind_takes_its_own_actions(root: Path, monkeypatch: pytest.MonkeyP
         np.testing.assert_array_equal(swapped[:, i], clips[1 - i].actions)
         assert not still[:, i, :6].any()
         np.testing.assert_array_equal(still[:, i, 6], clip.actions[:, 6])
+
+
+def test_actions_are_swapped_between_episodes_alone(root: Path, tmp_path: Path) -> None:
+    one, two = (_episode(np.random.default_rng(0), i, 9) for i in range(2))
+    clips = [Clip(one, 0, 2), Clip(one, 2, 2), Clip(two, 0, 2), Clip(two, 2, 2)]
+    assert other_episodes(clips) == [2, 2, 0, 0]
+    assert other_episodes(clips[:2]) == []
+    record = evaluate_world(
+        [root / "run"], [root / "a_demo.hdf5"], tmp_path, clips=1, page=False, horizons=(2,)
+    )
+    kinds = record["horizons"][0]["views"]["wrist"]["tiny"]
+    assert list(kinds) == ["ceiling", "floor", "imagined", "still"]
+    assert record["remarks"] == ["all clips are of one episode: no other one's actions to swap in"]
 
 
 def test_clips_are_windows_of_the_files_in_turn(root: Path) -> None:

@@ -108,6 +108,8 @@ def evaluate_world(
             decoding[name] = summary(stats, sum(model.config.layout.codes_per_view))
         section = {"horizon": horizon, **score(chosen, guesses, measure.frame_metrics)}
         section |= measure.distances(chosen, guesses) | {"decoding": decoding, "clips": []}
+        if swaps and not other_episodes(chosen):
+            measure.say("all clips are of one episode: no other one's actions to swap in")
         for i, clip in enumerate(chosen):
             e, video = clip.episode, f"videos/clip_{horizon}_{i:02d}.mp4"
             row = {"suite": e.suite, "task": e.task, "instruction": e.instruction, "init": e.init}
@@ -124,7 +126,7 @@ def evaluate_world(
         "seed": seed,
         "protocol": {
             "start": "first frames of stored episodes" if shorter else "every horizon-th frame of an episode",
-            "actions": "those of the episode; swapped: those of the next clip; still: zeros, gripper kept",
+            "actions": "those of the episode; swapped: of the next other one; still: zeros, gripper kept",
             "views": {n: {v: list(s) for v, s in m.view_sizes.items()} for n, m in models.items()},
             "metrics": "per frame, RGB 0..255, mean over clips; SSIM window 11, sigma 1.5, borders reflected",
             "drafts": drafts,
@@ -212,9 +214,10 @@ def imagine(
     views, longest = model.config.layout.views, max(clip.steps for clip in clips)
     actions_NTA = np.stack([np.pad(c.actions, ((0, longest - c.steps), (0, 0)), "edge") for c in clips])
     still_NTA = actions_NTA * (np.arange(actions_NTA.shape[2]) == actions_NTA.shape[2] - 1)
-    swapped_NTA = np.roll(actions_NTA, -1, axis=0)
     plans = {"imagined": actions_NTA}
-    plans |= {"swapped": swapped_NTA, "still": still_NTA} if swaps else {}
+    if swaps and (others := other_episodes(clips)):
+        plans["swapped"] = actions_NTA[others]
+    plans |= {"still": still_NTA} if swaps else {}
     out: dict[str, list[Frames]] = {kind: [] for kind in ("ceiling", "floor", *plans)}
     for clip in clips:
         out["floor"].append({v: np.repeat(clip.real[v][:1], clip.steps + 1, axis=0) for v in views})
@@ -236,6 +239,13 @@ def imagine(
             out[kind] += [{v: f[n, : c.steps + 1] for v, f in stacked.items()} for n, c in enumerate(batch)]
             stats += [world.stats] if kind == "imagined" else []
     return out, stats
+
+
+def other_episodes(clips: Sequence[Clip]) -> list[int]:
+    """Return for every clip which is the next one of another episode; nothing where all are of one."""
+    turns = [[*range(i + 1, len(clips)), *range(i)] for i in range(len(clips))]
+    found = [[j for j in t if clips[j].episode is not clips[i].episode] for i, t in enumerate(turns)]
+    return [js[0] for js in found] if all(found) else []
 
 
 def reconstruct(model: Model, images: np.ndarray) -> np.ndarray:
@@ -305,7 +315,7 @@ class Measure:
             raise ValueError("distances between sets of clips need clips of one length: leave out --shorter")
         for name, (network, between) in self.clip_networks.items():
             if len(clips) < ENOUGH[name]:
-                self._say(f"{len(clips)} clips are too few for a stable {name}: it needs {ENOUGH[name]}")
+                self.say(f"{len(clips)} clips are too few for a stable {name}: it needs {ENOUGH[name]}")
             for model, kinds in guesses.items():
                 for view in kinds["imagined"][0]:
                     rows = out["distances"].setdefault(view, {}).setdefault(model, {})
@@ -320,7 +330,7 @@ class Measure:
     def _probe(self, clips: Sequence[Clip], kinds: dict[str, list[Frames]]) -> dict[str, Any]:
         assert self.inverse is not None
         asked = [clip.actions[:, :NUM_DIMS] for clip in clips]
-        other = [c.actions[:, :NUM_DIMS] for c in [*clips[1:], clips[0]]]
+        other = [asked[i] for i in other_episodes(clips)]
         wanted = {"swapped": other, "still": [0 * a for a in asked]}
         rows = {}
         for kind, frames in {"real": [clip.real for clip in clips], **kinds}.items():
@@ -340,7 +350,7 @@ class Measure:
             rows[kind]["r2"] = float(1 - error.sum() / spread.sum()) if spread.sum() else None
         return {k: {n: v if v is None else round(v, 4) for n, v in row.items()} for k, row in rows.items()}
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
         if line not in self.remarks:
             self.remarks.append(line)
 
