@@ -198,6 +198,51 @@ def test_check_finds_what_no_record_holds(root: Path) -> None:
     assert any("98 of 100" in fault or "388 of 400" in fault for fault in faults)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "| 98/100 (93 to 99 %) | 93/100 |",
+            "| 97/100 (93 to 99 %) | 93/100 |",
+            "97/100 of tabletop_object, ours",
+        ),
+        ("| 74/100 |", "| 92/100 |", "92/100 of tabletop_long, all five executed"),
+        ("| **181/200**", "| **199/200**", "199/200 of libero_spatial, spatial"),
+        ("(85 to 96 %)", "(88 to 96 %)", "92/100 88 to 96 %: it is 85 to 96 %"),
+        (
+            "times as many episodes",
+            "times the episodes",
+            "README.md has no '([\\\\d.]+) times as many episodes'",
+        ),
+    ],
+)
+def test_numbers_of_the_readme_are_those_of_their_own_record(
+    root: Path, old: str, new: str, words: str
+) -> None:
+    """Each of these counts is in some record, of something else."""
+    readme = root / "README.md"
+    assert readme.read_text().count(old) == 1
+    readme.write_text(readme.read_text().replace(old, new))
+    assert any(words in fault for fault in check(root))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("libero/object_spatial/train.json", "hours"),
+        ("libero/object_spatial/train.json", "config"),
+        ("bench/cuda.json", "hardware"),
+        ("tabletop/imagine/record.json", "commit"),
+        ("tabletop/tabletop_goal/record.json", "checkpoint"),
+    ],
+)
+def test_records_say_how_they_were_made(root: Path, name: str, key: str) -> None:
+    path = root / "results" / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: None}))
+    said = name.removesuffix("/record.json")
+    assert f"results/{said} does not say its {key}" in check(root)
+
+
 def test_links_of_the_page_and_of_the_document_lead_to_records(root: Path, tmp_path: Path) -> None:
     page = tmp_path / "out/tables/index.html"
     document = write_tables(root, page)

@@ -105,6 +105,10 @@ SPEED = (  # words, how the README says it, the record, the way to the number in
 )
 
 
+ENDS = {"ours": "", "all five executed": "_execute5", "random policy": "_random", "blind replay": "_blind"}
+"""Columns of the README's table -> the end of their records' names."""
+
+
 class Records:
     """The records under root/results, read once."""
 
@@ -309,10 +313,13 @@ def check(root: Path) -> list[str]:
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         faults.append("docs/RESULTS.md is not what the records say: run `worldvla tables`")
     counts = {(int(hits), int(trials)) for hits, trials in re.findall(r"\b(\d+)/(\d+) \(", text)}
+    linked = set(re.findall(r"\]\(\.\./results/(.*?)(?:/record\.json)?\)", text))
     for name, record in records.all.items():
-        if "outcomes" in record:
-            lacking = [k for k in ("checkpoint", "seed", "seconds", "hardware", "commit") if k not in record]
-            faults += [f"results/{name} does not say its {key}" for key in lacking]
+        is_rollout, is_training = "outcomes" in record, name.endswith("train.json")
+        needed = ["hardware", "commit"] if is_rollout or is_training or name in linked else []
+        needed += is_rollout * ["checkpoint", "seed", "seconds"] + is_training * ["config", "hours"]
+        faults += [f"results/{name} does not say its {key}" for key in needed if record.get(key) is None]
+        if is_rollout:
             trials = record["episodes"] - record["errors"]
             counts |= {(record["successes"], trials), (record["grasped"], trials)}
             row = name.rpartition("/")[0].replace("head_continuous", "head").replace("_execute1", "")
@@ -322,14 +329,18 @@ def check(root: Path) -> list[str]:
         if not (root / script).exists():
             faults.append(f"docs/RESULTS.md names {script}, which is gone")
     readme = (root / "README.md").read_text(encoding="utf-8")
-    numbers = readme.split("## Numbers", 1)[-1].split("\n## ", 1)[0]
-    numbers = " ".join(numbers.split())  # lines break anywhere
+    section = readme.split("## Numbers", 1)[-1].split("\n## ", 1)[0]
+    faults += _faults_of_cells(records, section)
+    numbers = " ".join(section.split())  # lines break anywhere
     for hits, trials in re.findall(r"\b(\d+)(?:/| of )(\d+)\b", numbers):
         if (int(hits), int(trials)) not in counts:
             faults.append(f"README.md says {hits} of {trials}: no record holds that")
     for _, pattern, name, way in SPEED:
         said, value = re.search(pattern, numbers), _bench(records, name, way)
         if said is None:
+            faults.append(
+                f"README.md has no {pattern!r}, which is how results/bench/{name}.json is held to it"
+            )
             continue
         half = 0.5 * 10.0 ** -len(said[1].partition(".")[2])
         if value is None or abs(float(said[1]) - value) > half:
@@ -338,3 +349,27 @@ def check(root: Path) -> list[str]:
         if "SUITE" not in link and not (root / link).exists():
             faults.append(f"README.md names {link}, which does not exist")
     return faults
+
+
+def _faults_of_cells(records: Records, section: str) -> Iterator[str]:
+    """Yield the counts in the README's tables that are not those of their own record (tabletop) or of no
+    record of their suite (LIBERO), and the intervals that are not Wilson's."""
+    head: list[str] = []
+    for line in section.splitlines():
+        row = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        head = row if row[0] in ("suite", "LIBERO") else head
+        for column, cell in zip(head[1:], row[1:], strict=False):
+            if head[0] == "suite":
+                suite, name = row[0], f"tabletop/{row[0]}{ENDS.get(column, column)}"
+                found = [records.all.get(name, {})]
+            else:
+                suite = f"libero_{column.replace('long', '10')}"
+                found = [record for record in records.all.values() if record.get("suite") == suite]
+            known = {(r["successes"], r["episodes"] - r["errors"]) for r in found if "outcomes" in r}
+            for hits, trials in re.findall(r"(\d+)/(\d+)", cell):
+                if (int(hits), int(trials)) not in known:
+                    yield f"README.md says {hits}/{trials} of {suite}, {column}: its record does not"
+    for hits, trials, *said in re.findall(r"(\d+)/(\d+)\W*\((\d+) to (\d+) %\)", section):
+        interval = [f"{100 * x:.0f}" for x in wilson(int(hits), int(trials))]
+        if said != interval:
+            yield f"README.md gives {hits}/{trials} {' to '.join(said)} %: it is {' to '.join(interval)} %"
