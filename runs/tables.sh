@@ -71,12 +71,15 @@ evaluate() {  # model, head, directory, options: states that no demonstration st
         worldvla eval "$1" --suite "$suite" $STATES --head "$2" --videos 0 --out "$3/$suite" "${@:4}"
     done
 }
-total=$(wc -l < "$OUT/rows") at=0
+total=$(wc -l < "$OUT/rows") at=0 ran=0 left=0 eta=
+while read -r row seed; do [ -e "$RESULTS/${row}_$seed/train.json" ] || left=$((left + 1)); done < "$OUT/rows"
+SECONDS=0
 while read -r row seed <&3; do
     model=$OUT/${row}_$seed result=$RESULTS/${row}_$seed
     at=$((at + 1))
     [ ! -e "$result/train.json" ] || continue    # written last: this row is whole
-    echo "== row $at of $total: $row, seed $seed =="
+    [ $ran = 0 ] || eta=", about $((SECONDS * left / ran / 60 + 1)) min left"
+    echo "== row $at of $total: $row, seed $seed$eta =="
     train "$row" "$seed"
     case $row in
         world*) ;;
@@ -87,6 +90,7 @@ while read -r row seed <&3; do
     case $row in chunk|full) evaluate "$model" discrete "$RESULTS/${row}_execute1_$seed" --execute 1 ;; esac
     mkdir -p "$result"
     cp "$model/train.json" "$result/train.json"
+    ran=$((ran + 1)) left=$((left - 1))
 done 3< "$OUT/rows"
 [ $OUT = out/tables ] || { worldvla tables; exit 0; }
 
@@ -101,8 +105,10 @@ if [ -n "$worlds" ]; then
         worldvla collect "$suite" --out "$OUT/held_out/$suite" --episodes 5 --seed 9 --workers "$(nproc)"
     done
     worldvla collect tabletop_long --out $OUT/held_out_long --episodes 15 --seed 9 --workers "$(nproc)"    # some last 50 steps
-    worldvla eval-world $worlds --demos $OUT/held_out --clips 64 --horizons 10 --out "$RESULTS/world10"
-    worldvla eval-world $worlds --demos $OUT/held_out_long --clips 16 --horizons 50 --out "$RESULTS/world50"
+    more="--probe $OUT/demos"
+    ! "$PYTHON" -c "import efficientnet_lite_pytorch" 2> /dev/null || more="$more --features"    # pip install -e '.[features]'
+    worldvla eval-world $worlds --demos $OUT/held_out --clips 64 --horizons 10 --out "$RESULTS/world10" $more
+    worldvla eval-world $worlds --demos $OUT/held_out_long --clips 16 --horizons 50 --out "$RESULTS/world50" $more
 fi
 policies=$(for seed in 0 1; do ls -d $OUT/{action,chunk_causal,chunk,full}_$seed 2> /dev/null; done || true)
 if [ -d $OUT/world_0 ] && [ -n "$policies" ] && [ ! -e "$RESULTS/rank/record.json" ]; then    # in imagination and in the simulator

@@ -4,8 +4,10 @@ Run: pytest tests/test_tables.py
 """
 
 import json
+import os
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,16 +143,21 @@ def test_the_summary_says_what_the_records_say() -> None:
 def test_imagination_is_told_by_view_with_other_actions_none_and_the_probe(root: Path) -> None:
     views = {"v": {"pilot_world": {}}}
     for kind, level in (("imagined", 21), ("ceiling", 25), ("floor", 17), ("swapped", 18), ("still", 19)):
-        views["v"]["pilot_world"][kind] = {"psnr": [level, level + 3], "ssim": [0.5, 0.8]}
+        views["v"]["pilot_world"][kind] = {"psnr": [level, level + 3], "ssim": [0.5, 0.8], "pd": [0.2, 0.2]}
     probe = {"real": {"r2": 0.9, "size": 0.3}, "imagined": {"r2": 0.7}, "swapped": {"r2": -0.1}}
     section = {"horizon": 2, "clips": [{}, {}], "num_clips": [2, 1], "views": views}
     section["probe"] = {"pilot_world": {**probe, "still": {"size": 0.04}}}
+    ceiling = {"kvd": {"value": 0.5}}
+    own = {"kvd": {"value": 1.5, "interval_95": [1, 2], "at_clips": {"1": 3, "2": 1.5}}}
+    section["distances"] = {"v": {"pilot_world": {"imagined": own, "ceiling": ceiling}}}
     path = root / "results/tables/world10/record.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"horizons": [section]}))
     text = markdown(Records(root))
-    row = "| v, 2 clips of at most 2 frames | [22.0, 0.60](../results/tables/world10/record.json)"
-    assert f"{row} | 26.0, 0.60 | 18.0, 0.60 | 19.0, 0.60 | 20.0, 0.60 | `runs/tables.sh` |" in text
+    own = "[22.0, 0.60, 0.200](../results/tables/world10/record.json)"
+    others = " | ".join(f"{level}.0, 0.60, 0.200" for level in (26, 18, 19, 20))
+    assert f"| v, 2 clips of at most 2 frames; then pd | {own} | {others} | `runs/tables.sh` |" in text
+    assert "| v, pilot_world | 1.5 (1 to 2) | 3, 1.5 | 0.5 | not measured | not measured | not m" in text
     assert (
         "v: 4.00 dB over the copied frame, 4.00 under the ceiling; another clip's actions cost 3.00." in text
     )
@@ -250,6 +257,44 @@ def test_links_of_the_page_and_of_the_document_lead_to_records(root: Path, tmp_p
         links = re.findall(pattern, base.read_text())
         assert len(links) > 20
         assert all((base.parent / link).resolve().is_file() for link in links)
+
+
+STUB = """#!/usr/bin/env bash
+echo "$@" >> calls
+for last; do :; done
+case "$*" in
+    *train-tokenizer*) at=out/tables/image_tokenizer/report; mkdir -p $at; echo {} > $at/report.json ;;
+    *train_record*) mkdir -p "$last"; echo {} > "$last/train.json" ;;
+    *" tokenize "*) mkdir -p "$last"; echo {} > "$last/manifest.json" ;;
+    *efficientnet*) exit 1 ;;
+esac
+"""
+
+
+def test_the_runs_say_what_is_left_skip_what_is_done_and_ask_the_probe(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    shutil.copy(ROOT / "runs/tables.sh", tmp_path / "runs/tables.sh")
+    (tmp_path / "stub").write_text(STUB)
+    (tmp_path / "stub").chmod(0o755)
+    settings = {"PYTHON": "./stub", "ROWS": "action world", "SEEDS": "0"}
+
+    def call() -> list[str]:
+        done = subprocess.run(
+            ["bash", "runs/tables.sh"],
+            cwd=tmp_path,
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    rows = ["== row 1 of 2: action, seed 0 ==", "== row 2 of 2: world, seed 0, about 1 min left =="]
+    assert call() == rows
+    assert call() == []
+    asked = [line for line in (tmp_path / "calls").read_text().splitlines() if "eval-world" in line]
+    assert len(asked) == 4
+    assert all("out/tables/world_0" in line and "--probe out/tables/demos" in line for line in asked)
 
 
 @pytest.mark.parametrize("row", ABLATIONS)

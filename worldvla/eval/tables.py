@@ -235,8 +235,8 @@ def _queries(records: Records, names: Sequence[str]) -> str:
 
 
 def _imagined(records: Records, name: str, model: str) -> list[dict[str, Any]]:
-    """Return, a view of a model in an imagination record: `view`, `clips` in words, and kind -> its mean PSNR
-    and SSIM over all frames."""
+    """Return, a view of a model in an imagination record: `view`, `clips` in words, `more` (metrics beside
+    PSNR and SSIM), and kind -> its means over all frames, PSNR and SSIM first."""
     rows = []
     for section in records.all.get(name, {}).get("horizons", ()):
         weights = np.array(section["num_clips"]) / sum(section["num_clips"])
@@ -244,10 +244,11 @@ def _imagined(records: Records, name: str, model: str) -> list[dict[str, Any]]:
         clips = f"{len(section['clips'])} clips of {most}{section['horizon']} frames"
         for view, models in section["views"].items():
             kinds = {
-                kind: [float(weights @ scores[metric]) for metric in ("psnr", "ssim")]
+                kind: [float(weights @ values) for values in scores.values()]
                 for kind, scores in models.get(model, {}).items()
             }
-            rows += [{"view": view, "clips": clips, **kinds}] if kinds else []
+            more = list(models[model]["imagined"])[2:] if kinds else []
+            rows += [{"view": view, "clips": clips, "more": more, **kinds}] if kinds else []
     return rows
 
 
