@@ -239,9 +239,25 @@ def test_models_that_do_not_compare_are_refused(root: Path) -> None:
     other = replace(model, config=replace(model.config, layout=wide))
     with pytest.raises(ValueError, match="agentview has other sizes in other models"):
         check({"a": model, "b": other}, clips)
+    small = {view: frames[:, :4, :4] for view, frames in clips[0].episode.images.items()}
+    with pytest.raises(
+        ValueError, match=r"of the clips is \(4, 4\), the models see \(\d+, \d+\): collect it so"
+    ):
+        check({"a": model}, [Clip(replace(clips[0].episode, images=small), 0, 2)])
+    lengths = [*clips, replace(clips[0], steps=1)]
+    check({"a": model}, lengths)
+    with pytest.raises(ValueError, match="need clips of one length: leave out --shorter"):
+        check({"a": model}, lengths, as_sets=True)
     fast = Clip(replace(clips[0].episode, suite="tabletop_goal"), 0, 2)
     with pytest.raises(ValueError, match="evaluate each simulator apart"):
         check({"a": model}, [*clips, fast])
+
+
+def test_clips_are_checked_before_anything_is_trained(root: Path, tmp_path: Path) -> None:
+    missing = Extras(i3d=tmp_path / "no.pt", probe=[tmp_path / "none.hdf5"])
+    files = sorted(root.glob("*.hdf5"))
+    with pytest.raises(ValueError, match="asked for 6 clips of 3 steps"):
+        evaluate_world([root / "run"], files, tmp_path, clips=6, horizons=(2, 3), extras=missing)
 
 
 def test_errors_of_a_chunk_are_those_of_its_own_tokens(root: Path) -> None:

@@ -95,11 +95,12 @@ def evaluate_world(
     with other actions, in a third of the time.
     """
     models = label([load(checkpoint, device) for checkpoint in checkpoints])
-    measure = Measure(extras or Extras(), paths, [m.config.layout.views for m in models.values()])
+    sets, extras = {h: choose(paths, clips, h, seed, shorter) for h in horizons}, extras or Extras()
+    for chosen in sets.values():
+        check(models, chosen, bool(extras.features or extras.i3d))
+    measure = Measure(extras, paths, [m.config.layout.views for m in models.values()])
     out_dir, sections, chosen = Path(out_dir), [], []
-    for horizon in horizons:
-        chosen = choose(paths, clips, horizon, seed, shorter)
-        check(models, chosen)
+    for horizon, chosen in sets.items():
         guesses, decoding = {}, {}
         for name, model in models.items():
             guesses[name], stats = imagine(
@@ -159,8 +160,9 @@ def label(models: Sequence[Model]) -> dict[str, Model]:
     return out
 
 
-def check(models: dict[str, Model], clips: Sequence[Clip]) -> None:
-    """Raise ValueError where numbers would not compare: other picture sizes, other frame rates, no view."""
+def check(models: dict[str, Model], clips: Sequence[Clip], as_sets: bool = False) -> None:
+    """Raise ValueError where numbers would not compare: other picture sizes, other frame rates, no view;
+    `as_sets`: other lengths."""
     sizes: dict[str, dict[str, tuple[int, int]]] = {}
     for name, model in models.items():
         for view, size in model.view_sizes.items():
@@ -171,6 +173,11 @@ def check(models: dict[str, Model], clips: Sequence[Clip]) -> None:
         for clip in clips:
             if view not in clip.episode.images:
                 raise ValueError(f"episode of {clip.episode.task!r} lacks the view {view}: collect with it")
+            size, seen = clip.episode.images[view].shape[1:3], next(iter(of.values()))
+            if size != seen:
+                raise ValueError(f"view {view} of the clips is {size}, the models see {seen}: collect it so")
+    if as_sets and len({clip.steps for clip in clips}) > 1:
+        raise ValueError("distances between sets of clips need clips of one length: leave out --shorter")
     if len(rates := {fps(clip) for clip in clips}) > 1:
         raise ValueError(f"the clips have frame rates of {sorted(rates)} Hz: evaluate each simulator apart")
 
@@ -311,8 +318,6 @@ class Measure:
         `error`, `r2` and `size` of the motion read off the frames, in units of an action.
         """
         out: dict[str, Any] = {"distances": {}, "probe": {}}
-        if self.clip_networks and len({clip.steps for clip in clips}) > 1:
-            raise ValueError("distances between sets of clips need clips of one length: leave out --shorter")
         for name, (network, between) in self.clip_networks.items():
             if len(clips) < ENOUGH[name]:
                 self.say(f"{len(clips)} clips are too few for a stable {name}: it needs {ENOUGH[name]}")
