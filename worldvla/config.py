@@ -229,7 +229,7 @@ class TrainConfig:
     """Checkpoint to take weights from before step 0; empty: from scratch."""
     only_head: bool = False
     """Train the continuous head alone, beside the weights of init_from, which stay as they are: the bins
-    answer as before, and a step costs a third."""
+    answer as before, and a step costs half."""
 
 
 @dataclass(frozen=True, kw_only=True)
