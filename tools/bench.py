@@ -378,6 +378,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="largest batch tried")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks (transformers' stay)")
     args = parser.parse_args()
     try:
         find_device(args.device)
@@ -398,6 +399,8 @@ def main() -> None:
     for size in args.sizes:  # each is printed when it is done: what a stop leaves is not nothing
         table, ours = Table(*COLUMNS), Table(*OURS)
         case = case_of(size, args.checkpoint, args.quantize, args.device, dtype)
+        if args.compile:
+            case.model.compile_blocks()
         rows, frame = decoding(case, args.seconds, args.batch, reached), frames(case, args.seconds)
         parameters = case.model.num_parameters()
         numbers[size] = {"parameters": parameters, "actions": rows, "frames": frame, "model": case.who}
@@ -411,7 +414,7 @@ def main() -> None:
         console.print(table, ours)
     for name, value in (numbers["simulation"] | reached).items():
         console.print(f"{name} {value:.4g}")
-    settings = {name: getattr(args, name) for name in ("threads", "quantize", "device", "dtype")}
+    settings = {name: getattr(args, name) for name in ("threads", "quantize", "device", "dtype", "compile")}
     print(json.dumps({"bench": numbers, **settings, **provenance()}))
 
 
