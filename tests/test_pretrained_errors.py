@@ -302,3 +302,27 @@ def test_names_that_are_nowhere_are_one_line(tmp_path: Path, monkeypatch: pytest
         worldvla.load("out/train/mistyped")
     with pytest.raises(OSError, match="the hub gives no out/train"):
         fetch("hf://out/train")
+
+
+def test_a_download_that_is_there_serves_without_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot_download(repo: str, *, local_files_only: bool) -> str:
+        assert local_files_only
+        if repo != "Org/Name":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
+        return str(tmp_path)
+
+    def refuse(_: str) -> list[str]:
+        raise ConnectionError("no network")
+
+    (tmp_path / "model_256").mkdir()
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.warns(
+        UserWarning, match=r"gives no Org/Name now \(no network\): .*, downloaded before, is used"
+    ):
+        assert fetch("Org/Name/model_256") == tmp_path / "model_256"
+    for absent in ("Org/Name/model_512", "Org/Other"):
+        with pytest.raises(OSError, match="no network; check the name"):
+            fetch(absent)

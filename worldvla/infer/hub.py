@@ -1,5 +1,6 @@
 """A local folder, or `ORG/NAME[/FOLDER]` of the Hugging Face hub -> a local folder."""
 
+import warnings
 from pathlib import Path
 
 LEFT_OUT = ["*.pth", "*.pt", "*.bin", "*.h5", "*.msgpack", "*.mp4"]
@@ -33,8 +34,24 @@ def fetch(source: Path | str) -> Path:
         root = snapshot_download(repo, allow_patterns=patterns, ignore_patterns=LEFT_OUT)
     except Exception as error:  # of a dozen classes: network, permissions, names
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not isinstance(error, ValueError) and (kept := _kept(repo, folder)) is not None:
+            said = f"the hub gives no {repo} now ({reason}): {kept}, downloaded before, is used"
+            warnings.warn(said, stacklevel=2)
+            return kept
         raise OSError(
             f"no local folder {text}, and the hub gives no {repo}: {reason}; check the name, the network and "
             "`hf auth login`, or pass a folder; the same command goes on"
         ) from error
     return Path(root) / folder
+
+
+def _kept(repo: str, folder: str) -> Path | None:
+    """Return the folder of a download that is still there, None without one."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(repo, local_files_only=True)) / folder
+    except LocalEntryNotFoundError:
+        return None
+    return path if path.is_dir() else None
