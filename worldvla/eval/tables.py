@@ -102,6 +102,18 @@ SPEED = (  # words, how the README says it, the record, the way to the number in
         "libero_eval",
         "ratio",
     ),
+    (
+        "the same with the shipped model as the policy, both ways",
+        r"with the shipped model ([\d.]+) times",
+        "libero_eval_model",
+        "ratio",
+    ),
+    (
+        "its wall time, times the simulation that its episodes need on the same cores",
+        r"wall time ([\d.]+) times",
+        "libero_eval_model",
+        "wall_over_simulation",
+    ),
 )
 
 
