@@ -215,7 +215,7 @@ def test_long_rollouts_hold_no_more_than_short_ones(model: Model, monkeypatch: p
         world.step(np.full((16, 7), np.sin(t)))
         if t in (9, 59):
             gc.collect()
-            tensors = sum(x.nbytes for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
+            tensors = sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor)
             traces = tracemalloc.take_snapshot().filter_traces(arrays).traces
             held.append((tensors, sum(trace.size for trace in traces)))
     tracemalloc.stop()
