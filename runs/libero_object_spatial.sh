@@ -7,6 +7,8 @@
 #   MODEL=_drawer runs/libero_object_spatial.sh               after _long: trains that model on, with more of the drawer; an hour on two cores.
 #   MODEL=_head runs/libero_object_spatial.sh                 after _drawer: a continuous head on it, which leaves the bins as they are; half an hour.
 #                                                             _drawer is the shipped model: its demonstrations of the drawer are the expert's of bf4fcb8, all others older
+#   MODEL=_front DEVICE=cuda runs/libero_object_spatial.sh    as _long, but sees the front view alone, as the paper's; no state.
+#   MODEL=_all DEVICE=cuda runs/libero_object_spatial.sh      trains the shipped model on, with libero_goal and libero_10: all four suites.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,16 +16,16 @@ PYTHON=${PYTHON:-.venv/bin/python} DEVICE=${DEVICE:-cpu} MODEL=${MODEL:-}
 OUT=out/libero_object_spatial RESULTS=${RESULTS:-results/libero/object_spatial$MODEL}
 RUN=$OUT/run$MODEL EXPORT=$OUT/model$MODEL
 case "$MODEL" in
-    ""|_long) ;;
+    ""|_long|_front|_all) ;;
     _drawer) AFTER=_long ;;
     _head) AFTER=_drawer ;;
-    *) echo "MODEL: got '$MODEL', expected nothing, _long, _drawer or _head" >&2; exit 2 ;;
+    *) echo "MODEL: got '$MODEL', expected nothing, _long, _drawer, _head, _front or _all" >&2; exit 2 ;;
 esac
 [ -z "${AFTER:-}" ] || [ -e "$OUT/model$AFTER/train.json" ] || { echo "no $OUT/model$AFTER: MODEL=$AFTER $0 makes it" >&2; exit 2; }
 worldvla() { "$PYTHON" -m worldvla "$@"; }
-demonstrations() {  # name, options
-    worldvla collect libero_spatial --out "$OUT/$1" --workers "$(nproc)" --label 5 --views agentview=128x128 wrist=64x64 "${@:2}"
-    worldvla tokenize "$OUT/$1" --tokenizer out/tables_libero/image_tokenizer --out "$OUT/store_$1"
+demonstrations() {  # directory, name, suite, options
+    worldvla collect "$3" --out "$1/$2" --workers "$(nproc)" --label 5 --views agentview=128x128 wrist=64x64 "${@:4}"
+    worldvla tokenize "$1/$2" --tokenizer out/tables_libero/image_tokenizer --out "$1/store_$2"
 }
 
 SUITES=libero ONLY=stores ROWS=full runs/tables.sh
@@ -35,14 +37,20 @@ for suite in libero_object libero_spatial; do
     worldvla collect $suite --out "$OUT/clean/$suite" --episodes 1 --noise 0 --seed 5
     worldvla replay "$OUT/clean/$suite" --bins
 done
-[ -z "$MODEL" ] || demonstrations more --episodes 24 --seed 1
-[ -z "${AFTER:-}" ] || demonstrations drawer --tasks 4 --episodes 48 --seed 3
+[ -z "$MODEL" ] || demonstrations $OUT more libero_spatial --episodes 24 --seed 1
+case "$MODEL" in _drawer|_head|_all) demonstrations $OUT drawer libero_spatial --tasks 4 --episodes 48 --seed 3 ;; esac
+RECIPE=libero_object_spatial$MODEL SUITES="libero_spatial libero_object"
+if [ "$MODEL" = _all ]; then
+    RECIPE=libero_all SUITES="libero_goal libero_10 libero_spatial libero_object"
+    demonstrations out/libero_all goal libero_goal --episodes 20 --seed 1
+    demonstrations out/libero_all 10 libero_10 --tasks 0 1 2 3 4 5 6 7 8 --episodes 8 --seed 1    # the expert cannot do task 9
+fi
 if [ ! -e "$EXPORT/train.json" ]; then
     if [ "$DEVICE" = cuda ]; then
-        worldvla train "libero_object_spatial$MODEL" --out "$RUN" --train.device cuda
+        worldvla train "$RECIPE" --out "$RUN" --train.device cuda --train.compile
     else
         OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m worldvla \
-            train "libero_object_spatial$MODEL" --out "$RUN" --train.num-threads 1 --train.compile
+            train "$RECIPE" --out "$RUN" --train.num-threads 1 --train.compile
     fi
     worldvla export "$RUN" --out "$EXPORT"
     "$PYTHON" -c "import sys; from worldvla.eval.tables import train_record; train_record(*sys.argv[1:])" "$RUN" "$EXPORT"
@@ -52,7 +60,7 @@ cp "$EXPORT/train.json" "$RESULTS/train.json"
 evaluate() {  # name of the record, suite, options
     worldvla eval "$EXPORT" --suite "$2" --videos 0 --out "$RESULTS/$1" "${@:3}"
 }
-for suite in libero_spatial libero_object; do
+for suite in $SUITES; do
     if [ "$MODEL" = _head ]; then    # by its bins it is _drawer
         evaluate ${suite}_continuous $suite --episodes 20 --head continuous --execute 3
         continue

@@ -17,7 +17,7 @@ from worldvla.config import LayoutConfig
 from worldvla.data.sample import SampleBuilder
 from worldvla.infer.decode import decode_chunk, decode_frame
 from worldvla.infer.replay import _REPLAYS, KEPT, Replay
-from worldvla.model.transformer import Transformer
+from worldvla.model.transformer import Block, Transformer
 
 
 @pytest.fixture
@@ -101,11 +101,14 @@ def test_a_model_on_the_cpu_has_no_graphs() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
-def test_recorded_passes_give_the_tokens_of_launched_ones() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recorded_passes_give_the_tokens_of_launched_ones(compiled: bool) -> None:
     rng = np.random.default_rng(0)
     builder, model = build(rng)
     torch.use_deterministic_algorithms(False)  # they need a variable of the environment
     model = model.cuda()
+    if compiled:
+        model.compile_blocks()
     asked = queries(rng, builder)
     with torch.inference_mode():
         found, (frames, _) = chunks(builder, model, asked), images(np.random.default_rng(1), builder, model)
@@ -121,3 +124,27 @@ def test_recorded_passes_give_the_tokens_of_launched_ones() -> None:
     for length in range(100, 100 + 64 * (KEPT + 1), 64):
         Replay.of(model, 1, length)
     assert Replay.of(model, 1, 60) is not replay, "the caches a model keeps are bounded"
+
+
+@pytest.mark.usefixtures("replays")
+def test_blocks_in_one_piece_and_weights_side_by_side_change_no_action() -> None:
+    rng = np.random.default_rng(0)
+    builder, model = build(rng)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    asked = queries(rng, builder)
+    expected = chunks(builder, model, asked)
+    steps: list[object] = []
+    model.compile_blocks(lambda graph, _: steps.append(graph) or graph.forward)
+    found = chunks(builder, model, asked)
+    torch._dynamo.reset()
+    assert steps, "nothing was compiled"
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert model.state_dict().keys() == weights.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    block = model.layers[0]
+    assert isinstance(block, Block)
+    block.attention.q.weight.data.zero_()  # views: weights that are loaded afterwards count
+    assert block.attention.joined is not None
+    assert not block.attention.joined[: block.attention.q.out_features].any()

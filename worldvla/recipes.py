@@ -338,6 +338,13 @@ def libero_object_spatial_long() -> Config:
     )
 
 
+def libero_object_spatial_front() -> Config:
+    """`libero_object_spatial_long` as the paper sees it: the front view (there: two frames), no state."""
+    base = libero_object_spatial_long()
+    layout = replace(base.layout, views=("agentview",), grids=((8, 8),), state=False)
+    return replace(base, name="libero_object_spatial_front", layout=layout)
+
+
 def libero_object_spatial_drawer() -> Config:
     """`libero_object_spatial_long`, on, on two cores, with more of the one task that it failed: the bowl in
     the drawer (libero_spatial, task 4), whose expert has since found an easier grip; every frame of it twice.
@@ -350,6 +357,21 @@ def libero_object_spatial_drawer() -> Config:
         data=replace(base.data, stores=(*base.data.stores, *(f"{root}/store_drawer",) * 2)),
         train=replace(
             pilot("full", libero=True).train, steps=1_500, save_every=500, init_from=f"{root}/model_long"
+        ),
+    )
+
+
+def libero_all() -> Config:
+    """The four suites, for a GPU: the shipped LIBERO model, on, with libero_goal and libero_10 in its data
+    (nine tasks of the latter: no expert does the microwave's)."""
+    base, long = libero_object_spatial_drawer(), libero_object_spatial_long()
+    stores = (*base.data.stores, "out/libero_all/store_goal", "out/libero_all/store_10")
+    return replace(
+        base,
+        name="libero_all",
+        data=replace(base.data, stores=stores),
+        train=replace(
+            long.train, steps=3_000, eval_every=1_500, save_every=1_500, init_from="worldvla/assets/libero"
         ),
     )
 
@@ -380,7 +402,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
         libero_object_front,
         libero_object_spatial,
         libero_object_spatial_long,
+        libero_object_spatial_front,
         libero_object_spatial_drawer,
+        libero_all,
         libero_object_spatial_head,
     )
 }

@@ -203,8 +203,9 @@ def run(
             for init in inits
             if (task.index, init) not in done
         ]
+        name = f"{suite} by {who['name']}"
         bar = progress.add_task(
-            suite, total=len(listed) * episodes, completed=len(listed) * episodes - len(jobs)
+            name, total=len(listed) * episodes, completed=len(listed) * episodes - len(jobs)
         )
 
         def on_end(job: Job, report: Report, seconds: float, film: list[dict[str, np.ndarray]]) -> None:
@@ -222,7 +223,7 @@ def run(
                 write_mp4(Path(out_dir) / outcome["video"], views_side_by_side(film), fps)
             journal.add({**outcome, "elapsed": round(earlier + time.monotonic() - start, 1)})
             counts = count(journal.outcomes)
-            label = f"{suite}  {counts['successes']} succeeded" + (
+            label = f"{name}  {counts['successes']} succeeded" + (
                 f", {counts['errors']} errors" if counts["errors"] else ""
             )
             progress.update(bar, advance=1, description=label)

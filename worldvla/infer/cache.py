@@ -35,16 +35,19 @@ class Cache:
         """
         self._starts = list(starts)
 
+    def room(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return all of one layer's keys and values, and the rows and slots that a pass writes; None without
+        `slots`."""
+        if self.slots is None:
+            return None
+        keys, values = self._keys[layer], self._values[layer]
+        assert keys is not None, "the prompt is fed first"
+        assert values is not None
+        return keys, values, *self.slots
+
     def update(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Write new positions of one layer, by default after the last; return views of all that it holds."""
         batch, heads, length, head_dim = k_BGTK.shape
-        if self.slots is not None:
-            (rows_B1, slots_BT), keys, values = self.slots, self._keys[layer], self._values[layer]
-            assert keys is not None, "the prompt is fed first"
-            assert values is not None
-            keys[rows_B1, :, slots_BT] = k_BGTK.transpose(1, 2)
-            values[rows_B1, :, slots_BT] = v_BGTK.transpose(1, 2)
-            return keys, values
         starts = [self._used[layer]] if self._starts is None else self._starts
         stop = max(starts) + length
         if stop > self.capacity:

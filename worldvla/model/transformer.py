@@ -34,6 +34,11 @@ class KeyValueCache(Protocol):
         """Append the new positions of one layer and return all that its queries attend over."""
         ...
 
+    def room(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return a layer's keys and values (B, G, S, K), and the rows (B, 1) and slots (B, T) of them that a
+        pass writes before it attends over all; None where `update` decides."""
+        ...
+
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
@@ -46,12 +51,14 @@ class Attention(nn.Module):
         self.o = nn.Linear(self.num_heads * self.head_dim, config.width, bias=False)
         self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-5)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-5)
+        self.joined: Tensor | None = None
 
     def forward(self, x_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, T, K), keys and values (B, G, T, K)."""
-        q_BTHK = self.q_norm(self.q(x_BTD).unflatten(-1, (self.num_heads, self.head_dim)))
-        k_BTGK = self.k_norm(self.k(x_BTD).unflatten(-1, (self.num_kv_heads, self.head_dim)))
-        v_BTGK = self.v(x_BTD).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        q_BTF, k_BTF, v_BTF = products(x_BTD, (self.q, self.k, self.v), self.joined)
+        q_BTHK = self.q_norm(q_BTF.unflatten(-1, (self.num_heads, self.head_dim)))
+        k_BTGK = self.k_norm(k_BTF.unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        v_BTGK = v_BTF.unflatten(-1, (self.num_kv_heads, self.head_dim))
         q_BHTK = rotate(q_BTHK, rope).to(v_BTGK.dtype).transpose(1, 2)
         k_BGSK = rotate(k_BTGK, rope).to(v_BTGK.dtype).transpose(1, 2)
         return q_BHTK, k_BGSK, v_BTGK.transpose(1, 2)
@@ -63,9 +70,11 @@ class MLP(nn.Module):
         self.gate = nn.Linear(config.width, config.hidden, bias=False)
         self.up = nn.Linear(config.width, config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, config.width, bias=False)
+        self.joined: Tensor | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        gate_BTF, up_BTF = products(x_BTD, (self.gate, self.up), self.joined)
+        return self.down(F.silu(gate_BTF) * up_BTF)
 
 
 class Block(nn.Module):
@@ -87,6 +96,9 @@ class Block(nn.Module):
         keep_P: Tensor | None,
     ) -> Tensor:
         """Return (B, T, D), or (P, D) with `keep_P`: only those flattened positions pass through the MLP."""
+        room = None if cache is None else cache.room(layer)
+        if room is not None:
+            return self.step(x, mask, rope, *room, keep_P)
         q_BHTK, k_BGSK, v_BGSK = self.before(x, rope)
         if cache is not None:
             k_BGSK, v_BGSK = cache.update(layer, k_BGSK, v_BGSK)
@@ -102,6 +114,34 @@ class Block(nn.Module):
         if keep_P is not None:
             x = x.flatten(0, 1).index_select(0, keep_P)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+    def step(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        rope: Tensor,
+        keys_BGSK: Tensor,
+        values_BGSK: Tensor,
+        rows_B1: Tensor,
+        slots_BT: Tensor,
+        keep_P: Tensor | None,
+    ) -> Tensor:
+        """`forward` over a cache of fixed room, in one piece."""
+        q_BHTK, k_BGTK, v_BGTK = Block.before(self, x, rope)
+        keys_BGSK[rows_B1, :, slots_BT] = k_BGTK.transpose(1, 2)
+        values_BGSK[rows_B1, :, slots_BT] = v_BGTK.transpose(1, 2)
+        return Block.after(self, x, attend(q_BHTK, keys_BGSK, values_BGSK, mask), keep_P)
+
+    def join(self) -> None:
+        """Lay the weights that read the same input side by side, parameters as views of them: two products in
+        place of five. Moving or converting the model afterwards is an error."""
+        for part, names in ((self.attention, ("q", "k", "v")), (self.mlp, ("gate", "up"))):
+            layers = [getattr(part, name) for name in names]
+            if all(type(layer) is nn.Linear for layer in layers):
+                part.joined = torch.cat([layer.weight.detach() for layer in layers])
+                sizes = [layer.out_features for layer in layers]
+                for layer, view in zip(layers, part.joined.split(sizes), strict=True):
+                    layer.weight.data = view
 
 
 class Transformer(nn.Module):
@@ -171,12 +211,14 @@ class Transformer(nn.Module):
         return self.norm(x_BTD)
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compile what blocks do before and after their caches: the same numbers up to rounding, in fewer
-        kernels, once for all blocks. The first passes take some seconds."""
+        """Compile blocks for inference: whole over a cache of fixed room, else what they do before and after
+        it. The same numbers up to rounding, in fewer kernels, once for all blocks. The first passes take some
+        seconds."""
         for block in self.layers:
             assert isinstance(block, Block)
-            block.before = torch.compile(block.before, backend=backend, dynamic=True)
-            block.after = torch.compile(block.after, backend=backend, dynamic=True)
+            block.join()
+            for name in ("before", "after", "step"):
+                setattr(block, name, torch.compile(getattr(block, name), backend=backend, dynamic=True))
 
     def logits(self, x: Float[Tensor, "*any D"], ids: range | None = None) -> Float[Tensor, "*any V"]:
         """Return the head's scores of all ids, or only of those in `ids` (the rest is never computed)."""
@@ -253,6 +295,13 @@ class Transformer(nn.Module):
         matrices = sum(m.in_features * m.out_features for m in linear)
         scores_and_values = 2 * self.config.num_layers * self.config.width * num_keys
         return 2 * (num_positions * (matrices + scores_and_values) + num_logits * self.head.weight.numel())
+
+
+def products(x: Tensor, layers: Sequence[nn.Linear], joined: Tensor | None) -> Sequence[Tensor]:
+    """Return every layer's product with `x`; of weights that lie side by side (`Block.join`), in one."""
+    if joined is None:
+        return [layer(x) for layer in layers]
+    return F.linear(x, joined).split([layer.out_features for layer in layers], -1)
 
 
 def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None) -> Tensor:
