@@ -7,8 +7,8 @@
 #   MODEL=_drawer runs/libero_object_spatial.sh               after _long: trains that model on, with more of the drawer; an hour on two cores.
 #   MODEL=_head runs/libero_object_spatial.sh                 after _drawer: a continuous head on it, which leaves the bins as they are; half an hour.
 #                                                             _drawer is the shipped model: its demonstrations of the drawer are the expert's of bf4fcb8, all others older
-#   MODEL=_front DEVICE=cuda runs/libero_object_spatial.sh    as _long, but sees the front view alone, as the paper's; no state.
-#   MODEL=_all DEVICE=cuda runs/libero_object_spatial.sh      trains the shipped model on, with libero_goal and libero_10: all four suites.
+#   MODEL=_all DEVICE=cuda runs/libero_object_spatial.sh      as _long, with libero_goal and libero_10, of all of whose frames its image tokenizer is made.
+#   MODEL=_all_front DEVICE=cuda runs/libero_object_spatial.sh    the same data, seen as the paper sees it: the front view alone, no state.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,17 +16,18 @@ PYTHON=${PYTHON:-.venv/bin/python} DEVICE=${DEVICE:-cpu} MODEL=${MODEL:-}
 OUT=out/libero_object_spatial RESULTS=${RESULTS:-results/libero/object_spatial$MODEL}
 RUN=$OUT/run$MODEL EXPORT=$OUT/model$MODEL
 case "$MODEL" in
-    ""|_long|_front|_all) ;;
+    ""|_long|_all|_all_front) ;;
     _drawer) AFTER=_long ;;
     _head) AFTER=_drawer ;;
-    *) echo "MODEL: got '$MODEL', expected nothing, _long, _drawer, _head, _front or _all" >&2; exit 2 ;;
+    *) echo "MODEL: got '$MODEL', expected nothing, _long, _drawer, _head, _all or _all_front" >&2; exit 2 ;;
 esac
 [ -z "${AFTER:-}" ] || [ -e "$OUT/model$AFTER/train.json" ] || { echo "no $OUT/model$AFTER: MODEL=$AFTER $0 makes it" >&2; exit 2; }
 worldvla() { "$PYTHON" -m worldvla "$@"; }
 demonstrations() {  # directory, name, suite, options
     worldvla collect "$3" --out "$1/$2" --workers "$(nproc)" --label 5 --views agentview=128x128 wrist=64x64 "${@:4}"
-    worldvla tokenize "$1/$2" --tokenizer out/tables_libero/image_tokenizer --out "$1/store_$2"
+    [ "$1" != $OUT ] || worldvla tokenize "$1/$2" --tokenizer out/tables_libero/image_tokenizer --out "$1/store_$2"
 }
+CODES="--config.patch 8 --config.channels 64 --config.num-codes 16384 --config.embed-dim 5 --config.fsq-levels 8 8 8 8 4"
 
 SUITES=libero ONLY=stores ROWS=full runs/tables.sh
 mkdir -p "$RESULTS"
@@ -38,12 +39,18 @@ for suite in libero_object libero_spatial; do
     worldvla replay "$OUT/clean/$suite" --bins
 done
 [ -z "$MODEL" ] || demonstrations $OUT more libero_spatial --episodes 24 --seed 1
-case "$MODEL" in _drawer|_head|_all) demonstrations $OUT drawer libero_spatial --tasks 4 --episodes 48 --seed 3 ;; esac
+case "$MODEL" in _drawer|_head|_all*) demonstrations $OUT drawer libero_spatial --tasks 4 --episodes 48 --seed 3 ;; esac
 RECIPE=libero_object_spatial$MODEL SUITES="libero_spatial libero_object"
-if [ "$MODEL" = _all ]; then
-    RECIPE=libero_all SUITES="libero_goal libero_10 libero_spatial libero_object"
-    demonstrations out/libero_all goal libero_goal --episodes 20 --seed 1
-    demonstrations out/libero_all 10 libero_10 --tasks 0 1 2 3 4 5 6 7 8 --episodes 8 --seed 1    # the expert cannot do task 9
+if [ "${MODEL#_all}" != "$MODEL" ]; then
+    RECIPE=libero$MODEL SUITES="libero_goal libero_10 libero_spatial libero_object" ALL=out/libero_all OLD=out/tables_libero/demos
+    demonstrations $ALL goal libero_goal --episodes 20 --seed 1
+    demonstrations $ALL 10 libero_10 --tasks 0 1 2 3 4 5 6 7 8 --episodes 8 --seed 1    # the expert cannot do task 9
+    [ -e $ALL/image_tokenizer/report/report.json ] || worldvla train-tokenizer $OLD/libero_object $OLD/libero_spatial $ALL/goal $ALL/10 \
+        --out $ALL/image_tokenizer --config.encoder cell --steps 1500 $CODES
+    for demos in $OLD/libero_object $OLD/libero_spatial $OUT/more $OUT/drawer $ALL/goal $ALL/10; do
+        name=$(basename $demos)
+        worldvla tokenize $demos --tokenizer $ALL/image_tokenizer --out $ALL/store_${name#libero_}
+    done
 fi
 if [ ! -e "$EXPORT/train.json" ]; then
     if [ "$DEVICE" = cuda ]; then

@@ -253,6 +253,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     # History, resolution.
     "history2": {"history": 2},
     "history4": {"history": 4},
+    "action_history2": {"history": 2, "chunk": 1},
+    "action_history4": {"history": 4, "chunk": 1},
     "low": {"grids": ((4, 4), (2, 2))},
     # Table 2, the world model alone.
     "world": {"policy": False},
@@ -287,7 +289,7 @@ def pilot(row: str, libero: bool = False) -> Config:
     steps, after = layout.pop("steps", 2_000), layout.pop("after", "")
     root = "out/tables_libero" if libero else "out/tables_low" if row == "low" else "out/tables"
     suites = ("libero_object", "libero_spatial") if libero else TABLETOP_SUITES
-    length = {"history2": 320, "history4": 480}.get(row, 256)
+    length = {2: 320, 4: 480}.get(layout.get("history", 1), 256)
     share, batch_size = world / (policy + world), policy + world
     train = replace(base.train, steps=steps, batch_size=batch_size, eval_every=500, save_every=1_000)
     if after:
@@ -338,13 +340,6 @@ def libero_object_spatial_long() -> Config:
     )
 
 
-def libero_object_spatial_front() -> Config:
-    """`libero_object_spatial_long` as the paper sees it: the front view (there: two frames), no state."""
-    base = libero_object_spatial_long()
-    layout = replace(base.layout, views=("agentview",), grids=((8, 8),), state=False)
-    return replace(base, name="libero_object_spatial_front", layout=layout)
-
-
 def libero_object_spatial_drawer() -> Config:
     """`libero_object_spatial_long`, on, on two cores, with more of the one task that it failed: the bowl in
     the drawer (libero_spatial, task 4), whose expert has since found an easier grip; every frame of it twice.
@@ -362,18 +357,24 @@ def libero_object_spatial_drawer() -> Config:
 
 
 def libero_all() -> Config:
-    """The four suites, for a GPU: the shipped LIBERO model, on, with libero_goal and libero_10 in its data
-    (nine tasks of the latter: no expert does the microwave's)."""
-    base, long = libero_object_spatial_drawer(), libero_object_spatial_long()
-    stores = (*base.data.stores, "out/libero_all/store_goal", "out/libero_all/store_10")
+    """The four suites, for a GPU: `libero_object_spatial_long`, more steps, a tokenizer of all suites'
+    frames, libero_goal and libero_10 in its data (nine tasks of it: no expert does the microwave's)."""
+    base, root = libero_object_spatial_long(), "out/libero_all"
+    names = ("object", "spatial", "more", "drawer", "goal", "10")
     return replace(
         base,
         name="libero_all",
-        data=replace(base.data, stores=stores),
-        train=replace(
-            long.train, steps=3_000, eval_every=1_500, save_every=1_500, init_from="worldvla/assets/libero"
-        ),
+        tokenizer=f"{root}/image_tokenizer",
+        data=replace(base.data, stores=tuple(f"{root}/store_{name}" for name in names)),
+        train=replace(base.train, steps=4_000, eval_every=2_000, save_every=2_000),
     )
+
+
+def libero_all_front() -> Config:
+    """`libero_all` as the paper sees it: the front view alone (there: two frames), no state."""
+    base = libero_all()
+    layout = replace(base.layout, views=("agentview",), grids=((8, 8),), state=False)
+    return replace(base, name="libero_all_front", layout=layout)
 
 
 def libero_object_spatial_head() -> Config:
@@ -402,9 +403,9 @@ RECIPES: dict[str, Callable[[], Config]] = {
         libero_object_front,
         libero_object_spatial,
         libero_object_spatial_long,
-        libero_object_spatial_front,
         libero_object_spatial_drawer,
         libero_all,
+        libero_all_front,
         libero_object_spatial_head,
     )
 }
