@@ -13,14 +13,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-.venv/bin/python} DEVICE=${DEVICE:-cpu} MODEL=${MODEL:-}
-OUT=out/libero_object_spatial RESULTS=${RESULTS:-results/libero/object_spatial$MODEL}
+OUT=out/libero_object_spatial NAME=object_spatial$MODEL EPISODES=20
 RUN=$OUT/run$MODEL EXPORT=$OUT/model$MODEL
 case "$MODEL" in
-    ""|_long|_all|_all_front) ;;
+    ""|_long) ;;
+    _all) NAME=all EPISODES=10 ;;
+    _all_front) NAME=all_front EPISODES=5 ;;
     _drawer) AFTER=_long ;;
     _head) AFTER=_drawer ;;
     *) echo "MODEL: got '$MODEL', expected nothing, _long, _drawer, _head, _all or _all_front" >&2; exit 2 ;;
 esac
+RESULTS=${RESULTS:-results/libero/$NAME}
 [ -z "${AFTER:-}" ] || [ -e "$OUT/model$AFTER/train.json" ] || { echo "no $OUT/model$AFTER: MODEL=$AFTER $0 makes it" >&2; exit 2; }
 worldvla() { "$PYTHON" -m worldvla "$@"; }
 demonstrations() {  # directory, name, suite, options
@@ -46,7 +49,7 @@ if [ "${MODEL#_all}" != "$MODEL" ]; then
     demonstrations $ALL goal libero_goal --episodes 20 --seed 1
     demonstrations $ALL 10 libero_10 --tasks 0 1 2 3 4 5 6 7 8 --episodes 8 --seed 1    # the expert cannot do task 9
     [ -e $ALL/image_tokenizer/report/report.json ] || worldvla train-tokenizer $OLD/libero_object $OLD/libero_spatial $ALL/goal $ALL/10 \
-        --out $ALL/image_tokenizer --config.encoder cell --steps 1500 $CODES
+        --out $ALL/image_tokenizer --config.encoder cell --steps 3000 $CODES
     for demos in $OLD/libero_object $OLD/libero_spatial $OUT/more $OUT/drawer $ALL/goal $ALL/10; do
         name=$(basename $demos)
         worldvla tokenize $demos --tokenizer $ALL/image_tokenizer --out $ALL/store_${name#libero_}
@@ -72,7 +75,7 @@ for suite in $SUITES; do
         evaluate ${suite}_continuous $suite --episodes 20 --head continuous --execute 3
         continue
     fi
-    evaluate ${suite}_discrete $suite --episodes 20 --execute 3
+    evaluate ${suite}_discrete $suite --episodes $EPISODES --execute 3
     [ -n "$MODEL" ] || evaluate ${suite}_continuous $suite --episodes 10 --head continuous --execute 3
-    evaluate ${suite}_training_states $suite --first 50 --episodes 5 --execute 3
+    [ "$MODEL" = _all_front ] || evaluate ${suite}_training_states $suite --first 50 --episodes 5 --execute 3
 done
