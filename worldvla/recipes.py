@@ -370,6 +370,18 @@ def libero_all() -> Config:
     )
 
 
+def libero_goal() -> Config:
+    """libero_goal alone on two cores: `libero_pilot_full`, shorter, with the tokenizer of `libero_all`."""
+    base, every = pilot("full", libero=True), libero_all()
+    return replace(
+        base,
+        name="libero_goal",
+        tokenizer=every.tokenizer,
+        data=replace(base.data, stores=("out/libero_all/store_goal",)),
+        train=replace(base.train, steps=1_500, save_every=500),
+    )
+
+
 def libero_all_front() -> Config:
     """`libero_all` as the paper sees it: the front view alone (there: two frames), no state."""
     base = libero_all()
@@ -406,6 +418,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         libero_object_spatial_drawer,
         libero_all,
         libero_all_front,
+        libero_goal,
         libero_object_spatial_head,
     )
 }
