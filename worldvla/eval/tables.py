@@ -97,6 +97,24 @@ SPEED = (  # words, how the README says it, the record, the way to the number in
         "7b actions transformers slower_query",
     ),
     (
+        "the same query with blocks compiled before and after their caches, ms",
+        r"blocks compiled (\d+) ms",
+        "cuda_compiled",
+        "7b actions side_by_side query_ms",
+    ),
+    (
+        "the shipped tabletop model, one H200: a frame by verified drafts, ms",
+        r"a frame there in (\d+) ms",
+        "cuda_3m",
+        "3m frames ms_frame",
+    ),
+    (
+        "the same frame, one code a pass, ms",
+        r"ms instead of (\d+) \(",
+        "cuda_3m",
+        "3m frames ms_frame_plain",
+    ),
+    (
         "LIBERO evaluation: times the episodes an hour of the plain loop",
         r"([\d.]+) times as many episodes",
         "libero_eval",
