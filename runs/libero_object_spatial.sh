@@ -8,6 +8,8 @@
 #   MODEL=_head runs/libero_object_spatial.sh                 after _drawer: a continuous head on it, which leaves the bins as they are; half an hour.
 #                                                             _drawer is the shipped model: its demonstrations of the drawer are the expert's of bf4fcb8, all others older
 #   MODEL=_all DEVICE=cuda runs/libero_object_spatial.sh      as _long, with libero_goal and libero_10, of all of whose frames its image tokenizer is made.
+#   MODEL=_goal runs/libero_object_spatial.sh                 libero_goal alone, with that tokenizer; half an hour of training on two cores.
+#   MODEL=_10 runs/libero_object_spatial.sh                   after _goal: trains that model on, with libero_10 alone; a quarter of an hour.
 #   MODEL=_all_front DEVICE=cuda runs/libero_object_spatial.sh    the same data, seen as the paper sees it: the front view alone, no state.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,11 +19,13 @@ OUT=out/libero_object_spatial NAME=object_spatial$MODEL EPISODES=20
 RUN=$OUT/run$MODEL EXPORT=$OUT/model$MODEL
 case "$MODEL" in
     ""|_long) ;;
+    _goal) NAME=goal ;;
+    _10) NAME=10 AFTER=_goal EPISODES=5 ;;
     _all) NAME=all EPISODES=10 ;;
     _all_front) NAME=all_front EPISODES=5 ;;
     _drawer) AFTER=_long ;;
     _head) AFTER=_drawer ;;
-    *) echo "MODEL: got '$MODEL', expected nothing, _long, _drawer, _head, _all or _all_front" >&2; exit 2 ;;
+    *) echo "MODEL: got '$MODEL', expected nothing, _long, _drawer, _head, _goal, _10, _all or _all_front" >&2; exit 2 ;;
 esac
 RESULTS=${RESULTS:-results/libero/$NAME}
 [ -z "${AFTER:-}" ] || [ -e "$OUT/model$AFTER/train.json" ] || { echo "no $OUT/model$AFTER: MODEL=$AFTER $0 makes it" >&2; exit 2; }
@@ -42,10 +46,11 @@ for suite in libero_object libero_spatial; do
     worldvla replay "$OUT/clean/$suite" --bins
 done
 [ -z "$MODEL" ] || demonstrations $OUT more libero_spatial --episodes 24 --seed 1
-case "$MODEL" in _drawer|_head|_all*) demonstrations $OUT drawer libero_spatial --tasks 4 --episodes 48 --seed 3 ;; esac
+case "$MODEL" in _drawer|_head|_goal|_10|_all*) demonstrations $OUT drawer libero_spatial --tasks 4 --episodes 48 --seed 3 ;; esac
 RECIPE=libero_object_spatial$MODEL SUITES="libero_spatial libero_object"
-if [ "${MODEL#_all}" != "$MODEL" ]; then
+if [ "$NAME" != "object_spatial$MODEL" ]; then
     RECIPE=libero$MODEL SUITES="libero_goal libero_10 libero_spatial libero_object" ALL=out/libero_all OLD=out/tables_libero/demos
+    case "$MODEL" in _goal|_10) SUITES=libero$MODEL ;; esac
     demonstrations $ALL goal libero_goal --episodes 20 --seed 1
     demonstrations $ALL 10 libero_10 --tasks 0 1 2 3 4 5 6 7 8 --episodes 8 --seed 1    # the expert cannot do task 9
     [ -e $ALL/image_tokenizer/report/report.json ] || worldvla train-tokenizer $OLD/libero_object $OLD/libero_spatial $ALL/goal $ALL/10 \

@@ -382,6 +382,20 @@ def libero_goal() -> Config:
     )
 
 
+def libero_10() -> Config:
+    """`libero_goal`, on with libero_10 alone (nine of its tasks, eight demonstrations each), on two cores."""
+    base = libero_goal()
+    return replace(
+        base,
+        name="libero_10",
+        optim=replace(base.optim, learning_rate=1e-3, warmup_steps=50),
+        data=replace(base.data, stores=("out/libero_all/store_10",)),
+        train=replace(
+            base.train, steps=800, save_every=400, init_from="out/libero_object_spatial/model_goal"
+        ),
+    )
+
+
 def libero_all_front() -> Config:
     """`libero_all` as the paper sees it: the front view alone (there: two frames), no state."""
     base = libero_all()
@@ -419,6 +433,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
         libero_all,
         libero_all_front,
         libero_goal,
+        libero_10,
         libero_object_spatial_head,
     )
 }
