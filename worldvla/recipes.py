@@ -384,15 +384,13 @@ def libero_goal() -> Config:
 
 def libero_10() -> Config:
     """`libero_goal`, on with libero_10 alone (nine of its tasks, eight demonstrations each), on two cores."""
-    base = libero_goal()
+    base, init_from = libero_goal(), "out/libero_object_spatial/model_goal"
     return replace(
         base,
         name="libero_10",
         optim=replace(base.optim, learning_rate=1e-3, warmup_steps=50),
         data=replace(base.data, stores=("out/libero_all/store_10",)),
-        train=replace(
-            base.train, steps=800, save_every=400, init_from="out/libero_object_spatial/model_goal"
-        ),
+        train=replace(base.train, steps=800, save_every=400, init_from=init_from),
     )
 
 
