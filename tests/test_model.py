@@ -35,6 +35,9 @@ class ListCache:
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def room(self, layer: int) -> None:
+        """It has none of fixed size."""
+
     def update(self, layer: int, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
         if layer in self.layers:
             k_old, v_old = self.layers[layer]
