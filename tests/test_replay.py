@@ -145,6 +145,8 @@ def test_blocks_in_one_piece_and_weights_side_by_side_change_no_action() -> None
         assert torch.equal(tensor, weights[name]), name
     block = model.layers[0]
     assert isinstance(block, Block)
+    block.mlp(torch.ones(1, 1, model.config.width)).sum().backward()
+    assert block.mlp.gate.weight.grad is not None, "joined weights would not learn"
     block.attention.q.weight.data.zero_()  # views: weights that are loaded afterwards count
     assert block.attention.joined is not None
     assert not block.attention.joined[: block.attention.q.out_features].any()

@@ -298,8 +298,9 @@ class Transformer(nn.Module):
 
 
 def products(x: Tensor, layers: Sequence[nn.Linear], joined: Tensor | None) -> Sequence[Tensor]:
-    """Return every layer's product with `x`; of weights that lie side by side (`Block.join`), in one."""
-    if joined is None:
+    """Return every layer's product with `x`; of weights that lie side by side (`Block.join`) in one, unless
+    gradients are asked for, which belong to the parameters."""
+    if joined is None or torch.is_grad_enabled():
         return [layer(x) for layer in layers]
     return F.linear(x, joined).split([layer.out_features for layer in layers], -1)
 
