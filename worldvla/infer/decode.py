@@ -85,18 +85,17 @@ def decode_chunk(
         raise ValueError("a chunk needs at least one action, got K = 0: raise layout.chunk")
     path = chunk_path(tail, blocks_KA)
     stream = _Stream(model, prompts, tail, vocab.pad)
-    num_dims = blocks_KA.shape[1] - 2
-    if path == SIDE_BY_SIDE and together:
-        groups = [blocks_KA]
-    else:
-        groups = [blocks_KA[k : k + 1] for k in range(len(blocks_KA))]
+    # From here to the end nothing goes to or from the device: it never waits for the processor.
+    blocks, num_dims = torch.from_numpy(blocks_KA).to(stream.lengths_B.device), blocks_KA.shape[1] - 2
+    groups = [blocks] if path == SIDE_BY_SIDE and together else blocks.split(1)
     head_VD = _head(model, vocab.action)
-    noise_BKAV = _noise((len(prompts), len(blocks_KA), num_dims, NUM_BIN_CODES - 1), temperature, seed)
-    waiting, found, start = np.zeros(0, dtype=np.int64), [], 0
+    shape = (len(prompts), len(blocks_KA), num_dims, NUM_BIN_CODES - 1)
+    noise_BKAV = _noise(shape, temperature, seed, head_VD.device)
+    waiting, found, start = blocks.new_empty(0), [], 0
     for group in groups:
         scores = []
         for dim in range(num_dims):
-            x_BGD = stream.feed(np.concatenate([waiting, group[:, dim]]), len(group))
+            x_BGD = stream.feed(torch.cat((waiting, group[:, dim])), len(group))
             scores.append(bin_scores(F.linear(x_BGD.float(), head_VD)))
             noise = None if noise_BKAV is None else noise_BKAV[:, start : start + len(group), dim]
             codes_BG = _disturbed(scores[-1], temperature, noise).argmax(-1)
@@ -109,7 +108,7 @@ def decode_chunk(
     log_p_BKAV = torch.cat(found, 1).log_softmax(-1)
     best_BKA2 = log_p_BKAV.topk(2).values.exp()
     return Chunk(
-        codes_BKA=stream.read(blocks_KA[:, 1:-1]).cpu().numpy() - vocab.action.start,
+        codes_BKA=stream.read(blocks[:, 1:-1]).cpu().numpy() - vocab.action.start,
         entropy_BKA=-(log_p_BKAV.exp() * log_p_BKAV).sum(-1).cpu().numpy(),
         margin_BKA=(best_BKA2[..., 0] - best_BKA2[..., 1]).cpu().numpy(),
         path=path,
@@ -162,21 +161,20 @@ def decode_frame(
     device, span, batch = stream.lengths_B.device, vocab.image, len(prompts)
     open_N, is_open_T = np.flatnonzero(tail.kind == KIND_IMAGE), torch.from_numpy(tail.kind == KIND_IMAGE)
     num_codes, end, is_open_T = len(open_N), int(open_N[-1]), is_open_T.to(device)
+    places_N = torch.from_numpy(open_N).to(device)
     is_drafted = draft_BN is not None
     if draft_BN is not None:
         if draft_BN.shape != (batch, num_codes):
             raise ValueError(
                 f"a draft of {batch} frames needs codes {(batch, num_codes)}, got {draft_BN.shape}"
             )
-        stream.write(open_N, torch.from_numpy(draft_BN).to(device) + span.start)
+        stream.write(places_N, torch.from_numpy(draft_BN).to(device) + span.start)
     window = window or Window(device)
     head_VD, stats = _head(model, span), FrameStats(codes=batch * num_codes)
-    noise_BNV = _noise((batch, num_codes, len(span)), temperature, seed)
-    if noise_BNV is not None:
-        noise_BNV = noise_BNV.to(device)
+    noise_BNV = _noise((batch, num_codes, len(span)), temperature, seed, device)
     nth_T = is_open_T.cumsum(0) - 1
     rows_B1 = torch.arange(batch, device=device)[:, None]
-    done_B = np.zeros(batch, dtype=np.int64)
+    done_B, done_B1 = np.zeros(batch, dtype=np.int64), rows_B1.new_zeros(batch, 1)  # here, and on the device
     while (done_B < num_codes).any():
         # Each row goes on from its last decided code; all feed the same number of tokens.
         width = window.width(num_codes) if is_drafted else 1
@@ -185,14 +183,14 @@ def decode_frame(
         if is_drafted and stream.filled and stream.replay is not None:  # few lengths, each recorded once
             length = min(end, 1 << (length - 1).bit_length() if length <= 64 else -(-length // 64) * 64)
         first_B = np.minimum(first_B, end - length)  # near the end some codes are fed again
-        x_BTD = stream.feed_rows(first_B, length)
-        where_BT = torch.from_numpy(first_B).to(device)[:, None] + torch.arange(1, length + 1, device=device)
+        first_B1 = places_N[done_B1 - 1].masked_fill(done_B1 == 0, 0).clamp_max(end - length)
+        x_BTD = stream.feed_rows(first_B, first_B1, length)
+        where_BT = first_B1 + torch.arange(1, length + 1, device=device)
         noise = None if noise_BNV is None else noise_BNV[rows_B1, nth_T[where_BT].clamp_min(0)]
         scores_BTV = _disturbed(F.linear(x_BTD.float(), head_VD), temperature, noise)
         choice_BT = scores_BTV.argmax(-1) + span.start
 
-        done = torch.from_numpy(done_B).to(device)[:, None]
-        is_new_BT = is_open_T[where_BT] & (nth_T[where_BT] >= done)
+        is_new_BT = is_open_T[where_BT] & (nth_T[where_BT] >= done_B1)
         ids_BT = stream.tail.ids_BT.gather(1, where_BT)
         is_wrong_BT = is_new_BT & (ids_BT != choice_BT)
         num_wrong_BT = is_wrong_BT.cumsum(1)
@@ -200,6 +198,7 @@ def decode_frame(
         is_kept_BT = is_right_BT | (is_wrong_BT & (num_wrong_BT == 1))
         stream.tail.ids_BT.scatter_(1, where_BT, torch.where(is_new_BT, choice_BT, ids_BT))
         is_close_BT = is_kept_BT & _is_close(scores_BTV, stream.dtype)
+        done_B1 += is_kept_BT.sum(1, keepdim=True)
         kept_B, right_B, close_B = torch.stack((is_kept_BT, is_right_BT, is_close_BT)).sum(2).cpu().numpy()
         done_B = done_B + kept_B
         stats.passes += 1
@@ -208,7 +207,7 @@ def decode_frame(
             stats.judged += int(kept_B.sum())
             stats.accepted += int(right_B.sum())
             window.update(int(kept_B.max()))
-    return stream.read(open_N).cpu().numpy() - span.start, stats
+    return stream.read(places_N).cpu().numpy() - span.start, stats
 
 
 def best_bin(logits: Tensor) -> Tensor:
@@ -229,18 +228,19 @@ def _head(model: Transformer, span: range) -> Tensor:
     return model.head.weight[span.start : span.stop].float()
 
 
-def _noise(shape: tuple[int, ...], temperature: float, seed: int) -> Tensor | None:
-    """Return standard Gumbel noise: the argmax of log p + noise is a draw from p. None at temperature 0."""
+def _noise(shape: tuple[int, ...], temperature: float, seed: int, device: torch.device) -> Tensor | None:
+    """Return standard Gumbel noise, the same on every device: the argmax of log p + noise is a draw from p.
+    None at temperature 0."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be 0 (greedy) or above and finite, got {temperature}")
     if temperature == 0:
         return None
-    return -torch.empty(shape).exponential_(generator=torch.Generator().manual_seed(seed)).log()
+    return -torch.empty(shape).exponential_(generator=torch.Generator().manual_seed(seed)).log().to(device)
 
 
 def _disturbed(scores: Tensor, temperature: float, noise: Tensor | None) -> Tensor:
     """Return the scores whose best is the choice."""
-    return scores if noise is None else scores / temperature + noise.to(scores.device)
+    return scores if noise is None else scores / temperature + noise
 
 
 def _is_close(scores: Tensor, dtype: torch.dtype) -> Tensor:
@@ -274,11 +274,10 @@ class _Stream:
         self.positions_BS = torch.full_like(self.chunk_BS, HIDDEN_POSITION)
         """Mask positions of the cache's slots."""
 
-    def feed(self, offsets: np.ndarray, keep: int) -> Tensor:
-        """Feed the tokens at `offsets` of the tail (the first time: after the prompts); return hidden states
+    def feed(self, where: Tensor, keep: int) -> Tensor:
+        """Feed the tokens at `where` in the tail (the first time: after the prompts); return hidden states
         (B, keep, D) of the last.
         """
-        where = torch.from_numpy(np.asarray(offsets, dtype=np.int64)).to(self.lengths_B.device)
         fields = [getattr(self.tail, name)[:, where] for name in ("ids_BT", "chunk_BT", "row_BT", "col_BT")]
         positions_BT = self.lengths_B[:, None] + where
         visible_BT = positions_BT
@@ -307,22 +306,21 @@ class _Stream:
         x_PD = self.model(ids_BT, mask, row_BT, col_BT, positions_BT, self.cache, keep_P)
         return x_PD.view(batch, keep, -1)
 
-    def feed_rows(self, first_B: np.ndarray, length: int) -> Tensor:
+    def feed_rows(self, first_B: np.ndarray, first_B1: Tensor, length: int) -> Tensor:
         """Feed each row's tail tokens first_B[b] .. first_B[b] + length - 1 (the first time: all
         from 0, after the prompts), over whatever was fed there; return their hidden states (B, length, D).
 
-        For tails without chunks, which keep one cache slot a token: what comes later is hidden by causality.
+        `first_B1`: the same numbers, on the device. For tails without chunks, which keep one cache slot a
+        token: what comes later is hidden by causality.
         """
         longest, missing = self.prompt.ids_BT.shape[1], self.tail.ids_BT.shape[1]
         if self.filled == 0:
             assert not first_B.any()
-            hidden = self.feed(np.arange(length), length)
+            hidden = self.feed(torch.arange(length, device=first_B1.device), length)
             rest_BT = self.lengths_B[:, None] + torch.arange(length, missing, device=self.lengths_B.device)
             self.positions_BS[:, longest + length : longest + missing] = rest_BT
             return hidden
-        where_BT = torch.from_numpy(first_B).to(self.lengths_B.device)[:, None] + torch.arange(
-            length, device=self.lengths_B.device
-        )
+        where_BT = first_B1 + torch.arange(length, device=first_B1.device)
         ids_BT, row_BT, col_BT = (
             getattr(self.tail, n).gather(1, where_BT) for n in ("ids_BT", "row_BT", "col_BT")
         )
@@ -338,9 +336,9 @@ class _Stream:
             mask = dense_mask(chunk_BT, self.chunk_BS[:, :stop], positions_BT, self.positions_BS[:, :stop])
         return self.model(ids_BT, mask, row_BT, col_BT, positions_BT, self.cache)
 
-    def write(self, offsets: np.ndarray, ids: Tensor) -> None:
-        self.tail.ids_BT[:, torch.from_numpy(offsets).to(ids.device)] = ids
+    def write(self, where: Tensor, ids: Tensor) -> None:
+        self.tail.ids_BT[:, where] = ids
 
-    def read(self, offsets: np.ndarray) -> Tensor:
-        """Return ids of the tail, (B, *offsets.shape)."""
-        return self.tail.ids_BT[:, torch.from_numpy(np.asarray(offsets)).to(self.tail.ids_BT.device)]
+    def read(self, where: Tensor) -> Tensor:
+        """Return ids of the tail, (B, *where.shape)."""
+        return self.tail.ids_BT[:, where]
