@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 SUITES=${SUITES:-tabletop}
-ROWS=${ROWS:-"action action_world chunk_causal chunk full full_even world world_long world_no_action history2 history4 low head head_after chunk10_causal chunk10 chunk2_causal chunk2 action_history2 action_history4"}
+ROWS=${ROWS:-"action action_world chunk_causal chunk full full_even world world_long world_no_action history2 history4 low head head_after chunk10_causal chunk10 chunk2_causal chunk2 full2 action_history2 action_history4"}
 DEVICE=${DEVICE:-cpu} JOBS=${JOBS:-1} ONLY=${ONLY:-}
 PYTHON=${PYTHON:-.venv/bin/python}
 if [ "$SUITES" = libero ]; then
@@ -52,7 +52,7 @@ train() {  # row, seed -> the exported model and its train.json
     [ ! -e "$model/train.json" ] || return 0
     [ "$1" != head_after ] || { train chunk "$2"; after="--train.init-from $OUT/chunk_$2"; }
     if [ "$DEVICE" = cuda ]; then
-        "$PYTHON" -m worldvla train "$RECIPE$1" --out "$run" --train.seed "$2" --train.device cuda $after
+        "$PYTHON" -m worldvla train "$RECIPE$1" --out "$run" --train.seed "$2" --train.device cuda --train.compile $after
     else
         OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2 -m worldvla \
             train "$RECIPE$1" --out "$run" --train.seed "$2" --train.num-threads 1 --train.compile $after
@@ -115,6 +115,8 @@ if [ -d $OUT/world_0 ] && [ -n "$policies" ] && [ ! -e "$RESULTS/rank/record.jso
     worldvla rank $policies --world $OUT/world_0 --demos $OUT/demos --suites tabletop_spatial tabletop_object tabletop_goal \
         --episodes 2 --first 10 --execute 5 1 --out "$RESULTS/rank"
 fi
-chunks=$(have action chunk2_causal chunk2 chunk_causal chunk chunk10_causal chunk10)
+chunks=$(have action chunk_causal chunk)
 [ -z "$chunks" ] || worldvla chunk-error $chunks --out "$RESULTS/chunk_error.json"
+chunks=$(ls -d $OUT/{chunk2_causal,chunk2,chunk10_causal,chunk10}_1 2> /dev/null || true)
+[ -z "$chunks" ] || worldvla chunk-error $chunks --out "$RESULTS/chunk_error_lengths.json"
 worldvla tables

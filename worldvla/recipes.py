@@ -263,6 +263,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     # Chunk length, beside action (1), chunk and chunk_causal (5).
     "chunk2": {"chunk": 2, "world": False},
     "chunk2_causal": {"chunk": 2, "selective_mask": False, "world": False},
+    "full2": {"chunk": 2},
     "chunk10": {"chunk": 10, "world": False},
     "chunk10_causal": {"chunk": 10, "selective_mask": False, "world": False},
     # Beside chunk: a continuous action head next to the bins.
@@ -383,14 +384,15 @@ def libero_goal() -> Config:
 
 
 def libero_10() -> Config:
-    """`libero_goal`, on with libero_10 alone (nine of its tasks, eight demonstrations each), on two cores."""
-    base, init_from = libero_goal(), "out/libero_object_spatial/model_goal"
+    """libero_10 alone, from nothing, for a GPU: nine of its tasks, sixteen demonstrations each, and an image
+    tokenizer of its own frames. `MODEL=_10 runs/libero_object_spatial.sh`."""
+    base = libero_object_spatial_long()
     return replace(
         base,
         name="libero_10",
-        optim=replace(base.optim, learning_rate=1e-3, warmup_steps=50),
-        data=replace(base.data, stores=("out/libero_all/store_10",)),
-        train=replace(base.train, steps=800, save_every=400, init_from=init_from),
+        tokenizer="out/libero_10/image_tokenizer",
+        data=replace(base.data, stores=("out/libero_10/store",)),
+        train=replace(base.train, steps=3_000, eval_every=1_500, save_every=500),
     )
 
 
