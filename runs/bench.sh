@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 .venv/bin/python tools/bench.py --sizes 25m --seconds 3 --threads 2 --compile | tail -n 1 | tee results/bench/decoding_two_cores_compiled.json
 .venv/bin/python tools/picture.py --speed results/bench/decoding.json results/bench/decoding_bfloat16.json --out docs/speed.svg
 # On a GPU: .venv/bin/python tools/bench.py --device cuda --dtype bfloat16 --sizes 7b --seconds 0.3 --batch 4 | tail -n 1 | tee results/bench/cuda.json
-# and with --compile: results/bench/cuda_compiled.json (of 0782d61), cuda_compiled_whole.json; with --sizes 3m --seconds 0.3, float32 and bfloat16: cuda_3m.json, cuda_3m_bfloat16.json
+# and with --compile: results/bench/cuda_compiled.json; with --sizes 3m --seconds 0.3, float32 and bfloat16: cuda_3m.json, cuda_3m_bfloat16.json
 # and the memory table: .venv/bin/python tools/memory.py --measure | tail -n 1 | tee results/bench/memory_7b.json
 # A LIBERO evaluation beside the plain loop that most use (needs the libero extra): results/bench/libero_eval.json.
 if .venv/bin/python -c "import libero" 2> /dev/null; then

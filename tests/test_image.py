@@ -5,6 +5,7 @@ Run: pytest tests/test_image.py
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from worldvla.train.tokenizer import (
     CodebookTrainer,
     Frames,
     foreground,
+    lineage,
     load_frames,
     train_tokenizer,
 )
@@ -225,6 +227,22 @@ def test_training_learns_and_repeats(config, tmp_path):
         views(), config, tmp_path / "b", steps=40, batch_size=8, num_threads=1, dtype="float32"
     )
     assert again["digest"] == record["digest"]
+
+
+def test_one_trained_on_keeps_its_codes_and_says_from_which(tmp_path):
+    train = partial(train_tokenizer, views(), CELL, batch_size=8, num_threads=1, dtype="float32")
+    train(tmp_path / "first", steps=60)
+    train(tmp_path / "other", steps=60, seed=1)
+    train(tmp_path / "on", steps=10, seed=2, learning_rate=2e-4, init_from=tmp_path / "first")
+    train(tmp_path / "further", steps=1, learning_rate=2e-4, init_from=tmp_path / "on")
+    first, other, on = (ImageTokenizer.load(tmp_path / name) for name in ("first", "other", "on"))
+    pixels = to_pixels(views()[0].val)
+    mine, away, near = (t.latents(pixels) for t in (first, other, on))  # codes sit on edges and flip
+    assert 0 < 20 * (mine - near).abs().mean() < (mine - away).abs().mean()
+    assert lineage(tmp_path / "first") == []
+    assert lineage(tmp_path / "further") == [on.digest(), first.digest()]
+    with pytest.raises(ValueError, match=r"init_from: .* has the config .*, asked for .*: give its own"):
+        train_tokenizer(views(), TINY, tmp_path / "x", steps=1, init_from=tmp_path / "first")
 
 
 def test_budget_is_minutes_or_steps(tmp_path):

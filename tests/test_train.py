@@ -22,6 +22,7 @@ from tiny_run import tiny_config, write_tiny
 
 from worldvla.batch import Batch
 from worldvla.config import Config, LoraConfig, OptimConfig, from_json
+from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train import checkpoint, loop
 from worldvla.train.build import build
 from worldvla.train.loop import Trainer, train
@@ -180,6 +181,25 @@ def test_init_from_takes_weights_and_what_the_ids_mean(root: Path, tmp_path: Pat
     wide = replace(config, model=replace(config.model, width=64))
     with pytest.raises(ValueError, match="does not fit"):
         Trainer(build(wide), tmp_path / "third")
+
+
+def test_init_from_wants_the_codes_that_the_weights_know(root: Path, tmp_path: Path) -> None:
+    first = train(tiny_config(root, steps=1), tmp_path / "first").checkpoint
+    known = json.loads((first / "manifest.json").read_text())["image_tokenizer"]
+    shutil.copytree(root, tmp_path / "data")
+    config = tiny_config(tmp_path / "data", init_from=str(first))
+    tokenizer = ImageTokenizer.load(config.tokenizer)
+    with torch.no_grad():
+        next(tokenizer.parameters()).mul_(1.01)
+    tokenizer.save(config.tokenizer)
+    manifest = tmp_path / "data/store/manifest.json"
+    manifest.write_text(manifest.read_text().replace(known, tokenizer.digest()))
+    with pytest.raises(ValueError, match=rf"codes of image tokenizer {known}, .*train-tokenizer --init-from"):
+        build(config)
+    report = tmp_path / "data/image_tokenizer/report"
+    report.mkdir()
+    (report / "report.json").write_text(json.dumps({"train": {"init_from": [known]}}))
+    assert build(config).image.digest() == tokenizer.digest()
 
 
 def test_what_is_no_checkpoint_is_no_start(root: Path, tmp_path: Path) -> None:

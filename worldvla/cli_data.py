@@ -217,13 +217,26 @@ class TrainTokenizer:
     steps: int = 0
     """With a number of steps the result is a function of the seed, whatever the machine's speed."""
     seed: int = 0
+    init_from: Path | None = None
+    """Directory of an image tokenizer, of the same --config, to train on from: its codes keep about what they
+    mean, so that a model of it can be trained on too (train.init_from)."""
+    learning_rate: float = 2e-3
+    """At its highest; a fifth of it or less beside --init-from."""
 
     def run(self) -> int:
         from worldvla.train.tokenizer import train_tokenizer
 
         minutes, steps = (None, self.steps) if self.steps else (self.minutes, None)
-        files = hdf5_files(self.paths)
-        train_tokenizer(files, self.config, self.out, minutes=minutes, steps=steps, seed=self.seed)
+        train_tokenizer(
+            hdf5_files(self.paths),
+            self.config,
+            self.out,
+            minutes=minutes,
+            steps=steps,
+            seed=self.seed,
+            learning_rate=self.learning_rate,
+            init_from=self.init_from,
+        )
         say(
             f"image tokenizer: {self.out}/report/index.html   next: worldvla probe {self.out} {self.paths[0]}"
         )

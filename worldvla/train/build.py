@@ -27,6 +27,7 @@ from worldvla.tokenizers.action import Statistics, dequantize, normalize
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.train.metrics import ActionScale
+from worldvla.train.tokenizer import lineage
 from worldvla.vocab import NUM_BIN_CODES, Vocab, chameleon, compact
 
 
@@ -72,6 +73,8 @@ def build(config: Config) -> Pieces:
             )
         refuse_updates(source)
     image = ImageTokenizer.load(config.tokenizer)
+    if config.train.init_from:
+        _check_codes(image, config.tokenizer, source)
     stores = [TokenStore.open(Path(path), image.digest()) for path in config.data.stores]
     if config.train.init_from:
         text = TextTokenizer.load(source / "text.json")
@@ -159,6 +162,16 @@ def action_scale(pieces: Pieces) -> ActionScale:
     centres_C = torch.from_numpy(dequantize(np.arange(NUM_BIN_CODES))).float()
     no_motion_A = torch.from_numpy(normalize(np.zeros(len(low)), low, high)).float()
     return ActionScale(centres_C, no_motion_A, pieces.config.layout.chunk)
+
+
+def _check_codes(image: ImageTokenizer, tokenizer: str, source: Path) -> None:
+    """Raise ValueError unless the codes mean, at least about, what they meant to the checkpoint `source`."""
+    known, own = read_json(source / "manifest.json")["image_tokenizer"], image.digest()
+    if known != own and known not in lineage(tokenizer):
+        raise ValueError(
+            f"train.init_from: {source} was trained on the codes of image tokenizer {known}, {tokenizer} is "
+            f"{own}: use that one, or one trained on from it (worldvla train-tokenizer --init-from)"
+        )
 
 
 def _text(config: Config, stores: list[TokenStore]) -> TextTokenizer:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from worldvla.config import ImageTokenizerConfig, to_json
 from worldvla.data.episode import read_episodes
-from worldvla.files import whole_file, write_json, write_text
+from worldvla.files import read_json, whole_file, write_json, write_text
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, VectorQuantizer, to_images, to_pixels
 
@@ -211,11 +211,14 @@ def train_tokenizer(
     num_threads: int = 2,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     max_frames: int = 60_000,
+    init_from: Path | str | None = None,
 ) -> dict[str, Any]:
     """Train, save to `out_dir` (and metrics.jsonl, report/ there), return the report's numbers.
 
     A step takes `batch_size` frames of every view. Give the budget as `minutes`, or as `steps` for a
     result that repeats. `foreground_weight`: how much more a foreground pixel counts than the table.
+    `init_from`: the directory of a tokenizer of the same config to go on from, at a gentle `learning_rate`:
+    its codes then keep about what they mean, and a model of them may be trained on (train/build.py).
     """
     if (minutes is None) == (steps is None):
         raise ValueError(f"give either minutes or steps, got minutes={minutes} and steps={steps}")
@@ -226,13 +229,21 @@ def train_tokenizer(
     )
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = ImageTokenizer(config)
+    tokenizer, ancestors = ImageTokenizer(config), list[str]()
+    if init_from is not None:
+        parent = ImageTokenizer.load(init_from)
+        if parent.config != config:
+            raise ValueError(
+                f"init_from: {init_from} has the config {parent.config}, asked for {config}: give its own"
+            )
+        tokenizer.load_state_dict(parent.state_dict())
+        ancestors = [parent.digest(), *lineage(init_from)]
     quantizer = tokenizer.quantize
     book = CodebookTrainer(quantizer, seed) if isinstance(quantizer, VectorQuantizer) else None
     weights = [p for p in tokenizer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     generator = torch.Generator().manual_seed(seed)
-    plain = book is not None
+    plain = book is not None and init_from is None
     recent: list[Tensor] = []  # latents of the plain phase's last batches, for k-means
     window: list[Tensor] = []
     start, step, done = time.monotonic(), 0, 0.0
@@ -281,9 +292,16 @@ def train_tokenizer(
     tokenizer.eval().requires_grad_(False).save(out_dir)
     settings = {"minutes": minutes, "batch_size": batch_size, "learning_rate": learning_rate, "dtype": dtype}
     settings |= {"foreground_weight": foreground_weight, "seed": seed, "steps": step}
+    settings |= {"init_from": ancestors}
     record = {"train": settings, "config": to_json(config), **report(tokenizer, views, out_dir / "report")}
     write_json(out_dir / "report" / "report.json", record, indent=2)
     return record
+
+
+def lineage(directory: Path | str) -> list[str]:
+    """Return the digests of the image tokenizers that the one in `directory` was trained on from."""
+    path = Path(directory) / "report" / "report.json"
+    return read_json(path).get("train", {}).get("init_from", []) if path.is_file() else []
 
 
 def code_use(codes: Int[Tensor, "..."], config: ImageTokenizerConfig) -> dict[str, float]:
