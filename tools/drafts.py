@@ -1,4 +1,5 @@
-"""Passes a frame by kind of guess and by the codes that a pass checks: the table of docs/DECODING.md.
+"""Passes a frame by kind of guess and by the codes that a pass checks, and milliseconds with and without
+guesses: the table of docs/DECODING.md; ends with one JSON line.
 
 Run: worldvla collect tabletop_object --tasks 0 3 --episodes 3 --seed 77 --out DEMOS
      python tools/drafts.py worldvla/assets/tabletop DEMOS
@@ -7,12 +8,16 @@ are counted on the frames of one code a pass; the used one, which the model's ow
 """
 
 import argparse
+import json
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import worldvla
 from worldvla.data.episode import Episode, read_episodes
+from worldvla.eval.record import provenance
 from worldvla.infer.draft import Window
 from worldvla.infer.load import Model
 
@@ -20,15 +25,17 @@ WIDTHS = (4, 16, 80)
 
 
 def roll_out(model: Model, episode: Episode, steps: int, window: int | None, drafts: bool = True) -> tuple:
-    """Return the codes (steps + 1, N) of an imagined episode and the passes of each step."""
+    """Return the codes (steps + 1, N) of an imagined episode, and the passes and seconds of each step."""
     world = model.world(drafts)
     world.reset({view: images[0] for view, images in episode.images.items()})
     world._window = Window(model.device, window)
-    codes = [np.concatenate([c.ravel() for c in world.codes.values()])]
+    codes, seconds = [np.concatenate([c.ravel() for c in world.codes.values()])], []
     for action in episode.actions[:steps]:
+        start = time.perf_counter()
         world.step(action)
+        seconds.append(time.perf_counter() - start)
         codes.append(np.concatenate([c.ravel() for c in world.codes.values()]))
-    return np.stack(codes), [stats.passes for stats in world.stats]
+    return np.stack(codes), [stats.passes for stats in world.stats], seconds
 
 
 def count(guess_N: np.ndarray, frame_N: np.ndarray, width: int) -> int:
@@ -48,23 +55,41 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("demos", type=Path)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     model = worldvla.load(args.checkpoint)
     episodes = [e for path in sorted(args.demos.glob("*.hdf5")) for e in read_episodes(path)]
     if not episodes:
         parser.exit(2, f"{parser.prog}: {args.demos} holds no *.hdf5 files: `worldvla collect` makes them\n")
-    plain = [roll_out(model, e, args.steps, None, drafts=False)[0] for e in episodes]
+    roll_out(model, episodes[0], 2, None)  # warm
+    alone = [roll_out(model, e, args.steps, None, drafts=False) for e in episodes]
+    plain = [codes for codes, _, _ in alone]
     print(f"| guess | {' | '.join(map(str, WIDTHS))} | as above |")
     for back, name in ((1, "the current frame"), (2, "the frame before it")):
         pairs = [(c[max(0, t - back)], c[t]) for c in plain for t in range(1, len(c))]
         means = [np.mean([count(*pair, width) for pair in pairs]) for width in WIDTHS]
         print(f"| {name} | {' | '.join(f'{m:.1f}' for m in means)} | |")
     used = {width: [roll_out(model, e, args.steps, width) for e in episodes] for width in (*WIDTHS, None)}
-    same = all(np.array_equal(c, p) for rows in used.values() for (c, _), p in zip(rows, plain, strict=True))
-    passes = {width: np.array([p for _, p in rows]) for width, rows in used.items()}
+    same = all(
+        np.array_equal(c, p) for rows in used.values() for (c, _, _), p in zip(rows, plain, strict=True)
+    )
+    passes = {width: np.array([p for _, p, _ in rows]) for width, rows in used.items()}
     print(f"| the model's own choices after it | {' | '.join(f'{p.mean():.1f}' for p in passes.values())} |")
     steps = ", ".join(f"{n:.1f}" for n in passes[None].mean(0))
     print(f"by step, as above: {steps}; {'the same codes as' if same else 'NOT the codes of'} one a pass")
+    ways = {"one code a pass": alone, "by drafts": used[None]}
+    numbers = {
+        name: {
+            "passes": round(float(np.mean([p for _, p, _ in rows])), 2),
+            "ms_frame": round(1e3 * float(np.median([s for _, _, s in rows])), 2),
+        }
+        for name, rows in ways.items()
+    }
+    before, after = (of["ms_frame"] for of in numbers.values())
+    told = {"faster": round(before / after, 2), "same_codes": same, "frames": len(episodes) * args.steps}
+    what = {"model": model.identity(), "steps": args.steps, "threads": args.threads}
+    print(json.dumps({"drafts": numbers | told, **what, **provenance()}))
 
 
 if __name__ == "__main__":

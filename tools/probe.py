@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from worldvla.eval.record import provenance
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_pixels
 
@@ -270,6 +271,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     files = [f for path in args.demos for f in (sorted(path.glob("*.hdf5")) if path.is_dir() else [path])]
     record = probe(from_episodes(files), ImageTokenizer.load(args.tokenizer), args.views, steps=args.steps)
+    record |= provenance()
     Console().print(table(record))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

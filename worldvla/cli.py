@@ -194,6 +194,8 @@ class Demo:
     def run(self) -> int:
         from worldvla.demo import demo
 
+        if self.suite != "tabletop":  # all four
+            warn_of_versions(self.suite)
         out = self.out or Path(f"out/demo_{self.suite}")
         page = demo(out, self.suite, self.checkpoint, self.episodes, self.seed, self.workers)
         say(f"demo: open {page.resolve()}")

@@ -33,6 +33,13 @@ def warn_of_versions(suite: str) -> None:
             print(f"warning: {check.name} {check.found}   fix: {check.fix}", file=sys.stderr)
 
 
+def _warn_of_files(files: Sequence[Path]) -> None:
+    from worldvla.data.episode import read_episodes
+
+    for suite in dict.fromkeys(next(read_episodes(path, images=False)).suite for path in files):
+        warn_of_versions(suite)
+
+
 def _views(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Parse 'agentview=64x64' (rows x columns in pixels)."""
     views = {}
@@ -156,6 +163,7 @@ class Replay:
         from worldvla.data.regenerate import inverted_gripper, wrong_pictures
 
         files = hdf5_files(self.paths)
+        _warn_of_files(files)
         transform = _through_bins(files) if self.bins else (lambda actions: actions)
         outcomes: list[bool] = []
         faults: list[str] = []
@@ -190,8 +198,10 @@ class Regenerate:
     def run(self) -> int:
         from worldvla.data.regenerate import regenerate
 
+        files = hdf5_files(self.paths)
+        _warn_of_files(files)
         counts = regenerate(
-            hdf5_files(self.paths),
+            files,
             self.out,
             _views(self.views),
             drop_no_ops=not self.keep_no_ops,

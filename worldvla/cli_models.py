@@ -210,6 +210,9 @@ class Rank:
             real, judged, imagined = (f"{sum(o)}/{len(o)}" for o in row["outcomes"])
             words = f"simulator {real}, judge there {judged}, imagined {imagined}"
             say(f"{row['name']} seed {row['seed']} execute {row['execute']}: {words}")
+        for n, of in record["by_execute"].items():
+            found = of["imagined"]["spearman"]
+            say(f"among those that execute {n}: {found['value']} (95 % {found['interval_95']})")
         found = record["imagined"]["spearman"]
         say(f"rank correlation {found['value']} (95 % {found['interval_95']})   picture: {self.out}/rank.png")
         return 0

@@ -384,15 +384,14 @@ def libero_goal() -> Config:
 
 
 def libero_10() -> Config:
-    """The shipped LIBERO model, on, on two cores, with libero_10 alone (nine of its tasks, sixteen
-    demonstrations each), its image tokenizer trained on too. `MODEL=_10 runs/libero_object_spatial.sh`."""
-    base = libero_object_spatial_drawer()
+    """`libero_goal`, on with libero_10 alone (nine of its tasks, eight demonstrations each), on two cores."""
+    base, init_from = libero_goal(), "out/libero_object_spatial/model_goal"
     return replace(
         base,
         name="libero_10",
-        tokenizer="out/libero_10/image_tokenizer",
-        data=replace(base.data, stores=("out/libero_10/store",)),
-        train=replace(base.train, steps=1_200, save_every=400, init_from="worldvla/assets/libero"),
+        optim=replace(base.optim, learning_rate=1e-3, warmup_steps=50),
+        data=replace(base.data, stores=("out/libero_all/store_10",)),
+        train=replace(base.train, steps=800, save_every=400, init_from=init_from),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from worldvla.data.collect import Views, kept, record, task_of
+from worldvla.data.collect import Views, kept, record, start, task_of
 from worldvla.data.episode import Episode, count_episodes, facts, read_episodes, write_episodes
 from worldvla.progress import progress_bar
 from worldvla.sim import env as sim
@@ -58,15 +58,9 @@ def is_no_op(actions_TA: np.ndarray) -> np.ndarray:
 def play(env: Any, episode: Episode, actions_TA: np.ndarray) -> Episode | None:
     """Execute actions (T, 7) from the episode's first state; return what was seen up to success, or None."""
     todo = iter(actions_TA)
-    start = episode.sim_states[0]
-    full = episode.init >= 0  # ours: after settling, with all that the next step depends on
 
     def begin() -> dict[str, Any]:
-        rules = sim.suite(episode.suite).rules
-        env.reset(options={"init": max(episode.init, 0)} | ({} if full else {"settle": 0}))
-        env.set_state(start)
-        for _ in range(0 if full else rules.settling):
-            env.step(np.array([0.0] * 6 + [-1.0]))
+        start(env, episode)
         return env.observe()
 
     return record(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from worldvla.data.episode import read_episodes
 from worldvla.eval.inverse import Towers
 from worldvla.eval.record import Journal, provenance
+from worldvla.eval.stats import rank_agreement
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
 from worldvla.eval.world import reconstruct
 from worldvla.files import write_json
@@ -36,7 +37,6 @@ AFTER = 4
 CONFIRM = 2
 """Pictures in a row that the judge must call a success."""
 STEPS, BATCH, RATE = 2_000, 64, 2e-3
-DRAWS = 2_000
 HELD_OUT = 0.1
 """Share of the demonstrations that the judge is not trained on: its errors are measured there."""
 
@@ -273,47 +273,6 @@ def drive(
     return success, judged, filmed
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Return ranks along the last axis, those of ties their mean."""
-    less = (values[..., None, :] < values[..., :, None]).sum(-1)
-    same = (values[..., None, :] == values[..., :, None]).sum(-1)
-    return less + (same - 1) / 2
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return Pearson's correlation along the last axis; nan where one of them is constant."""
-    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-    spread = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-    return np.divide((a * b).sum(-1), spread, out=np.full(spread.shape, np.nan), where=spread > 1e-12)
-
-
-def agreement(a_MN: np.ndarray, b_MN: np.ndarray, of_M: Sequence[Any], seed: int = 0) -> dict[str, Any]:
-    """Return Spearman's and Pearson's correlation of the success rates of M policies, with intervals.
-
-    Bootstrap over checkpoints, `of_M`: policies that share one are drawn together. (Over initial states it
-    would add their noise to rates that hold it already, and pull the interval towards 0.) Draws in which no
-    policy differs are left out, and `draws` says how many were not.
-    """
-    rates = np.stack([a_MN.mean(1), b_MN.mean(1)])
-    names = list(dict.fromkeys(of_M))
-    groups = [np.array([i for i, of in enumerate(of_M) if of == name]) for name in names]
-    rng, drawn = np.random.default_rng(seed), []
-    for _ in range(DRAWS):
-        rows = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
-        pair = rates[:, rows]
-        drawn.append([correlation(*ranks(pair)), correlation(*pair)])
-    spread = np.array([draw for draw in drawn if np.isfinite(draw).all()]).reshape(-1, 2)
-    out: dict[str, Any] = {"same_episodes": [int((a_MN == b_MN).sum()), int(a_MN.size)], "draws": len(spread)}
-    for i, (name, value) in enumerate(
-        {"spearman": correlation(*ranks(rates)), "pearson": correlation(*rates)}.items()
-    ):
-        interval = (
-            [round(float(q), 3) for q in np.quantile(spread[:, i], (0.025, 0.975))] if len(spread) else None
-        )
-        out[name] = {"value": round(float(value), 3) if np.isfinite(value) else None, "interval_95": interval}
-    return out
-
-
 def rank_policies(
     checkpoints: Sequence[Path | str],
     world: Path | str,
@@ -386,15 +345,12 @@ def rank_policies(
                 write_mp4(out_dir / "imagined.mp4", pictures, FPS[sim.suite(suites[0]).simulator])
             journal.add(row | {"outcomes": np.array([real, control, imagined], dtype=int).tolist()})
         rows = journal.outcomes
-    sim_MN, judge_MN, imagined_MN = np.array([row["outcomes"] for row in rows]).transpose(1, 0, 2)
-    of = [str(row["checkpoint"]) for row in rows]
     record = {
         **identity,
         "judge": {**identity["judge"], **errors},
         "columns": "of each initial state: the simulator's word, the judge's there, the judge's imagined",
         "policies": rows,
-        "imagined": agreement(sim_MN, imagined_MN, of),
-        "judge_on_real_frames": agreement(sim_MN, judge_MN, of),
+        **rank_agreement(rows),
         **provenance(),
     }
     write_json(out_dir / "record.json", record)

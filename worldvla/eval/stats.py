@@ -1,14 +1,18 @@
 """Counts -> intervals. No torch here: simulator processes import it too."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 STATUSES = {"success": "successes", "fail": "failures", "error": "errors"}
 """How an episode ended -> the key under which a record counts it."""
+DRAWS = 2_000
+"""Of a bootstrap."""
 
 
 def wilson(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
@@ -88,3 +92,63 @@ def mcnemar(only_a: int, only_b: int) -> float:
     """Return the exact two-sided p value of McNemar's test: are the discordant pairs a fair coin's?"""
     n, least = only_a + only_b, min(only_a, only_b)
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Return ranks along the last axis, those of ties their mean."""
+    less = (values[..., None, :] < values[..., :, None]).sum(-1)
+    same = (values[..., None, :] == values[..., :, None]).sum(-1)
+    return less + (same - 1) / 2
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return Pearson's correlation along the last axis; nan where one of them is constant."""
+    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
+    spread = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    return np.divide((a * b).sum(-1), spread, out=np.full(spread.shape, np.nan), where=spread > 1e-12)
+
+
+def agreement(a_MN: np.ndarray, b_MN: np.ndarray, of_M: Sequence[Any], seed: int = 0) -> dict[str, Any]:
+    """Return Spearman's and Pearson's correlation of the success rates of M policies, with intervals.
+
+    Bootstrap over checkpoints, `of_M`: policies that share one are drawn together. (Over initial states it
+    would add their noise to rates that hold it already, and pull the interval towards 0.) Draws in which no
+    policy differs are left out, and `draws` says how many were not.
+    """
+    rates = np.stack([a_MN.mean(1), b_MN.mean(1)])
+    names = list(dict.fromkeys(of_M))
+    groups = [np.array([i for i, of in enumerate(of_M) if of == name]) for name in names]
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(DRAWS):
+        rows = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
+        pair = rates[:, rows]
+        drawn.append([correlation(*ranks(pair)), correlation(*pair)])
+    spread = np.array([draw for draw in drawn if np.isfinite(draw).all()]).reshape(-1, 2)
+    out: dict[str, Any] = {"same_episodes": [int((a_MN == b_MN).sum()), int(a_MN.size)], "draws": len(spread)}
+    for i, (name, value) in enumerate(
+        {"spearman": correlation(*ranks(rates)), "pearson": correlation(*rates)}.items()
+    ):
+        interval = (
+            [round(float(q), 3) for q in np.quantile(spread[:, i], (0.025, 0.975))] if len(spread) else None
+        )
+        out[name] = {"value": round(float(value), 3) if np.isfinite(value) else None, "interval_95": interval}
+    return out
+
+
+def rank_agreement(policies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return how success in imagination, and the judge's on real frames, agree with the simulator's, over
+    rows of eval/rank.py; `by_execute`: the same among those that execute equally many actions a look.
+
+    Only the latter compares like with like: each look feeds a policy one more imagined frame, and costs
+    success that it does not cost in the simulator.
+    """
+
+    def of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        sim_MN, judge_MN, imagined_MN = np.array([row["outcomes"] for row in rows]).transpose(1, 0, 2)
+        names = [str(row["checkpoint"]) for row in rows]
+        both = {"imagined": imagined_MN, "judge_on_real_frames": judge_MN}
+        return {name: agreement(sim_MN, found_MN, names) for name, found_MN in both.items()}
+
+    looks = sorted({row["execute"] for row in policies})
+    groups = {n: [row for row in policies if row["execute"] == n] for n in looks}
+    return of(policies) | {"by_execute": {str(n): of(rows) for n, rows in groups.items()}}

@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from worldvla.eval.compare import compare
 from worldvla.eval.page import COLORS, ORANGE, data_url, line_plots, render, world_plot
 from worldvla.eval.record import provenance
-from worldvla.eval.stats import Pairs, mcnemar, paired_interval, wilson
+from worldvla.eval.stats import Pairs, mcnemar, paired_interval, rank_agreement, wilson
 from worldvla.files import read_json, write_json, write_text
 
 TABLETOP = tuple(f"tabletop_{name}" for name in ("spatial", "object", "goal", "long"))
@@ -255,6 +255,8 @@ def markdown(records: Records) -> str:
         queries=partial(_queries, records),
         imagined=partial(_imagined, records),
         bench=partial(_bench, records),
+        best=partial(_best, records),
+        rank_agreement=rank_agreement,
     )
 
 
@@ -286,6 +288,16 @@ def _imagined(records: Records, name: str, model: str) -> list[dict[str, Any]]:
             more = list(models[model]["imagined"])[2:] if kinds else []
             rows += [{"view": view, "clips": clips, "more": more, **kinds}] if kinds else []
     return rows
+
+
+def _best(records: Records, rows: Sequence[str]) -> str:
+    """Return the row with the highest share of successes, over all of its records."""
+
+    def share(row: str) -> float:
+        found = [records.all[name] for name in of_row(row) if name in records.all]
+        return sum(r["successes"] for r in found) / max(1, sum(r["episodes"] - r["errors"] for r in found))
+
+    return max(rows, key=share)
 
 
 def _bench(records: Records, name: str, way: str) -> float | None:
@@ -331,7 +343,8 @@ def _plots(records: Records) -> Iterator[tuple[str, bytes]]:
             lines.append((x, y, {"color": color, "marker": "o", "label": words}))
     if lines:
         yield "Success against chunk length", line_plots([("success, %", "K", lines)], 1)
-    if rows := records.all.get("tables/chunk_error.json", {}).get("chunks"):
+    of_errors = [records.all.get(f"tables/chunk_error{part}.json", {}) for part in ("", "_lengths")]
+    if rows := [row for record in of_errors for row in record.get("chunks", ())]:
         lines = []
         for row, color in zip(rows, COLORS * len(rows), strict=False):
             for kind, style in (("forced", (0, (2, 1))), ("free", "-")):

@@ -97,7 +97,7 @@ def evaluate_world(
     models = label([load(checkpoint, device) for checkpoint in checkpoints])
     sets, extras = {h: choose(paths, clips, h, seed, shorter) for h in horizons}, extras or Extras()
     for chosen in sets.values():
-        check(models, chosen, bool(extras.features or extras.i3d))
+        check(models, chosen, bool(extras.features or extras.i3d), 10 if extras.i3d else 1)
     measure = Measure(extras, paths, [m.config.layout.views for m in models.values()])
     out_dir, sections, chosen = Path(out_dir), [], []
     for horizon, chosen in sets.items():
@@ -160,9 +160,9 @@ def label(models: Sequence[Model]) -> dict[str, Model]:
     return out
 
 
-def check(models: dict[str, Model], clips: Sequence[Clip], as_sets: bool = False) -> None:
+def check(models: dict[str, Model], clips: Sequence[Clip], as_sets: bool = False, least: int = 1) -> None:
     """Raise ValueError where numbers would not compare: other picture sizes, other frame rates, no view;
-    `as_sets`: other lengths."""
+    `as_sets`: other lengths, one clip alone, or fewer than `least` frames (I3D sees no shorter ones)."""
     sizes: dict[str, dict[str, tuple[int, int]]] = {}
     for name, model in models.items():
         for view, size in model.view_sizes.items():
@@ -178,6 +178,10 @@ def check(models: dict[str, Model], clips: Sequence[Clip], as_sets: bool = False
                 raise ValueError(f"view {view} of the clips is {size}, the models see {seen}: collect it so")
     if as_sets and len({clip.steps for clip in clips}) > 1:
         raise ValueError("distances between sets of clips need clips of one length: leave out --shorter")
+    if as_sets and len(clips) < 2:
+        raise ValueError(f"distances between sets need 2 clips, stable ones {ENOUGH}: got {len(clips)}")
+    if as_sets and (short := min(clip.steps for clip in clips) + 1) < least:
+        raise ValueError(f"FVD needs clips of at least {least} frames, got {short}: raise --horizons")
     if len(rates := {fps(clip) for clip in clips}) > 1:
         raise ValueError(f"the clips have frame rates of {sorted(rates)} Hz: evaluate each simulator apart")
 

@@ -115,7 +115,7 @@ class Policy:
                 )
             state = self._state(observation) if layout.state else None
             prompt = self.model.builder.policy_prompt(instruction, state, [next(codes) for _ in sequence])
-            if (length := len(prompt) + len(self._tail)) > data.sequence_length and not data.truncate:
+            if (length := len(prompt) + len(self._tail)) > data.sequence_length:
                 raise ValueError(
                     f"the instruction {instruction[:40]!r} makes a sequence of {length} tokens, the model "
                     f"was trained on {data.sequence_length} at most (data.sequence_length): shorten it"
