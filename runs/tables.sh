@@ -109,6 +109,9 @@ if [ -n "$worlds" ]; then
     ! "$PYTHON" -c "import efficientnet_lite_pytorch" 2> /dev/null || more="$more --features"    # pip install -e '.[features]'
     worldvla eval-world $worlds --demos $OUT/held_out --clips 64 --horizons 10 --out "$RESULTS/world10" $more
     worldvla eval-world $worlds --demos $OUT/held_out_long --clips 16 --horizons 50 --out "$RESULTS/world50" $more
+    # Distances between sets of clips (pip install -e '.[features]'), of a row and of the shipped model.
+    [ "$more" = "--probe $OUT/demos" ] || worldvla eval-world $(have full2) worldvla/assets/tabletop \
+        --demos $OUT/held_out --clips 64 --horizons 10 --features --out "$RESULTS/distances"
 fi
 policies=$(for seed in 0 1; do ls -d $OUT/{action,chunk_causal,chunk,full}_$seed 2> /dev/null; done || true)
 if [ -d $OUT/world_0 ] && [ -n "$policies" ] && [ ! -e "$RESULTS/rank/record.json" ]; then    # in imagination and in the simulator
