@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 SUITES=${SUITES:-tabletop}
-ROWS=${ROWS:-"action action_world chunk_causal chunk full full_even world world_long world_no_action history2 history4 low head head_after chunk10_causal chunk10 chunk2_causal chunk2 full2 action_history2 action_history4"}
+ROWS=${ROWS:-"action action_world chunk_causal chunk full full_even world world_long world_no_action history2 history4 low head head_after chunk10_causal chunk10 chunk2_causal chunk2 full2 full2_even action_history2 action_history4"}
 DEVICE=${DEVICE:-cpu} JOBS=${JOBS:-1} ONLY=${ONLY:-}
 PYTHON=${PYTHON:-.venv/bin/python}
 if [ "$SUITES" = libero ]; then

@@ -264,6 +264,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "chunk2": {"chunk": 2, "world": False},
     "chunk2_causal": {"chunk": 2, "selective_mask": False, "world": False},
     "full2": {"chunk": 2},
+    "full2_even": {"chunk": 2, "image_weight": 1.0},
     "chunk10": {"chunk": 10, "world": False},
     "chunk10_causal": {"chunk": 10, "selective_mask": False, "world": False},
     # Beside chunk: a continuous action head next to the bins.
