@@ -133,7 +133,8 @@ def test_the_summary_says_what_the_records_say() -> None:
     nothing = "shows no clear difference in success"
     assert verdict("action_world", "action") == verdict("full", "chunk") == nothing
     assert verdict("full_even", "full") == verdict("history2", "full") == nothing
-    assert verdict("chunk2", "action") == "raises success"
+    assert verdict("chunk2_causal", "action") == "lowers success"
+    assert verdict("chunk2", "action") == verdict("full2", "chunk2") == "raises success"
     models = {row: _imagined(records, "tables/world10", f"pilot_{row}")[0] for row in ("world", "full")}
     over = {row: found["imagined"][0] - found["floor"][0] for row, found in models.items()}
     assert over["full"] < 1.5 < 3 < over["world"]
@@ -141,6 +142,7 @@ def test_the_summary_says_what_the_records_say() -> None:
     for words in ("+1.5: possible) beside chunks", "+4.4: excluded) beside", "+10.4: excluded) beside"):
         assert f"; the paper's {words}" in text
     assert "**Not met**: all together, against the best other row, `action_world`, lowers success" in text
+    assert "**Met**: all together, against the best other row, `chunk2`, raises success" in text
 
 
 def test_imagination_is_told_by_view_with_other_actions_none_and_the_probe(root: Path) -> None:

@@ -166,7 +166,7 @@ def action_scale(pieces: Pieces) -> ActionScale:
 
 def _check_codes(image: ImageTokenizer, tokenizer: str, source: Path) -> None:
     """Raise ValueError unless the codes mean, at least about, what they meant to the checkpoint `source`."""
-    known, own = read_json(source / "manifest.json")["image_tokenizer"], image.digest()
+    known, own = read_json(source / "manifest.json").get("image_tokenizer"), image.digest()
     if known != own and known not in lineage(tokenizer):
         raise ValueError(
             f"train.init_from: {source} was trained on the codes of image tokenizer {known}, {tokenizer} is "
