@@ -139,7 +139,7 @@ def test_the_summary_says_what_the_records_say() -> None:
     over = {row: found["imagined"][0] - found["floor"][0] for row, found in models.items()}
     assert over["full"] < 1.5 < 3 < over["world"]
     text = markdown(records)
-    for words in ("+1.5: possible) beside chunks", "+4.4: excluded) beside", "+10.4: excluded) beside"):
+    for words in ("+1.5: possible), nor", "+4.4: excluded) (image", "+10.4: excluded) beside"):
         assert f"; the paper's {words}" in text
     assert "**Not met**: all together, against the best other row, `action_world`, lowers success" in text
     assert "**Met**: all together, against the best other row, `chunk2`, raises success" in text
