@@ -133,7 +133,9 @@ def test_the_summary_says_what_the_records_say() -> None:
     nothing = "shows no clear difference in success"
     assert verdict("action_world", "action") == verdict("full", "chunk") == nothing
     assert verdict("full_even", "full") == verdict("history2", "full") == nothing
-    assert verdict("chunk2_causal", "action") == "lowers success"
+    assert (
+        verdict("chunk2_causal", "action") == verdict("action_history2", "action_world") == "lowers success"
+    )
     assert verdict("chunk2", "action") == verdict("full2", "chunk2") == "raises success"
     models = {row: _imagined(records, "tables/world10", f"pilot_{row}")[0] for row in ("world", "full")}
     over = {row: found["imagined"][0] - found["floor"][0] for row, found in models.items()}
