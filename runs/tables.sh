@@ -87,7 +87,7 @@ while read -r row seed <&3; do
         *) evaluate "$model" discrete "$result" ;;
     esac
     [ "$row" != head ] || evaluate "$model" continuous "$RESULTS/head_continuous_$seed"
-    case $row in chunk|full) evaluate "$model" discrete "$RESULTS/${row}_execute1_$seed" --execute 1 ;; esac
+    case $row in chunk|full|full2) evaluate "$model" discrete "$RESULTS/${row}_execute1_$seed" --execute 1 ;; esac
     mkdir -p "$result"
     cp "$model/train.json" "$result/train.json"
     ran=$((ran + 1)) left=$((left - 1))
