@@ -252,7 +252,7 @@ def test_models_that_do_not_compare_are_refused(root: Path) -> None:
     check({"a": model}, lengths)
     with pytest.raises(ValueError, match="need clips of one length: leave out --shorter"):
         check({"a": model}, lengths, as_sets=True)
-    with pytest.raises(ValueError, match=r"need 2 clips, stable ones .*: got 1"):
+    with pytest.raises(ValueError, match=r"need 2 clips \(50 for a stable kvd_.*\), got 1: raise"):
         check({"a": model}, clips, as_sets=True)
     with pytest.raises(ValueError, match=r"FVD needs clips of at least 10 frames, got 3: raise --horizons"):
         check({"a": model}, clips * 2, as_sets=True, least=10)

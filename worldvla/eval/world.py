@@ -179,7 +179,8 @@ def check(models: dict[str, Model], clips: Sequence[Clip], as_sets: bool = False
     if as_sets and len({clip.steps for clip in clips}) > 1:
         raise ValueError("distances between sets of clips need clips of one length: leave out --shorter")
     if as_sets and len(clips) < 2:
-        raise ValueError(f"distances between sets need 2 clips, stable ones {ENOUGH}: got {len(clips)}")
+        stable = ", ".join(f"{number} for a stable {name}" for name, number in ENOUGH.items())
+        raise ValueError(f"distances between sets need 2 clips ({stable}), got {len(clips)}: raise --clips")
     if as_sets and (short := min(clip.steps for clip in clips) + 1) < least:
         raise ValueError(f"FVD needs clips of at least {least} frames, got {short}: raise --horizons")
     if len(rates := {fps(clip) for clip in clips}) > 1:
