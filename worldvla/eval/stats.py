@@ -1,4 +1,4 @@
-"""Counts -> intervals. No torch here: simulator processes import it too."""
+"""Counts -> rates with intervals, pairs of outcomes, agreement of rankings. No torch here."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,25 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest, pearsonr, spearmanr
 
-Z_95 = 1.959963984540054
-"""Two-sided 95 % quantile of the normal distribution."""
 STATUSES = {"success": "successes", "fail": "failures", "error": "errors"}
 """How an episode ended -> the key under which a record counts it."""
 DRAWS = 2_000
 """Of a bootstrap."""
 
 
-def wilson(successes: int, trials: int, z: float = Z_95) -> tuple[float, float]:
-    """Return the Wilson score interval of a success rate; (0, 1) without trials, sensible at 0/n and n/n."""
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a success rate; (0, 1) without trials."""
     if not 0 <= successes <= trials:
         raise ValueError(f"successes must be in 0..{trials}, got {successes}")
     if trials == 0:
         return 0.0, 1.0
-    rate, spread = successes / trials, z * z / trials
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z * math.sqrt((rate * (1 - rate) + spread / 4) / trials) / (1 + spread)
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == trials else centre + half)
+    low, high = binomtest(successes, trials).proportion_ci(0.95, "wilson")
+    return float(low), float(high)
 
 
 def count(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -65,8 +62,8 @@ class Pairs:
         return (self.only_a - self.only_b) / self.total if self.total else 0.0
 
 
-def paired_interval(pairs: Pairs, z: float = Z_95) -> tuple[float, float]:
-    """Return the interval of A's success rate minus B's; (-1, 1) without pairs.
+def paired_interval(pairs: Pairs) -> tuple[float, float]:
+    """Return the 95 % interval of A's success rate minus B's; (-1, 1) without pairs.
 
     Newcombe 1998, Statistics in Medicine 17:2635, method 10: the two Wilson intervals, squared and added,
     less what their correlation phi takes away (its numerator with his continuity correction).
@@ -79,7 +76,7 @@ def paired_interval(pairs: Pairs, z: float = Z_95) -> tuple[float, float]:
     excess = pairs.both * pairs.neither - pairs.only_a * pairs.only_b
     excess = max(excess - n / 2, 0.0) if excess > 0 else excess
     phi = excess / math.sqrt(margins) if margins else 0.0
-    (low_a, high_a), (low_b, high_b) = wilson(won_a, n, z), wilson(won_b, n, z)
+    (low_a, high_a), (low_b, high_b) = wilson(won_a, n), wilson(won_b, n)
     down_a, up_a, down_b, up_b = won_a / n - low_a, high_a - won_a / n, won_b / n - low_b, high_b - won_b / n
 
     def add(x: float, y: float) -> float:
@@ -90,22 +87,7 @@ def paired_interval(pairs: Pairs, z: float = Z_95) -> tuple[float, float]:
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Return the exact two-sided p value of McNemar's test: are the discordant pairs a fair coin's?"""
-    n, least = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Return ranks along the last axis, those of ties their mean."""
-    less = (values[..., None, :] < values[..., :, None]).sum(-1)
-    same = (values[..., None, :] == values[..., :, None]).sum(-1)
-    return less + (same - 1) / 2
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return Pearson's correlation along the last axis; nan where one of them is constant."""
-    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-    spread = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-    return np.divide((a * b).sum(-1), spread, out=np.full(spread.shape, np.nan), where=spread > 1e-12)
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def agreement(a_MN: np.ndarray, b_MN: np.ndarray, of_M: Sequence[Any], seed: int = 0) -> dict[str, Any]:
@@ -116,22 +98,18 @@ def agreement(a_MN: np.ndarray, b_MN: np.ndarray, of_M: Sequence[Any], seed: int
     policy differs are left out, and `draws` says how many were not.
     """
     rates = np.stack([a_MN.mean(1), b_MN.mean(1)])
-    names = list(dict.fromkeys(of_M))
-    groups = [np.array([i for i, of in enumerate(of_M) if of == name]) for name in names]
-    rng, drawn = np.random.default_rng(seed), []
-    for _ in range(DRAWS):
-        rows = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
-        pair = rates[:, rows]
-        drawn.append([correlation(*ranks(pair)), correlation(*pair)])
-    spread = np.array([draw for draw in drawn if np.isfinite(draw).all()]).reshape(-1, 2)
-    out: dict[str, Any] = {"same_episodes": [int((a_MN == b_MN).sum()), int(a_MN.size)], "draws": len(spread)}
-    for i, (name, value) in enumerate(
-        {"spearman": correlation(*ranks(rates)), "pearson": correlation(*rates)}.items()
-    ):
-        interval = (
-            [round(float(q), 3) for q in np.quantile(spread[:, i], (0.025, 0.975))] if len(spread) else None
-        )
-        out[name] = {"value": round(float(value), 3) if np.isfinite(value) else None, "interval_95": interval}
+    groups = [np.flatnonzero([of == name for of in of_M]) for name in dict.fromkeys(of_M)]
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(0, len(groups), len(groups)) for _ in range(DRAWS)]
+    drawn = [rates[:, np.concatenate([groups[i] for i in row])] for row in rows]
+    drawn = [pair for pair in drawn if (np.ptp(pair, axis=1) > 1e-9).all()]
+    out: dict[str, Any] = {"same_episodes": [int((a_MN == b_MN).sum()), int(a_MN.size)], "draws": len(drawn)}
+    for name, measure in {"spearman": spearmanr, "pearson": pearsonr}.items():
+        is_defined = bool((np.ptp(rates, axis=1) > 1e-9).all())
+        value = round(float(measure(*rates)[0]), 3) if is_defined else None
+        quantiles = np.quantile([measure(*pair)[0] for pair in drawn], (0.025, 0.975)) if drawn else None
+        interval = None if quantiles is None else [round(float(q), 3) for q in quantiles]
+        out[name] = {"value": value, "interval_95": interval}
     return out
 
 
