@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from test_policy import observe
-from tiny_run import tiny_config, write_tiny
+from tiny_run import joined, tiny_config, write_tiny
 from torch import nn
 
 import worldvla
@@ -96,7 +96,7 @@ def test_it_sees_the_prompt_alone_and_all_of_it(root: Path, tmp_path: Path) -> N
 
 def test_targets_are_not_quantised(root: Path) -> None:
     pieces = build(tiny_config(root))
-    batch, vocab = pieces.loader.batch(0), pieces.vocab
+    batch, vocab = joined(pieces.loader.batch(0), pieces.vocab.pad), pieces.vocab
     is_policy_B = (batch.kind_BT == KIND_ACTION).any(1)
     assert (~batch.value_BT.isnan()).sum(1).tolist() == (is_policy_B * K * A).tolist()
     values = batch.value_BT[~batch.value_BT.isnan()]
@@ -125,7 +125,7 @@ def test_accumulation_divides_by_all_actions(root: Path, tmp_path: Path, supervi
     config = with_head(tiny_config(root))
     config = replace(config, loss=replace(config.loss, supervise=supervise))
     trainer = Trainer(build(config), tmp_path / "run")
-    whole = trainer.pieces.loader.batch(0)
+    whole = joined(trainer.pieces.loader.batch(0), trainer.pieces.vocab.pad)
     rows = (slice(0, 1), slice(1, 4))
     uneven = [Batch(**{n: t[part] for n, t in vars(whole).items()}) for part in rows]
     results = []

@@ -4,6 +4,7 @@ pytest tests/test_loader.py
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,12 +81,23 @@ def expected(builder: SampleBuilder, frame: int, mode: Mode) -> Sample:
     return builder.policy(episode.instruction, episode.states[t], frames, episode.actions[steps])
 
 
+def lengths_of(batch: Batch) -> torch.Tensor:
+    """The samples' lengths (B,): the last token of each is a target."""
+    return batch.kind_BT.shape[1] - (batch.kind_BT > 0).flip(1).int().argmax(1)
+
+
 def rows(batch: Batch) -> list[bytes]:
-    return [row.numpy().tobytes() for row in batch.ids_BT]
+    """The samples' ids, without their padding."""
+    lengths = lengths_of(batch).tolist()
+    return [row[:length].numpy().tobytes() for row, length in zip(batch.ids_BT, lengths, strict=True)]
 
 
-def same(a: Batch, b: Batch) -> bool:
-    return all(np.array_equal(getattr(a, n), getattr(b, n), equal_nan=True) for n in vars(a))
+def same(a: Sequence[Batch], b: Sequence[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        np.array_equal(getattr(x, n), getattr(y, n), equal_nan=True)
+        for x, y in zip(a, b, strict=True)
+        for n in vars(x)
+    )
 
 
 @pytest.mark.parametrize("pad_chunks", [False, True])
@@ -106,9 +118,9 @@ def test_longer_samples_are_cut_where_that_is_asked_for(stores: list[TokenStore]
     with pytest.raises(ValueError, match=f"a sample has {longest} tokens, sequence_length is {longest - 5}"):
         make(stores, data)
     cut = make(stores, replace(data, truncate=True)).batch(0)
-    for name in vars(whole):
-        want, got = getattr(whole, name)[:, : longest - 5], getattr(cut, name)
-        assert np.array_equal(got, want, equal_nan=True), name
+    assert max(part.ids_BT.shape[1] for part in whole) == longest
+    for part, got in zip(whole, cut, strict=True):
+        assert same([Batch(**{n: tensor[:, : longest - 5] for n, tensor in vars(part).items()})], [got])
 
 
 def test_instructions_can_begin_with_the_scene(tmp_path: Path):
@@ -186,37 +198,42 @@ def test_an_epoch_sees_every_sample_once(stores: list[TokenStore], mode: Mode):
     data = replace(DATA, world_fraction=0.0 if mode == "policy" else 1.0)
     loader = make(stores, data, batch_size=1)
     count = loader.num_train(mode)
-    epochs = [[rows(loader.batch(epoch * count + i))[0] for i in range(count)] for epoch in range(2)]
+    epochs = [[rows(loader.batch(epoch * count + i)[0])[0] for i in range(count)] for epoch in range(2)]
     whole = Counter(loader.sample(f, mode).ids.tobytes() for f in loader._train[mode].tolist())
-    padded = Counter(epochs[0])
-    assert Counter(epochs[1]) == padded
+    assert Counter(epochs[0]) == Counter(epochs[1]) == whole
     assert epochs[0] != epochs[1]
-    assert sum(whole.values()) == sum(padded.values()) == count
-    assert sorted(whole.values()) == sorted(padded.values())
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.04, 0.25, 0.5, 1.0])
 def test_the_share_of_world_samples_is_exact(stores: list[TokenStore], fraction: float):
     loader = make(stores, replace(DATA, world_fraction=fraction))
-    is_policy = [(loader.batch(step).kind_BT == KIND_ACTION).any(dim=1) for step in range(25)]
-    assert (~torch.cat(is_policy)).sum() == int(fraction * 250)
-    per_batch = [int((~flags).sum()) for flags in is_policy]
+    per_batch = []
+    for step in range(25):
+        counts = {"policy": 0, "world": 0}
+        for part in loader.batch(step):
+            is_policy_B = (part.kind_BT == KIND_ACTION).any(dim=1)
+            assert bool(is_policy_B.all()) or not is_policy_B.any()  # each kind in a batch of its own
+            counts["policy" if is_policy_B[0] else "world"] += len(is_policy_B)
+        assert sum(counts.values()) == 10
+        per_batch.append(counts["world"])
+    assert sum(per_batch) == int(fraction * 250)
     assert max(per_batch) - min(per_batch) <= 1
 
 
-def test_batches_are_padded_to_the_sequence_length(stores: list[TokenStore]):
+def test_batches_are_as_long_as_their_longest_sample(stores: list[TokenStore]):
     loader = make(stores)
-    batch = loader.batch(0)
-    assert batch.ids_BT.shape == (10, 100)
-    assert batch.ids_BT.dtype == torch.int64
-    assert (batch.ids_BT[:, -1] == loader.builder.vocab.pad).all()
-    assert not batch.kind_BT[:, -1].any()
+    for part in loader.batch(0):
+        lengths_B = lengths_of(part)
+        assert part.ids_BT.shape[1] == lengths_B.max()
+        assert part.ids_BT.dtype == torch.int64
+        is_pad_BT = torch.arange(part.ids_BT.shape[1]) >= lengths_B[:, None]
+        assert ((part.ids_BT == loader.builder.vocab.pad) == is_pad_BT).all()
 
 
 def test_validation_is_the_same_for_every_seed_and_wraps(stores: list[TokenStore]):
     loader, other = make(stores), make(stores, seed=99)
     for mode in MODES:
-        assert same(loader.val_batch(0, mode), other.val_batch(0, mode))
+        assert same([loader.val_batch(0, mode)], [other.val_batch(0, mode)])
         count = loader.num_val(mode)
         assert count > 0
         seen = [row for i in range(count) for row in rows(loader.val_batch(i, mode))]

@@ -40,7 +40,7 @@ def lora_config(root: Path, lora: LoraConfig = LORA, **settings: object) -> Conf
 
 def logits(model: Transformer, trainer: Trainer) -> torch.Tensor:
     """Return logits (P, V) of the first batch at its targets."""
-    batch = trainer.pieces.loader.batch(0)
+    batch = trainer.pieces.loader.batch(0)[0]
     with torch.no_grad():
         x_PD, _ = loop.make_forward(model.eval(), "float32", None)(batch, Targets.of(batch))
         return model.logits(x_PD)

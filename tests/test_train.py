@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import tiny_config, write_tiny
+from tiny_run import joined, tiny_config, write_tiny
 
 from worldvla.batch import Batch
 from worldvla.config import Config, LoraConfig, OptimConfig, from_json
 from worldvla.tokenizers.image import ImageTokenizer
-from worldvla.train import checkpoint, loop
+from worldvla.train import checkpoint
 from worldvla.train.build import build
 from worldvla.train.loop import Trainer, train
 from worldvla.train.optim import build_optimizers, learning_rate
@@ -234,13 +234,14 @@ def test_a_loss_that_is_not_finite_raises(root: Path, tmp_path: Path) -> None:
 
 def test_accumulation_equals_one_big_batch(root: Path, tmp_path: Path) -> None:
     trainer = Trainer(build(tiny_config(root)), tmp_path / "run")
-    whole = trainer.pieces.loader.batch(0)
+    parts = trainer.pieces.loader.batch(0)
+    whole = joined(parts, trainer.pieces.vocab.pad)
     uneven = [
         Batch(**{name: tensor[rows] for name, tensor in vars(whole).items()})
         for rows in (slice(0, 1), slice(1, 4))
     ]
     results = []
-    for batches in ([whole], uneven, loop.parts(whole, trainer.pieces.vocab.pad)):
+    for batches in ([whole], uneven, parts):
         values = trainer.backward(batches)
         results.append(
             (values, {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})

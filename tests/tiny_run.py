@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from worldvla.batch import Batch
 from worldvla.config import (
     Config,
     DataConfig,
@@ -91,4 +93,21 @@ def _episode(rng: np.random.Generator, index: int, length: int = 8) -> Episode:
         is_expert=np.ones(length, dtype=np.bool_),
         init=index,
         seed=0,
+    )
+
+
+def joined(parts: list[Batch], pad: int) -> Batch:
+    """Return the samples of all parts as one batch, padded to the longest."""
+    length = max(part.ids_BT.shape[1] for part in parts)
+    fill = {"ids_BT": pad, "value_BT": float("nan")}
+    return Batch(
+        **{
+            name: torch.cat(
+                [
+                    F.pad(t := getattr(p, name), (0, length - t.shape[1]), value=fill.get(name, 0))
+                    for p in parts
+                ]
+            )
+            for name in vars(parts[0])
+        }
     )

@@ -1,13 +1,14 @@
 """TokenStores -> Batches: a pure function of (seed, step), so resuming needs nothing but the step.
 
-Policy and world samples are two streams, each a fresh permutation of its positions every epoch, without
-replacement. Instructions, actions and states are encoded once at the start, and a batch is copied from
-templates (`data/sample.py`): about 2 ms for 64 samples. With several ranks, rank r of W takes `batch(step * W
-+ r)`.
+Policy and world samples are two streams, each a fresh permutation of its frames every epoch, without
+replacement. Instructions, actions and states are encoded once at the start (`FrameTable`), and a batch is copied
+from templates (`data/sample.py`): about 2 ms for 64 samples. With several ranks, rank r of W takes `batch(step *
+W + r)`.
 """
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
@@ -28,6 +29,93 @@ VAL_SEED = 0
 """Order of the validation samples: the same for every training seed, so that runs compare."""
 
 
+@dataclass(frozen=True)
+class FrameTable:
+    """What the sample of each frame is filled with, as ids: F frames of all stores, one after another."""
+
+    builder: SampleBuilder
+    starts_F: np.ndarray
+    """First frame of the frame's episode."""
+    stores_F: np.ndarray
+    """The frame's store."""
+    offsets: np.ndarray
+    """First frame of each store."""
+    codes: list[list[np.ndarray]]
+    """Of each store and view the image codes, uint16 (frames of the store, N)."""
+    instructions: np.ndarray
+    """(F,) of str."""
+    states_FS: np.ndarray | None
+    actions_FA: np.ndarray
+    """What a world sample is conditioned on."""
+    chunks_FUA: np.ndarray
+    """The chunk that a policy should execute, int32."""
+    values_FUA: np.ndarray
+    """The same in [-1, 1], not quantised, float32."""
+
+    @classmethod
+    def of(
+        cls,
+        stores: Sequence[TokenStore],
+        builder: SampleBuilder,
+        scene_prefix: bool,
+        chunks: list[np.ndarray],
+    ) -> "FrameTable":
+        """`chunks`: of each store the actions (F, U, A) of every frame's chunk, in physical units."""
+        layout, vocab, statistics = builder.layout, builder.vocab, builder.statistics
+        actions, states = (
+            np.concatenate([getattr(s, name) for s in stores]) for name in ("actions", "states")
+        )
+        values = [normalize(c, statistics.action_low, statistics.action_high) for c in chunks]
+        episodes = [e for store in stores for e in store.episodes]
+        texts = np.array([prompted(e, scene_prefix) for e in episodes], dtype=object)
+        lengths = [len(store) for store in stores]
+        return cls(
+            builder,
+            frame_spans(stores)[0],
+            np.repeat(np.arange(len(stores)), lengths),
+            np.cumsum([0, *lengths])[:-1],
+            [[store.codes[view] for view in layout.views] for store in stores],
+            np.repeat(texts, [e.length for e in episodes]),
+            statistics.encode_states(states) + vocab.state.start if layout.state else None,
+            statistics.encode_world_actions(actions) + vocab.action.start,
+            np.concatenate([(quantize(v) + vocab.action.start).astype(np.int32) for v in values]),
+            np.concatenate([v.astype(np.float32) for v in values]),
+        )
+
+    def template(self, frame: int, mode: Mode) -> Template:
+        """Return the template of the frame's sample: at an episode's start a policy's holds fewer frames."""
+        if mode == "world":
+            return self.builder.world_template()
+        before = frame - int(self.starts_F[frame])
+        count = min(before + 1, self.builder.layout.history)
+        return self.builder.policy_template(self.instructions[frame], count)
+
+    def fill(self, table: np.ndarray, frame: int, mode: Mode) -> None:
+        """Write the frame's sample into the first columns of `table` (5, T)."""
+        template = self.template(frame, mode)
+        table[:, : len(template)] = template.table
+        oldest = frame if mode == "world" else frame - len(template.images) + 1
+        views, vocab = self.codes[self.stores_F[frame]], self.builder.vocab
+        local = oldest - int(self.offsets[self.stores_F[frame]])
+        images = (
+            [codes[i].astype(np.int64) + vocab.image.start for codes in views]
+            for i in range(local, local + len(template.images))
+        )
+        if mode == "world":
+            template.fill(table[0], images, self.actions_FA[frame])
+        else:
+            state = None if self.states_FS is None else self.states_FS[frame]
+            template.fill(table[0], images, self.chunks_FUA[frame], state)
+
+    def longest(self) -> int:
+        """Return the number of tokens of the longest sample."""
+        texts, builder = dict.fromkeys(self.instructions.tolist()), self.builder
+        policy = [
+            len(builder.policy_template(t, m + 1)) for t in texts for m in range(builder.layout.history)
+        ]
+        return max(len(builder.world_template()), *policy)
+
+
 class Loader:
     """`batch(step)` for training, `val_batch(i, mode)` for validation."""
 
@@ -40,65 +128,43 @@ class Loader:
         seed: int,
     ) -> None:
         self.builder, self.data, self.batch_size, self.seed = builder, data, batch_size, seed
-        layout = builder.layout
-        check_stores(stores, layout, builder.vocab)
-        self._stores = list(stores)
-        self._starts, self._stops = frame_spans(stores)
-        self._frame_store = np.repeat(np.arange(len(stores)), [len(s) for s in stores])
-        self._frame_offset = np.cumsum([0] + [len(s) for s in stores])[self._frame_store]
-        self._codes = [[store.codes[view] for view in layout.views] for store in stores]
-        actions, states = (
-            np.concatenate([getattr(s, name) for s in stores]) for name in ("actions", "states")
-        )
-        vocab, statistics = builder.vocab, builder.statistics
-        self._action_ids = statistics.encode_world_actions(actions) + vocab.action.start
-        targets = [policy_targets(store, layout.chunk, data.pad_chunks) for store in stores]
-        low, high = statistics.action_low, statistics.action_high
-        values = [normalize(chunks, low, high) for chunks, _ in targets]
-        self._chunk_ids = np.concatenate([(quantize(v) + vocab.action.start).astype(np.int32) for v in values])
-        """(F, K, A): the chunk that each frame asks for."""
-        self._chunk_values = np.concatenate([v.astype(np.float32) for v in values])
-        """(F, K, A): the same in [-1, 1], not quantised."""
-        self._state_ids = statistics.encode_states(states) + vocab.state.start if layout.state else None
-
-        texts = [prompted(e, data.scene_prefix) for store in stores for e in store.episodes]
+        check_stores(stores, builder.layout, builder.vocab)
+        targets = [policy_targets(store, builder.layout.chunk, data.pad_chunks) for store in stores]
+        self.frames = FrameTable.of(stores, builder, data.scene_prefix, [chunks for chunks, _ in targets])
         lengths = [e.length for store in stores for e in store.episodes]
-        rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        self._frame_text = np.repeat([rows[text] for text in texts], lengths)
-        self._policy_templates = [
-            [builder.policy_template(t, m + 1) for m in range(layout.history)] for t in rows
-        ]
-        self._world_template = builder.world_template()
-
-        held_out = np.repeat(np.concatenate([*split(stores, data.val_fraction)]), lengths)
+        held_out = np.repeat(np.concatenate(split(stores, data.val_fraction)), lengths)
+        _, stops = frame_spans(stores)
         is_start = {
             "policy": np.concatenate([is_start for _, is_start in targets]),
-            "world": np.arange(len(actions)) + 1 < self._stops,
+            "world": np.arange(len(stops)) + 1 < stops,
         }
         self._train = {mode: np.flatnonzero(is_start[mode] & ~held_out) for mode in MODES}
-        self._val = {mode: np.flatnonzero(is_start[mode] & held_out) for mode in MODES}
-        self._val = {m: np.random.default_rng(VAL_SEED).permutation(self._val[m]) for m in MODES}
+        rng = {mode: np.random.default_rng(VAL_SEED) for mode in MODES}
+        self._val = {mode: rng[mode].permutation(np.flatnonzero(is_start[mode] & held_out)) for mode in MODES}
         self._share = Fraction(str(data.world_fraction))
         self._orders: dict[tuple[Mode, int], np.ndarray] = {}
         self._check()
 
-    def batch(self, step: int) -> Batch:
-        """Return the training batch of `step`; policy samples first.
+    def batch(self, step: int) -> list[Batch]:
+        """Return the training batch of `step`: its policy samples, its world samples, each if there are any.
 
-        Of all samples before any step, world_fraction (rounded down) are world samples.
+        Of all samples before any step, world_fraction (rounded down) are world samples. They are longer: apart,
+        a step costs a sixth less, and the loss is the same.
         """
         first, last = (int(self._share * self.batch_size * s) for s in (step, step + 1))
-        world = self._take("world", first, last)
         policy = self._take("policy", self.batch_size * step - first, self.batch_size * (step + 1) - last)
-        return self._assemble(policy, world)
+        frames: dict[Mode, np.ndarray] = {"policy": policy, "world": self._take("world", first, last)}
+        return [self._assemble(chosen, mode) for mode, chosen in frames.items() if len(chosen)]
 
     def val_batch(self, i: int, mode: Mode) -> Batch:
         """Return the i-th validation batch of one kind; past the last sample it wraps around."""
-        positions = self._val[mode]
-        if not len(positions):
-            raise ValueError(f"data.val_fraction {self.data.val_fraction} holds out no {mode} sample: raise it")
-        chosen = positions[np.arange(i * self.batch_size, (i + 1) * self.batch_size) % len(positions)]
-        return self._assemble(chosen, chosen[:0]) if mode == "policy" else self._assemble(chosen[:0], chosen)
+        frames = self._val[mode]
+        if not len(frames):
+            raise ValueError(
+                f"data.val_fraction {self.data.val_fraction} holds out no {mode} sample: raise it"
+            )
+        chosen = np.arange(i * self.batch_size, (i + 1) * self.batch_size) % len(frames)
+        return self._assemble(frames[chosen], mode)
 
     def num_train(self, mode: Mode) -> int:
         """Return the number of training samples of one kind."""
@@ -109,12 +175,10 @@ class Loader:
         return len(self._val[mode])
 
     def sample(self, frame: int, mode: Mode) -> Sample:
-        """Return the sample that starts at a frame (counted over all stores), unpadded."""
-        frames = np.array([frame])
-        none = frames[:0]
-        table = self._tables(frames, none)[:, 0] if mode == "policy" else self._tables(none, frames)[:, 0]
-        length = len(self._policy_template(frame)[0]) if mode == "policy" else len(self._world_template)
-        return Sample(**{name: table[k, :length].astype(DTYPES[name]) for k, name in enumerate(ROWS)})
+        """Return the sample that starts at a frame (counted over all stores), unpadded and never cut."""
+        table = np.zeros((len(ROWS), len(self.frames.template(frame, mode))), dtype=np.int64)
+        self.frames.fill(table, frame, mode)
+        return Sample(**{name: table[k].astype(DTYPES[name]) for k, name in enumerate(ROWS)})
 
     def _take(self, mode: Mode, first: int, last: int) -> np.ndarray:
         """Return the frames of samples first .. last - 1 of a stream."""
@@ -133,65 +197,27 @@ class Loader:
             self._orders[mode, epoch] = rng.permutation(self._train[mode])
         return self._orders[mode, epoch]
 
-    def _assemble(self, policy: np.ndarray, world: np.ndarray) -> Batch:
-        tables = self._tables(policy, world)
+    def _assemble(self, frames: np.ndarray, mode: Mode) -> Batch:
+        """Return the samples of the frames (B,), padded to the longest, at most the sequence length."""
+        templates = [self.frames.template(frame, mode) for frame in frames.tolist()]
+        tables = np.zeros((len(ROWS), len(frames), max(map(len, templates))), dtype=np.int64)
+        tables[0] = self.builder.vocab.pad
         values_BT = np.full(tables.shape[1:], np.nan, dtype=np.float32)
-        for i, frame in enumerate(policy.tolist()):
-            values_BT[i, self._policy_template(frame)[0].actions] = self._chunk_values[frame]
+        for i, (frame, template) in enumerate(zip(frames.tolist(), templates, strict=True)):
+            self.frames.fill(tables[:, i], frame, mode)
+            if mode == "policy":
+                values_BT[i, template.actions] = self.frames.values_FUA[frame]
         tables, values_BT = (a[..., : self.data.sequence_length] for a in (tables, values_BT))
         ints = {f"{name}_BT": torch.from_numpy(tables[k]) for k, name in enumerate(ROWS)}
         return Batch(**ints, value_BT=torch.from_numpy(values_BT))
 
-    def _tables(self, policy: np.ndarray, world: np.ndarray) -> np.ndarray:
-        """Return (5, B, T) int64: policy samples first, then world samples, padded to the sequence length or
-        the longest sample."""
-        tables = np.zeros((len(ROWS), len(policy) + len(world), self._width), dtype=np.int64)
-        tables[0] = self.builder.vocab.pad
-        for i, frame in enumerate(policy.tolist()):
-            self._fill_policy(tables[:, i], frame)
-        for i, frame in enumerate(world.tolist(), start=len(policy)):
-            self._fill_world(tables[:, i], frame)
-        return tables
-
-    def _policy_template(self, frame: int) -> tuple[Template, int]:
-        """Return the template of the chunk at `frame` and its oldest frame (fewer at an episode's start)."""
-        oldest = max(int(self._starts[frame]), frame - self.builder.layout.history + 1)
-        return self._policy_templates[self._frame_text[frame]][frame - oldest], oldest
-
-    def _fill_policy(self, table: np.ndarray, frame: int) -> None:
-        template, oldest = self._policy_template(frame)
-        table[:, : len(template)] = template.table
-        ids = table[0]
-        if self._state_ids is not None:
-            ids[template.state] = self._state_ids[frame]
-        self._fill_images(ids, template, oldest)
-        ids[template.actions] = self._chunk_ids[frame]
-
-    def _fill_world(self, table: np.ndarray, frame: int) -> None:
-        template = self._world_template
-        table[:, : len(template)] = template.table
-        self._fill_images(table[0], template, frame)
-        if len(template.actions):
-            table[0][template.actions[0]] = self._action_ids[frame]
-
-    def _fill_images(self, ids: np.ndarray, template: Template, oldest: int) -> None:
-        codes, start = self._codes[self._frame_store[oldest]], self.builder.vocab.image.start
-        local = oldest - int(self._frame_offset[oldest])
-        for k, views in enumerate(template.images):
-            for view, positions in enumerate(views):
-                ids[positions] = codes[view][local + k]
-                ids[positions] += start
-
     def _check(self) -> None:
-        longest = max(
-            len(t) for t in [self._world_template, *(t for ts in self._policy_templates for t in ts)]
-        )
+        longest = self.frames.longest()
         if longest > self.data.sequence_length and not self.data.truncate:
             raise ValueError(
                 f"a sample has {longest} tokens, sequence_length is {self.data.sequence_length}: raise it "
                 "(data.truncate cuts, as published)"
             )
-        self._width = max(longest, self.data.sequence_length)
         if not 0 <= self._share <= 1:
             raise ValueError(f"data.world_fraction must be in [0, 1], got {self.data.world_fraction}")
         for mode in MODES:

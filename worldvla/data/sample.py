@@ -50,10 +50,28 @@ class Template:
     images: tuple[tuple[np.ndarray, ...], ...]
     """Positions of the image codes, (N,) a frame and view; a world template's last frame is the next one."""
     actions: np.ndarray
-    """Positions of the action dims: (K, A); in a world template (1, A), or (0, A) without conditioning."""
+    """Positions of the action dims: (U, A); in a world template (1, A), or (0, A) without conditioning."""
 
     def __len__(self) -> int:
         return self.table.shape[1]
+
+    def fill(
+        self,
+        ids: np.ndarray,
+        frames: Iterable[Sequence[np.ndarray]],
+        actions: np.ndarray | None,
+        state: np.ndarray | None = None,
+    ) -> None:
+        """Write into `ids` (T,), a copy of the table's first row, what is open. All are ids of the vocabulary:
+        `frames`, oldest first, (N,) a view; `actions` (U, A), or (A,) of a world sample; `state` (S,). None
+        and frames that are missing stay open."""
+        for positions, frame in zip(self.images, frames, strict=False):
+            for places, codes in zip(positions, frame, strict=True):
+                ids[places] = codes
+        if actions is not None:
+            ids[self.actions] = actions
+        if state is not None:
+            ids[self.state] = state
 
 
 class SampleBuilder:
@@ -86,7 +104,8 @@ class SampleBuilder:
 
         `frames`: 1..M frames, oldest first, each the codes (N,) of every view.
         """
-        return self._cut(*self._open_policy(instruction, state, frames), whole=False)
+        template = self.policy_template(instruction, len(frames))
+        return self._fill(template, frames, None, self._state_ids(state), template.prompt)
 
     def policy(
         self,
@@ -95,18 +114,19 @@ class SampleBuilder:
         frames: Sequence[Sequence[np.ndarray]],
         actions_UA: np.ndarray,
     ) -> Sample:
-        """Return a policy sample; `state` (S,) and `actions_UA` (K, A) in physical units."""
-        template, ids = self._open_policy(instruction, state, frames)
+        """Return a policy sample; `state` (S,) and `actions_UA` (U, A) in physical units."""
+        template = self.policy_template(instruction, len(frames))
         if np.shape(actions_UA) != template.actions.shape:
             raise ValueError(
                 f"a policy sample needs actions of shape {template.actions.shape}, got {np.shape(actions_UA)}"
             )
-        ids[template.actions] = to_ids(self.statistics.encode_actions(actions_UA), self.vocab.action)
-        return self._cut(template, ids)
+        actions = to_ids(self.statistics.encode_actions(actions_UA), self.vocab.action)
+        return self._fill(template, frames, actions, self._state_ids(state))
 
     def world_prompt(self, frames: Sequence[Sequence[np.ndarray]], action: np.ndarray | None) -> Sample:
         """Return everything before the next frame; `action` (A,) is unused without conditioning."""
-        return self._cut(*self._open_world(frames, action), whole=False)
+        template = self.world_template(len(frames))
+        return self._fill(template, frames, self._action_ids(action), stop=template.prompt)
 
     def world(
         self,
@@ -115,9 +135,8 @@ class SampleBuilder:
         next_frame: Sequence[np.ndarray],
     ) -> Sample:
         """Return a world sample: frame(s) and action -> the next frame, all views."""
-        template, ids = self._open_world(frames, action)
-        self._fill_images(ids, template.images[-1:], [next_frame])
-        return self._cut(template, ids)
+        template = self.world_template(len(frames))
+        return self._fill(template, [*frames, next_frame], self._action_ids(action))
 
     def action_block_positions(self, prompt: int) -> np.ndarray:
         """Return the positions (K, A + 2) of each action's begin, dims and end after `prompt` tokens."""
@@ -220,57 +239,46 @@ class SampleBuilder:
         draft.add(self.vocab.eoa, chunk=chunk)
         return positions
 
-    def _open_policy(
-        self, instruction: str, state: np.ndarray | None, frames: Sequence[Sequence[np.ndarray]]
-    ) -> tuple[Template, np.ndarray]:
-        template = self.policy_template(instruction, len(frames))
-        ids = template.table[0].copy()
-        if self.layout.state:
-            if state is None:
-                raise ValueError(
-                    f"the layout has state tokens, got no state: pass {self.layout.num_state_dims} values"
-                )
-            ids[template.state] = to_ids(self.statistics.encode_states(state), self.vocab.state)
-        self._fill_images(ids, template.images, frames)
-        return template, ids
-
-    def _open_world(
-        self, frames: Sequence[Sequence[np.ndarray]], action: np.ndarray | None
-    ) -> tuple[Template, np.ndarray]:
-        template = self.world_template(len(frames))
-        ids = template.table[0].copy()
-        self._fill_images(ids, template.images[:-1], frames)
-        if self.layout.action_conditioning:
-            if action is None:
-                raise ValueError(
-                    f"the layout conditions on an action, got none: pass {self.layout.num_action_dims} values"
-                )
-            ids[template.actions[0]] = to_ids(self.statistics.encode_world_actions(action), self.vocab.action)
-        return template, ids
-
-    def _fill_images(
+    def _fill(
         self,
-        ids: np.ndarray,
-        positions: Sequence[Sequence[np.ndarray]],
+        template: Template,
         frames: Sequence[Sequence[np.ndarray]],
-    ) -> None:
-        for where, frame in zip(positions, frames, strict=True):
-            if len(frame) != len(where):
-                raise ValueError(
-                    f"a frame needs the codes of {len(where)} views {self.layout.views}, got {len(frame)}"
-                )
-            for view, view_positions, codes in zip(self.layout.views, where, frame, strict=True):
-                codes = np.asarray(codes).reshape(-1)
-                if codes.size != view_positions.size:
-                    raise ValueError(
-                        f"view {view} needs {view_positions.size} codes, got {codes.size}: check image size"
-                    )
-                ids[view_positions] = to_ids(codes, self.vocab.image)
+        actions: np.ndarray | None,
+        state: np.ndarray | None = None,
+        stop: int | None = None,
+    ) -> Sample:
+        """Return the first `stop` tokens of the template, filled; `frames` in codes, the rest in ids."""
+        table = template.table.copy()
+        template.fill(table[0], map(self._frame_ids, frames), actions, state)
+        return _sample(table[:, :stop])
 
-    @staticmethod
-    def _cut(template: Template, ids: np.ndarray, whole: bool = True) -> Sample:
-        stop = len(template) if whole else template.prompt
-        return _sample(np.concatenate([ids[None], template.table[1:]])[:, :stop])
+    def _state_ids(self, state: np.ndarray | None) -> np.ndarray | None:
+        if not self.layout.state:
+            return None
+        if state is None:
+            raise ValueError(
+                f"the layout has state tokens, got no state: pass {self.layout.num_state_dims} values"
+            )
+        return to_ids(self.statistics.encode_states(state), self.vocab.state)
+
+    def _action_ids(self, action: np.ndarray | None) -> np.ndarray | None:
+        if not self.layout.action_conditioning:
+            return None
+        if action is None:
+            raise ValueError(
+                f"the layout conditions on an action, got none: pass {self.layout.num_action_dims} values"
+            )
+        return to_ids(self.statistics.encode_world_actions(action), self.vocab.action)
+
+    def _frame_ids(self, frame: Sequence[np.ndarray]) -> list[np.ndarray]:
+        views, sizes = self.layout.views, self.layout.codes_per_view
+        if len(frame) != len(views):
+            raise ValueError(f"a frame needs the codes of {len(views)} views {views}, got {len(frame)}")
+        codes = [np.asarray(view).reshape(-1) for view in frame]
+        for view, size, own in zip(views, sizes, codes, strict=True):
+            if own.size != size:
+                raise ValueError(f"view {view} needs {size} codes, got {own.size}: check image size")
+        return [to_ids(own, self.vocab.image) for own in codes]
 
 
 class _Draft:

@@ -185,10 +185,7 @@ class Trainer:
     def _batches(self, step: int) -> list[Batch]:
         num = self.config.train.accumulation
         indices = [0] * num if self.overfit else range(step * num, (step + 1) * num)
-        return [part for i in indices for part in self._place(self.pieces.loader.batch(i))]
-
-    def _place(self, batch: Batch) -> list[Batch]:
-        return [part.to(self.device) for part in parts(batch, self.pieces.vocab.pad)]
+        return [part.to(self.device) for i in indices for part in self.pieces.loader.batch(i)]
 
     @contextmanager
     def _prefetch(self) -> Iterator[Callable[[int], list[Batch]]]:
@@ -223,7 +220,7 @@ class Trainer:
             if (fraction if mode == "world" else 1 - fraction) == 0:
                 continue
             for index in range(self.config.train.num_eval_batches):
-                yield from self._place(loader.val_batch(index, mode))
+                yield loader.val_batch(index, mode).to(self.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.dtype == "bfloat16")
@@ -262,20 +259,6 @@ def make_forward(
         return x_BTD.flatten(0, 1).index_select(0, targets.positions_P), actions_BUA
 
     return forward
-
-
-def parts(batch: Batch, pad: int) -> list[Batch]:
-    """Return the policy samples and the world samples of a batch, without the columns that are all padding.
-
-    World samples are longer; apart, a step costs a sixth less, and the loss is the same.
-    """
-    is_policy_B = (batch.kind_BT == KIND_ACTION).any(1)
-    out = []
-    for is_chosen_B in (is_policy_B, ~is_policy_B):
-        if is_chosen_B.any():
-            length = int((batch.ids_BT[is_chosen_B] != pad).any(0).nonzero().max()) + 1
-            out.append(Batch(**{name: tensor[is_chosen_B, :length] for name, tensor in vars(batch).items()}))
-    return out
 
 
 @contextmanager
