@@ -1,39 +1,77 @@
 """Every setting, as frozen dataclasses; `recipes.py` holds complete named configs. Imports nothing of ours.
 
-A config is written as `config.json` beside every checkpoint; `from_json` rejects unknown keys.
+A config is written as `config.json` beside every checkpoint. Types, choices and bounds are those of the
+annotations, and hold wherever a value comes from: a file, an option or a recipe.
 """
 
 import dataclasses
+import functools
 import math
+import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number; both belong to it, unless `is_open` leaves `low` out."""
+
+    low: float
+    high: float = math.inf
+    is_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and not (self.is_open and value == self.low)
+
+    def __str__(self) -> str:
+        lower = f"{'above' if self.is_open else 'from'} {self.low:,}"
+        return lower if self.high == math.inf else f"{lower} to {self.high:,}"
+
+
+Count = Annotated[int, Range(1, 10**9)]
+Whole = Annotated[int, Range(0, 10**9)]
+Share = Annotated[float, Range(0, 1)]
+Amount = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, is_open=True)]
+
+
+class Checked:
+    """A dataclass whose values must fit their annotations; ValueError names the first that does not."""
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        check_values(type(self), vars(self), name.removesuffix("Config").lower() or "config")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageTokenizerConfig:
+class ImageTokenizerConfig(Checked):
     """Shape of the VQGAN (published values: WorldVLA model/chameleon_vae_ori/vqgan.yaml)."""
 
-    channels: int = 128
+    channels: Count = 128
     """Width at full resolution."""
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    channel_mult: tuple[Count, ...] = (1, 1, 2, 2, 4)
     """Width of each level over `channels`; each level but the last halves the sides."""
     encoder: Literal["vqgan", "cell"] = "vqgan"
     """cell: every code is a function of its own factor x factor pixels alone, so that what stands still keeps
     its codes, as a world model needs it. vqgan: as published; its norms and attention see the whole frame."""
-    patch: int = 1
+    patch: Count = 1
     """Side of the pixel blocks folded into channels before the first level (published: 1). More makes small
     tokenizers fast."""
-    num_res_blocks: int = 2
-    z_channels: int = 256
-    embed_dim: int = 256
+    num_res_blocks: Whole = 2
+    z_channels: Count = 256
+    embed_dim: Count = 256
     """Dimension of a codebook vector (for FSQ: the number of levels)."""
     quantizer: Literal["vq", "fsq"] = "vq"
-    num_codes: int = 8192
-    fsq_levels: tuple[int, ...] = ()
+    num_codes: Annotated[int, Range(2, 2**24)] = 8192
+    fsq_levels: tuple[Annotated[int, Range(2, 256)], ...] = ()
     """Levels of each FSQ dimension; their product is num_codes. Empty for VQ."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.quantizer == "fsq":
             product = math.prod(self.fsq_levels)
             if product != self.num_codes or len(self.fsq_levels) != self.embed_dim:
@@ -51,21 +89,21 @@ class ImageTokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayoutConfig:
+class LayoutConfig(Checked):
     """What a sequence holds, in which order. The ablations of the paper are fields of this class."""
 
     views: tuple[str, ...] = ("agentview",)
     """Cameras, in the order in which they stand in a sequence."""
-    grids: tuple[tuple[int, int], ...] = ((16, 16),)
+    grids: tuple[tuple[Count, Count], ...] = ((16, 16),)
     """Code rows and columns of each view."""
-    history: int = 2
+    history: Count = 2
     """M, frames of a policy sample; the first frame of an episode stands alone (WorldVLA: no padding)."""
-    chunk: int = 5
+    chunk: Count = 5
     """K, actions of a chunk."""
     state: bool = False
     """State tokens after the text (RynnVLA-002)."""
-    num_action_dims: int = 7
-    num_state_dims: int = 8
+    num_action_dims: Count = 7
+    num_state_dims: Whole = 8
     selective_mask: bool = True
     """Hide the other actions of a chunk from each action (the paper's key finding). Off: plain causal."""
     action_conditioning: bool = True
@@ -78,12 +116,11 @@ class LayoutConfig:
     policy_prompt: str = "What action should the robot take to {task}?"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.views) != len(self.grids) or not self.views:
             raise ValueError(
                 f"layout has {len(self.views)} views and {len(self.grids)} grids: give one grid a view"
             )
-        if self.history < 1 or self.chunk < 1:
-            raise ValueError(f"history and chunk must be >= 1, got {self.history} and {self.chunk}")
 
     @property
     def codes_per_view(self) -> tuple[int, ...]:
@@ -99,40 +136,53 @@ class LayoutConfig:
         return 1 + sum(cols for _, cols in self.grids)
 
     @property
+    def longest(self) -> int:
+        """Return a sequence length that every sample of a published layout fits in, a multiple of 64.
+
+        64 tokens are allowed for the text of a prompt; rows of image codes end in a token of their own.
+        """
+        frame = sum(rows * (cols + 1) + 4 for rows, cols in self.grids)
+        block, state = self.num_action_dims + 2, self.num_state_dims + 2 if self.state else 0
+        policy = state + self.history * frame + self.chunk * block
+        world = 2 * frame + block
+        return -(-(64 + 3 + max(policy, world)) // 64) * 64
+
+    @property
     def action_shape(self) -> tuple[int, int]:
         """(K, A): what an action head answers."""
         return self.chunk, self.num_action_dims
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig:
+class HeadConfig(Checked):
     """Shape of the continuous action head (published: 2 layers, width 1024, 4 heads, hidden 4096)."""
 
-    num_layers: int = 0
+    num_layers: Whole = 0
     """0: no head; the policy has its bins alone."""
-    width: int = 1024
-    num_heads: int = 4
-    hidden: int = 4096
-    dropout: float = 0.1
+    width: Count = 1024
+    num_heads: Count = 4
+    hidden: Count = 4096
+    dropout: Share = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.width % self.num_heads:
             raise ValueError(f"head width {self.width} must divide by its num_heads {self.num_heads}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """Shape of the transformer (published 7B: 32 layers, width 4096, 32 heads, hidden 11008)."""
 
-    num_layers: int
-    width: int
-    num_heads: int
-    num_kv_heads: int
-    hidden: int
+    num_layers: Count
+    width: Count
+    num_heads: Count
+    num_kv_heads: Count
+    hidden: Count
     """Inner width of the SwiGLU block."""
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-    dropout: float = 0.0
+    rope_theta: Positive = 10000.0
+    norm_eps: Positive = 1e-5
+    dropout: Share = 0.0
     """On attention and MLP outputs before the residual add (published: 0.05)."""
     place_embedding: bool = False
     """Learned row and column embeddings on image codes (compact models)."""
@@ -141,6 +191,7 @@ class ModelConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.width % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"width {self.width} must divide by num_heads {self.num_heads}, "
@@ -149,10 +200,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    image_weight: float = 0.04
+class LossConfig(Checked):
+    image_weight: Amount = 0.04
     """alpha (WorldVLA pretrain_ck.py:932; paper)."""
-    z_weight: float = 1e-5
+    z_weight: Amount = 1e-5
     """Weight of mean logsumexp^2 (published value)."""
     reduction: Literal["paper", "published"] = "paper"
     """paper: mean CE over action targets + alpha * mean CE over world targets. published: one
@@ -163,40 +214,40 @@ class LossConfig:
     """decoded: only what decoding chooses, action dims and image codes, each against the ids that it is
     chosen from. all (as published): begin and end tokens too, and against the whole vocabulary, which costs
     most of a small model's step."""
-    action_smoothing: float = 0.0
+    action_smoothing: Amount = 0.0
     """Standard deviation, in bins, of the Gaussian that replaces the one-hot target of an action dim (0:
     one-hot, as published)."""
-    head_weight: float = 10.0
+    head_weight: Amount = 10.0
     """Of the continuous head's mean absolute error, where there is a head (RynnVLA-002
     pretrain_ck_action_head.py:274)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Checked):
     method: Literal["adamw", "muon"] = "adamw"
     """muon: for the linear layers inside the transformer, AdamW for the rest. A small model that starts from
     nothing learns in half the steps (docs/LOG.md); published weights go on as they were trained, by AdamW."""
-    learning_rate: float = 5e-6
-    min_learning_rate: float = 5e-6
+    learning_rate: Amount = 5e-6
+    min_learning_rate: Amount = 5e-6
     """Reached at the last step by a cosine; equal to learning_rate: constant."""
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 4.0
+    warmup_steps: Whole = 100
+    weight_decay: Amount = 0.1
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    clip: Positive = 4.0
     """Largest gradient norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Checked):
     stores: tuple[str, ...]
     """TokenStore directories."""
-    world_fraction: float = 0.5
+    world_fraction: Share = 0.5
     """Share of world samples in the stream; 0 trains the policy alone, 1 the world model alone."""
-    val_fraction: float = 0.02
+    val_fraction: Share = 0.02
     """Share of episodes held out, by a hash of (store, episode); never trained on."""
     statistics: Literal["minmax", "quantile"] = "minmax"
     """Normalisation range of actions and states: minimum, maximum (published) or 1st, 99th percentile."""
-    sequence_length: int = 256
+    sequence_length: Count = 256
     """Batches are padded to it; a longer sample raises."""
     truncate: bool = False
     """Cut longer samples instead, as published for pairs of 512 px views (docs/DETAILS.md, 26)."""
@@ -207,24 +258,26 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    steps: int
-    batch_size: int
-    accumulation: int = 1
-    seed: int = 0
+class TrainConfig(Checked):
+    steps: Count
+    batch_size: Count
+    accumulation: Count = 1
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is autocast over float32 weights."""
     device: str = "cpu"
-    num_threads: int = 2
+    num_threads: Count = 2
     compile: bool = False
     checkpoint_layers: bool = False
     """Keep the input of each layer alone and compute the rest again in the backward pass: the same gradients,
     a third more compute, a fraction of the activations (published: on)."""
-    log_every: int = 20
-    eval_every: int = 500
+    log_every: Whole = 20
+    """Steps between records; 0, here and in the two fields below: only at the end."""
+    eval_every: Whole = 500
     """Steps between validations."""
-    num_eval_batches: int = 8
-    save_every: int = 500
+    num_eval_batches: Count = 8
+    save_every: Whole = 500
+    """Steps between checkpoints."""
     init_from: str = ""
     """Checkpoint to take weights from before step 0; empty: from scratch."""
     only_head: bool = False
@@ -233,12 +286,12 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Checked):
     """Train low-rank updates W + alpha / rank * B A of a frozen checkpoint (LoRA, arXiv 2106.09685)."""
 
-    rank: int = 0
+    rank: Whole = 0
     """Rows of A; 0: off, every weight is trained. Else train.init_from names the checkpoint."""
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
         *("q", "k", "v", "o", "gate", "up", "down"),
     )
@@ -250,12 +303,12 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Everything that a training run needs, complete."""
 
     name: str
     vocab: Literal["compact", "chameleon"]
-    num_text: int
+    num_text: Annotated[int, Range(1, 2**20)]
     """Size of the BPE of a compact vocabulary."""
     tokenizer: str
     """Directory of the image tokenizer."""
@@ -268,6 +321,11 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if "/" in self.name or "\\" in self.name or self.name.startswith("."):
+            raise ValueError(
+                f"name is part of a path: expected one without / and leading dots, got {self.name!r}"
+            )
         if self.model.head.num_layers and self.data.world_fraction == 1:
             raise ValueError(
                 "world_fraction 1 never trains the action head: lower it, or set model.head.num_layers 0"
@@ -290,26 +348,78 @@ def to_json(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-_T = typing.TypeVar("_T")
-
-
 def from_json(cls: type[_T], data: dict[str, Any], where: str = "config") -> _T:
-    """Build dataclass `cls` from `to_json`'s dict; unknown keys, and missing ones without a default, raise
-    ValueError naming them. A field that is added later has the default that older files were made by.
+    """Build dataclass `cls` from `to_json`'s dict. Unknown keys, missing keys without a default and values
+    that do not fit raise ValueError. A later field has the default that older files were made by.
     """
-    hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-    names = {f.name for f in fields}
-    if unknown := sorted(set(data) - names):
-        raise ValueError(f"{where}: unknown keys {unknown}; expected some of {sorted(names)}")
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be an object, got {_shorten(data)}")
+    hints, fields = _hints(cls), dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    if unknown := sorted(set(data) - set(hints)):
+        raise ValueError(f"{where}: unknown keys {unknown}; expected some of {sorted(hints)}")
     plain = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(plain - set(data)):
-        raise ValueError(f"{where}: missing keys {missing}; expected {sorted(names)}")
-    return cls(**{name: _coerce(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+        raise ValueError(f"{where}: missing keys {missing}; expected {sorted(hints)}")
+    values = {name: _coerce(hints[name], value, f"{where}.{name}") for name, value in data.items()}
+    check_values(cls, values, where)
+    return cls(**values)
+
+
+def check_values(cls: type, values: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError, naming the first, unless every value fits the annotation of its field of `cls`."""
+    for name, value in values.items():
+        hint = _hints(cls)[name]
+        if not _fits(hint, value):
+            raise ValueError(f"{where}.{name} must be {_words(hint)}, got {_shorten(value)}")
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """Turn JSON's objects and lists into the dataclasses and tuples of `hint`."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value, where)
-    if typing.get_origin(hint) is tuple:
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_coerce(typing.get_args(hint)[0], v, where) for v in value)
     return value
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _fits(args[0], value) and value in args[1]
+    if origin is Literal:
+        return value in args
+    if origin is types.UnionType:
+        return any(_fits(arg, value) for arg in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        inner = args[:1] * len(value) if args[-1] is ... else args
+        return len(inner) == len(value) and all(map(_fits, inner, value))
+    if hint is float:  # whole numbers of any size are finite, but do not fit a float
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _words(hint: Any) -> str:
+    """Return what a value of `hint` is, for an error."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return f"{_words(args[0])} {args[1]}"
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin is types.UnionType:
+        return " or ".join(map(_words, args))
+    if origin is tuple:
+        return f"a list of {_words(args[0]) if args[-1] is ... else ', '.join(map(_words, args))}"
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    return names.get(hint, "null" if hint is type(None) else f"a {hint.__name__}")
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -170,8 +170,7 @@ def libero_object_front() -> Config:
 
 def _published(name: str, release: str, suite: str, init_from: str) -> Config:
     """The published 7B on a LIBERO suite: what all scripts share; layout and K are the release's."""
-    from worldvla.infer.convert import longest  # imports torch: not before a recipe is asked for
-    from worldvla.model.pretrained import RELEASES
+    from worldvla.model.pretrained import RELEASES  # imports torch: not before a recipe is asked for
 
     layout = replace(RELEASES[release].layout, chunk=RELEASES[release].chunks.get(suite, 5))
     return Config(
@@ -189,7 +188,7 @@ def _published(name: str, release: str, suite: str, init_from: str) -> Config:
             stores=(f"data/libero/{name}_{suite.removeprefix('libero_')}",),
             world_fraction=0.5,
             val_fraction=0.0,  # the results are of training on every split
-            sequence_length=longest(layout),
+            sequence_length=layout.longest,
         ),
         train=TrainConfig(
             steps=1,

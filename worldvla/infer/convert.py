@@ -48,8 +48,6 @@ from worldvla.tokenizers.text import TextTokenizer
 from worldvla.vocab import Vocab, chameleon
 
 FACTS, ASIDE = "published.json", "published.safetensors"
-NUM_TEXT = 64
-"""Tokens allowed for a prompt's text when the sequence length is set."""
 
 
 def convert(
@@ -91,7 +89,7 @@ def convert(
         layout=layout,
         model=released.config,
         tokenizer=str(out_dir / "image_tokenizer"),
-        data=replace(base.data, sequence_length=longest(layout)),
+        data=replace(base.data, sequence_length=layout.longest),
     )
     _refuse(out_dir, FACTS)
     digests = {"image_tokenizer": image.digest(), "text": text.digest(), "statistics": statistics.digest()}
@@ -160,15 +158,6 @@ def _layout(facts: Release, release: str, suite: str) -> LayoutConfig:
             f"choose one of {', '.join(facts.chunks)}"
         )
     return replace(facts.layout, chunk=facts.chunks[suite])
-
-
-def longest(layout: LayoutConfig) -> int:
-    """Return a sequence length that every sample of the layout fits in, a multiple of 64."""
-    frame = sum(rows * (cols + 1) + 4 for rows, cols in layout.grids)
-    block, state = layout.num_action_dims + 2, layout.num_state_dims + 2 if layout.state else 0
-    policy = state + layout.history * frame + layout.chunk * block
-    world = 2 * frame + block
-    return -(-(NUM_TEXT + 3 + max(policy, world)) // 64) * 64
 
 
 def _image(released: Released, pieces: Path, vocab: Vocab) -> ImageTokenizer:

@@ -106,11 +106,12 @@ class Trainer:
                 state.step += 1
                 state.train_seconds += time.perf_counter() - started
                 recorder.advance(state.step, state.window["loss"][-1])
-                if state.step % config.log_every == 0 or state.step == config.steps:
+                is_last = state.step == config.steps
+                if is_last or is_due(state.step, config.log_every):
                     recorder.record("train", state.step, self._drain())
-                if state.step % config.eval_every == 0 or state.step == config.steps:
+                if is_last or is_due(state.step, config.eval_every):
                     self._validate(recorder)
-                if state.step % config.save_every == 0 and state.step < config.steps:
+                if not is_last and is_due(state.step, config.save_every):
                     self.save()
             is_finished = state.step >= config.steps
             path = self.save()
@@ -234,6 +235,11 @@ class Trainer:
         window, self.state.window = self.state.window, {}
         means = {name: sum(values) / len(values) for name, values in window.items()}
         return {**means, "train_seconds": round(self.state.train_seconds, 1)}
+
+
+def is_due(step: int, every: int) -> bool:
+    """Return whether something that happens every `every` steps happens after `step`; 0: only at the end."""
+    return every > 0 and step % every == 0
 
 
 def make_forward(
