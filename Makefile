@@ -21,7 +21,7 @@ check: $(STAMP)
 	$(BIN)/python -m pyright
 
 bench: $(STAMP)
-	$(BIN)/python tools/bench.py
+	$(BIN)/python -m paper.bench
 
 golden: $(STAMP)
 	for script in tests/golden_*.py; do $(BIN)/python $$script || exit 1; done

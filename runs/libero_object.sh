@@ -23,7 +23,7 @@ evaluate() {  # model, name of the record, options
 worldvla collect libero_object --out $OUT/demos --episodes 26 --views agentview=128x128 wrist=64x64 --workers "$(nproc)" --label 5
 worldvla train-tokenizer $OUT/demos --out $OUT/image_tokenizer --steps 1500 --config.patch 8 --config.channels 64 \
     --config.num-codes 16384 --config.embed-dim 5 --config.fsq-levels 8 8 8 8 4
-worldvla probe $OUT/image_tokenizer $OUT/demos --steps 600 --out "$RESULTS/probe.json" || echo "the gate failed: see $RESULTS/probe.json"
+.venv/bin/python -m paper.probe $OUT/image_tokenizer $OUT/demos --steps 600 --out "$RESULTS/probe.json" || echo "the gate failed: see $RESULTS/probe.json"
 worldvla tokenize $OUT/demos --tokenizer $OUT/image_tokenizer --out $OUT/store
 
 worldvla doctor    # numbers are of a healthy installation alone, and their records say so

@@ -39,7 +39,7 @@ CODES="--config.patch 8 --config.channels 64 --config.num-codes 16384 --config.e
 SUITES=libero ONLY=stores ROWS=full runs/tables.sh
 mkdir -p "$RESULTS"
 # The gates: what the codes hold of the target's position, and what the bins cost a perfect policy (its actions executed open loop).
-"$PYTHON" tools/probe.py out/tables_libero/image_tokenizer out/tables_libero/demos/libero_spatial --steps 600 --out "$RESULTS/probe.json" ||
+"$PYTHON" -m paper.probe out/tables_libero/image_tokenizer out/tables_libero/demos/libero_spatial --steps 600 --out "$RESULTS/probe.json" ||
     echo "the gate failed: see $RESULTS/probe.json"
 for suite in libero_object libero_spatial; do
     worldvla collect $suite --out "$OUT/clean/$suite" --episodes 1 --noise 0 --seed 5

@@ -119,7 +119,7 @@ if [ -d $OUT/world_0 ] && [ -n "$policies" ] && [ ! -e "$RESULTS/rank/record.jso
         --episodes 2 --first 10 --execute 5 1 --out "$RESULTS/rank"
 fi
 chunks=$(have action chunk_causal chunk)
-[ -z "$chunks" ] || worldvla chunk-error $chunks --out "$RESULTS/chunk_error.json"
+[ -z "$chunks" ] || "$PYTHON" -m paper.chunk_error $chunks --out "$RESULTS/chunk_error.json"
 chunks=$(ls -d $OUT/{chunk2_causal,chunk2,chunk10_causal,chunk10}_1 2> /dev/null || true)
-[ -z "$chunks" ] || worldvla chunk-error $chunks --out "$RESULTS/chunk_error_lengths.json"
+[ -z "$chunks" ] || "$PYTHON" -m paper.chunk_error $chunks --out "$RESULTS/chunk_error_lengths.json"
 worldvla tables

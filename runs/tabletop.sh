@@ -24,7 +24,7 @@ for suite in $SUITES; do
 done
 
 worldvla train-tokenizer "$OUT/demos" --out "$OUT/image_tokenizer" --steps 2056
-worldvla probe "$OUT/image_tokenizer" "$OUT"/demos/tabletop_{object,goal,spatial} --steps 600 --out "$RESULTS/probe.json"
+.venv/bin/python -m paper.probe "$OUT/image_tokenizer" "$OUT"/demos/tabletop_{object,goal,spatial} --steps 600 --out "$RESULTS/probe.json"
 
 for suite in $SUITES; do
     worldvla tokenize "$OUT/demos/$suite" --tokenizer "$OUT/image_tokenizer" --out "$OUT/store_$suite"

@@ -1,4 +1,4 @@
-"""`worldvla bench` prints what it promises, as a table and as a record; `tools/picture.py` draws that record.
+"""`python -m paper.bench` prints what it promises, as a table and as a record; `paper.picture` draws it.
 
 Run: pytest tests/test_bench.py
 """
@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from worldvla.cli import main
+from paper.bench import main
 
 ROOT = Path(__file__).parents[1]
-PICTURE = ROOT / "tools/picture.py"
 
 
 def test_every_number_is_printed_and_recorded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    assert main(["bench", "--sizes", "3m", "--seconds", "0", "--batch", "2"]) == 0
+    monkeypatch.setattr(sys, "argv", ["bench", "--sizes", "3m", "--seconds", "0", "--batch", "2"])
+    main()
     out, table = capsys.readouterr()
     record = json.loads(out.splitlines()[-1])
     sized, reached = record["bench"]["3m"], record["bench"]["machine"]
@@ -41,7 +40,7 @@ def test_every_number_is_printed_and_recorded(
 
     (tmp_path / "bench.json").write_text(out.splitlines()[-1])
     words = ["--speed", tmp_path / "bench.json", "--out", tmp_path / "speed.svg"]
-    subprocess.run([sys.executable, PICTURE, *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "paper.picture", *words], check=True, capture_output=True)
     drawn = re.findall("<!-- (.*) -->", (tmp_path / "speed.svg").read_text())
     assert ways | {"frame by drafts", f"{ours['query_ms']:,.0f} ms", "3m: 3.7 M parameters"} <= set(drawn)
 
@@ -49,7 +48,7 @@ def test_every_number_is_printed_and_recorded(
 def test_the_picture_of_the_readme_is_of_the_records(tmp_path: Path) -> None:
     records = [ROOT / "results/bench" / name for name in ("decoding.json", "decoding_bfloat16.json")]
     words = ["--speed", *records, "--out", tmp_path / "speed.svg"]
-    subprocess.run([sys.executable, PICTURE, *words], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "paper.picture", *words], check=True, capture_output=True)
     new, old = ((folder / "speed.svg").read_text() for folder in (tmp_path, ROOT / "docs"))
     assert re.findall("<!-- (.*) -->", new) == re.findall("<!-- (.*) -->", old), (
         "run runs/bench.sh's last line"
@@ -69,10 +68,10 @@ def test_the_picture_of_the_readme_is_of_the_records(tmp_path: Path) -> None:
 def test_bad_options_are_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], line: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
-        main(["bench", *words])
+        main()
     err = capsys.readouterr().err
     assert (stop.value.code, err.count("\n")) == (2, 1), err
     assert line in err

@@ -1,4 +1,4 @@
-"""tools/memory.py counts, without memory, what a run and a loaded model really hold.
+"""paper/memory.py counts, without memory, what a run and a loaded model really hold.
 
 pytest tests/test_memory.py
 """
@@ -13,14 +13,11 @@ import pytest
 import torch
 from tiny_run import tiny_config, write_tiny
 
+from paper import memory
 from worldvla.config import LoraConfig
 from worldvla.infer.load import Quantize, load
 from worldvla.train.build import build
 from worldvla.train.loop import Trainer, train
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import memory  # pyright: ignore[reportMissingImports]
 
 
 @pytest.fixture(scope="module")

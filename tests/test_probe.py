@@ -3,17 +3,11 @@
 Run: pytest tests/test_probe.py
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import probe  # pyright: ignore[reportMissingImports]
-
+from paper import probe
 from worldvla.config import ImageTokenizerConfig
 from worldvla.tokenizers.image import ImageTokenizer
 

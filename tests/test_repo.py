@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "worldvla"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SOURCES = MODULES + sorted((ROOT / "tests").glob("*.py")) + sorted((ROOT / "tools").glob("*.py"))
+SOURCES = MODULES + sorted((ROOT / "tests").glob("*.py")) + sorted((ROOT / "paper").glob("*.py"))
 
 LEVEL_0 = {"config", "vocab", "batch", "progress", "files"}
 # What each part may import besides level 0 and itself. The parts in TOP may import anything.

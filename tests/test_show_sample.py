@@ -1,27 +1,23 @@
-"""tools/show_sample.py prints every token of a sample, from a recipe's layout or from stores.
+"""`worldvla show-sample` prints every token of a sample, from a recipe's layout or from stores.
 
 pytest tests/test_show_sample.py
 """
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from tiny_run import tiny_config, write_tiny
 
+from worldvla.cli import main
 from worldvla.config import to_json
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
-import show_sample  # pyright: ignore[reportMissingImports]
 
 
 @pytest.mark.parametrize("mode", ["policy", "world"])
 @pytest.mark.parametrize("name", ["tabletop", "libero_256_goal"])
 def test_a_recipe_needs_no_files_when_faked(capsys: pytest.CaptureFixture[str], name: str, mode: str):
-    show_sample.main([name, "--mode", mode, "--fake", "--width", "240"])
+    main(["show-sample", name, "--mode", mode, "--fake", "--width", "240"])
     out = capsys.readouterr().out
     expected = re.search(r"(\d+) tokens, (\d+) of them targets", out)
     assert expected is not None
@@ -35,7 +31,7 @@ def test_a_recipe_needs_no_files_when_faked(capsys: pytest.CaptureFixture[str], 
 def test_a_run_shows_what_its_loader_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str):
     write_tiny(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(to_json(tiny_config(tmp_path))))
-    show_sample.main([str(tmp_path), "--mode", mode, "--frame", "3", "--width", "200"])
+    main(["show-sample", str(tmp_path), "--mode", mode, "--frame", "3", "--width", "200"])
     out = capsys.readouterr().out
     assert f"tiny {mode}" in out
     assert ("do 0" if mode == "policy" else "go") in out

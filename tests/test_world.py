@@ -14,6 +14,7 @@ import pytest
 import torch
 from tiny_run import _episode, tiny_config, write_tiny
 
+from paper.chunk_error import chunk_codes, chunk_error
 from worldvla.data.episode import write_episodes
 from worldvla.eval import distance, inverse
 from worldvla.eval.world import (
@@ -31,7 +32,6 @@ from worldvla.eval.world import (
     score,
     ssim,
 )
-from worldvla.infer.chunk import chunk_codes, chunk_error
 from worldvla.infer.imagine import World
 from worldvla.infer.load import load
 from worldvla.train.build import build, build_model
@@ -191,7 +191,7 @@ def test_the_record_and_its_page_are_complete(root: Path, tmp_path: Path) -> Non
 def test_the_table_of_guesses_is_of_exact_rollouts(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = Path(__file__).parents[1] / "tools/drafts.py"
+    path = Path(__file__).parents[1] / "paper/drafts.py"
     count = runpy.run_path(str(path))["count"]
     guess, frame = np.array([1, 2, 3, 4, 5]), np.array([1, 0, 3, 4, 0])
     assert [count(guess, frame, width) for width in (1, 2, 9)] == [5, 3, 2]

@@ -8,7 +8,6 @@ red line of the doctor, 130 interrupted.
 import difflib
 import json
 import os
-import runpy
 import sys
 import textwrap
 import traceback
@@ -30,7 +29,7 @@ from worldvla.cli_data import (
     say,
     warn_of_versions,
 )
-from worldvla.cli_models import ChunkError, Compare, Convert, Doctor, EvalWorld, Rank, Serve, Tables, key
+from worldvla.cli_models import Compare, Convert, Doctor, EvalWorld, Rank, Serve, key
 from worldvla.config import Config, to_json
 
 EXIT_BAD_INPUT = 2
@@ -213,14 +212,37 @@ class ShowConfig:
         return 0
 
 
-def _run_tool(name: str, args: list[str]) -> int:
-    """Run a script of tools/ as if by `python tools/NAME.py`; they live beside the package, in a checkout."""
-    path = Path(__file__).parents[1] / "tools" / f"{name}.py"
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}: this verb is a script of the repository; run it in a checkout")
-    sys.argv = [f"worldvla {name}", *args]
-    runpy.run_path(str(path), run_name="__main__")
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class ShowSample:
+    """Print one training sample in colour: look at one before every run."""
+
+    config: tyro.conf.Positional[str]
+    """A recipe, or a directory with config.json (a run, a checkpoint)."""
+    mode: Literal["policy", "world"] = "policy"
+    frame: int = 0
+    """Frame of the stores at which the sample starts; with --fake the seed."""
+    fake: bool = False
+    """Random codes, states and actions in the recipe's layout: needs no files."""
+    width: int | None = None
+    """Columns of the output. Default: the terminal's."""
+
+    def run(self) -> int:
+        from rich.console import Console
+
+        from worldvla.config import from_json
+        from worldvla.data.show import fake, show
+        from worldvla.recipes import recipe
+        from worldvla.train.build import build
+
+        path = Path(self.config) / "config.json"
+        config = from_json(Config, json.loads(path.read_text())) if path.exists() else recipe(self.config)
+        if self.fake:
+            builder, sample = fake(config, self.mode, self.frame)
+        else:
+            pieces = build(config)
+            builder, sample = pieces.builder, pieces.loader.sample(self.frame, self.mode)
+        Console(width=self.width).print(show(sample, builder, f"{config.name} {self.mode}"))
+        return 0
 
 
 VERBS: dict[str, type[Any]] = {
@@ -232,9 +254,7 @@ VERBS: dict[str, type[Any]] = {
     "train": Train,
     "eval": Eval,
     "eval-world": EvalWorld,
-    "chunk-error": ChunkError,
     "rank": Rank,
-    "tables": Tables,
     "export": Export,
     "convert": Convert,
     "serve": Serve,
@@ -242,13 +262,9 @@ VERBS: dict[str, type[Any]] = {
     "demo": Demo,
     "doctor": Doctor,
     "config": ShowConfig,
+    "show-sample": ShowSample,
 }
 TAKE_RECIPE = ("train", "config")
-TOOLS = {
-    "probe": "Read positions off the codes of an image tokenizer: the gate before training on them.",
-    "show-sample": "Print one training sample in colour.",
-    "bench": "Speed of the built-in world and of decoding, beside baselines in the same run.",
-}
 
 
 def _overview() -> str:
@@ -256,7 +272,7 @@ def _overview() -> str:
     from worldvla.sim.env import SUITES
 
     lines = ["usage: worldvla VERB ...      worldvla VERB --help explains one", ""]
-    help_of = {verb: (cls.__doc__ or "").splitlines()[0] for verb, cls in VERBS.items()} | TOOLS
+    help_of = {verb: (cls.__doc__ or "").splitlines()[0] for verb, cls in VERBS.items()}
     lines += [f"  {verb:<16} {text}" for verb, text in help_of.items()]
     lines += ["", *textwrap.wrap("recipes: " + " ".join(RECIPES), 100, subsequent_indent=" " * 9)]
     lines += textwrap.wrap("suites:  " + " ".join(SUITES), 100, subsequent_indent=" " * 9)
@@ -266,8 +282,7 @@ def _overview() -> str:
 def _parse(verb: str, args: list[str]) -> Any:
     """Return the arguments of a verb; bad ones exit with code 2 and their own message."""
     if verb not in VERBS:
-        known = [*VERBS, *TOOLS]
-        near = difflib.get_close_matches(verb, known, n=3, cutoff=0.4) or known
+        near = difflib.get_close_matches(verb, VERBS, n=3, cutoff=0.4) or list(VERBS)
         raise ValueError(f"unknown verb {verb!r}; did you mean {', '.join(near)}? See `worldvla --help`")
     cls = VERBS[verb]
     if verb == "train-tokenizer":
@@ -299,8 +314,6 @@ def main(args: Sequence[str] | None = None) -> int:
         say(_overview())
         return 0 if words else EXIT_BAD_INPUT
     try:
-        if words[0] in TOOLS:
-            return _run_tool(words[0].replace("-", "_"), words[1:])
         return _parse(words[0], words[1:]).run()
     except BrokenPipeError:  # the reader of a pipe has had enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

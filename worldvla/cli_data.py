@@ -247,9 +247,8 @@ class TrainTokenizer:
             learning_rate=self.learning_rate,
             init_from=self.init_from,
         )
-        say(
-            f"image tokenizer: {self.out}/report/index.html   next: worldvla probe {self.out} {self.paths[0]}"
-        )
+        following = f"worldvla tokenize {self.paths[0]} --tokenizer {self.out} --out DIR"
+        say(f"image tokenizer: {self.out}/report/index.html   next: {following}")
         return 0
 
 

@@ -1,4 +1,4 @@
-"""The verbs on models and records: serve, compare, convert, eval-world, chunk-error, tables, doctor.
+"""The verbs on models and records: serve, compare, convert, eval-world, rank, doctor.
 
 Nothing heavy is imported before one runs.
 """
@@ -215,56 +215,6 @@ class Rank:
             say(f"among those that execute {n}: {found['value']} (95 % {found['interval_95']})")
         found = record["imagined"]["spearman"]
         say(f"rank correlation {found['value']} (95 % {found['interval_95']})   picture: {self.out}/rank.png")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkError:
-    """Error of the k-th action of a chunk on held-out episodes, with teacher forcing and without."""
-
-    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
-    """Checkpoints, or run directories (their newest one)."""
-    out: Path
-    """The JSON record."""
-    stores: tuple[Path, ...] = ()
-    """TokenStores. Default: those that each model was trained on; its held-out episodes are used."""
-    batches: int = 8
-    """Batches of 64 chunks."""
-
-    def run(self) -> int:
-        from worldvla.eval.record import provenance
-        from worldvla.files import write_json
-        from worldvla.infer.chunk import chunk_error
-
-        rows = [chunk_error(path, self.stores, self.batches) for path in self.checkpoints]
-        for row in rows:
-            say(f"{row['name']}: forced {row['forced']}, free {row['free']}, no motion {row['still']}")
-        write_json(self.out, {"chunks": rows, **provenance()})
-        say(f"record: {self.out}")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tables:
-    """Collect results/ into docs/RESULTS.md and one HTML page, the paper's numbers beside ours."""
-
-    check: bool = False
-    """Write nothing; fail when RESULTS.md is not what the records say, or a number has no record."""
-    page: Path = Path("out/tables/index.html")
-
-    def run(self) -> int:
-        from worldvla.eval.tables import check, write_tables
-
-        root = Path(__file__).parents[1]
-        if not (root / "results").is_dir():
-            raise FileNotFoundError(f"no {root / 'results'}: `worldvla tables` runs in a checkout")
-        if self.check:
-            faults = check(root)
-            for fault in faults:
-                say(fault)
-            say(f"tables: {len(faults)} faults" if faults else "tables: every number has its record")
-            return EXIT_EPISODE_ERRORS if faults else 0
-        say(f"tables: {write_tables(root, self.page)} and {self.page}")
         return 0
 
 

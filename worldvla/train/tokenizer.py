@@ -4,7 +4,7 @@
 
 The loss is L1 + L2 in pixels, weighted towards small things, + commitment. No perceptual and no adversarial
 term: at 64 pixels they cost a network of the tokenizer's own size and buy texture, while the codes are gated
-on positions (tools/probe.py).
+on positions (paper/probe.py).
 """
 
 import json

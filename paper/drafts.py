@@ -2,7 +2,7 @@
 guesses: the table of docs/DECODING.md; ends with one JSON line.
 
 Run: worldvla collect tabletop_object --tasks 0 3 --episodes 3 --seed 77 --out DEMOS
-     python tools/drafts.py worldvla/assets/tabletop DEMOS
+     python -m paper.drafts worldvla/assets/tabletop DEMOS
 The model imagines the first steps of every episode, one frame at a time. Guesses that stay as they are made
 are counted on the frames of one code a pass; the used one, which the model's own choices replace, is run.
 """

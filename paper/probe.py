@@ -1,6 +1,6 @@
 """What can be read off an image tokenizer's codes: the gate before any policy is trained on them.
 
-    python tools/probe.py out/tabletop/image_tokenizer out/demos/tabletop_object
+    python -m paper.probe out/tabletop/image_tokenizer out/demos/tabletop_object
 
 A small network regresses the positions of the gripper and of the task's target from the codes, and one of the
 same family from the raw pixels; both know the task, since each has its own layout. Errors are medians over

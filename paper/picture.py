@@ -1,8 +1,8 @@
 """Draw docs/layout.svg: what the two kinds of sequence hold, and who may attend to whom; or docs/speed.svg,
-from records of `worldvla bench`.
+from records of `paper.bench`.
 
-Run: python tools/picture.py [--out docs/layout.svg]
-     python tools/picture.py --speed results/bench/*.json --out docs/speed.svg
+Run: python -m paper.picture [--out docs/layout.svg]
+     python -m paper.picture --speed RECORD.json... --out docs/speed.svg
 The mask is computed by worldvla.model.mask, not drawn.
 """
 
@@ -156,13 +156,13 @@ def draw() -> Figure:
 
 
 def draw_speed(records: Sequence[Path]) -> Figure:
-    """One panel a size that a record of `tools/bench.py` holds (of several the last): milliseconds of a whole
+    """One panel a size that a record of paper.bench holds (of several the last): milliseconds of a whole
     query, and of a frame, by each way of decoding.
     """
     benches = [json.loads(path.read_text()).get("bench", {}) for path in records]
     sizes = {size: value for b in benches for size, value in b.items() if "actions" in value}
     if not sizes:
-        raise SystemExit(f"no record of worldvla bench among {[str(path) for path in records]}: run it first")
+        raise SystemExit(f"no record of paper.bench among {[str(path) for path in records]}: run it first")
     sizes = dict(sorted(sizes.items(), key=lambda item: item[1]["parameters"]))
     figure, row = plt.subplots(1, len(sizes), figsize=(3.4 * len(sizes) + 1, 2.1), squeeze=False)
     for axes, (size, value) in zip(row[0], sizes.items(), strict=True):
@@ -186,7 +186,7 @@ def draw_speed(records: Sequence[Path]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs/layout.svg")
-    parser.add_argument("--speed", type=Path, nargs="+", help="records of worldvla bench: draw these")
+    parser.add_argument("--speed", type=Path, nargs="+", help="records of paper.bench: draw these")
     args = parser.parse_args()
     out: Path = args.out
     mpl.rcParams.update({"svg.hashsalt": "worldvla", "font.family": "DejaVu Sans"})

@@ -1,7 +1,7 @@
 """Bytes of weights, gradients and AdamW's moments in every mode, counted on models without memory; ends with
 one JSON line.
 
-Run: python tools/memory.py   (or: python tools/memory.py tabletop --lora-rank 8)
+Run: python -m paper.memory   (or: python -m paper.memory tabletop --lora-rank 8)
 
 Counted are tensors with the shapes and types of the real ones (train/build.py, infer/load.py). `copies`:
 bfloat16 copies of float32 matrices that autocast keeps for the backward pass, where layers are not computed

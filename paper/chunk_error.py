@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
 from worldvla.batch import Batch, Sample
 from worldvla.data.loader import Loader
 from worldvla.data.store import TokenStore
+from worldvla.eval.record import provenance
+from worldvla.files import write_json
 from worldvla.infer.decode import best_bin, decode_actions
 from worldvla.infer.load import Model, load
 from worldvla.model.mask import additive_mask, dense_mask
@@ -74,3 +77,17 @@ def chunk_codes(model: Model, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.
     tail, blocks = builder.policy_tail(), builder.action_block_positions(0)
     free = decode_actions(model.transformer, vocab, prompts, tail, blocks)
     return truth_BKA.numpy(), best_bin(logits).numpy(), free
+
+
+def main(
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]], out: Path, stores: tuple[Path, ...] = ()
+) -> None:
+    """Write the errors of every checkpoint to the JSON record `out`; `stores`: instead of its own."""
+    rows = [chunk_error(path, stores) for path in checkpoints]
+    for row in rows:
+        print(f"{row['name']}: forced {row['forced']}, free {row['free']}, no motion {row['still']}")
+    write_json(out, {"chunks": rows, **provenance()})
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,28 +1,17 @@
-"""Print one training sample in colour: ids by kind, with chunk, row and column; look before every run.
+"""A sample -> a table in colour: ids by kind, with chunk, row and column. Look at one before every run."""
 
-python tools/show_sample.py tabletop --frame 100             policy sample at a frame of the recipe's stores
-python tools/show_sample.py out/train/tabletop --mode world  a run's or checkpoint's config.json works too
-python tools/show_sample.py libero_256_goal --fake              random codes in its layout; needs no files
-"""
-
-import argparse
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, KIND_PROMPT, Sample
-from worldvla.config import Config, from_json
+from worldvla.config import Config
 from worldvla.data.sample import SampleBuilder, prompt_texts
-from worldvla.recipes import recipe
 from worldvla.tokenizers.action import Statistics
 from worldvla.tokenizers.text import TextTokenizer
-from worldvla.train.build import build
 from worldvla.vocab import chameleon, compact, to_codes
 
 NAMES = {KIND_PROMPT: "prompt", KIND_ACTION: "action", KIND_IMAGE: "image", KIND_LAYOUT: "layout"}
@@ -96,8 +85,9 @@ def meaning(ids: np.ndarray, builder: SampleBuilder) -> str:
 
 
 def show(sample: Sample, builder: SampleBuilder, title: str) -> Table:
-    """Return the sample as a table, one line of `lines` each."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    """Return the sample as a table, one line of `lines` each, its size and number of targets in the title."""
+    title += f": {len(sample)} tokens, {int((sample.kind != KIND_PROMPT).sum())} of them targets"
+    table = Table(title=f"{title}, vocabulary {builder.vocab.name}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in ("at", "ids", "kind", "chunk", "row", "col", "meaning"):
         table.add_column(name, justify="right" if name == "at" else "left", overflow="fold")
     for part in lines(sample, builder):
@@ -117,35 +107,3 @@ def span(values: np.ndarray) -> str:
     if not values.size:
         return ""
     return str(values[0]) if values.min() == values.max() else f"{values.min()}..{values.max()}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="a recipe, or a directory with config.json")
-    parser.add_argument("--mode", choices=("policy", "world"), default="policy")
-    parser.add_argument("--frame", type=int, default=0, help="frame of the stores at which the sample starts")
-    parser.add_argument("--store", action="append", help="store directories instead of the recipe's")
-    parser.add_argument("--tokenizer", help="image tokenizer directory instead of the recipe's")
-    parser.add_argument("--fake", action="store_true", help="random values; --frame is the seed")
-    parser.add_argument("--width", type=int, help="columns of the output; default: the terminal's")
-    options = parser.parse_args(arguments)
-
-    path = Path(options.config) / "config.json"
-    config = from_json(Config, json.loads(path.read_text())) if path.exists() else recipe(options.config)
-    stores, tokenizer = options.store or config.data.stores, options.tokenizer or config.tokenizer
-    config = replace(config, tokenizer=tokenizer, data=replace(config.data, stores=tuple(stores)))
-    if options.fake:
-        builder, sample = fake(config, options.mode, options.frame)
-    else:
-        pieces = build(config)
-        builder, sample = pieces.builder, pieces.loader.sample(options.frame, options.mode)
-    targets = int((sample.kind != KIND_PROMPT).sum())
-    counts = f"{len(sample)} tokens, {targets} of them targets"
-    title = f"{config.name} {options.mode}: {counts}, vocabulary {builder.vocab.name}"
-    Console(width=options.width).print(show(sample, builder, title))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Speed of a LIBERO evaluation beside the plain loop that most evaluations use, in the same run; ends with
 one JSON line.
 
-Run: python tools/bench_eval.py --task 0 --episodes 10 --workers 2 [--checkpoint out/libero/run]
+Run: python -m paper.bench_libero --task 0 --episodes 10 --workers 2 [--checkpoint out/libero/run]
 Plain loop: LIBERO's own OffScreenRenderEnv, one environment, reset anew and both cameras drawn at every step.
 Both execute the same actions (the expert's, found before and not timed) at the default picture, five between
 two looks; with a checkpoint both also ask it at every look, and pay for it.
