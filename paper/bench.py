@@ -43,14 +43,13 @@ import worldvla
 from worldvla.batch import Batch, Sample
 from worldvla.config import LayoutConfig, ModelConfig
 from worldvla.data.sample import SampleBuilder
-from worldvla.eval.record import provenance
 from worldvla.infer.cache import Cache
 from worldvla.infer.decode import best_bin, decode_chunk, decode_frame
 from worldvla.infer.replay import Replay
+from worldvla.machine import find_device, provenance
 from worldvla.model.mask import dense_mask
-from worldvla.model.pretrained import find_device
 from worldvla.model.transformer import Transformer
-from worldvla.sim.env import make, tasks
+from worldvla.sim.suites import make, tasks
 from worldvla.tokenizers.action import WORLDVLA
 from worldvla.vocab import Vocab, chameleon
 

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from worldvla.eval.actors import ModelActor, Query
-from worldvla.eval.record import provenance
 from worldvla.eval.rollout import run
-from worldvla.sim import env as sim
+from worldvla.machine import provenance
+from worldvla.sim import suites as sim
+from worldvla.sim.protocol import SETTLE_ACTION, Task
 
 VIEWS = {"agentview": (256, 256), "wrist": (256, 256)}
 EXECUTE = 5
@@ -46,7 +47,7 @@ class Replay:
         return {"name": self.name} | ({} if self.model is None else {"model": self.model.identity()})
 
 
-def expert_actions(task: sim.Task, inits: range) -> dict[int, np.ndarray]:
+def expert_actions(task: Task, inits: range) -> dict[int, np.ndarray]:
     """Return the expert's actions (T, 7) from each initial state; one that fails is an error."""
     env: Any = sim.make(task, {})
     found = {}
@@ -65,9 +66,9 @@ def expert_actions(task: sim.Task, inits: range) -> dict[int, np.ndarray]:
     return found
 
 
-def plain_loop(task: sim.Task, actions: dict[int, np.ndarray], model: ModelActor | None) -> dict[str, float]:
+def plain_loop(task: Task, actions: dict[int, np.ndarray], model: ModelActor | None) -> dict[str, float]:
     """Run the episodes as peers do; return seconds and successes."""
-    from worldvla.sim import libero
+    from worldvla.sim.libero import env as libero
 
     start, successes = time.monotonic(), 0
     env: Any = libero._load("libero.libero.envs.env_wrapper").OffScreenRenderEnv(
@@ -82,7 +83,7 @@ def plain_loop(task: sim.Task, actions: dict[int, np.ndarray], model: ModelActor
         env.set_init_state(inits[init])
         seen, done = {}, False
         for _ in range(libero.SETTLE_STEPS):
-            seen = env.step(list(libero.SETTLE_ACTION))[0]
+            seen = env.step(list(SETTLE_ACTION))[0]
         for step, action in enumerate(todo):
             if model is not None and step % EXECUTE == 0:
                 images = {

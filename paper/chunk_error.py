@@ -14,10 +14,10 @@ from torch import Tensor
 from worldvla.batch import Batch, Sample
 from worldvla.data.loader import Loader
 from worldvla.data.store import TokenStore
-from worldvla.eval.record import provenance
 from worldvla.files import write_json
 from worldvla.infer.decode import best_bin, decode_actions
 from worldvla.infer.load import Model, load
+from worldvla.machine import provenance
 from worldvla.model.mask import additive_mask, dense_mask
 
 BATCH = 64

@@ -17,9 +17,9 @@ import torch
 
 import worldvla
 from worldvla.data.episode import Episode, read_episodes
-from worldvla.eval.record import provenance
 from worldvla.infer.draft import Window
 from worldvla.infer.load import Model
+from worldvla.machine import provenance
 
 WIDTHS = (4, 16, 80)
 

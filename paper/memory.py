@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from worldvla.config import Config, LoraConfig
-from worldvla.eval.record import provenance
+from worldvla.machine import provenance
 from worldvla.model.mask import dense_mask
-from worldvla.model.pretrained import assign, empty_model
 from worldvla.model.quantize import Form
 from worldvla.model.transformer import Transformer
+from worldvla.model.weights import assign, empty_model
 from worldvla.recipes import recipe
 from worldvla.train.build import held, trainable
 from worldvla.train.optim import build_optimizers

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from worldvla.eval.record import provenance
+from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_pixels
 
@@ -210,7 +210,7 @@ def probe(
 def from_episodes(files: Sequence[Path], stride: int = 4) -> ProbeData:
     """Read every `stride`-th frame; the truth comes from the simulator, set to each recorded state."""
     from worldvla.data.episode import read_episodes
-    from worldvla.sim import env as sim
+    from worldvla.sim import suites as sim
 
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("tasks", "episodes", "gripper", "target")}
     images: dict[str, list[np.ndarray]] = {}

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-import worldvla.sim.env as sim
-from worldvla.sim.env import Task
+from worldvla.sim import suites as sim
+from worldvla.sim.protocol import Task
 
 CRASH, DIE, HANG = 1, 2, 3
 """Initial states in which task 1 raises, kills its process, stands still."""

@@ -2,7 +2,7 @@
 
 python tests/golden_samples.py   rewrites tests/golden/sample_*.json (part of `make golden`)
 
-Layouts, K and ranges of the published systems are those of `worldvla.model.pretrained.RELEASES`.
+Layouts, K and ranges of the published systems are those of `worldvla.published.names.RELEASES`.
 
 Text ids are not real: word i of a text is code FIRST_WORD + i (`CountedWords`), 0 + i in the compact table.
 Frame f of view v holds the codes 1000 f + 500 v, +1, +2, ... in the published table, 20 f + 10 v in ours.
@@ -20,7 +20,7 @@ from token_stubs import CountedWords
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, KIND_PROMPT, Sample
 from worldvla.config import LayoutConfig
 from worldvla.data.sample import SampleBuilder
-from worldvla.model.pretrained import RELEASES
+from worldvla.published.names import RELEASES
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA, Statistics
 from worldvla.vocab import Vocab, chameleon, compact
 

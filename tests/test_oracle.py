@@ -34,8 +34,8 @@ from worldvla.config import LayoutConfig, LossConfig
 from worldvla.infer.cache import Cache
 from worldvla.infer.decode import decode_actions, decode_frame
 from worldvla.model.mask import dense_mask
-from worldvla.model.pretrained import open_release, published_names, published_tensors
 from worldvla.model.transformer import Transformer
+from worldvla.published.names import open_release, published_names, published_tensors
 from worldvla.train.loss import Loss, Targets
 
 pytest.importorskip("transformers")

@@ -23,7 +23,7 @@ import worldvla.infer.decode as decode
 from worldvla.infer.cache import Cache
 from worldvla.infer.load import Model, export
 from worldvla.infer.policy import SEEN
-from worldvla.sim.env import make, tasks
+from worldvla.sim.suites import make, tasks
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train.build import build, build_model
 from worldvla.train.checkpoint import save

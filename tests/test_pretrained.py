@@ -29,14 +29,14 @@ from worldvla.config import HeadConfig, LoraConfig
 from worldvla.data.store import write_store
 from worldvla.eval.actors import ModelActor
 from worldvla.eval.rollout import run
-from worldvla.infer.convert import convert, convert_back
 from worldvla.infer.decode import regress_chunk
 from worldvla.infer.load import export, load
 from worldvla.model.mask import dense_mask
-from worldvla.model.pretrained import RELEASES, open_release, published_names
+from worldvla.published.convert import convert, convert_back
+from worldvla.published.names import RELEASES, open_release, published_names
+from worldvla.published.tokenizers import load_image_tokenizer
 from worldvla.recipes import RECIPES, libero
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA
-from worldvla.tokenizers.published import load_image_tokenizer
 from worldvla.train.loop import train
 from worldvla.vocab import chameleon
 

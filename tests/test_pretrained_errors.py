@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 import worldvla
 from worldvla.cli import main
 from worldvla.infer import load as loading
-from worldvla.infer.convert import convert, convert_back
-from worldvla.infer.hub import fetch
-from worldvla.model.pretrained import open_release
+from worldvla.published.convert import convert, convert_back
+from worldvla.published.hub import fetch
+from worldvla.published.names import open_release
+from worldvla.published.tokenizers import check_text, load_image_tokenizer, verify_checksums
 from worldvla.recipes import libero
-from worldvla.tokenizers.published import check_text, load_image_tokenizer, verify_checksums
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.vocab import chameleon
 

@@ -14,10 +14,10 @@ import worldvla
 from worldvla.config import ModelConfig
 from worldvla.infer.load import Model, Quantize, load
 from worldvla.model.mask import dense_mask
-from worldvla.model.pretrained import assign, empty_model
 from worldvla.model.quantize import Form, Packed, num_bytes
 from worldvla.model.transformer import Transformer
-from worldvla.sim.env import make, tasks
+from worldvla.model.weights import assign, empty_model
+from worldvla.sim.suites import make, tasks
 from worldvla.tokenizers.action import normalize
 from worldvla.tokenizers.action import quantize as to_codes
 

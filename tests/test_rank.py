@@ -15,7 +15,8 @@ import worldvla
 from worldvla.data.collect import collect
 from worldvla.eval import rank
 from worldvla.eval.stats import DRAWS, agreement, rank_agreement
-from worldvla.sim import env as sim
+from worldvla.sim import suites as sim
+from worldvla.sim.protocol import Suite, Task
 
 MODEL = Path(worldvla.__file__).parent / "assets/tabletop"
 SUITE = "tabletop_object"
@@ -56,8 +57,8 @@ class Counting:
 
 def test_episodes_end_when_both_say_so_or_at_their_own_horizon(monkeypatch: pytest.MonkeyPatch) -> None:
     horizons = {"short": 5, "long": 9}
-    monkeypatch.setattr(sim, "suite", lambda name: sim.Suite(name, "tabletop", horizons[name], ""))
-    tasks = [sim.Task(suite, 0, "a", "do it") for suite in ("long", "long", "short", "long")]
+    monkeypatch.setattr(sim, "suite", lambda name: Suite(name, "tabletop", horizons[name], ""))
+    tasks = [Task(suite, 0, "a", "do it") for suite in ("long", "long", "short", "long")]
     # twice in a row; never twice; only after the short horizon; the simulator later than the judge
     said = ["..xx", "x.x.x.x.x", "....xx", "xx"]
     body = Scripted(said, ["...x", ".........", ".....x", ".....x"])
@@ -135,7 +136,7 @@ def test_the_judge_learns_what_pictures_show_of_each_task(rng: np.random.Generat
     states = np.repeat(bright[:, None] / 1000, 8, 1).astype(np.float32)
     success = np.where(tasks == 0, bright > 128, bright < 128)
     pictures = rank.Pictures({"agentview": images}, states, tasks, success, np.arange(600) // 10)
-    judge, errors = rank.train_judge([sim.Task("x", n, "a", "do it") for n in (0, 1)], pictures, 200)
+    judge, errors = rank.train_judge([Task("x", n, "a", "do it") for n in (0, 1)], pictures, 200)
     (seen, successes), (alarms, failures) = errors["successes_seen"], errors["false_alarms"]
     assert successes + failures == 60
     assert seen > 0.9 * successes

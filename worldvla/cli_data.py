@@ -25,8 +25,8 @@ def warn_of_versions(suite: str) -> None:
 
     An unknown suite raises ValueError.
     """
-    from worldvla.sim import doctor
-    from worldvla.sim import env as sim
+    from worldvla.sim import suites as sim
+    from worldvla.sim.libero import doctor
 
     for check in doctor.check_versions() if sim.suite(suite).simulator == "libero" else ():
         if check.status == "warning":
@@ -124,7 +124,7 @@ class Collect:
     """LIBERO without multisampling, reflections and shadows: quicker, but not the published pictures."""
 
     def run(self) -> int:
-        from worldvla.sim.env import suite
+        from worldvla.sim.suites import suite
 
         rules = suite(self.suite).rules
         warn_of_versions(self.suite)
@@ -136,7 +136,8 @@ class Collect:
         options = {name: value for name, value in vars(self).items() if name not in ("suite", "out")}
         options["views"] = _views(self.views) or dict(rules.demonstrations)
         if self.policy is not None:
-            from worldvla.infer.load import find_checkpoint, weights_digest
+            from worldvla.infer.load import weights_digest
+            from worldvla.model.weights import find_checkpoint
 
             options["policy"] = partial(_act, str(self.policy))
             options["policy_name"] = weights_digest(find_checkpoint(self.policy))

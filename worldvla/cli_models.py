@@ -101,7 +101,7 @@ class Convert:
     """With --back, of a checkpoint that was trained on: the converted one that it came from."""
 
     def run(self) -> int:
-        from worldvla.infer.convert import convert, convert_back
+        from worldvla.published.convert import convert, convert_back
         from worldvla.recipes import libero
 
         if self.back:
@@ -225,14 +225,14 @@ class Doctor:
     quick: bool = False
     """Versions, machine and OpenGL alone: seconds."""
     json: Path | None = None
-    """File for the result. Default: out/doctor.json, which records then cite; with --quick: none."""
+    """File for the result. Default: one in the user's cache, which records then cite; with --quick: none."""
 
     def run(self) -> int:
         from rich.console import Console
         from rich.text import Text
 
         from worldvla.files import write_json
-        from worldvla.sim import doctor
+        from worldvla.sim.libero import doctor
 
         colours = {"ok": "green", "warning": "yellow", "bad": "red", "skipped": "dim"}
         console = Console(highlight=False, soft_wrap=True)
@@ -245,7 +245,7 @@ class Doctor:
                 )
                 console.print(line.append(f"   fix: {check.fix}" if check.fix else "", "bold"))
         report = doctor.report(checks, self.quick)
-        path = self.json or (None if self.quick else doctor.LAST)
+        path = self.json or (None if self.quick else doctor.last_run())
         if path is not None:
             write_json(path, report)
             console.print(f"written: {path}")

@@ -1,4 +1,4 @@
-"""What lies on disk: files and folders that appear whole or not at all, JSON, tensors that fit, the commit.
+"""What lies on disk: files and folders that appear whole or not at all, JSON, tensors that fit.
 
 What is written stands under a scratch name of its own, so that two processes that write the same file never
 meet; a failure leaves nothing behind.
@@ -6,10 +6,8 @@ meet; a failure leaves nothing behind.
 
 import glob
 import json
-import os
 import secrets
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,16 +78,3 @@ def check_shapes(
             f"{where} does not fit: {len(wrong)} tensors differ, first {wrong[0]} with shape {there}, "
             f"expected {here}; {fix}"
         )
-
-
-def commit() -> str | None:
-    """Return the git commit of the source, `+` after it with uncommitted changes; for a copy that has no
-    repository, what the variable WORLDVLA_COMMIT says, or None.
-    """
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists() or not shutil.which("git"):
-        return os.environ.get("WORLDVLA_COMMIT") or None
-    options: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "check": False}
-    head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
-    changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout
-    return head + ("+" if changes else "") if head else None

@@ -170,7 +170,7 @@ def libero_object_front() -> Config:
 
 def _published(name: str, release: str, suite: str, init_from: str) -> Config:
     """The published 7B on a LIBERO suite: what all scripts share; layout and K are the release's."""
-    from worldvla.model.pretrained import RELEASES  # imports torch: not before a recipe is asked for
+    from worldvla.published.names import RELEASES  # imports torch: not before a recipe is asked for
 
     layout = replace(RELEASES[release].layout, chunk=RELEASES[release].chunks.get(suite, 5))
     return Config(

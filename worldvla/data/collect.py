@@ -22,10 +22,11 @@ import numpy as np
 from worldvla.data.episode import Episode, facts, read_episodes, write_episodes
 from worldvla.files import write_text
 from worldvla.progress import progress_bar
-from worldvla.sim import env as sim
-from worldvla.sim.doctor import cores
+from worldvla.sim import suites as sim
+from worldvla.sim.protocol import Expert, NUM_INITS, Task
+from worldvla.machine import cores
 
-FIRST_INIT = sim.NUM_INITS
+FIRST_INIT = NUM_INITS
 """Initial states below are for evaluation alone."""
 INITS_PER_SEED = 100_000
 BURST = (2, 5)
@@ -49,7 +50,7 @@ class Driven:
 
     act: Callable[[dict[str, Any]], np.ndarray]
     """Observation, as `Policy.act` takes it -> actions (K, 7)."""
-    expert: sim.Expert
+    expert: Expert
     instruction: str
     rng: np.random.Generator
     until: int
@@ -83,7 +84,7 @@ class Labeller:
 
     scout: Any
     """An environment of the same task that renders nothing."""
-    expert: sim.Expert
+    expert: Expert
     chunk: int
 
     def __call__(self, state: np.ndarray) -> np.ndarray:
@@ -103,7 +104,7 @@ class Perturbed:
     Only the steps without noise may be imitated: their action is exactly the expert's.
     """
 
-    expert: sim.Expert
+    expert: Expert
     rng: np.random.Generator
     fraction: float
     """Share of perturbed steps, about: 0.15 gives 0.158."""
@@ -191,13 +192,13 @@ def _labels(
 class _Job:
     """What an attempt depends on besides its number."""
 
-    task: sim.Task
+    task: Task
     parts: Path
     views: Views | None
     seed: int
     noise: float
     make: Callable[..., Any]
-    expert: Callable[[Any], sim.Expert]
+    expert: Callable[[Any], Expert]
     label: int
     policy: "LoadPolicy | None"
     execute: int
@@ -223,7 +224,7 @@ def _close_kept() -> None:
     _kept.clear()
 
 
-def task_of(episode: Episode) -> sim.Task:
+def task_of(episode: Episode) -> Task:
     """Return the task that an episode is a demonstration of; an unknown one raises ValueError."""
     known = {task.name: task for task in sim.tasks(episode.suite)}
     if episode.task not in known:
@@ -279,7 +280,7 @@ def collect(
     fast_render: bool = False,
     tasks: tuple[int, ...] = (),
     make: Callable[..., Any] = sim.make,
-    expert: Callable[[Any], sim.Expert] = sim.expert,
+    expert: Callable[[Any], Expert] = sim.expert,
 ) -> dict[str, dict[str, int]]:
     """Write `episodes` successful demonstrations of every task of `suite` (or of those in `tasks`).
 
@@ -322,7 +323,7 @@ def collect(
     return {task.name: _counts(_path(out_dir, task)) for task in chosen}
 
 
-def choose(suite: str, table: Sequence[sim.Task], indices: Sequence[int]) -> list[sim.Task]:
+def choose(suite: str, table: Sequence[Task], indices: Sequence[int]) -> list[Task]:
     """Return the tasks with these indices, all where there are none; an unknown one raises ValueError."""
     if bad := [i for i in indices if not 0 <= i < len(table)]:
         raise ValueError(f"{suite} has tasks 0 to {len(table) - 1}, got {bad}")
@@ -381,7 +382,7 @@ def _guard(path: Path, arguments: dict[str, Any]) -> None:
     write_text(path, text)
 
 
-def _path(out_dir: Path, task: sim.Task) -> Path:
+def _path(out_dir: Path, task: Task) -> Path:
     return out_dir / f"{task.name}_demo.hdf5"
 
 

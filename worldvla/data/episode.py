@@ -23,7 +23,8 @@ import h5py
 import numpy as np
 
 from worldvla.files import whole_file
-from worldvla.sim.env import NUM_ACTION_DIMS, NUM_STATE_DIMS, SUITES
+from worldvla.sim.protocol import NUM_ACTION_DIMS, NUM_STATE_DIMS
+from worldvla.sim.suites import SUITES
 
 VIEW_KEYS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
 """Our name of a camera -> LIBERO's dataset under obs/."""
@@ -35,7 +36,7 @@ _STATE_KEYS = {"obs/ee_pos": 3, "obs/ee_ori": 3, "obs/gripper_states": 2}
 
 @dataclass(frozen=True)
 class Episode:
-    """One demonstration of T steps. Units are those of sim/env.py."""
+    """One demonstration of T steps. Units are those of sim/protocol.py."""
 
     instruction: str
     suite: str

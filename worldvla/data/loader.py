@@ -19,7 +19,7 @@ from worldvla.batch import Batch, Sample
 from worldvla.config import DataConfig, LayoutConfig
 from worldvla.data.sample import DTYPES, ROWS, SampleBuilder, Template
 from worldvla.data.store import EpisodeRow, TokenStore
-from worldvla.sim.env import with_scene
+from worldvla.sim.suites import with_scene
 from worldvla.tokenizers.action import Statistics, compute_statistics, normalize, quantize
 from worldvla.vocab import Vocab
 

@@ -19,8 +19,8 @@ import numpy as np
 from worldvla.data.collect import Views, kept, record, start, task_of
 from worldvla.data.episode import Episode, count_episodes, facts, read_episodes, write_episodes
 from worldvla.progress import progress_bar
-from worldvla.sim import env as sim
-from worldvla.sim.doctor import cores
+from worldvla.sim import suites as sim
+from worldvla.machine import cores
 
 NO_OP = 1e-4
 """Norm of the first six dims below which an action that leaves the gripper alone is a no-op."""

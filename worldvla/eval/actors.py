@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from worldvla.sim.env import NUM_ACTION_DIMS, Task
+from worldvla.sim.protocol import NUM_ACTION_DIMS, Task
 
 CHUNK = 5
 """Steps between two queries of an actor that has no chunk of its own."""

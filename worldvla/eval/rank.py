@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from worldvla.data.episode import read_episodes
 from worldvla.eval.inverse import Towers
-from worldvla.eval.record import Journal, provenance
+from worldvla.eval.record import Journal
 from worldvla.eval.stats import rank_agreement
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
 from worldvla.eval.world import reconstruct
@@ -29,8 +29,11 @@ from worldvla.files import write_json
 from worldvla.infer.imagine import World
 from worldvla.infer.load import Model, load
 from worldvla.infer.policy import Policy
+from worldvla.machine import provenance
 from worldvla.progress import progress_bar
-from worldvla.sim import env as sim
+from worldvla.sim import suites as sim
+from worldvla.sim.libero.doctor import verdict
+from worldvla.sim.protocol import NUM_ACTION_DIMS, NUM_INITS, NUM_STATE_DIMS, Task
 
 AFTER = 4
 """Pictures of each demonstration from its success on, which HDF5 files do not hold: the simulator goes on."""
@@ -62,10 +65,10 @@ class Pictures:
 class Judge(nn.Module):
     """Pictures of a known task -> proprioception and the logit of success."""
 
-    def __init__(self, views: Sequence[str], tasks: Sequence[sim.Task], mean: np.ndarray, std: np.ndarray):
+    def __init__(self, views: Sequence[str], tasks: Sequence[Task], mean: np.ndarray, std: np.ndarray):
         super().__init__()
         self.tasks = list(tasks)
-        self.towers = Towers(views, 3, sim.NUM_STATE_DIMS + len(tasks))
+        self.towers = Towers(views, 3, NUM_STATE_DIMS + len(tasks))
         self.mean, self.std = torch.from_numpy(mean), torch.from_numpy(std)
 
     def forward(self, images: Mapping[str, np.ndarray], tasks: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -74,7 +77,7 @@ class Judge(nn.Module):
         x = {v: torch.from_numpy(images[v]).permute(0, 3, 1, 2).float() / 127.5 - 1 for v in views}
         out = self.towers(x)
         rows = torch.arange(len(out))
-        return out[:, : sim.NUM_STATE_DIMS], out[rows, sim.NUM_STATE_DIMS + torch.from_numpy(tasks)]
+        return out[:, :NUM_STATE_DIMS], out[rows, NUM_STATE_DIMS + torch.from_numpy(tasks)]
 
     @torch.inference_mode()
     def read(self, images: Mapping[str, np.ndarray], tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +88,7 @@ class Judge(nn.Module):
 
 def gather(
     paths: Sequence[Path], suites: Sequence[str], model: Model, episodes: int
-) -> tuple[list[sim.Task], Pictures]:
+) -> tuple[list[Task], Pictures]:
     """Return the tasks of `suites` and the pictures of at most `episodes` demonstrations of each.
 
     The pictures are as the image tokenizer of `model` shows them.
@@ -114,7 +117,7 @@ def gather(
                         stack.enter_context(closing(env))
                     env.reset(options={"init": max(episode.init, 0)})  # fixtures are not in every state
                     env.set_state(episode.sim_states[-1])
-                    rest = episode.actions[-1] * (np.arange(sim.NUM_ACTION_DIMS) == sim.NUM_ACTION_DIMS - 1)
+                    rest = episode.actions[-1] * (np.arange(NUM_ACTION_DIMS) == NUM_ACTION_DIMS - 1)
                     more = [env.step(action) for action in [episode.actions[-1], *[rest] * (AFTER - 1)]]
                     for view, found in images.items():
                         after = np.stack([step[0][view] for step in more])
@@ -137,7 +140,7 @@ def gather(
 
 
 def train_judge(
-    tasks: Sequence[sim.Task], seen: Pictures, steps: int = STEPS, seed: int = 0
+    tasks: Sequence[Task], seen: Pictures, steps: int = STEPS, seed: int = 0
 ) -> tuple[Judge, dict[str, Any]]:
     """Return the judge, half of whose batches are successes, and its errors on held-out demonstrations."""
     rng = np.random.default_rng(seed)
@@ -234,7 +237,7 @@ def drive(
     policy: Policy,
     execute: int,
     body: Simulated | Imagined,
-    tasks: Sequence[sim.Task],
+    tasks: Sequence[Task],
     first: Sequence[Mapping[str, Any]],
     films: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, list[list[Frame]]]:
@@ -298,9 +301,9 @@ def rank_policies(
         raise ValueError(f"give every policy once, and at least one, got {[str(c) for c in checkpoints]}")
     if not suites or len(set(suites)) < len(suites) or any(n < 1 for n in execute):
         raise ValueError(f"give every suite once, and execute at least 1, got {suites} and {execute}")
-    if episodes < 1 or first < 0 or first + episodes > sim.NUM_INITS:
+    if episodes < 1 or first < 0 or first + episodes > NUM_INITS:
         raise ValueError(
-            f"initial states 0..{sim.NUM_INITS - 1} are for evaluation: got {episodes} from {first} on"
+            f"initial states 0..{NUM_INITS - 1} are for evaluation: got {episodes} from {first} on"
         )
     model, policies = load(world), []
     for policy in map(load, checkpoints):
@@ -352,6 +355,7 @@ def rank_policies(
         "policies": rows,
         **rank_agreement(rows),
         **provenance(),
+        "doctor": verdict(),
     }
     write_json(out_dir / "record.json", record)
     _draw(rows, out_dir / "rank.png")

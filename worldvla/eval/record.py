@@ -1,36 +1,11 @@
 """What a record says of its origin, and the journal of finished episodes that makes a run resumable."""
 
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from worldvla.files import commit, write_text
-from worldvla.sim.doctor import cores, verdict, versions
-
-
-def provenance() -> dict[str, Any]:
-    """Return versions, the doctor's verdict, hardware and commit (None outside a repository; `+` after it:
-    with uncommitted changes).
-    """
-    return {"versions": versions(), "doctor": verdict(), "hardware": hardware(), "commit": commit()}
-
-
-def hardware() -> dict[str, Any]:
-    """Return the processor's name, the cores this process may use, and the GPUs of torch, if it is loaded."""
-    import sys
-
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    torch = sys.modules.get("torch")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": cores(),
-        "gpus": gpus,
-    }
+from worldvla.files import write_text
 
 
 class Journal:

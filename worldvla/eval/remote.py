@@ -19,7 +19,8 @@ from websockets.sync.client import connect
 from worldvla.eval.actors import CHUNK, ActorError, Query
 from worldvla.serve.image import resize_with_pad
 from worldvla.serve.protocol import IMAGE_KEYS, MAX_BYTES, PORT, PROMPT_KEY, STATE_KEY, pack, unpack
-from worldvla.sim.env import NUM_ACTION_DIMS, suite
+from worldvla.sim.protocol import NUM_ACTION_DIMS
+from worldvla.sim.suites import suite
 
 SCHEMES = {"websocket": "ws", "ws": "ws", "wss": "wss"}
 PATIENCE_S = 600.0

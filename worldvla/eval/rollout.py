@@ -22,14 +22,16 @@ import numpy as np
 
 from worldvla.data.collect import choose
 from worldvla.eval.actors import Actor, ActorError, ModelActor, Query
-from worldvla.eval.record import Journal, provenance
+from worldvla.eval.record import Journal
 from worldvla.eval.stats import count
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
 from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings, Worker, open_workers
 from worldvla.files import write_json, write_text
+from worldvla.machine import cores, provenance
 from worldvla.progress import progress_bar
-from worldvla.sim import env as sim
-from worldvla.sim.doctor import cores
+from worldvla.sim import suites as sim
+from worldvla.sim.libero.doctor import verdict
+from worldvla.sim.protocol import NUM_INITS, Task
 
 MOST_AT_ONCE = 1
 """Queries answered together out of lockstep. One: the record is then a function of the arguments, as it is in
@@ -115,7 +117,7 @@ def _query(worker: Worker, report: Report) -> Query:
     return Query(worker.job.task, worker.job.init, report.steps, report.observation)
 
 
-def _next(waiting: list[Job], task: sim.Task | None, taken: set[sim.Task | None]) -> Job:
+def _next(waiting: list[Job], task: Task | None, taken: set[Task | None]) -> Job:
     """Take one of the same task, else one of a task that no worker has: an environment is dear to make."""
     same = (i for i, job in enumerate(waiting) if job.task == task)
     free = (i for i, job in enumerate(waiting) if job.task not in taken)
@@ -138,7 +140,7 @@ def run(
     film_all: bool | None = None,
     page: bool = True,
     make: MakeEnv = sim.make,
-    table: Sequence[sim.Task] | None = None,
+    table: Sequence[Task] | None = None,
     patience_s: float = PATIENCE_S,
 ) -> dict[str, Any]:
     """Roll `actor` out from initial states first..first+episodes-1 of each task; write record.json, videos/
@@ -150,9 +152,9 @@ def run(
     every step; default: where rendering is cheap (tabletop). `make`, `table`: another simulator, for tests.
     """
     inits = range(first, first + episodes)
-    if not inits or first < 0 or first < sim.NUM_INITS < inits.stop:
+    if not inits or first < 0 or first < NUM_INITS < inits.stop:
         raise ValueError(
-            f"initial states 0..{sim.NUM_INITS - 1} are for evaluation, those after them for demonstrations; "
+            f"initial states 0..{NUM_INITS - 1} are for evaluation, those after them for demonstrations; "
             f"ask for at least one and all of one kind, got {episodes} from {first} on"
         )
     if workers < 0:
@@ -241,7 +243,7 @@ def run(
     record["seconds"] = round(earlier + time.monotonic() - start, 1)
     for name in ("simulation_seconds", "policy_seconds"):
         record[name] = round(sum(o.get(name, 0.0) for o in outcomes), 1)
-    record |= provenance()
+    record |= {**provenance(), "doctor": verdict()}
     record["tasks"] = [
         {
             "index": t.index,

@@ -20,9 +20,9 @@ from markdown_it import MarkdownIt
 
 from worldvla.eval.compare import compare
 from worldvla.eval.page import COLORS, ORANGE, data_url, line_plots, render, world_plot
-from worldvla.eval.record import provenance
 from worldvla.eval.stats import Pairs, mcnemar, paired_interval, rank_agreement, wilson
 from worldvla.files import read_json, write_json, write_text
+from worldvla.machine import provenance
 
 TABLETOP = tuple(f"tabletop_{name}" for name in ("spatial", "object", "goal", "long"))
 LIBERO = ("libero_object", "libero_spatial")

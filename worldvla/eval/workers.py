@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from worldvla.sim import env as sim
+from worldvla.sim import suites as sim
+from worldvla.sim.protocol import Expert, Task
 
 PATIENCE_S = 600.0
 """A worker that gives no answer for so long is stopped. Making a LIBERO scene takes half a minute."""
@@ -28,7 +29,7 @@ MakeEnv = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Job:
-    task: sim.Task
+    task: Task
     init: int
     film: bool
 
@@ -74,7 +75,7 @@ class Running:
         self.env, self.job, self.settings = env, job, settings
         self.report = Report("running")
         self.recent: deque[dict[str, np.ndarray]] = deque(maxlen=max(1, settings.history))
-        self.expert: sim.Expert | None = None
+        self.expert: Expert | None = None
 
     def start(self) -> Report:
         self.env.rendering = self.settings.needs_images or self.job.film
@@ -178,7 +179,7 @@ class Worker:
     def __init__(self, settings: Settings, patience_s: float) -> None:
         self.settings, self.patience_s = settings, patience_s
         self.job: Job | None = None
-        self.task: sim.Task | None = None
+        self.task: Task | None = None
         """Whose environment it holds."""
         self.started = 0.0
         self.policy_s = 0.0

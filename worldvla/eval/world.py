@@ -22,13 +22,14 @@ from torch import Tensor
 from worldvla.data.episode import Episode, read_episodes
 from worldvla.eval import distance, features
 from worldvla.eval.inverse import NUM_DIMS, read_motion, train_inverse
-from worldvla.eval.record import provenance
 from worldvla.eval.tokens import write_example
 from worldvla.eval.video import FPS, side_by_side, write_mp4
 from worldvla.files import write_json
 from worldvla.infer.draft import FrameStats, summary
 from worldvla.infer.load import Model, load, weights_digest
-from worldvla.sim.env import SUITES
+from worldvla.machine import provenance
+from worldvla.sim.libero.doctor import verdict
+from worldvla.sim.suites import SUITES
 
 MAX_PSNR = 60.0
 """dB, of frames that differ by less: a single perfect frame must not decide a mean."""
@@ -135,6 +136,7 @@ def evaluate_world(
         "horizons": sections,
         "remarks": measure.remarks,
         **provenance(),
+        "doctor": verdict(),
     }
     first, model = chosen[0].episode, next(iter(models.values()))
     observation = {**{view: images[0] for view, images in first.images.items()}, "state": first.states[0]}

@@ -19,21 +19,20 @@ from torch import Tensor
 from worldvla.config import Config, from_json
 from worldvla.data.sample import SampleBuilder
 from worldvla.files import check_shapes, read_json, whole_folder, write_json, write_text
-from worldvla.infer.hub import fetch
+from worldvla.machine import available_memory
 from worldvla.model.lora import merged
-from worldvla.model.pretrained import (
-    INDEX,
-    SINGLE,
+from worldvla.model.quantize import Form, num_bytes
+from worldvla.model.transformer import Transformer
+from worldvla.model.weights import (
     assign,
-    available_memory,
     empty_model,
+    find_checkpoint,
     header,
     is_block_matrix,
     read_tensor,
     weights_digest,
 )
-from worldvla.model.quantize import Form, num_bytes
-from worldvla.model.transformer import Transformer
+from worldvla.published.hub import fetch
 from worldvla.tokenizers.action import Statistics
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer
@@ -151,27 +150,6 @@ def _base(path: Path, config: Config, digest: str) -> Path:
             f"{path} holds low-rank updates of weights {digest}, {base} has {found}: restore that checkpoint"
         )
     return base
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return `path` if it is a checkpoint, the newest complete one if it is a run directory."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"no directory {path}: expected a checkpoint or a run of `worldvla train`")
-    if (path / "manifest.json").is_file():
-        return path
-    has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
-    if has_weights and (path / "config.json").is_file() and "vocab_size" in read_json(path / "config.json"):
-        raise ValueError(
-            f"{path} is a released checkpoint, not one of ours: `worldvla convert {path} --release NAME "
-            "--out DIR` makes one of it (docs/MODELS.md)"
-        )
-    found = [file.parent for file in (path / "ckpt").glob("step_*/manifest.json")]
-    numbered = [p for p in found if p.name.removeprefix("step_").isdigit()]
-    if not numbered:
-        raise FileNotFoundError(
-            f"{path} holds no checkpoint (manifest.json or ckpt/step_N): expected one of `worldvla train`"
-        )
-    return max(numbered, key=lambda p: int(p.name.removeprefix("step_")))
 
 
 def export(source: Path, out_dir: Path) -> Path:

@@ -1,7 +1,7 @@
 """Observation -> the next K actions in physical units.
 
 An observation is `{"<view>": uint8 (Y, X, 3), ..., "state": float32 (8,), "instruction": str}` as in
-sim/env.py, and for models with a history `"previous"`: the image dicts of the steps just before, oldest first
+sim/protocol.py, and for models with a history `"previous"`: image dicts of the steps before, oldest first
 (fewer at an episode's start; more are ignored).
 """
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from worldvla.config import LoraConfig
 from worldvla.files import read_json
-from worldvla.model.pretrained import header, is_block_matrix, read_tensor
 from worldvla.model.quantize import Packed, rounded
 from worldvla.model.transformer import Transformer
+from worldvla.model.weights import header, is_block_matrix, read_tensor
 
 
 class Updated(nn.Module):

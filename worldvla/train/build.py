@@ -11,18 +11,11 @@ from worldvla.data.loader import Loader, prompted, store_statistics
 from worldvla.data.sample import SampleBuilder, prompt_texts
 from worldvla.data.store import TokenStore
 from worldvla.files import read_json
+from worldvla.machine import available_memory
 from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import add_updates, refuse_updates
-from worldvla.model.pretrained import (
-    assign,
-    available_memory,
-    check_fit,
-    empty_model,
-    header,
-    read_tensor,
-    weights_digest,
-)
 from worldvla.model.transformer import Transformer
+from worldvla.model.weights import assign, check_fit, empty_model, header, read_tensor, weights_digest
 from worldvla.tokenizers.action import Statistics, dequantize, normalize
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer

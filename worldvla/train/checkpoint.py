@@ -7,13 +7,11 @@ With `lora.rank`, model.safetensors holds what is trained alone, and the manifes
 A directory appears under its name only when complete (written beside it, then renamed).
 """
 
-import importlib.metadata
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from worldvla.config import Config, to_json
-from worldvla.files import commit, whole_folder, write_json
+from worldvla.files import whole_folder, write_json
+from worldvla.machine import provenance
 from worldvla.model.lora import stored
-from worldvla.model.pretrained import check_fit
+from worldvla.model.weights import check_fit
 from worldvla.train.build import Pieces
 
-_PACKAGES = ("worldvla", "torch", "numpy", "tokenizers", "safetensors")
 _RNG = "random_state"
 _ADAMW = ("exp_avg", "exp_avg_sq", "step")
 _FREE = ("num_threads", "log_every", "eval_every", "num_eval_batches", "save_every", "compile", "device")
@@ -106,15 +104,6 @@ def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
     for path in sorted(_all(run_dir), key=_step)[:-keep]:
         if _step(path) != best_step:
             shutil.rmtree(path)
-
-
-def provenance() -> dict[str, Any]:
-    """Return the git commit of the source (None outside a repository) and package versions."""
-    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
-    for name in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {"git_commit": commit(), "versions": versions}
 
 
 def check_config(run_dir: Path, config: Config) -> None:

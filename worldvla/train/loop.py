@@ -23,9 +23,9 @@ from torch import Tensor
 from worldvla.batch import KIND_ACTION, Batch
 from worldvla.config import Config
 from worldvla.data.loader import MODES
+from worldvla.machine import find_device
 from worldvla.model.action_head import ActionHead
 from worldvla.model.mask import additive_mask, dense_mask
-from worldvla.model.pretrained import find_device
 from worldvla.train import checkpoint, dist
 from worldvla.train.build import Pieces, action_scale, build, build_model
 from worldvla.train.loss import Loss, Targets

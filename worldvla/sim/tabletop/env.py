@@ -12,13 +12,20 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-from worldvla.sim.env import NUM_ACTION_DIMS, RULES, VIEWS, Task, init_index, spaces, suite
+from worldvla.sim.protocol import (
+    NUM_ACTION_DIMS,
+    POSITION_SCALE,
+    ROTATION_SCALE,
+    RULES,
+    VIEWS,
+    Task,
+    init_index,
+    spaces,
+)
 from worldvla.sim.tabletop import world
 from worldvla.sim.tabletop.camera import RayCamera
 from worldvla.sim.tabletop.tasks import FIXTURE_JITTER, JITTER, SPECS, Goal
 
-POSITION_SCALE = 0.05
-ROTATION_SCALE = 0.5
 DEFAULT_VIEWS = RULES["tabletop"].views
 SETTLE_STEPS = 25
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -32,10 +39,10 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
 
-    def __init__(self, task: Task, views: dict[str, tuple[int, int]] | None = None) -> None:
+    def __init__(self, task: Task, horizon: int, views: dict[str, tuple[int, int]] | None = None) -> None:
         self.task = task
         self.scene = SPECS[task.suite][task.index]
-        self.horizon = suite(task.suite).horizon
+        self.horizon = horizon
         self.rendering = True
         self.model = world.build(self.scene)
         self.data = mujoco.MjData(self.model)

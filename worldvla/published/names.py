@@ -3,31 +3,22 @@
 Chameleon's layout in Hugging Face's words (WorldVLA model/chameleon/modeling_chameleon.py) is what WorldVLA
 and RynnVLA-002 release: safetensors shards of bfloat16 with an index, and a config.json. Every key of the
 folder is placed, set aside (`vqmodel`, a head on request) or named in an error, before a weight is read.
-
-Headers alone are checked; then a tensor is copied out of its shard's map in place of a meta tensor, so the
-host holds the model and one tensor (docs/MODELS.md has the numbers).
 """
 
-import hashlib
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from worldvla.config import HeadConfig, LayoutConfig, ModelConfig
-from worldvla.files import check_shapes, read_json
+from worldvla.files import read_json
 from worldvla.model.action_head import ActionHead
-from worldvla.model.quantize import Form, Packed
-from worldvla.model.transformer import Transformer
+from worldvla.model.weights import DTYPES, INDEX, SINGLE, empty_model, header, read_tensor
 from worldvla.vocab import Vocab
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 VQ_PREFIX, HEAD_PREFIX = "model.vqmodel.", "action_head."
 NUM_HEAD_HEADS = 4
 """Of RynnVLA-002's continuous head (model/modeling_xllmx_chameleon_ck_action_head.py:19-295), whose other
@@ -177,8 +168,8 @@ def open_release(
     other += ", or --without-action-head" if config.head.num_layers else ""
     _named(directory, "lacks", sorted(set(own) - set(shapes)), f"download it again, or {other}")
     _named(directory, "has unknown", unknown, other)
-    strange = sorted(key for key in own if dtypes[key] not in _DTYPES.values())
-    _named(directory, f"has other types than {', '.join(_DTYPES.values())}:", strange, "dequantise it")
+    strange = sorted(key for key in own if dtypes[key] not in DTYPES.values())
+    _named(directory, f"has other types than {', '.join(DTYPES.values())}:", strange, "dequantise it")
     wrong, rows = [], {}
     for name, key in names.items():
         shape, expected = shapes[key], own[key]
@@ -203,86 +194,6 @@ def _head_config(shapes: Mapping[str, tuple[int, ...]]) -> HeadConfig:
     return HeadConfig(num_layers=len(layers) or 2, width=width, num_heads=NUM_HEAD_HEADS, hidden=hidden)
 
 
-class _Undrawn(TorchFunctionMode):
-    """Initial weights are not drawn: on the meta device that is a second of imports, for nothing."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def empty_model(
-    config: ModelConfig,
-    vocab_size: int,
-    num_rows: int = 1,
-    num_cols: int = 1,
-    action_shape: tuple[int, int] = (0, 0),
-) -> Transformer:
-    """Return the model on the meta device: names and shapes without memory, for `assign`."""
-    with torch.device("meta"), _Undrawn():
-        return Transformer(config, vocab_size, num_rows, num_cols, action_shape)
-
-
-def assign(
-    model: Transformer,
-    tensors: Iterable[tuple[str, Tensor]],
-    device: str = "cpu",
-    dtype: torch.dtype | None = None,
-    form: Form | None = None,
-) -> Transformer:
-    """Put each tensor in place of a parameter of `model`, which is on the meta device; one copy at a time.
-
-    `form`: how the linear layers of the blocks are held instead of in `dtype`.
-    """
-    for name, tensor in tensors:
-        owner, _, leaf = name.rpartition(".")
-        if form and is_block_matrix(name, tensor.shape):
-            if form in ("int8", "int4"):
-                model.set_submodule(owner, Packed(tensor.to(device), form))
-                continue
-            placed = tensor.to(device, getattr(torch, form), copy=True)
-        else:
-            placed = tensor.to(device, dtype or tensor.dtype, copy=True)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(placed, requires_grad=False))
-        del tensor
-    return model.eval()
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device; one that is unknown, or CUDA where there is none, raises ValueError."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}: expected cpu, cuda, cuda:1, ...") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device {name}: torch {torch.__version__} sees no CUDA device; use cpu, or "
-            "install a torch for CUDA and its driver"
-        )
-    return device
-
-
-def available_memory(device: str) -> int | None:
-    """Return the free bytes of a device, None where that cannot be told (no Linux, another accelerator)."""
-    if find_device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if device != "cpu" or not meminfo.is_file():
-        return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-    free = [int(found[1]) * 1024] if found else []
-    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()).isdigit():
-        used = re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
-        free.append(int(limit) - (int(used[1]) if used else 0))
-    return min(free, default=None)
-
-
-def is_block_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Return whether a parameter is the weight of a linear layer of a block: what `form` applies to."""
-    return name.startswith("layers.") and len(shape) == 2
-
-
 def published_tensors(
     ours: Iterable[tuple[str, Tensor]], norm_rows: Mapping[str, int], dtypes: Mapping[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -293,38 +204,6 @@ def published_tensors(
         tensor = tensor.to(getattr(torch, dtypes[name]))
         key = names.get(name, name)  # a head's names are the published ones
         yield key, tensor.expand(norm_rows[name], -1).contiguous() if name in norm_rows else tensor
-
-
-def read_tensor(path: Path, key: str) -> Tensor:
-    """Return one tensor, a view of the file's map, which is released with it (so opened anew each time)."""
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(key)
-
-
-def header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Return shapes and torch names of types of a safetensors file, by key; a damaged file raises."""
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
-            return shapes, {key: _DTYPES.get(str(s.get_dtype()), "") for key, s in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}): download it again") from None
-
-
-def check_fit(path: Path, own: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if the keys and shapes in a file's header are not those of `own`, naming the first."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    check_shapes(path, header(path)[0], shapes, "use the model and layout of its config.json")
-
-
-def weights_digest(path: Path) -> str:
-    """Return 16 hex digits of the checkpoint's weights file: which model a record speaks of."""
-    with (path / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def _headers(directory: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]], dict[str, str]]:

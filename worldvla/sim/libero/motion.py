@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from worldvla.sim.libero import LiberoEnv
+from worldvla.sim.libero.env import LiberoEnv
+from worldvla.sim.protocol import POSITION_SCALE, ROTATION_SCALE
 
-OPEN, CLOSE = -1.0, 1.0
-POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5
 """Metres and radians that an action of 1.0 asks of LIBERO's controller (robosuite osc_pose.json)."""
 GAIN = 2.0
 """The controller covers only part of the asked way in one step."""

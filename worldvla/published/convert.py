@@ -1,4 +1,4 @@
-"""A released folder -> one of our checkpoints, and back; keys and shapes in model/pretrained.py.
+"""A released folder -> one of our checkpoints, and back; keys and shapes in published/names.py.
 
 `published.json` in the result holds what the way back needs: their config.json, the shard and the form of
 every key; `published.safetensors` their tensors beside the transformer's (`model.vqmodel.*`, action head).
@@ -16,25 +16,20 @@ from torch import Tensor
 
 from worldvla.config import Config, LayoutConfig, from_json, to_json
 from worldvla.files import read_json, whole_folder, write_json
-from worldvla.infer.hub import fetch
-from worldvla.infer.load import find_checkpoint
 from worldvla.model.lora import refuse_updates
-from worldvla.model.pretrained import (
+from worldvla.model.weights import INDEX, find_checkpoint, header, read_tensor
+from worldvla.published.hub import fetch
+from worldvla.published.names import (
     HEAD_PREFIX,
-    INDEX,
     RELEASES,
     VQ_PREFIX,
     Release,
     Released,
-    header,
     open_release,
     published_names,
     published_tensors,
-    read_tensor,
 )
-from worldvla.tokenizers.action import RYNNVLA, WORLDVLA
-from worldvla.tokenizers.image import ImageTokenizer
-from worldvla.tokenizers.published import (
+from worldvla.published.tokenizers import (
     IMAGE_FILES,
     TEXT_FILES,
     check_text,
@@ -44,6 +39,8 @@ from worldvla.tokenizers.published import (
     unlike_published,
     verify_checksums,
 )
+from worldvla.tokenizers.action import RYNNVLA, WORLDVLA
+from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.vocab import Vocab, chameleon
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from worldvla.sim.experts.libero_motion import ALIGNED, CLOSE, DOWN, OPEN, Hand, Joint
+from worldvla.sim.libero.motion import ALIGNED, DOWN, Hand, Joint
+from worldvla.sim.protocol import CLOSE, OPEN
 
 Goal = tuple[str, ...]
 UP = -DOWN

