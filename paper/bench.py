@@ -45,7 +45,10 @@ from worldvla.config import LayoutConfig, ModelConfig
 from worldvla.data.sample import SampleBuilder
 from worldvla.infer.cache import Cache
 from worldvla.infer.decode import best_bin, decode_chunk, decode_frame
+from worldvla.infer.model import load
+from worldvla.infer.policy import Policy
 from worldvla.infer.replay import Replay
+from worldvla.infer.world import World
 from worldvla.machine import find_device, provenance
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
@@ -154,9 +157,9 @@ def simulation(seconds: float) -> dict[str, float]:
 
 def case_of(size: str, checkpoint: Path, quantize: Any, device: str, dtype: torch.dtype) -> Case:
     if size == "3m":
-        loaded, task = worldvla.load(checkpoint, device, dtype, quantize), tasks("tabletop_goal")[0]
+        loaded, task = load(checkpoint, device, dtype, quantize), tasks("tabletop_goal")[0]
         observation = make(task, loaded.view_sizes).reset(options={"init": 0})[0]
-        policy, world = loaded.policy(), loaded.world()
+        policy, world = Policy(loaded), World(loaded)
         prompt = policy.prompts([{**observation, "instruction": task.instruction}])[0]
         world.reset(observation)
         codes = np.concatenate([view.reshape(-1) for view in world.codes.values()])

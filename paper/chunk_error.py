@@ -16,7 +16,7 @@ from worldvla.data.loader import Loader
 from worldvla.data.store import TokenStore
 from worldvla.files import write_json
 from worldvla.infer.decode import best_bin, decode_actions
-from worldvla.infer.load import Model, load
+from worldvla.infer.model import Model, load
 from worldvla.machine import provenance
 from worldvla.model.mask import additive_mask, dense_mask
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import worldvla
 from worldvla.data.episode import Episode, read_episodes
 from worldvla.infer.draft import Window
-from worldvla.infer.load import Model
+from worldvla.infer.model import Model, load
+from worldvla.infer.world import World
 from worldvla.machine import provenance
 
 WIDTHS = (4, 16, 80)
@@ -26,7 +26,7 @@ WIDTHS = (4, 16, 80)
 
 def roll_out(model: Model, episode: Episode, steps: int, window: int | None, drafts: bool = True) -> tuple:
     """Return the codes (steps + 1, N) of an imagined episode, and the passes and seconds of each step."""
-    world = model.world(drafts)
+    world = World(model, drafts)
     world.reset({view: images[0] for view, images in episode.images.items()})
     world._window = Window(model.device, window)
     codes, seconds = [np.concatenate([c.ravel() for c in world.codes.values()])], []
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = worldvla.load(args.checkpoint)
+    model = load(args.checkpoint)
     episodes = [e for path in sorted(args.demos.glob("*.hdf5")) for e in read_episodes(path)]
     if not episodes:
         parser.exit(2, f"{parser.prog}: {args.demos} holds no *.hdf5 files: `worldvla collect` makes them\n")

@@ -3,7 +3,7 @@ one JSON line.
 
 Run: python -m paper.memory   (or: python -m paper.memory tabletop --lora-rank 8)
 
-Counted are tensors with the shapes and types of the real ones (train/build.py, infer/load.py). `copies`:
+Counted are tensors with the shapes and types of the real ones (train/build.py, infer/model.py). `copies`:
 bfloat16 copies of float32 matrices that autocast keeps for the backward pass, where layers are not computed
 again. `inputs`: what that keeps of one sample, the input of each layer. Not counted: everything else that the
 backward pass needs, CUDA's own memory, keys and values. `measured` (--measure, on a CUDA device): the most

@@ -16,10 +16,10 @@ from test_policy import observe
 from tiny_run import joined, tiny_config, write_tiny
 from torch import nn
 
-import worldvla
 from worldvla.batch import KIND_ACTION, Batch
 from worldvla.config import Config, HeadConfig
-from worldvla.infer.load import export
+from worldvla.infer.model import export, load
+from worldvla.infer.policy import Policy
 from worldvla.model.action_head import ActionHead
 from worldvla.tokenizers.action import dequantize, normalize
 from worldvla.train.build import build, build_model
@@ -117,7 +117,7 @@ def test_the_transformer_starts_alike_with_and_without(root: Path, tmp_path: Pat
     assert {name.split(".")[0] for name in joint.keys() - plain.keys()} == {"action_head"}
     first = train(tiny_config(root, steps=2), tmp_path / "first").checkpoint
     added = Trainer(build(with_head(tiny_config(root, init_from=str(first)))), tmp_path / "second")
-    assert torch.equal(added.model.embed.weight, worldvla.load(first).transformer.embed.weight)
+    assert torch.equal(added.model.embed.weight, load(first).transformer.embed.weight)
 
 
 @pytest.mark.parametrize("supervise", ["all", "decoded"])
@@ -145,9 +145,9 @@ def test_one_batch_is_memorised_and_acts_from_the_checkpoint(root: Path, tmp_pat
     assert val["head_gripper_accuracy"] == 1.0
     assert {"action_l1", "head_first_xyz_l1", "head_end_xyz_l1", "first_xyz_l1"} <= val.keys()
 
-    model = worldvla.load(path)
+    model = load(path)
     observations = [observe(0), observe(1, 1)]  # prompts of two lengths
-    policy = model.policy(head="continuous")
+    policy = Policy(model, "continuous")
     decision = policy.decide(observations)
     assert decision.actions.shape == (2, K, A)
     assert decision.actions.dtype == np.float32
@@ -158,14 +158,14 @@ def test_one_batch_is_memorised_and_acts_from_the_checkpoint(root: Path, tmp_pat
             policy.act(observation), expected, atol=4e-6
         )  # SDPA adds up otherwise alone: 1.5e-6 seen
     assert policy.decoding == "at once"
-    discrete = model.policy().act(observations)
+    discrete = Policy(model).act(observations)
     assert np.abs(discrete - decision.actions).max() > 0
-    shipped = worldvla.load(export(path, tmp_path / "shipped"))
-    np.testing.assert_allclose(shipped.policy("continuous").act(observations), decision.actions, atol=0.1)
+    shipped = load(export(path, tmp_path / "shipped"))
+    np.testing.assert_allclose(Policy(shipped, "continuous").act(observations), decision.actions, atol=0.1)
     with pytest.raises(ValueError, match="temperature must be 0, got 1"):
         policy.act(observations, temperature=1.0)
     with pytest.raises(ValueError, match="discrete, continuous, got 'both'"):
-        model.policy("both")
+        Policy(model, "both")
 
 
 def beside(first: Path, root: Path, **settings: Any) -> Config:
@@ -183,13 +183,13 @@ def test_a_head_can_be_trained_alone_beside_bins_that_stay(root: Path, tmp_path:
     config = beside(first, root, steps=100, log_every=10, eval_every=100, save_every=1000)
     config = replace(config, model=replace(config.model, dropout=0.5))  # of the rest: not felt
     path = train(config, tmp_path / "run", overfit=True).checkpoint
-    before, after = worldvla.load(first), worldvla.load(path)
+    before, after = load(first), load(path)
     own, now = before.transformer.state_dict(), after.transformer.state_dict()
     assert all(torch.equal(now[name], tensor) for name, tensor in own.items())
     assert {name.split(".")[0] for name in now.keys() - own.keys()} == {"action_head"}
     assert last(tmp_path / "run", "val")["head_l1"] < 0.25  # 0.49 is what the best constant has
     observations = [observe(0), observe(1, 1)]
-    assert np.array_equal(after.policy().act(observations), before.policy().act(observations))
+    assert np.array_equal(Policy(after).act(observations), Policy(before).act(observations))
 
 
 def test_what_a_head_alone_cannot_be_trained_with_is_one_line(root: Path, tmp_path: Path) -> None:
@@ -228,9 +228,9 @@ def test_resuming_is_bit_identical(
 
 
 def test_asking_for_a_head_that_is_not_there_is_one_line(root: Path, tmp_path: Path) -> None:
-    plain: Any = worldvla.load(train(tiny_config(root, steps=1), tmp_path / "run").checkpoint)
+    plain: Any = load(train(tiny_config(root, steps=1), tmp_path / "run").checkpoint)
     with pytest.raises(ValueError, match=r"has no continuous action head: use head 'discrete'") as error:
-        plain.policy(head="continuous")
+        Policy(plain, "continuous")
     assert "\n" not in str(error.value)
     config = tiny_config(root)
     with pytest.raises(ValueError, match="world_fraction 1 never trains the action head"):

@@ -33,7 +33,8 @@ from worldvla.infer.decode import (
     decode_chunk,
     decode_frame,
 )
-from worldvla.infer.load import Model
+from worldvla.infer.model import Model, load
+from worldvla.infer.policy import Policy
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
 from worldvla.tokenizers.action import compute_statistics
@@ -359,13 +360,13 @@ def noisy_prompts(model: Model, rng: np.random.Generator, instructions: Sequence
         | {"state": rng.uniform(-0.1, 0.1, dims).astype(np.float32), "instruction": text}
         for text in instructions
     ]
-    return model.policy().prompts(observations)
+    return Policy(model).prompts(observations)
 
 
 @pytest.mark.parametrize("name", ["tabletop", "libero"])
 def test_the_shipped_models_act_as_their_training_pass_says(name: str, rng: np.random.Generator) -> None:
     """One pass with gradients over the decoded sequence, no cache: each code is its best, near ties apart."""
-    model = worldvla.load(ASSETS / name)
+    model = load(ASSETS / name)
     tail, blocks_KA = model.builder.policy_tail(), model.builder.action_block_positions(0)
     prompts = noisy_prompts(model, rng, ["pick up the milk", "pick up the milk and place it in the basket"])
     span = model.vocab.action

@@ -15,7 +15,7 @@ from tiny_run import tiny_config, write_tiny
 
 from worldvla.batch import Batch
 from worldvla.config import Config, HeadConfig, LoraConfig
-from worldvla.infer.load import export, load
+from worldvla.infer.model import export, load
 from worldvla.model.transformer import Transformer
 from worldvla.published.convert import convert_back
 from worldvla.train import loop

@@ -15,7 +15,7 @@ from tiny_run import tiny_config, write_tiny
 
 from paper import memory
 from worldvla.config import LoraConfig
-from worldvla.infer.load import Quantize, load
+from worldvla.infer.model import Quantize, load
 from worldvla.train.build import build
 from worldvla.train.loop import Trainer, train
 

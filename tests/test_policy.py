@@ -21,8 +21,9 @@ from tiny_run import tiny_config, write_tiny
 import worldvla
 import worldvla.infer.decode as decode
 from worldvla.infer.cache import Cache
-from worldvla.infer.load import Model, export
-from worldvla.infer.policy import SEEN
+from worldvla.infer.model import Model, export, load
+from worldvla.infer.policy import Policy
+from worldvla.infer.world import World
 from worldvla.sim.suites import make, tasks
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train.build import build, build_model
@@ -45,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Path) -> Model:
-    return worldvla.load(checkpoint)
+    return load(checkpoint)
 
 
 def observe(seed: int, num_previous: int = 0) -> Observation:
@@ -63,38 +64,44 @@ def test_import_brings_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_face_knows_both_policy_and_world(checkpoint: Path, model: Model) -> None:
+    both, observation = worldvla.load(checkpoint), observe(0)
+    np.testing.assert_array_equal(both.policy().act(observation), Policy(model).act(observation))
+    assert both.world(speculative=False).reset(observation).keys() == both.view_sizes.keys()
+
+
 def test_a_run_directory_means_its_newest_checkpoint(checkpoint: Path, model: Model) -> None:
-    assert worldvla.load(checkpoint.parents[1]).path == checkpoint
+    assert load(checkpoint.parents[1]).path == checkpoint
     assert model.manifest["step"] == 7
     assert model.view_sizes == {"agentview": (6, 6), "wrist": (4, 4)}
     with pytest.raises(FileNotFoundError, match="ckpt/step_N"):
-        worldvla.load(checkpoint.parent)
+        load(checkpoint.parent)
     with pytest.raises(FileNotFoundError, match="no directory"):
-        worldvla.load(checkpoint / "none")
+        load(checkpoint / "none")
 
 
 def test_a_batch_acts_like_its_observations_one_by_one(model: Model) -> None:
     observations = [observe(0), observe(1, 1), observe(2, 3)]
-    actions = model.policy().act(observations)
+    actions = Policy(model).act(observations)
     assert actions.shape == (3, 3, 7)
     assert actions.dtype == np.float32
     statistics = model.builder.statistics
     assert (actions >= np.array(statistics.action_low, dtype=np.float32)).all()
     assert (actions <= np.array(statistics.action_high, dtype=np.float32)).all()
     for observation, expected in zip(observations, actions, strict=True):
-        np.testing.assert_array_equal(model.policy().act(observation), expected)
-    assert model.policy().act([]).shape == (0, 3, 7)
+        np.testing.assert_array_equal(Policy(model).act(observation), expected)
+    assert Policy(model).act([]).shape == (0, 3, 7)
 
 
 def test_only_the_last_frames_of_the_history_count(model: Model) -> None:
     observation = observe(3, 4)
     newest = {**observation, "previous": observation["previous"][-1:]}
     assert (
-        model.policy().prompts([observation])[0].ids.tolist()
-        == model.policy().prompts([newest])[0].ids.tolist()
+        Policy(model).prompts([observation])[0].ids.tolist()
+        == Policy(model).prompts([newest])[0].ids.tolist()
     )
-    assert len(model.policy().prompts([newest])[0]) > len(
-        model.policy().prompts([{**newest, "previous": []}])[0]
+    assert len(Policy(model).prompts([newest])[0]) > len(
+        Policy(model).prompts([{**newest, "previous": []}])[0]
     )
 
 
@@ -123,12 +130,12 @@ def test_only_the_last_frames_of_the_history_count(model: Model) -> None:
 def test_bad_observations_are_one_line(model: Model, change: Observation, message: str) -> None:
     observation = {k: v for k, v in {**observe(0), **change}.items() if v is not ...}
     with pytest.raises(ValueError, match=message) as error:
-        model.policy().act(observation)
+        Policy(model).act(observation)
     assert "\n" not in str(error.value)
 
 
 def test_confidence_comes_with_the_same_actions(model: Model) -> None:
-    policy, observations = model.policy(), [observe(0), observe(1, 1)]
+    policy, observations = Policy(model), [observe(0), observe(1, 1)]
     decision = policy.decide(observations)
     np.testing.assert_array_equal(decision.actions, policy.act(observations))
     assert decision.entropy.shape == decision.margin.shape == (2, 3, 7)
@@ -141,39 +148,15 @@ def test_confidence_comes_with_the_same_actions(model: Model) -> None:
 
 
 def test_drawn_actions_belong_to_their_seed(model: Model) -> None:
-    policy, observation = model.policy(), observe(0)
+    policy, observation = Policy(model), observe(0)
     drawn = policy.act(observation, temperature=1.0, seed=1)
     np.testing.assert_array_equal(drawn, policy.act(observation, temperature=1.0, seed=1))
     assert (drawn != policy.act(observation, temperature=1.0, seed=2)).any()
     np.testing.assert_array_equal(policy.act(observation, temperature=1e-6, seed=1), policy.act(observation))
 
 
-def test_frames_seen_lately_are_not_encoded_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, encode, seen = model.policy(), ImageTokenizer.encode, []
-
-    def counted(self: ImageTokenizer, images: torch.Tensor) -> torch.Tensor:
-        seen.append(len(images))
-        return encode(self, images)
-
-    monkeypatch.setattr(ImageTokenizer, "encode", counted)
-    first, second = observe(0), observe(1)
-    policy.act(first)
-    assert seen == [1, 1]  # two views
-    actions = policy.act({**second, "previous": [first]})
-    assert seen == [1, 1, 1, 1]
-    np.testing.assert_array_equal(actions, model.policy().act({**second, "previous": [first]}))
-    changed = {**first, "wrist": first["wrist"] ^ 1}
-    policy.act({**second, "previous": [changed]})
-    assert seen[-2:] == [1, 1]
-    for i in range(2, 2 + SEEN):
-        policy.act(observe(i))
-    assert len(policy._seen) == SEEN
-    policy.act([first, first])
-    assert seen[-2:] == [1, 1]
-
-
 def test_guessing_frames_changes_no_frame(model: Model) -> None:
-    world, plain = model.world(), model.world(drafts=False)
+    world, plain = World(model), World(model, speculative=False)
     world.reset(observe(0))
     plain.reset(observe(0))
     for t in range(3):
@@ -206,7 +189,7 @@ def test_the_calls_in_docs_decoding_do_what_they_say(monkeypatch: pytest.MonkeyP
 
 def test_long_rollouts_hold_no_more_than_short_ones(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors and arrays; of sixteen worlds, codes that were not let go would be 80 kB from step 10 to 60."""
-    world, frames, rooms, held = model.world(), [observe(i) for i in range(16)], set(), []
+    world, frames, rooms, held = World(model), [observe(i) for i in range(16)], set(), []
     arrays = [tracemalloc.DomainFilter(inclusive=True, domain=np.lib.tracemalloc_domain)]
     monkeypatch.setattr(decode, "Cache", lambda *args: rooms.add(args) or Cache(*args))
     world.reset({view: np.stack([f[view] for f in frames]) for view in model.view_sizes})
@@ -224,7 +207,7 @@ def test_long_rollouts_hold_no_more_than_short_ones(model: Model, monkeypatch: p
 
 
 def test_world_feeds_its_own_codes_back(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    world, observation = model.world(), observe(0)
+    world, observation = World(model), observe(0)
     with pytest.raises(ValueError, match="reset"):
         world.step(np.zeros(7))
     start = world.reset(observation)
@@ -245,7 +228,7 @@ def test_world_feeds_its_own_codes_back(model: Model, monkeypatch: pytest.Monkey
 
 
 def test_worlds_side_by_side_equal_worlds_alone(model: Model) -> None:
-    world, alone = model.world(), model.world()
+    world, alone = World(model), World(model)
     observations, actions = [observe(i) for i in range(3)], np.random.default_rng(1).uniform(-1, 1, (3, 7))
     world.reset({view: np.stack([o[view] for o in observations]) for view in ("agentview", "wrist")})
     frames = world.step(actions)
@@ -259,7 +242,7 @@ def test_worlds_side_by_side_equal_worlds_alone(model: Model) -> None:
 
 
 def test_bad_frames_and_actions_are_refused(model: Model) -> None:
-    world = model.world()
+    world = World(model)
     with pytest.raises(ValueError, match="pass a dict"):
         world.reset(observe(0)["agentview"])
     with pytest.raises(ValueError, match="same number of frames"):
@@ -288,7 +271,7 @@ def test_a_foreign_piece_is_refused(checkpoint: Path, tmp_path: Path, name: str)
         data["model"]["vocab"].popitem()
     (copy / f"{name}.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match=f"{name} has digest"):
-        worldvla.load(copy)
+        load(copy)
 
 
 def test_damaged_checkpoints_are_one_line(checkpoint: Path, tmp_path: Path) -> None:
@@ -296,17 +279,17 @@ def test_damaged_checkpoints_are_one_line(checkpoint: Path, tmp_path: Path) -> N
     weights = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(ValueError, match="truncated or damaged"):
-        worldvla.load(copy)
+        load(copy)
     (copy / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest.json is damaged"):
-        worldvla.load(copy)
+        load(copy)
     (copy / "text.json").unlink()
     with pytest.raises(ValueError, match=r"text.json missing"):
-        worldvla.load(copy)
+        load(copy)
 
 
 def test_an_exported_model_is_smaller_and_acts_alike(checkpoint: Path, model: Model, tmp_path: Path) -> None:
-    exported = worldvla.load(export(checkpoint, tmp_path / "shipped"))
+    exported = load(export(checkpoint, tmp_path / "shipped"))
     assert not (exported.path / "trainer.safetensors").exists()
     card = (exported.path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: worldvla\n")
@@ -314,4 +297,4 @@ def test_an_exported_model_is_smaller_and_acts_alike(checkpoint: Path, model: Mo
     assert f"a WorldVLA of {model.transformer.num_parameters():,} parameters".lower() in card.lower()
     for name, weight in exported.transformer.state_dict().items():
         torch.testing.assert_close(weight, model.transformer.state_dict()[name], rtol=1e-2, atol=1e-3)
-    assert exported.policy().act(observe(0)).shape == model.policy().act(observe(0)).shape
+    assert Policy(exported).act(observe(0)).shape == Policy(model).act(observe(0)).shape

@@ -30,7 +30,8 @@ from worldvla.data.store import write_store
 from worldvla.eval.actors import ModelActor
 from worldvla.eval.rollout import run
 from worldvla.infer.decode import regress_chunk
-from worldvla.infer.load import export, load
+from worldvla.infer.model import export, load
+from worldvla.infer.policy import Policy
 from worldvla.model.mask import dense_mask
 from worldvla.published.convert import convert, convert_back
 from worldvla.published.names import RELEASES, open_release, published_names
@@ -76,7 +77,7 @@ def test_every_layout_round_trips(
         tmp_path / "theirs", tmp_path / "ours", release, libero(), suite, tokenizer, without_head
     )
     assert ("not used" in " ".join(remarks)) == without_head
-    model = worldvla.load(tmp_path / "ours")
+    model = load(tmp_path / "ours")
     layout = model.config.layout
     assert layout.chunk == (10 if suite else 5)
     assert layout.state == (release in ("rynnvla_256", "rynnvla_action_world_512"))
@@ -116,7 +117,7 @@ def test_a_released_head_answers_as_torchs_own_modules_do(
     rng = np.random.default_rng(0)
     views = {v: rng.integers(256, size=(256, 256, 3), dtype=np.uint8) for v in ("agentview", "wrist")}
     observation = views | {"state": 0.1 * rng.normal(size=8), "instruction": "open it"}
-    policy = model.policy(head="continuous")
+    policy = Policy(model, "continuous")
     prompt = policy.prompts([observation])[0]
     actions_KA = regress_chunk(model.transformer, model.vocab, [prompt])[0]
     with torch.inference_mode():
@@ -321,7 +322,7 @@ def test_a_downloaded_release_is_converted_evaluated_and_trained_on(
     assert {k.split(".")[-2] for k in moved} == set("qkvo") | {"gate", "up", "down"}
     assert {p.dtype for p in state.values()} == {torch.bfloat16}
     observation = {"agentview": np.zeros((256, 256, 3), np.uint8), "instruction": "open it"}
-    assert plain.policy().act(observation).shape == (5, 7)
+    assert Policy(plain).act(observation).shape == (5, 7)
     convert_back(tmp_path / "plain", tmp_path / "merged", like=ours)
     assert folder(tmp_path / "merged").keys() == back.keys()
 
@@ -354,7 +355,7 @@ def test_a_model_of_ours_is_loaded_from_the_hub(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: files)
-    model = worldvla.load("hf://Org/tabletop")
+    model = load("hf://Org/tabletop")
     assert asked == [("Org/tabletop", None)]
     assert model.path == tmp_path / "cache"
     assert {p.dtype for p in model.transformer.parameters()} == {torch.float32}  # stored in bfloat16
@@ -395,7 +396,7 @@ def test_the_base_model_brings_its_own_tokenizer(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "other/tokenizer.json", tmp_path / "base")
     remarks = convert(tmp_path / "base", tmp_path / "ours", "chameleon", libero())
     assert "no decoder" in remarks[0]
-    model = worldvla.load(tmp_path / "ours")
+    model = load(tmp_path / "ours")
     expected = {k: v.bfloat16().float() for k, v in image_state(decoder=False).items()}
     assert all(torch.equal(v, expected[k]) for k, v in model.image.state_dict().items())
     assert chameleon().digest() == model.vocab.digest()

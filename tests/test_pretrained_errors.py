@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import worldvla
 from worldvla.cli import main
-from worldvla.infer import load as loading
+from worldvla.infer import model as loading
 from worldvla.published.convert import convert, convert_back
 from worldvla.published.hub import fetch
 from worldvla.published.names import open_release

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import worldvla
 from worldvla.config import ModelConfig
-from worldvla.infer.load import Model, Quantize, load
+from worldvla.infer.model import Model, Quantize, load
+from worldvla.infer.policy import Policy
 from worldvla.model.mask import dense_mask
 from worldvla.model.quantize import Form, Packed, num_bytes
 from worldvla.model.transformer import Transformer
@@ -96,8 +97,8 @@ def shipped() -> tuple[list[dict], torch.Tensor, torch.Tensor]:
 def decisions(model: Model, observations: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the bins (B, K, 7) of the greedy actions, and the logits (B, 256) where a prompt ends."""
     statistics, logits = model.builder.statistics, []
-    actions = normalize(model.policy().act(observations), statistics.action_low, statistics.action_high)
-    for prompt in model.policy().prompts(observations):
+    actions = normalize(Policy(model).act(observations), statistics.action_low, statistics.action_high)
+    for prompt in Policy(model).prompts(observations):
         ids, row, col, chunk = (
             torch.from_numpy(v)[None].long() for v in (prompt.ids, prompt.row, prompt.col, prompt.chunk)
         )

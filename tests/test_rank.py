@@ -15,6 +15,8 @@ import worldvla
 from worldvla.data.collect import collect
 from worldvla.eval import rank
 from worldvla.eval.stats import DRAWS, agreement, rank_agreement
+from worldvla.infer.model import load
+from worldvla.infer.world import World
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import Suite, Task
 
@@ -70,9 +72,9 @@ def test_episodes_end_when_both_say_so_or_at_their_own_horizon(monkeypatch: pyte
 
 
 def test_worlds_that_are_kept_go_on_as_they_would_have(rng: np.random.Generator) -> None:
-    model = worldvla.load(MODEL)
+    model = load(MODEL)
     frames = {v: rng.integers(0, 256, (3, *s, 3), dtype=np.uint8) for v, s in model.view_sizes.items()}
-    actions, worlds = rng.uniform(-1, 1, (3, 7)), [model.world(), model.world()]
+    actions, worlds = rng.uniform(-1, 1, (3, 7)), [World(model), World(model)]
     for world in worlds:
         world.reset(frames)
     worlds[1].keep(np.array([True, False, True]))
@@ -165,7 +167,7 @@ def test_bad_input_is_said_before_anything_is_loaded(tmp_path: Path, options: di
 
 def test_what_the_judge_cannot_learn_is_said(tmp_path: Path) -> None:
     collect(SUITE, tmp_path / "demos", episodes=1, tasks=(0,), workers=1)
-    demos, model = sorted((tmp_path / "demos").glob("*.hdf5")), worldvla.load(MODEL)
+    demos, model = sorted((tmp_path / "demos").glob("*.hdf5")), load(MODEL)
     with pytest.raises(ValueError, match=f"no demonstration of {SUITE}/"):
         rank.gather(demos, [SUITE], model, 5)
     other = SimpleNamespace(view_sizes=model.view_sizes | {"wrist": (16, 16)})

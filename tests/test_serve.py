@@ -26,11 +26,11 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import serve as serve_in_thread
 
-import worldvla
 from worldvla.eval.actors import ActorError, Query
 from worldvla.eval.remote import RemoteActor
 from worldvla.eval.rollout import run
-from worldvla.infer.load import weights_digest
+from worldvla.infer.model import load, weights_digest
+from worldvla.infer.policy import Policy
 from worldvla.serve.image import resize_with_pad
 from worldvla.serve.protocol import IMAGE_KEYS, MAX_BYTES, PROMPT_KEY, STATE_KEY, pack, unpack
 from worldvla.serve.server import serve_checkpoint
@@ -476,8 +476,8 @@ def test_a_served_checkpoint_acts_as_it_does_at_home(checkpoint: Path) -> None:
     state = rng.uniform(-1, 1, 8).astype(np.float32)
     first, before, now = frame(), frame(), frame()
     queries = [ask_for(first, [], state), ask_for(now, [before], state)]
-    model = worldvla.load(checkpoint)
-    expected = model.policy().act([q.observation for q in queries])
+    model = load(checkpoint)
+    expected = Policy(model).act([q.observation for q in queries])
     with served_here(checkpoint) as at, closing(RemoteActor(f"ws://{at}", "tabletop_object")) as actor:
         assert (actor.views, actor.history, actor.execute) == (model.view_sizes, 2, 3)
         np.testing.assert_array_equal(np.stack([a for a in actor.act(queries) if a is not None]), expected)

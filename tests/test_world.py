@@ -32,8 +32,8 @@ from worldvla.eval.world import (
     score,
     ssim,
 )
-from worldvla.infer.imagine import World
-from worldvla.infer.load import load
+from worldvla.infer.model import load
+from worldvla.infer.world import World
 from worldvla.train.build import build, build_model
 from worldvla.train.checkpoint import save
 from worldvla.train.optim import build_optimizers

@@ -169,7 +169,7 @@ class Export:
     out: Path
 
     def run(self) -> int:
-        from worldvla.infer.load import export
+        from worldvla.infer.model import export
 
         say(f"model: {export(self.checkpoint, self.out)}   next: worldvla eval {self.out} --suite SUITE")
         return 0

@@ -87,10 +87,11 @@ def _act(checkpoint: str) -> Callable[[Any], Any]:
     """Return observation -> actions (K, 7) of a checkpoint, for a worker with one core to itself."""
     import torch
 
-    from worldvla.infer.load import load
+    from worldvla.infer.model import load
+    from worldvla.infer.policy import Policy
 
     torch.set_num_threads(1)
-    return load(checkpoint).policy().act
+    return Policy(load(checkpoint)).act
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ class Collect:
         options = {name: value for name, value in vars(self).items() if name not in ("suite", "out")}
         options["views"] = _views(self.views) or dict(rules.demonstrations)
         if self.policy is not None:
-            from worldvla.infer.load import weights_digest
+            from worldvla.infer.model import weights_digest
             from worldvla.model.weights import find_checkpoint
 
             options["policy"] = partial(_act, str(self.policy))

@@ -13,7 +13,7 @@ from worldvla.eval.actors import ModelActor, RandomActor
 from worldvla.eval.report import write_page
 from worldvla.eval.rollout import run
 from worldvla.eval.world import evaluate_world
-from worldvla.infer.load import weights_digest
+from worldvla.infer.model import weights_digest
 from worldvla.recipes import TABLETOP_SUITES
 
 ASSETS = Path(__file__).parent / "assets"

@@ -58,7 +58,8 @@ class ModelActor:
         head: str = "discrete",
         quantize: Literal["", "int8", "int4"] = "",
     ) -> None:
-        from worldvla.infer.load import load
+        from worldvla.infer.model import load
+        from worldvla.infer.policy import Policy
 
         self.model = load(checkpoint, device, quantize=quantize)
         self.views = self.model.view_sizes
@@ -73,7 +74,7 @@ class ModelActor:
         """The first observation it saw, for the report."""
         self.head = head
         """Of the model's two: `discrete` or `continuous`."""
-        self._policy = self.model.policy(head)
+        self._policy = Policy(self.model, head)
         self.decoding = self._policy.decoding
         """How it decodes: `side by side`, or why not."""
 

@@ -26,9 +26,9 @@ from worldvla.eval.stats import rank_agreement
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
 from worldvla.eval.world import reconstruct
 from worldvla.files import write_json
-from worldvla.infer.imagine import World
-from worldvla.infer.load import Model, load
+from worldvla.infer.model import Model, load
 from worldvla.infer.policy import Policy
+from worldvla.infer.world import World
 from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
@@ -331,7 +331,7 @@ def rank_policies(
         envs: list[Any] = [stack.enter_context(closing(sim.make(task, model.view_sizes))) for task in listed]
         journal = stack.enter_context(Journal(out_dir / "policies.jsonl", identity))
         progress = stack.enter_context(progress_bar())
-        imagination = model.world()
+        imagination = World(model)
         for policy, n in progress.track(policies, description="policies"):
             row = {"name": policy.config.name, "seed": policy.config.train.seed, "execute": n}
             row |= {"checkpoint": policy.identity(), "status": "done"}
@@ -339,7 +339,7 @@ def rank_policies(
             if any({key: done[key] for key in row} == row for done in journal.outcomes):
                 continue
             start = [env.reset(options={"init": i})[0] for env, i in zip(envs, inits, strict=True)]
-            act, frames = policy.policy(), {v: np.stack([o[v] for o in start]) for v in model.view_sizes}
+            act, frames = Policy(policy), {v: np.stack([o[v] for o in start]) for v in model.view_sizes}
             real, control, _ = drive(act, n, Simulated(judge, model, envs, numbers), listed, start)
             body = Imagined(judge, imagination, frames, numbers)
             _, imagined, filmed = drive(act, n, body, listed, start, 0 if journal.outcomes else films)

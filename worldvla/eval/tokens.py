@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from worldvla.files import whole_file
-from worldvla.infer.load import Model
+from worldvla.infer.model import Model
+from worldvla.infer.policy import Policy
 
 FILE = "tokens.npz"
 
@@ -31,7 +32,7 @@ def write_example(
         arrays[f"{view}_codes"] = codes[0].cpu().numpy()
         arrays[f"{view}_colors"] = palette[codes[0].cpu().numpy()]
         arrays[f"{view}_reconstruction"] = model.image.decode(codes)[0].cpu().numpy()
-    policy = model.policy(head)
+    policy = Policy(model, head)
     observation = {**observation, "previous": []}
     arrays["actions"] = policy.act(observation)
     arrays["action_low"] = np.array(model.builder.statistics.action_low)
@@ -54,7 +55,7 @@ def read_example(directory: Path) -> dict[str, np.ndarray] | None:
 def segments(model: Model, observation: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Return (name, tokens) of the parts of a policy sequence of one frame, in order."""
     layout, builder, vocab = model.config.layout, model.builder, model.vocab
-    ids = model.policy().prompts([observation])[0].ids
+    ids = Policy(model).prompts([observation])[0].ids
     begins = np.flatnonzero(ids == vocab.boi)
     ends = np.flatnonzero(ids == vocab.eoi) + 1
     text = int(begins[0])

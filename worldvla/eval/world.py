@@ -26,7 +26,8 @@ from worldvla.eval.tokens import write_example
 from worldvla.eval.video import FPS, side_by_side, write_mp4
 from worldvla.files import write_json
 from worldvla.infer.draft import FrameStats, summary
-from worldvla.infer.load import Model, load, weights_digest
+from worldvla.infer.model import Model, load, weights_digest
+from worldvla.infer.world import World
 from worldvla.machine import provenance
 from worldvla.sim.libero.doctor import verdict
 from worldvla.sim.suites import SUITES
@@ -238,7 +239,7 @@ def imagine(
         out["ceiling"].append({v: reconstruct(model, clip.real[v]) for v in views})
     stats, batches = [], range(0, len(clips), batch_size)
     jobs = [(kind, i, t) for kind in plans for i in batches for t in range(longest + 1)]
-    world, films = model.world(drafts), {}
+    world, films = World(model, drafts), {}
     for kind, i, t in track(jobs, title, console=Console(stderr=True)):
         batch = clips[i : i + batch_size]
         if t == 0:

@@ -10,17 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from worldvla.batch import Sample
 from worldvla.infer.decode import chunk_path, decode_chunk, regress_chunk
-from worldvla.infer.load import Model
+from worldvla.infer.model import Model
 from worldvla.tokenizers.action import denormalize
 
 Observation = Mapping[str, Any]
 HEADS = ("discrete", "continuous")
-SEEN = 64
-"""Frames whose codes a policy with a history remembers."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,6 @@ class Policy:
         self.model, self.head = model, head
         self._tail = model.builder.policy_tail()
         self._blocks_KA = model.builder.action_block_positions(0)
-        self._seen: dict[bytes, tuple[np.ndarray, ...]] = {}
 
     @property
     def decoding(self) -> str:
@@ -105,7 +101,7 @@ class Policy:
         layout, data = self.model.config.layout, self.model.config.data
         frames = [[*_previous(o, layout.history), o] for o in observations]
         flat = [frame for sequence in frames for frame in sequence]
-        codes = iter(self._encode(flat))
+        codes = iter(self.model.encode_frames(flat))
         prompts = []
         for observation, sequence in zip(observations, frames, strict=True):
             instruction = observation.get("instruction")
@@ -123,20 +119,6 @@ class Policy:
             prompts.append(prompt)
         return prompts
 
-    def _encode(self, frames: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, ...]]:
-        """Return what `encode_frames` does; with a history, frames seen lately are not encoded again."""
-        if self.model.config.layout.history == 1:
-            return encode_frames(self.model, frames)
-        sizes = self.model.view_sizes
-        keys = [b"".join(_image(f, v, size).tobytes() for v, size in sizes.items()) for f in frames]
-        new = {key: frame for key, frame in zip(keys, frames, strict=True) if key not in self._seen}
-        if new:
-            self._seen |= zip(new, encode_frames(self.model, list(new.values())), strict=True)
-        codes = [self._seen[key] for key in keys]
-        for key in list(self._seen)[: max(0, len(self._seen) - SEEN)]:
-            del self._seen[key]
-        return codes
-
     def _state(self, observation: Observation) -> np.ndarray:
         num_dims = self.model.config.layout.num_state_dims
         if "state" not in observation:
@@ -149,29 +131,6 @@ class Policy:
                 f"state must be float ({num_dims},), got {state.dtype} {state.shape}: see docs/CONVENTIONS.md"
             )
         return state
-
-
-def encode_frames(model: Model, frames: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, ...]]:
-    """Return each frame's codes (N,) of every view; images of another size or type raise ValueError."""
-    columns = []
-    for view, size in model.view_sizes.items():
-        images = np.stack([_image(frame, view, size) for frame in frames])
-        codes = model.image.encode(torch.from_numpy(images).to(model.device))
-        columns.append(codes.flatten(1).cpu().numpy())
-    return list(zip(*columns, strict=True))
-
-
-def _image(frame: Mapping[str, Any], view: str, size: tuple[int, int]) -> np.ndarray:
-    if view not in frame:
-        raise ValueError(f"a frame needs the view {view!r}, got the keys {sorted(frame)}: render that camera")
-    image = frame[view]
-    expected = (*size, 3)
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != expected:
-        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(
-            f"view {view} must be a uint8 array of shape {expected}, got {got}: render it at that size"
-        )
-    return image
 
 
 def _previous(observation: Observation, history: int) -> list[Mapping[str, Any]]:

@@ -62,11 +62,12 @@ def serve_checkpoint(
     **options: Any,
 ) -> None:
     """Serve a checkpoint until interrupted; `options` as of `serve`, `head` as of `Model.policy`."""
-    from worldvla.infer.load import load
+    from worldvla.infer.model import load
+    from worldvla.infer.policy import Policy
 
     model = load(checkpoint, device, quantize=quantize)
     layout = model.config.layout
-    policy = model.policy(head)
+    policy = Policy(model, head)
     metadata = {
         **{key: value for key, value in model.identity().items() if key != "path"},
         "quantize": quantize,

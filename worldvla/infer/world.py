@@ -10,23 +10,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from worldvla.infer.decode import decode_frame
 from worldvla.infer.draft import FrameStats, Window
-from worldvla.infer.load import Model
-from worldvla.infer.policy import encode_frames
+from worldvla.infer.model import Model
 
 Frame = np.ndarray | dict[str, np.ndarray]
 
 
 class World:
-    """`drafts`: guess the next frame from this one and check it in a few passes; off: one code a pass. The
-    codes are the same, up to what docs/DECODING.md says of rounding.
+    """`speculative`: take this frame as a guess of the next one and verify it in a few passes; off: one
+    code a pass. The codes are the same, up to what docs/DECODING.md says of rounding.
     """
 
-    def __init__(self, model: Model, drafts: bool = True) -> None:
-        self.model, self.drafts = model, drafts
+    def __init__(self, model: Model, speculative: bool = True) -> None:
+        self.model, self.speculative = model, speculative
         self.stats: list[FrameStats] = []
         """What each step since the last reset took."""
         self._window = Window(model.device)
@@ -39,10 +37,7 @@ class World:
         """View -> codes (B, R, Q) of the current frames."""
         if self._codes_BN is None:
             raise ValueError("the world has no frame yet: call reset(frame) first")
-        layout = self.model.config.layout
-        parts = np.split(self._codes_BN, np.cumsum(layout.codes_per_view)[:-1], axis=1)
-        grids = zip(layout.views, layout.grids, parts, strict=True)
-        return {view: part.reshape(-1, *grid) for view, grid, part in grids}
+        return self.model.grids(self._codes_BN)
 
     def reset(self, frame: np.ndarray | Mapping[str, Any]) -> Frame:
         """Start from `frame` (an observation will do); return it as its codes show it."""
@@ -64,7 +59,7 @@ class World:
         else:
             frames = [frame]
         self.stats, self._window = [], Window(self.model.device)
-        self._codes_BN = np.stack([np.concatenate(codes) for codes in encode_frames(self.model, frames)])
+        self._codes_BN = np.stack([np.concatenate(codes) for codes in self.model.encode_frames(frames)])
         return self.frame()
 
     def step(self, action: np.ndarray) -> Frame:
@@ -84,7 +79,7 @@ class World:
             builder.world_prompt([builder.split_views(codes)], action)
             for codes, action in zip(codes_BN, actions_BA, strict=True)
         ]
-        draft_BN = codes_BN if self.drafts else None
+        draft_BN = codes_BN if self.speculative else None
         self._codes_BN, stats = decode_frame(
             self.model.transformer, self.model.vocab, prompts, self._tail, draft_BN, self._window
         )
@@ -99,8 +94,9 @@ class World:
 
     def frame(self) -> Frame:
         """Return the current frame, decoded."""
-        frames = {}
-        for view, codes in self.codes.items():
-            images = self.model.image.decode(torch.from_numpy(codes).to(self.model.device)).cpu().numpy()
-            frames[view] = images if self._is_batch else images[0]
+        if self._codes_BN is None:
+            raise ValueError("the world has no frame yet: call reset(frame) first")
+        frames = self.model.decode_frames(self._codes_BN)
+        if not self._is_batch:
+            frames = {view: images[0] for view, images in frames.items()}
         return frames if self._is_dict else frames[self.model.config.layout.views[0]]

@@ -1,17 +1,17 @@
-"""Checkpoint directory -> Model: everything that acting and imagining need, its digests checked.
+"""Checkpoint directory <-> Model: everything that acting and imagining need, its digests checked.
 
-model = worldvla.load("out/train/tabletop")
-actions = model.policy().act(observation)
-world = model.world(); world.reset(frame); frame = world.step(actions[0])
+A model turns frames into codes and back; `Policy` acts with it and `World` imagines with it.
+Dims: B batch, N codes of a frame over all views, Y and X pixels.
 """
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jinja2
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,10 +37,6 @@ from worldvla.tokenizers.action import Statistics
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.vocab import Vocab
-
-if TYPE_CHECKING:
-    from worldvla.infer.imagine import World
-    from worldvla.infer.policy import Policy
 
 Quantize = Literal["", "int8", "int4"]
 CARD = Path(__file__).parents[1] / "assets/report/card.md"
@@ -78,16 +74,29 @@ class Model:
             "parameters": self.transformer.num_parameters(),
         } | ({"quantize": self.quantize} if self.quantize else {})
 
-    def policy(self, head: str = "discrete") -> "Policy":
-        """Return what acts: by bins, or by the continuous head of a model that has one."""
-        from worldvla.infer.policy import Policy
+    def encode_frames(self, frames: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, ...]]:
+        """Return each frame's codes of every view, (N,) each.
 
-        return Policy(self, head)
+        A frame is a dict of views, uint8 (Y, X, 3); another size or type raises ValueError.
+        """
+        columns = []
+        for view, size in self.view_sizes.items():
+            images = np.stack([_image(frame, view, size) for frame in frames])
+            codes = self.image.encode(torch.from_numpy(images).to(self.device))
+            columns.append(codes.flatten(1).cpu().numpy())
+        return list(zip(*columns, strict=True))
 
-    def world(self, drafts: bool = True) -> "World":
-        from worldvla.infer.imagine import World
+    def decode_frames(self, codes_BN: np.ndarray) -> dict[str, np.ndarray]:
+        """Return view -> images uint8 (B, Y, X, 3) of codes of all views in a row."""
+        grids = self.grids(codes_BN).items()
+        return {v: self.image.decode(torch.from_numpy(c).to(self.device)).cpu().numpy() for v, c in grids}
 
-        return World(self, drafts)
+    def grids(self, codes_BN: np.ndarray) -> dict[str, np.ndarray]:
+        """Return view -> codes (B, R, Q), rows and columns."""
+        layout = self.config.layout
+        parts = np.split(codes_BN, np.cumsum(layout.codes_per_view)[:-1], axis=1)
+        grids = zip(layout.views, layout.grids, parts, strict=True)
+        return {view: part.reshape(-1, *grid) for view, grid, part in grids}
 
 
 def load(
@@ -169,6 +178,19 @@ def export(source: Path, out_dir: Path) -> Path:
             write_json(scratch / "manifest.json", plain)
         write_text(scratch / "README.md", _card(model, weights_digest(scratch)))
     return out_dir
+
+
+def _image(frame: Mapping[str, Any], view: str, size: tuple[int, int]) -> np.ndarray:
+    if view not in frame:
+        raise ValueError(f"a frame needs the view {view!r}, got the keys {sorted(frame)}: render that camera")
+    image = frame[view]
+    expected = (*size, 3)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != expected:
+        got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(
+            f"view {view} must be a uint8 array of shape {expected}, got {got}: render it at that size"
+        )
+    return image
 
 
 def _card(model: Model, weights: str) -> str:
