@@ -20,7 +20,7 @@ import worldvla
 from worldvla.cli import main
 from worldvla.infer import model as loading
 from worldvla.published.convert import convert, convert_back
-from worldvla.published.hub import fetch
+from worldvla.published.hub import locate
 from worldvla.published.names import open_release
 from worldvla.published.tokenizers import check_text, load_image_tokenizer, verify_checksums
 from worldvla.recipes import libero
@@ -90,6 +90,8 @@ BROKEN: list[tuple[Callable[[Path], Any], str]] = [
     (lambda d: settings(d, vocab_size=32000), r"vocab_size is 32000, vocabulary chameleon has 65536"),
     (lambda d: settings(d, swin_norm=True), r"\{'swin_norm': True\}, expected .*another architecture"),
     (lambda d: settings(d, hidden_size=None), r"\['hidden_size'\] missing"),
+    (lambda d: settings(d, rope_scaling={"factor": 2}), r"rope_scaling is \{'factor': 2\}, expected none"),
+    (lambda d: settings(d, rope_parameters={"rope_type": "yarn"}), "rope_scaling is .*yarn"),
     (pickled, r"pytorch_model\.bin may be pickles, which are not opened; take the safetensors"),
 ]
 
@@ -292,16 +294,24 @@ def test_names_that_are_nowhere_are_one_line(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", refuse)
-    with pytest.raises(
-        OSError, match=r"no local folder Org/Name, and the hub gives no Org/Name: 401.*auth login"
-    ):
-        fetch("Org/Name")
-    for local in ("out/train/mistyped", "./a/b", "/a/b", "name"):
-        assert fetch(local) == Path(local)
-    with pytest.raises(FileNotFoundError, match="no directory out/train/mistyped"):
-        worldvla.load("out/train/mistyped")
-    with pytest.raises(OSError, match="the hub gives no out/train"):
-        fetch("hf://out/train")
+    with pytest.raises(OSError, match=r"Org/Name was read as a name on the hub, .*: 401.*auth login"):
+        locate("Org/Name")
+    (tmp_path / "made").mkdir()
+    paths = ("out/mistyped", "./a/b", "/a/b", "name", "made/b", "Org/Name/model_256", "../b")
+    for path in (*paths, "worldvla/assets/tabletop"):
+        with pytest.raises(FileNotFoundError, match=rf"no folder {path} \(read as a path from .*tabletop\)"):
+            worldvla.load(path)
+    for name in ("hf://out/train", Path("hf://out/train")):
+        with pytest.raises(OSError, match="out/train was read as a name on the hub"):
+            locate(name)
+
+
+def test_shipped_models_have_names_in_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "libero").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert worldvla.load("tabletop").model.config.layout.chunk == 5
+    assert locate("libero").parent.name == "assets"
+    assert locate("./libero") == Path("libero")
 
 
 def test_a_download_that_is_there_serves_without_the_hub(
@@ -320,9 +330,9 @@ def test_a_download_that_is_there_serves_without_the_hub(
     monkeypatch.setattr(huggingface_hub, "list_repo_files", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.warns(
-        UserWarning, match=r"gives no Org/Name now \(no network\): .*, downloaded before, is used"
+        UserWarning, match=r"does not give Org/Name now \(no network\): its earlier download .* is used"
     ):
-        assert fetch("Org/Name/model_256") == tmp_path / "model_256"
-    for absent in ("Org/Name/model_512", "Org/Other"):
+        assert locate("hf://Org/Name/model_256") == tmp_path / "model_256"
+    for absent in ("hf://Org/Name/model_512", "Org/Other"):
         with pytest.raises(OSError, match="no network; check the name"):
-            fetch(absent)
+            locate(absent)

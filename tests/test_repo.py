@@ -1,9 +1,10 @@
-"""The rules that hold the repository together: layers, ids, prints, ASCII, dependencies.
+"""The rules that hold the repository together: the direction of imports, ids, prints, ASCII, dependencies.
 
 Run: pytest tests/test_repo.py
 """
 
 import ast
+import graphlib
 import importlib.metadata
 import re
 import subprocess
@@ -12,64 +13,37 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "worldvla"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = MODULES + sorted((ROOT / "tests").glob("*.py")) + sorted((ROOT / "paper").glob("*.py"))
 
-LEVEL_0 = {"config", "vocab", "batch", "progress", "files", "machine"}
-# What each part may import besides level 0 and itself. The parts in TOP may import anything.
+# What the files of a folder may import besides their own folder and the ground, which imports none of ours.
+GROUND = {"config", "vocab", "batch", "files", "machine", "progress"}
 MAY_IMPORT = {
-    "config": set(),
-    "vocab": set(),
-    "batch": set(),
-    "progress": set(),
-    "files": set(),
-    "machine": set(),
     "tokenizers": set(),
     "model": set(),
     "sim": set(),
     "data": {"tokenizers", "sim"},
-    "published": {"model", "tokenizers", "infer"},
-    "infer": {
-        "model",
-        "tokenizers",
-        "data",
-        "published",
-    },  # data: the sample builder, one for training and for serving
+    "infer": {"model", "tokenizers", "data.sample", "published.hub"},
+    "published": {"model", "tokenizers"},
     "train": {"model", "tokenizers", "data"},
-    "eval": {"infer", "sim", "data", "tokenizers", "serve.protocol", "serve.image"},
-    # The modules of serve stand apart: a client needs the wire alone, the server a model too.
-    "serve": set(),
+    "eval": {"infer", "sim", "data", "tokenizers", "serve.protocol", "serve.image", "serve.client"},
+    # The files of serve stand apart: a client needs the wire alone, the server a model too.
     "serve.protocol": set(),
     "serve.image": set(),
-    "serve.server": {"serve.protocol", "serve.image", "infer"},
+    "serve.client": {"serve.protocol", "serve.image"},
+    "serve.server": {"serve.protocol", "serve.image", "infer", "sim"},
 }
-TOP = {
-    "recipes",
-    "cli",
-    "cli_data",
-    "cli_models",
-    "demo",
-    "__main__",
-    "__init__",
-}
+TOP = {"__init__", "__main__", "cli", "cli_data", "cli_models", "demo", "recipes"}
 
 
 def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def _part(path: Path) -> str:
-    """Return the folder of a module inside the package, or its stem at the top; of serve, the module."""
-    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return f"serve.{path.stem}" if part == "serve" and path.stem != "__init__" else part
-
-
 def _imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _runtime(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -79,32 +53,48 @@ def _imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _own_parts(path: Path) -> set[str]:
-    """Return the parts of our package that a module imports."""
-    names = [name.split(".")[1:] for name in _imports(path) if name.startswith("worldvla.")]
-    return {".".join(name[:2]) if name[0] == "serve" else name[0] for name in names}
+def _module(path: Path) -> str:
+    """Return a file's name inside the package: `sim.libero.env`, `__init__`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
-def test_layers_point_one_way(path):
-    part = _part(path)
-    if part in TOP:
-        return
-    assert part in MAY_IMPORT, f"{_name(path)} belongs to no layer: add it to MAY_IMPORT on purpose"
-    allowed = MAY_IMPORT[part] | ({part} if part in LEVEL_0 else LEVEL_0 | {part})
-    assert _own_parts(path) <= allowed, f"{_name(path)} imports {_own_parts(path) - allowed}"
+def _runtime(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes below that are ever executed: all but what stands under `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield child
+            yield from _runtime(child)
+
+
+def _arrows() -> dict[str, set[str]]:
+    """Return file -> the files of the package that it imports, also inside functions."""
+    modules = {_module(path): path for path in MODULES}
+    arrows = {}
+    for module, path in modules.items():
+        names = (name for name in _imports(path) if name.split(".")[0] == "worldvla")
+        names = (name.removeprefix("worldvla").removeprefix(".") or "__init__" for name in names)
+        arrows[module] = {name for name in names if name in modules}
+    return arrows
+
+
+def test_arrows_point_one_way() -> None:
+    for module, targets in _arrows().items():
+        if module in TOP or module.endswith(".__init__"):
+            continue
+        folder = module if module.startswith("serve.") else module.split(".")[0]
+        assert folder in MAY_IMPORT or folder in GROUND, f"{module} has no level: give it one in MAY_IMPORT"
+        allowed = set() if folder in GROUND else MAY_IMPORT[folder] | GROUND | {folder}
+        up = {t for t in targets if not any(f"{t}.".startswith(f"{name}.") for name in allowed)}
+        assert not up, f"{module} imports {sorted(up)}; it may import {sorted(allowed)}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    list(graphlib.TopologicalSorter(_arrows()).static_order())  # a CycleError names the files
 
 
 def test_sim_runs_without_torch():
-    modules = [
-        _name(p).removesuffix(".py").replace("/", ".")
-        for p in MODULES
-        if _part(p) == "sim" and p.stem != "__init__"
-    ]
-    modules = [m for m in modules if "libero" not in m]  # needs its extra to import
-    code = "import importlib, sys\nsys.modules['torch'] = None\n" + "".join(
-        f"importlib.import_module({m!r})\n" for m in modules
-    )
+    modules = ", ".join(f"worldvla.{m}" for m in map(_module, MODULES) if m.startswith(("sim.", "machine")))
+    code = f"import sys; sys.modules['torch'] = None; import {modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -123,12 +113,10 @@ def _is_id(node: ast.AST) -> bool:
     return bool({"id", "ids"} & set(name.split("_")))
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in SOURCES if p.name != "vocab.py" and p.parent.name != "tests"], ids=_name
-)
-def test_no_literal_ids_outside_the_vocabulary(path):
+def test_no_literal_ids_outside_the_vocabulary():
     published = _published_ids()
-    for node in ast.walk(ast.parse(path.read_text())):
+    paths = [p for p in SOURCES if p.name != "vocab.py" and p.parent.name != "tests"]
+    for path, node in ((p, node) for p in paths for node in ast.walk(ast.parse(p.read_text()))):
         where = f"{_name(path)}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Constant) and type(node.value) is int:
             assert node.value not in published, (
@@ -150,11 +138,13 @@ def test_no_literal_ids_outside_the_vocabulary(path):
 PRINTERS = ("cli", "__main__")
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if not p.name.startswith(PRINTERS)], ids=_name)
-def test_library_does_not_print(path):
-    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-    lines = [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("print", "breakpoint")]
-    assert not lines, f"{_name(path)} prints in lines {lines}"
+def test_library_does_not_print():
+    for path in [p for p in MODULES if not p.name.startswith(PRINTERS)]:
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        lines = [
+            c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("print", "breakpoint")
+        ]
+        assert not lines, f"{_name(path)} prints in lines {lines}"
 
 
 def test_library_swallows_no_exception_and_unpickles_nothing():
@@ -180,10 +170,10 @@ def _text_files() -> list[Path]:
     return found + SOURCES
 
 
-@pytest.mark.parametrize("path", _text_files(), ids=_name)
-def test_text_is_ascii(path):
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        assert line.isascii(), f"{_name(path)}:{number}: {line}"
+def test_text_is_ascii():
+    for path in _text_files():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert line.isascii(), f"{_name(path)}:{number}: {line}"
 
 
 def test_every_test_file_says_what_it_proves():

@@ -5,9 +5,11 @@ Run: pytest tests/test_suites.py
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import worldvla
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import RULES
 
@@ -71,3 +73,10 @@ def test_unknown_suite_offers_the_nearest():
 def test_fast_render_is_refused_where_it_means_nothing():
     with pytest.raises(ValueError, match="fast_render is a setting of LIBERO"):
         sim.make(sim.tasks("tabletop_object")[0], {}, fast_render=True)
+
+
+def test_an_environment_is_one_call_away() -> None:
+    env: Any = worldvla.make("tabletop_goal", 3, views={})
+    assert env.task == sim.tasks("tabletop_goal")[3] == worldvla.make(env.task, views={}).task
+    with pytest.raises(ValueError, match=r"tabletop_goal has 10 tasks, got index 10: expected 0\.\.9"):
+        worldvla.make("tabletop_goal", 10)

@@ -1,20 +1,25 @@
-"""WorldVLA: one transformer that acts as a policy and imagines as a world model; most need `load` alone.
+"""WorldVLA: one transformer that acts as a robot policy and imagines as a world model.
 
-model = worldvla.load("out/train/tabletop")
-actions = model.policy().act(observation)
+model, env = worldvla.load("tabletop"), worldvla.make("tabletop_goal")
+observation, _ = env.reset(options={"init": 0})
+actions = model.policy().act({**observation, "instruction": env.task.instruction})
 world = model.world(); world.reset(observation); frame = world.step(actions[0])
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # torch is imported by what is called, not with the package
+    import gymnasium as gym
     import torch
 
     from worldvla.infer.model import Model
     from worldvla.infer.policy import Policy
     from worldvla.infer.world import World
+    from worldvla.sim.protocol import Task
+
+__version__ = "0.1.0"
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,38 @@ class WorldVLA:
 
 
 def load(
-    path: Path | str,
+    name: Path | str,
     device: str = "cpu",
     dtype: "torch.dtype | None" = None,
     quantize: Literal["", "int8", "int4"] = "",
 ) -> WorldVLA:
-    """Return a checkpoint directory, the newest of a run, or one on the hub (`ORG/NAME/FOLDER`).
+    """Return a shipped model (`tabletop`, `libero`), that of a checkpoint directory, the newest of a run, or
+    one on the hub (`ORG/NAME`, `hf://ORG/NAME/FOLDER`).
 
     `quantize` holds its large matrices in 8 or 4 bits.
     """
     from worldvla.infer.model import load as load_model
 
-    return WorldVLA(load_model(path, device, dtype, quantize))
+    return WorldVLA(load_model(name, device, dtype, quantize))
+
+
+def make(
+    task: "Task | str",
+    index: int = 0,
+    views: dict[str, tuple[int, int]] | None = None,
+    fast_render: bool = False,
+) -> "gym.Env[Any, Any]":
+    """Return an environment of a task, or of the task `index` of a suite: `make("tabletop_goal", 3)`.
+
+    `views` maps a view to its (rows, columns) in pixels: those of a model are `model.view_sizes`.
+    """
+    from worldvla.sim import suites
+
+    if isinstance(task, str):
+        tasks = suites.tasks(task)
+        if not 0 <= index < len(tasks):
+            raise ValueError(
+                f"{task} has {len(tasks)} tasks, got index {index}: expected 0..{len(tasks) - 1}"
+            )
+        task = tasks[index]
+    return suites.make(task, views, fast_render)

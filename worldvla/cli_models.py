@@ -84,7 +84,7 @@ class Convert:
     """Make one of our checkpoints of a published one, or the published layout of ours; see docs/MODELS.md."""
 
     source: tyro.conf.Positional[str]
-    """A folder, or ORG/NAME/FOLDER on the hub; with --back a checkpoint or run directory of ours."""
+    """A folder, or hf://ORG/NAME/FOLDER on the hub; with --back a checkpoint or run directory of ours."""
     out: Path
     """Directory of the result."""
     release: str = ""
@@ -92,7 +92,7 @@ class Convert:
     suite: str = ""
     """Of a policy: the LIBERO suite it was trained on, which decides the length of its chunks."""
     tokenizer: str = ""
-    """Folder, or ORG/NAME/FOLDER, of text_tokenizer.json and vqgan.ckpt. Default: SOURCE."""
+    """Folder, or hf://ORG/NAME/FOLDER, of text_tokenizer.json and vqgan.ckpt. Default: SOURCE."""
     without_action_head: bool = False
     """Do not read the continuous head of a RynnVLA-002 policy; its discrete actions remain."""
     back: bool = False

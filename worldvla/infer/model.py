@@ -32,7 +32,7 @@ from worldvla.model.weights import (
     read_tensor,
     weights_digest,
 )
-from worldvla.published.hub import fetch
+from worldvla.published.hub import locate
 from worldvla.tokenizers.action import Statistics
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer
@@ -102,14 +102,14 @@ class Model:
 def load(
     path: Path | str, device: str = "cpu", dtype: torch.dtype | None = None, quantize: Quantize = ""
 ) -> Model:
-    """Read a checkpoint, the newest one of a run directory, or one on the hub (`ORG/NAME[/FOLDER]`).
+    """Read a checkpoint, the newest one of a run directory, or one on the hub (published/hub.py).
 
     What does not belong together raises ValueError. `dtype` of the transformer: by default float32, and of a
     converted release the type that it is stored in (bfloat16), as published code evaluates it. `quantize`:
     hold the linear layers of the blocks in 8 or 4 bits (model/quantize.py). Low-rank updates are merged into
     their base, which train.init_from of their config.json names.
     """
-    path = find_checkpoint(fetch(path))
+    path = find_checkpoint(locate(path))
     if missing := [name for name in FILES if not (path / name).is_file()]:
         raise ValueError(f"{path} is no complete checkpoint: {', '.join(missing)} missing; copy it again")
     config = from_json(Config, read_json(path / "config.json"), str(path / "config.json"))

@@ -18,7 +18,7 @@ from worldvla.config import Config, LayoutConfig, from_json, to_json
 from worldvla.files import read_json, whole_folder, write_json
 from worldvla.model.lora import refuse_updates
 from worldvla.model.weights import INDEX, find_checkpoint, header, read_tensor
-from worldvla.published.hub import fetch
+from worldvla.published.hub import locate
 from worldvla.published.names import (
     HEAD_PREFIX,
     RELEASES,
@@ -65,8 +65,8 @@ def convert(
         raise ValueError(f"unknown release {release!r}: choose one of {', '.join(RELEASES)}")
     facts = RELEASES[release]
     layout, vocab = _layout(facts, release, suite), chameleon()
-    directory = fetch(source)
-    pieces = fetch(tokenizer) if tokenizer else directory
+    directory = locate(source)
+    pieces = locate(tokenizer) if tokenizer else directory
     lines = []
     for folder in {directory, pieces}:
         if not folder.is_dir():

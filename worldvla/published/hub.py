@@ -1,52 +1,67 @@
-"""A local folder, or `ORG/NAME[/FOLDER]` of the Hugging Face hub -> a local folder."""
+"""What a user calls a model -> its folder: a shipped one, a path, or a repository of the Hugging Face hub."""
 
+import re
 import warnings
 from pathlib import Path
 
+ASSETS = Path(__file__).parents[1] / "assets"
 LEFT_OUT = ["*.pth", "*.pt", "*.bin", "*.h5", "*.msgpack", "*.mp4"]
 """Optimiser states (56 GB beside 14 GB of weights) and pickles."""
-OURS = ("", ".", "..", "~", "out", "data", "results")
-"""A path that starts with one of these is never a name on the hub."""
+LOCAL = ("out", "data", "results", "runs")
+"""Folders that our commands write to: below them nothing is taken for a name on the hub."""
 
 
-def fetch(source: Path | str) -> Path:
-    """Return the folder; what is on the hub alone is downloaded, with progress, going on where it stopped.
+def locate(name: Path | str) -> Path:
+    """Return the folder of a model: `tabletop` or `libero`, which are shipped, a path, `ORG/NAME` on the hub.
 
-    A repository of several models needs the folder of one of them.
+    `ORG/NAME` is read as a name on the hub only if there is no folder ORG; `hf://ORG/NAME/FOLDER` always is.
+    A download shows its progress and goes on where it stopped.
     """
-    text = str(source)
-    name = text.removeprefix("hf://")
-    parts = name.split("/")
-    is_local = Path(text).exists() or len(parts) < 2 or parts[0] in OURS or Path(parts[0]).exists()
-    if is_local and name == text:
-        return Path(source)
+    text = str(name)
+    shipped = sorted(path.parent.name for path in ASSETS.glob("*/manifest.json"))
+    if text in shipped:
+        return ASSETS / text
+    if marked := re.match("hf:/+", text):  # a Path has folded the two slashes into one
+        return _fetch(text[marked.end() :])
+    if (path := Path(text)).exists():
+        return path
+    first = text.split("/")[0]
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) and first not in LOCAL and not Path(first).exists():
+        return _fetch(text)
+    raise FileNotFoundError(
+        f"no folder {text} (read as a path from {Path.cwd()}): expected a folder, ORG/NAME or "
+        f"hf://ORG/NAME/FOLDER on the hub, or a shipped model ({', '.join(shipped)})"
+    )
+
+
+def _fetch(name: str) -> Path:
+    """Return the folder of `ORG/NAME[/FOLDER]`, downloaded; a repository of several models needs FOLDER."""
     from huggingface_hub import list_repo_files, snapshot_download
 
+    parts = name.split("/")
     repo, folder = "/".join(parts[:2]), "/".join(parts[2:]).strip("/")
     try:
         files = list_repo_files(repo)
         models = sorted({f.rpartition("/")[0] for f in files if f.endswith((".safetensors", ".ckpt"))})
-        if not any(f.startswith(f"{folder}/") or not folder for f in files) or (
-            not folder and "" not in models
-        ):
+        is_there = any(f.startswith(f"{folder}/") for f in files) if folder else "" in models
+        if not is_there:
             raise ValueError(f"it has no {folder or 'model of its own'}; its folders are {', '.join(models)}")
         patterns = [f"{folder}/*"] if folder else None
-        root = snapshot_download(repo, allow_patterns=patterns, ignore_patterns=LEFT_OUT)
+        return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=LEFT_OUT)) / folder
     except Exception as error:  # of a dozen classes: network, permissions, names
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not isinstance(error, ValueError) and (kept := _kept(repo, folder)) is not None:
-            said = f"the hub gives no {repo} now ({reason}): {kept}, downloaded before, is used"
-            warnings.warn(said, stacklevel=2)
+        if not isinstance(error, ValueError) and (kept := _downloaded(repo, folder)) is not None:
+            text = f"the hub does not give {repo} now ({reason}): its earlier download {kept} is used"
+            warnings.warn(text, stacklevel=3)
             return kept
         raise OSError(
-            f"no local folder {text}, and the hub gives no {repo}: {reason}; check the name, the network and "
-            "`hf auth login`, or pass a folder; the same command goes on"
+            f"{name} was read as a name on the hub, which does not give {repo}: {reason}; check the name, "
+            "the network and `hf auth login` and repeat the command, or pass a folder"
         ) from error
-    return Path(root) / folder
 
 
-def _kept(repo: str, folder: str) -> Path | None:
-    """Return the folder of a download that is still there, None without one."""
+def _downloaded(repo: str, folder: str) -> Path | None:
+    """Return the folder of an earlier download, None without one."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

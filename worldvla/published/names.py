@@ -102,6 +102,10 @@ def model_config(data: Mapping[str, Any], where: str, vocab: Vocab) -> ModelConf
         raise ValueError(f"{where}: {missing} missing: expected the config.json of a Chameleon checkpoint")
     layers, width, heads, hidden = (data[key] for key in keys)
     rope = data.get("rope_parameters") or {}
+    if scaling := data.get("rope_scaling") or (
+        rope if rope.get("rope_type", "default") != "default" else None
+    ):
+        raise ValueError(f"{where}: rope_scaling is {scaling}, expected none: this model has plain positions")
     return ModelConfig(
         num_layers=layers,
         width=width,
