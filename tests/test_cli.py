@@ -150,7 +150,9 @@ def test_missing_and_malformed_input_is_one_line(capsys, tmp_path):
 )
 def test_demonstrations_have_their_simulators_size(capsys, monkeypatch, words, sizes):
     asked = []
-    monkeypatch.setattr("worldvla.data.collect.collect", lambda *_args, **options: asked.append(options))
+    monkeypatch.setattr(
+        "worldvla.data.collect.collect", lambda *_args, **options: asked.append(options) or {}
+    )
     assert _run(capsys, "collect", *words)[0] == 0
     assert asked[0]["views"] == sizes
 

@@ -18,17 +18,10 @@ import pytest
 
 from worldvla.cli import Eval
 from worldvla.cli_data import Collect, Regenerate
-from worldvla.data.collect import (
-    FIRST_INIT,
-    INITS_PER_SEED,
-    Driven,
-    Perturbed,
-    collect,
-    record,
-    rerun,
-)
-from worldvla.data.episode import read_episodes, write_episodes
-from worldvla.data.regenerate import regenerate
+from worldvla.data.collect import FIRST_INIT, INITS_PER_SEED, Job, _attempt, collect, kept, record
+from worldvla.data.drivers import Driven, Perturbed, Play
+from worldvla.data.episode import demonstration_files, facts, read_episodes, write_episodes
+from worldvla.data.rerun import regenerate, rerun
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import NUM_INITS, Task
 
@@ -66,8 +59,18 @@ class Line:
     def set_state(self, state: np.ndarray) -> None:
         self.x = float(state[0])
 
+    def points_of_interest(self) -> np.ndarray:
+        return np.array([[self.x, 0.0, 0.0], [1.0, 0.0, 0.0]])
+
+    def in_contact(self) -> bool:
+        return self.x > 0
+
     def close(self) -> None:
-        pass
+        CLOSED.append(self.init)
+
+
+CLOSED: list[int] = []
+"""Initial states of closed environments."""
 
 
 class Right:
@@ -109,6 +112,8 @@ def test_stopped_and_resumed_equals_not_stopped(tmp_path, monkeypatch):
     parts = {p.name for p in (tmp_path / "parts" / f".{TASK.name}.parts").iterdir()}
     assert {"0.hdf5", "3.failed"} <= parts
     assert all(name.endswith((".hdf5", ".failed")) for name in parts)
+    with pytest.raises(FileNotFoundError, match="holds no"):
+        demonstration_files([tmp_path / "parts"])
     monkeypatch.delenv(CRASH_AT)
     assert _collect(tmp_path / "parts") == report
     assert _content(tmp_path / "parts") == whole
@@ -130,8 +135,7 @@ def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
         return ThreadPoolExecutor(1)
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(7))
-    for module in ("collect", "regenerate"):
-        monkeypatch.setattr(f"worldvla.data.{module}.ProcessPoolExecutor", one_thread)
+    monkeypatch.setattr("worldvla.data.collect.ProcessPoolExecutor", one_thread)
     collect(SUITE, tmp_path, tasks=(0,), episodes=1, make=Line, expert=Right)
     regenerate([], tmp_path, {})
     assert asked == [7, 7]
@@ -148,6 +152,7 @@ def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
         ({"seed": -1}, "seed >= 0"),
         ({"label": -1}, "label >= 0"),
         ({"execute": 0}, "execute >= 1"),
+        ({"kind": "world", "label": 2}, "no policy's targets, got label 2"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changed, message):
@@ -246,9 +251,76 @@ def test_policy_driven_demonstrations_name_the_policy(tmp_path):
     (episode,) = read_episodes(path)
     assert not episode.is_expert.all()
     assert episode.expert_actions is not None
-    assert json.loads((tmp_path / "collect.json").read_text())["policy"] == "abc"
+    for told in (json.loads((tmp_path / "collect.json").read_text()), facts(path)):
+        assert (told["policy"], told["noise"]) == ("abc", 0.0)  # no noise was applied
     with pytest.raises(ValueError, match="choose another directory"):
         collect(SUITE, tmp_path, views={"agentview": (8, 8)}, **{**arguments, "policy_name": "other"})
+
+
+def test_an_environment_that_raised_is_closed(tmp_path, monkeypatch):
+    job = Job(
+        tmp_path / "a.hdf5", lambda init: _line().reset(options={"init": FIRST_INIT + init}), 1, 1, tmp_path
+    )
+    monkeypatch.setenv(CRASH_AT, "7")
+    CLOSED.clear()
+    with pytest.raises(RuntimeError, match="crashed as told"):
+        _attempt(job, 7)
+    assert CLOSED == [FIRST_INIT + 7]
+
+
+def _line() -> Line:
+    return kept("line", lambda: (Line(TASK),))[0]
+
+
+# -- world data ----------------------------------------------------------------------------------------------
+
+
+def test_world_data_keep_failures_and_are_no_targets(tmp_path):
+    counts = _collect(tmp_path, kind="world", workers=1, episodes=8, policy=_stay, policy_name="abc")
+    assert _collect(tmp_path, kind="world", workers=1, episodes=8, policy=_stay, policy_name="abc") == counts
+    for path in tmp_path.glob("*.hdf5"):
+        episodes, told = list(read_episodes(path)), facts(path)
+        frames = {"contact": 0, "moving": 0, "failure": 0}
+        for e in episodes:
+            assert not e.is_expert.any()
+            assert e.contact is not None
+            assert e.moving is not None
+            places = np.append(e.sim_states[:, 0], np.nan)[1:-1]
+            np.testing.assert_array_equal(e.contact[:-1], places > 0)
+            np.testing.assert_array_equal(e.moving[:-1], np.abs(np.diff(e.sim_states[:, 0])) > 1e-3)
+            frames["contact"] += int(e.contact.sum())
+            frames["moving"] += int(e.moving.sum())
+            frames["failure"] += 0 if e.success else len(e)
+        total = sum(map(len, episodes))
+        assert [e.init - FIRST_INIT for e in episodes] == list(range(8))  # none is left out
+        assert not episodes[3].success
+        assert {e.success for e in episodes} == {True, False}
+        assert told["shares"] == {name: n / total for name, n in frames.items()}
+        assert (told["kind"], told["noise"], told["failed"]) == ("world", 0.0, 0)
+        assert counts[path.name.removesuffix("_demo.hdf5")]["shares"] == told["shares"]
+
+
+@pytest.mark.parametrize("suite", ["tabletop_object", "tabletop_goal"])
+def test_play_touches_and_moves_things_smoothly(suite):
+    env: Any = sim.make(sim.tasks(suite)[0], {})
+    noted: dict[str, list[float]] = {"contact": [], "moving": [], "jerk": []}
+    for init in range(4):
+        rng = np.random.default_rng(init)
+        episode = record(env, Play(env, rng), FIRST_INIT + init, 0, limit=100, after=100)
+        assert episode is not None
+        assert episode.contact is not None
+        assert episode.moving is not None
+        assert len(episode) == 100
+        assert not episode.is_expert.any()
+        assert np.abs(episode.states[:, 3:6]).max() < 0.6  # stays about upright
+        noted["contact"].append(float(episode.contact.mean()))
+        noted["moving"].append(float(episode.moving.mean()))
+        noted["jerk"].append(float(np.abs(np.diff(episode.actions[:, :3], axis=0)).mean()))
+    env.close()
+    means = {name: np.mean(values) for name, values in noted.items()}
+    assert means["contact"] > 0.15, means
+    assert means["moving"] > 0.05, means
+    assert means["jerk"] < 0.35, means
 
 
 def test_replay_reports_success_and_drift(tmp_path):

@@ -127,7 +127,7 @@ def test_wrong_version_is_said_before_libero_starts(capsys, installed, monkeypat
         raise ValueError("stopped")
 
     monkeypatch.setattr("worldvla.eval.rollout.run", stop)
-    for name in ("data.collect.collect", "data.collect.rerun", "data.regenerate.regenerate", "demo.demo"):
+    for name in ("data.collect.collect", "data.rerun.rerun", "data.rerun.regenerate", "demo.demo"):
         monkeypatch.setattr(f"worldvla.{name}", stop)
 
     def said(suite):

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_run import write_tiny
 from token_stubs import CountedWords, PixelSums, random_episode
 
 from worldvla.batch import KIND_ACTION, Batch, Sample
 from worldvla.config import DataConfig, LayoutConfig
+from worldvla.data.episode import Episode
 from worldvla.data.loader import MODES, Loader, Mode, prompted, split, store_statistics
 from worldvla.data.sample import SampleBuilder
 from worldvla.data.store import TokenStore, write_store
@@ -249,6 +251,25 @@ def test_the_split_is_stable_and_never_empty(stores: list[TokenStore]):
     assert (np.concatenate(split([stores[0]], 0.25)) == flags[: len(stores[0].episodes)]).all()
 
 
+def test_a_new_file_moves_no_episode_between_training_and_validation(tmp_path: Path):
+    foreign = [replace(random_episode(seed), init=-1, seed=-1) for seed in range(20, 26)]
+
+    def held_out(episodes: list[Episode]) -> dict[bytes, bool]:
+        store = TokenStore.open(write_store(tmp_path / "store", episodes, PixelSums()))
+        return dict(zip([e.actions.tobytes() for e in episodes], *split([store], 0.4), strict=True))
+
+    known = [*EPISODES, *foreign]
+    before, after = held_out(known), held_out([random_episode(seed) for seed in (30, 31)] + known[::-1])
+    assert 0 < sum(before.values()) < len(before)
+    assert {key: after[key] for key in before} == before
+
+
+def test_a_store_without_keys_keeps_the_split_that_it_had(tmp_path: Path):
+    write_tiny(tmp_path)
+    (flags,) = split([TokenStore.open(tmp_path / "store")], 0.2)
+    assert flags.tolist() == [False, False, False, False, False, True]
+
+
 def test_no_validation_raises(stores: list[TokenStore]):
     with pytest.raises(ValueError, match="holds out no policy sample"):
         make(stores, replace(DATA, val_fraction=0.0)).val_batch(0, "policy")
@@ -266,8 +287,6 @@ def test_what_does_not_fit_raises(stores: list[TokenStore], tmp_path: Path):
         make(stores, layout=replace(LAYOUT, views=("top", "wrist")))
     with pytest.raises(ValueError, match="no policy sample"):
         make(stores, replace(DATA, sequence_length=1000), layout=replace(LAYOUT, chunk=50))
-    with pytest.raises(ValueError, match="world_fraction must be in"):
-        make(stores, replace(DATA, world_fraction=1.5))
     write_store(tmp_path / "other", EPISODES[:2], PixelSums(name="other"))
     with pytest.raises(ValueError, match="different image tokenizers"):
         make([stores[0], TokenStore.open(tmp_path / "other")])

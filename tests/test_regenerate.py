@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from worldvla.cli import main
-from worldvla.data.collect import collect, rerun
+from worldvla.data.collect import collect
 from worldvla.data.episode import Episode, read_episodes, write_episodes
-from worldvla.data.regenerate import Counts, inverted_gripper, is_no_op, regenerate, wrong_pictures
+from worldvla.data.rerun import Counts, inverted_gripper, is_no_op, regenerate, rerun, wrong_pictures
 from worldvla.data.store import TokenStore
 from worldvla.tokenizers.image import ImageTokenizer
 
@@ -90,7 +90,16 @@ def test_no_ops_go_and_failures_are_counted(demos: list[Any], tmp_path: Path) ->
         "wrist": (8, 8, 3),
     }
     before = (tmp_path / "out/some_demo.hdf5").read_bytes()
-    assert regenerate([source], tmp_path / "out", SIZE) == counts  # nothing is left to do
+    sizes = {"agentview": (24, 24), "wrist": (8, 8)}
+    assert regenerate([source], tmp_path / "out", sizes) == counts  # nothing is left to do
+    for changed in ({"views": SIZE}, {"drop_no_ops": False}):
+        with pytest.raises(ValueError, match=r"made with .* choose another directory"):
+            regenerate([source], tmp_path / "out", **({"views": sizes} | changed))
+    other = write(tmp_path / "other/some_demo.hdf5", demos[:1])
+    with pytest.raises(ValueError, match=r"some_demo\.hdf5 was made of a file .* choose another directory"):
+        regenerate([other], tmp_path / "out", sizes)
+    with pytest.raises(ValueError, match="1 names occur twice, some_demo"):
+        regenerate([source, other], tmp_path / "out", sizes)
     assert (tmp_path / "out/some_demo.hdf5").read_bytes() == before
 
 

@@ -14,9 +14,8 @@ import pytest
 import torch
 from token_stubs import PixelSums, random_episode
 
-from worldvla.cli_data import hdf5_files
 from worldvla.config import ImageTokenizerConfig
-from worldvla.data.episode import Episode, write_episodes
+from worldvla.data.episode import Episode, demonstration_files, write_episodes
 from worldvla.data.store import TokenStore, write_store
 from worldvla.data.tokenize import tokenize
 from worldvla.tokenizers.image import ImageTokenizer
@@ -195,6 +194,15 @@ def test_tokenize_with_the_image_tokenizer(demos: Path, tmp_path: Path):
     assert store.grids == {"agentview": (3, 3), "wrist": (2, 2)}
 
 
+def test_parts_of_a_stopped_collection_are_no_demonstrations(demos: Path):
+    whole = sorted(demos.iterdir())
+    for name in ("extra/more.h5", ".task_2.parts/0.hdf5"):
+        write_episodes(demos / name, [random_episode(0)], {})
+    assert demonstration_files([demos, whole[0]]) == [demos / "extra/more.h5", *whole, whole[0]]
+    with pytest.raises(ValueError, match="no demonstrations given"):
+        demonstration_files([])
+
+
 def test_truncated_and_missing_files_are_named(demos: Path, tmp_path: Path):
     path = demos / "task_1_demo.hdf5"
     path.write_bytes(path.read_bytes()[:500])
@@ -203,4 +211,4 @@ def test_truncated_and_missing_files_are_named(demos: Path, tmp_path: Path):
     assert not (tmp_path / "store").exists()
     shutil.rmtree(demos)
     with pytest.raises(FileNotFoundError, match="worldvla collect"):
-        hdf5_files([demos])
+        demonstration_files([demos])

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -52,34 +52,10 @@ def _views(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
     return views
 
 
-def hdf5_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the files among `paths` and the *.hdf5 files of the directories among them, sorted."""
-    files: list[Path] = []
-    if not paths:
-        raise ValueError("no demonstrations given: expected HDF5 files or directories of them")
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(
-                f"no {path}: expected an HDF5 file or a directory of them; `worldvla collect` makes one"
-            )
-        found = sorted(path.glob("**/*.hdf5")) if path.is_dir() else [path]
-        if not found:
-            raise FileNotFoundError(f"{path} holds no *.hdf5 files; `worldvla collect` makes them")
-        files += found
-    return files
+def demonstration_files(paths: Sequence[Path]) -> list[Path]:
+    from worldvla.data import episode  # here, as it takes time to import
 
-
-def _through_bins(files: Sequence[Path]) -> Callable[[Any], Any]:
-    """Return actions -> the actions that a policy trained on `files` would execute, were it perfect."""
-    import numpy as np
-
-    from worldvla.data.episode import read_episodes
-    from worldvla.tokenizers.action import compute_statistics
-
-    episodes = [episode for path in files for episode in read_episodes(path, images=False)]
-    actions, states = (np.concatenate([getattr(e, name) for e in episodes]) for name in ("actions", "states"))
-    statistics = compute_statistics(actions, states, "minmax")
-    return lambda actions: statistics.decode_actions(statistics.encode_actions(actions))
+    return episode.demonstration_files(paths)
 
 
 @cache
@@ -102,8 +78,11 @@ class Collect:
     """For example tabletop_object; `worldvla --help` lists all."""
     out: Path | None = None
     """Directory of the files. Default: out/demos/SUITE."""
+    kind: Literal["demonstrations", "world"] = "demonstrations"
+    """world: gross noise, aimless play and, with --policy, its rollouts; failures are kept, and no step is a
+    policy's target."""
     episodes: int = 50
-    """Successful episodes of each task."""
+    """Episodes of each task: successful ones, of world data of any end."""
     tasks: tuple[int, ...] = ()
     """Indices of the tasks; empty: all."""
     views: tuple[str, ...] = ()
@@ -129,7 +108,7 @@ class Collect:
 
         rules = suite(self.suite).rules
         warn_of_versions(self.suite)
-        if self.policy is not None and not self.label:
+        if self.policy is not None and not self.label and self.kind == "demonstrations":
             raise ValueError("--policy without --label K teaches nothing: its own actions are no targets")
         from worldvla.data.collect import collect
 
@@ -142,7 +121,10 @@ class Collect:
 
             options["policy"] = partial(_act, str(self.policy))
             options["policy_name"] = weights_digest(find_checkpoint(self.policy))
-        collect(self.suite, out, **options)
+        for name, counts in collect(self.suite, out, **options).items():
+            shares = ", ".join(f"{what} {share:.0%}" for what, share in counts.get("shares", {}).items())
+            if shares:
+                say(f"{name}: {counts['episodes']} episodes, {counts['steps']} frames: {shares}")
         say(f"demonstrations: {out}   next: worldvla replay {out}")
         return 0
 
@@ -161,12 +143,11 @@ class Replay:
         from rich.console import Console
         from rich.progress import track
 
-        from worldvla.data.collect import rerun
-        from worldvla.data.regenerate import inverted_gripper, wrong_pictures
+        from worldvla.data.rerun import inverted_gripper, rerun, through_bins, wrong_pictures
 
-        files = hdf5_files(self.paths)
+        files = demonstration_files(self.paths)
         _warn_of_files(files)
-        transform = _through_bins(files) if self.bins else (lambda actions: actions)
+        transform = through_bins(files) if self.bins else (lambda actions: actions)
         outcomes: list[bool] = []
         faults: list[str] = []
         for path in track(files, "replay", console=Console(stderr=True), disable=not sys.stderr.isatty()):
@@ -198,9 +179,9 @@ class Regenerate:
     """Processes that simulate; 0: one a core (a LIBERO worker takes 1.7 GiB of memory)."""
 
     def run(self) -> int:
-        from worldvla.data.regenerate import regenerate
+        from worldvla.data.rerun import regenerate
 
-        files = hdf5_files(self.paths)
+        files = demonstration_files(self.paths)
         _warn_of_files(files)
         counts = regenerate(
             files,
@@ -240,7 +221,7 @@ class TrainTokenizer:
 
         minutes, steps = (None, self.steps) if self.steps else (self.minutes, None)
         train_tokenizer(
-            hdf5_files(self.paths),
+            demonstration_files(self.paths),
             self.config,
             self.out,
             minutes=minutes,
@@ -275,11 +256,11 @@ class Tokenize:
         from worldvla.data.tokenize import tokenize
         from worldvla.tokenizers.image import ImageTokenizer
 
-        files = hdf5_files(self.paths)
+        files = demonstration_files(self.paths)
         if self.regenerate:
             demos = self.out.with_name(self.out.name + ".demos")
             Regenerate(paths=tuple(files), out=demos, views=self.regenerate, workers=self.workers).run()
-            files = hdf5_files([demos])
+            files = demonstration_files([demos])
         store = tokenize(files, ImageTokenizer.load(self.tokenizer), self.out)
         kept = (f"{share:.0%} of the codes of {v}" for v, share in store.manifest.get("kept", {}).items())
         say(f"the next frame keeps {', '.join(kept)}")

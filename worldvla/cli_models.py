@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import tyro
 
-from worldvla.cli_data import EXIT_EPISODE_ERRORS, hdf5_files, say
+from worldvla.cli_data import EXIT_EPISODE_ERRORS, demonstration_files, say
 
 
 def key(given: str) -> str:
@@ -150,10 +150,10 @@ class EvalWorld:
         from worldvla.eval.world import Extras, evaluate_world
         from worldvla.infer.draft import in_words
 
-        probe = hdf5_files(self.probe) if self.probe else ()
+        probe = demonstration_files(self.probe) if self.probe else ()
         record = evaluate_world(
             self.checkpoints,
-            hdf5_files(self.demos),
+            demonstration_files(self.demos),
             self.out,
             self.clips,
             self.horizons,
@@ -204,7 +204,7 @@ class Rank:
 
         options = {"episodes": self.episodes, "first": self.first, "execute": self.execute, "seed": self.seed}
         record = rank_policies(
-            self.checkpoints, self.world, hdf5_files(self.demos), self.suites, self.out, **options
+            self.checkpoints, self.world, demonstration_files(self.demos), self.suites, self.out, **options
         )
         for row in record["policies"]:
             real, judged, imagined = (f"{sum(o)}/{len(o)}" for o in row["outcomes"])

@@ -1,8 +1,11 @@
-"""Demonstrations: run the scripted expert in parallel, keep successes, write LIBERO's HDF5; and replay them.
+"""Episodes of scripted experts, of policies and of play, collected in parallel as LIBERO's HDF5.
 
 `worldvla collect tabletop_object --episodes 50`. The same command again goes on where it stopped: each
-attempt leaves a file of its own in `.<task>.parts/` until its task is complete, and the result is the same as
-without the stop, for any number of workers. Workers never import torch.
+attempt leaves a part of its own in `.<task>.parts/` until its file is complete, and the result is the same
+as without the stop, for any number of workers. Workers never import torch.
+
+Kind "demonstrations": successes of the expert, or of a policy and the expert in turn (DAgger). Kind "world",
+for a world model alone: gross noise, play and weak policies as well, failures kept, no step for a policy.
 """
 
 import importlib.metadata
@@ -12,121 +15,33 @@ import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
+from worldvla.data.drivers import WORLD_MIX, Act, Driven, Driver, Labeller, Perturbed, world_driver
 from worldvla.data.episode import Episode, facts, read_episodes, write_episodes
 from worldvla.files import write_text
+from worldvla.machine import cores
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
-from worldvla.sim.protocol import Expert, NUM_INITS, Task
-from worldvla.machine import cores
+from worldvla.sim.protocol import NUM_INITS, Expert, Task
 
 FIRST_INIT = NUM_INITS
 """Initial states below are for evaluation alone."""
 INITS_PER_SEED = 100_000
-BURST = (2, 5)
-"""Steps of a perturbation: at least, less than."""
-BURST_STD = 0.8
-"""Standard deviation of a perturbation's direction, in units of an action."""
-FLIP = 0.1
-"""Chance that a perturbed step also flips the gripper."""
 MAX_FAILED = 10
 """Failed attempts above one a wanted episode after which the expert is taken to be broken."""
+MOVING = 1e-3
+"""Metres that a thing moves in a step, at least, to count as moving."""
 
+Kind = Literal["demonstrations", "world"]
 Views = dict[str, tuple[int, int]]
-Driver = Callable[[dict[str, Any]], tuple[np.ndarray, bool]]
-"""Observation -> the action to execute and whether it may be imitated."""
-
-
-@dataclass
-class Driven:
-    """Drive by a policy, by stretches and at last by the expert: the policy's own errors are visited (DAgger,
-    Ross et al. 2011; the expert ends each episode, so that one that is stuck still succeeds)."""
-
-    act: Callable[[dict[str, Any]], np.ndarray]
-    """Observation, as `Policy.act` takes it -> actions (K, 7)."""
-    expert: Expert
-    instruction: str
-    rng: np.random.Generator
-    until: int
-    """Steps after which the expert drives alone."""
-    execute: int
-    """Actions of each chunk that are executed."""
-    share: float = 0.8
-    """Chance that the next stretch is the policy's."""
-    steps: int = 0
-    ahead: list[np.ndarray] = field(default_factory=list)
-    """Actions of the policy that are still to be executed."""
-    expert_left: int = 0
-
-    def __call__(self, observation: dict[str, Any]) -> tuple[np.ndarray, bool]:
-        if not self.ahead and not self.expert_left:
-            if self.steps < self.until and self.rng.random() < self.share:
-                chunk = self.act({**observation, "instruction": self.instruction})
-                self.ahead = list(chunk[: self.execute])
-            else:
-                self.expert_left = self.execute
-        self.steps += 1
-        if self.ahead:
-            return np.clip(self.ahead.pop(0), -1, 1).astype(np.float32), False
-        self.expert_left -= 1
-        return np.clip(self.expert.act(), -1, 1).astype(np.float32), True
-
-
-@dataclass
-class Labeller:
-    """Ask the expert what it does in the next `chunk` steps, in a second simulator set to that state."""
-
-    scout: Any
-    """An environment of the same task that renders nothing."""
-    expert: Expert
-    chunk: int
-
-    def __call__(self, state: np.ndarray) -> np.ndarray:
-        """Return its actions from simulator state `state` on, (K, 7)."""
-        self.scout.set_state(state)
-        actions = []
-        for _ in range(self.chunk):
-            actions.append(np.clip(self.expert.act(), -1, 1).astype(np.float32))
-            self.scout.step(actions[-1])
-        return np.array(actions)
-
-
-@dataclass
-class Perturbed:
-    """Drive by the expert, with bursts of strong noise from which it then recovers.
-
-    Only the steps without noise may be imitated: their action is exactly the expert's.
-    """
-
-    expert: Expert
-    rng: np.random.Generator
-    fraction: float
-    """Share of perturbed steps, about: 0.15 gives 0.158."""
-    left: int = 0
-    """Steps left of the present burst."""
-    drift: np.ndarray = field(default_factory=lambda: np.zeros(4))
-    """x, y, z and rotation that the burst adds to each action."""
-
-    def __call__(self, observation: dict[str, Any]) -> tuple[np.ndarray, bool]:  # noqa: ARG002 it looks at the state
-        action = np.clip(self.expert.act(), -1, 1).astype(np.float32)
-        mean = (BURST[0] + BURST[1] - 1) / 2
-        if not self.left and self.rng.random() < self.fraction / (mean * (1 - self.fraction)):
-            self.left = int(self.rng.integers(*BURST))
-            self.drift = self.rng.normal(0.0, BURST_STD, 4)
-        if not self.left:
-            return action, True
-        self.left -= 1
-        action[:3] += self.drift[:3]
-        action[5] += 0.5 * self.drift[3]
-        if self.rng.random() < FLIP:
-            action[6] = -action[6]
-        return np.clip(action, -1, 1), False
+LoadPolicy = Callable[[], Act]
+"""Importable by a worker; returns what `Driven.act` is, loaded once a process."""
 
 
 def record(
@@ -137,75 +52,54 @@ def record(
     label: Labeller | None = None,
     begin: Callable[[], dict[str, Any]] | None = None,
     limit: int | None = None,
+    after: int | None = None,
 ) -> Episode | None:
     """Return `driver`'s episode from initial state `init` up to its success; None if it has none.
 
-    `label`: simulator state -> the expert's chunk (K, 7) from there on; it is asked only where the K actions
-    that were executed are not the expert's own. `begin`, in place of a reset, returns the first observation;
-    `limit`: steps, default the horizon.
+    `label` asks the expert for its chunk from every state on. `begin`, in place of a reset, returns the first
+    observation; `limit`: steps, default the horizon. With `after`, the episode goes on for so many steps from
+    its success, is kept without one, and notes at which steps the hand touches a thing and things move.
     """
     observation = begin() if begin else env.reset(seed=seed, options={"init": init})[0]
-    actions, states, sim_states, is_expert = [], [], [], []
+    steps: dict[str, list[Any]] = {name: [] for name in ("actions", "states", "sim_states", "is_expert")}
+    steps |= {} if after is None else {"contact": [], "moving": []}
     images: dict[str, list[np.ndarray]] = {name: [] for name in observation if name != "state"}
-    for _ in range(env.horizon if limit is None else limit):
-        action, expert = driver(observation)
-        actions.append(action)
-        states.append(observation["state"])
-        sim_states.append(env.get_state())
-        is_expert.append(expert)
+    places = None if after is None else env.points_of_interest()
+    left, has_succeeded = env.horizon if limit is None else limit, False
+    while left > 0:
+        action, is_expert = driver(observation)
+        row = {"actions": action, "states": observation["state"], "sim_states": env.get_state()}
         for name, frames in images.items():
             frames.append(observation[name])
         observation, _, success, _, _ = env.step(action)
-        if success:
-            return Episode(
-                instruction=env.task.instruction,
-                suite=env.task.suite,
-                task=env.task.name,
-                actions=np.array(actions, dtype=np.float32),
-                states=np.array(states, dtype=np.float32),
-                images={name: np.array(frames) for name, frames in images.items()},
-                sim_states=np.array(sim_states, dtype=np.float64),
-                is_expert=np.array(is_expert, dtype=np.bool_),
-                init=init,
-                seed=seed,
-                expert_actions=_labels(label, actions, is_expert, sim_states) if label else None,
-            )
-    return None
+        left -= 1
+        row |= {"is_expert": is_expert}
+        if after is not None:
+            before, places = places, env.points_of_interest()
+            row |= {"contact": env.in_contact(), "moving": np.abs(places - before).max() > MOVING}
+        for name, value in row.items():
+            steps[name].append(value)
+        if success and not has_succeeded:
+            has_succeeded, left = True, min(left, after or 0)
+    if after is None and not has_succeeded:
+        return None
+    types = {"actions": np.float32, "states": np.float32, "sim_states": np.float64}
+    labels = label and label.label(*(steps[name] for name in ("actions", "is_expert", "sim_states")))
+    return Episode(
+        instruction=env.task.instruction,
+        suite=env.task.suite,
+        task=env.task.name,
+        images={name: np.array(frames) for name, frames in images.items()},
+        init=init,
+        seed=seed,
+        expert_actions=labels,
+        success=has_succeeded,
+        **{name: np.array(values, dtype=types.get(name, np.bool_)) for name, values in steps.items()},
+    )
 
 
-def _labels(
-    label: Labeller, actions: list[np.ndarray], is_expert: list[bool], sim_states: list[np.ndarray]
-) -> np.ndarray:
-    """Return the expert's next K actions from every visited state, (T, K, 7)."""
-    labels = []
-    for t, state in enumerate(sim_states):
-        ahead = slice(t, t + label.chunk)
-        own = all(is_expert[ahead]) and len(actions[ahead]) == label.chunk
-        labels.append(np.array(actions[ahead]) if own else label(state))
-    return np.array(labels)
+# -- environments, one a process -----------------------------------------------------------------------------
 
-
-# -- one attempt, in a worker ------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What an attempt depends on besides its number."""
-
-    task: Task
-    parts: Path
-    views: Views | None
-    seed: int
-    noise: float
-    make: Callable[..., Any]
-    expert: Callable[[Any], Expert]
-    label: int
-    policy: "LoadPolicy | None"
-    execute: int
-
-
-LoadPolicy = Callable[[], Callable[[dict[str, Any]], np.ndarray]]
-"""Importable by a worker; returns what `Driven.act` is, loaded once a process."""
 _kept: dict[str, tuple[Any, ...]] = {}
 """This process's last environments; LIBERO's cost seconds to make."""
 
@@ -213,61 +107,163 @@ _kept: dict[str, tuple[Any, ...]] = {}
 def kept(key: Any, make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
     """Return the environments that `make` made for this key the last time; others are closed."""
     if str(key) not in _kept:
-        _close_kept()
+        close_kept()
         _kept[str(key)] = make()
     return _kept[str(key)]
 
 
-def _close_kept() -> None:
+def close_kept() -> None:
     for env in filter(None, itertools.chain(*_kept.values())):
         env.close()
     _kept.clear()
 
 
-def task_of(episode: Episode) -> Task:
-    """Return the task that an episode is a demonstration of; an unknown one raises ValueError."""
-    known = {task.name: task for task in sim.tasks(episode.suite)}
-    if episode.task not in known:
-        raise ValueError(
-            f"{episode.suite} has no task {episode.task!r}, of which there are demonstrations; it has "
-            f"{', '.join(known)}: name file and folder as LIBERO does, or collect again"
-        )
-    return known[episode.task]
+def choose(suite: str, table: Sequence[Task], indices: Sequence[int]) -> list[Task]:
+    """Return the tasks with these indices, all where there are none; an unknown one raises ValueError."""
+    if bad := [i for i in indices if not 0 <= i < len(table)]:
+        raise ValueError(f"{suite} has tasks 0 to {len(table) - 1}, got {bad}")
+    return [task for task in table if not indices or task.index in indices]
 
 
-def _attempt(job: _Job, attempt: int) -> bool:
-    """Run one attempt; leave its episode, or an empty `.failed` file, in the parts. Return its success."""
+# -- files made of parts -------------------------------------------------------------------------------------
 
-    def make() -> tuple[Any, ...]:
-        scout = job.make(job.task, {}) if job.label else None
+
+@dataclass(frozen=True)
+class Job:
+    """One file of demonstrations, made attempt by attempt."""
+
+    path: Path
+    attempt: Callable[[int], Episode | None]
+    """Number of an attempt -> its episode, None if it failed. Pickled for the workers."""
+    wanted: int
+    """Episodes after which the file is complete."""
+    attempts: int
+    """The most that are made."""
+    parts: Path
+    """Folder of the episodes, `<attempt>.hdf5`, and the empty `<attempt>.failed`, until they are merged."""
+
+    def done(self) -> tuple[list[int], list[int]]:
+        """Return the numbers of the attempts that succeeded and of those that failed."""
+        good, bad = (sorted(int(p.stem) for p in self.parts.glob(f"*.{end}")) for end in ("hdf5", "failed"))
+        return good, bad
+
+    def merge(self, env_args: dict[str, Any]) -> None:
+        """Write the file from its parts and remove them."""
+        good, _ = self.done()
+        episodes = (e for number in good for e in read_episodes(self.parts / f"{number}.hdf5"))
+        write_episodes(self.path, episodes, env_args)
+        shutil.rmtree(self.parts)
+
+
+def work_off(jobs: Sequence[Job], workers: int, title: str) -> Iterator[Job]:
+    """Make the attempts that the jobs still need, in `workers` processes (0: one a core), and yield each job
+    as it has all its episodes or no attempt left.
+
+    As many attempts are on their way as episodes are missing, always the lowest numbers not tried yet: which
+    attempts are made does not depend on which ends first.
+    """
+    pool = ProcessPoolExecutor(workers or cores(), multiprocessing.get_context("spawn"))
+    pending: dict[Future[bool], Job] = {}
+    untried: dict[Path, Iterator[int]] = {}
+    try:
+        with progress_bar() as progress:
+            bar = progress.add_task(title, total=sum(job.wanted for job in jobs))
+            for job in jobs:
+                job.parts.mkdir(parents=True, exist_ok=True)
+                good, bad = job.done()
+                progress.advance(bar, len(good))
+                untried[job.path] = (i for i in range(job.attempts) if i not in {*good, *bad})
+                for number in itertools.islice(untried[job.path], job.wanted - len(good)):
+                    pending[pool.submit(_attempt, job, number)] = job
+            yield from (job for job in jobs if not any(job is other for other in pending.values()))
+            while pending:
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    job, success = pending.pop(future), future.result()
+                    progress.advance(bar, success)
+                    number = None if success else next(untried[job.path], None)
+                    if number is not None:
+                        pending[pool.submit(_attempt, job, number)] = job
+                    elif not any(job is other for other in pending.values()):
+                        yield job
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _attempt(job: Job, number: int) -> bool:
+    """Make an attempt, leave its part and return its success; an error closes this process's environments."""
+    try:
+        episode = job.attempt(number)
+    except BaseException:
+        close_kept()
+        raise
+    if episode is None:
+        (job.parts / f"{number}.failed").touch()
+    else:
+        write_episodes(job.parts / f"{number}.hdf5", [episode], {})
+    return episode is not None
+
+
+def guard(path: Path, arguments: dict[str, Any]) -> None:
+    """Refuse to mix demonstrations made with different arguments in one directory."""
+    text = json.dumps(arguments, sort_keys=True)
+    if path.exists():
+        if path.read_text() != text:
+            raise ValueError(
+                f"{path.parent} holds demonstrations made with {path.read_text()}, asked for {text}: "
+                "choose another directory"
+            )
+        return
+    write_text(path, text)
+
+
+# -- collection ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What an attempt depends on besides its number."""
+
+    kind: Kind
+    task: Task
+    views: Views | None
+    seed: int
+    noise: float
+    label: int
+    policy: LoadPolicy | None
+    execute: int
+    make: Callable[..., Any]
+    expert: Callable[[Any], Expert]
+
+    def __call__(self, number: int) -> Episode | None:
+        env, scout = kept((self.make, self.task, self.views, bool(self.label)), self._environments)
+        init = FIRST_INIT + self.seed * INITS_PER_SEED + number
+        expert, instruction = self.expert(env), self.task.instruction
+        if self.kind == "world":
+            rng = np.random.default_rng([self.seed, self.task.index, init, 1])
+            act = self.policy() if self.policy else None
+            driver, limit, after = world_driver(env, expert, instruction, rng, act, self.execute)
+            episode = record(env, driver, init, self.seed, limit=limit, after=after)
+            return episode and replace(episode, is_expert=np.zeros(len(episode), dtype=np.bool_))
+        rng = np.random.default_rng([self.seed, self.task.index, init])
+        label = Labeller(scout, self.expert(scout), self.label) if scout is not None else None
+        driver = Perturbed(expert, rng, self.noise)
+        if self.policy is not None:
+            until = int(rng.uniform(0.2, 0.7) * env.horizon)
+            driver = Driven(self.policy(), expert, instruction, rng, until, self.execute)
+        return record(env, driver, init, self.seed, label)
+
+    def _environments(self) -> tuple[Any, Any]:
+        scout = self.make(self.task, {}) if self.label else None
         if scout is not None:
             scout.reset(options={"init": 0})
-        return job.make(job.task, job.views), scout
-
-    env, scout = kept((job.make, job.task, job.views, bool(job.label)), make)
-    init = FIRST_INIT + job.seed * INITS_PER_SEED + attempt
-    rng = np.random.default_rng([job.seed, job.task.index, init])
-    label = Labeller(scout, job.expert(scout), job.label) if scout is not None else None
-    if job.policy is None:
-        driver: Driver = Perturbed(job.expert(env), rng, job.noise)
-    else:
-        until = int(rng.uniform(0.2, 0.7) * env.horizon)
-        driver = Driven(job.policy(), job.expert(env), job.task.instruction, rng, until, job.execute)
-    episode = record(env, driver, init, job.seed, label)
-    if episode is None:
-        (job.parts / f"{attempt}.failed").touch()
-        return False
-    write_episodes(job.parts / f"{attempt}.hdf5", [episode], {"env_name": job.task.suite})
-    return True
-
-
-# -- all attempts ------------------------------------------------------------------------
+        return self.make(self.task, self.views), scout
 
 
 def collect(
     suite: str,
     out_dir: Path,
     *,
+    kind: Kind = "demonstrations",
     episodes: int = 50,
     views: Views | None = None,
     seed: int = 0,
@@ -281,13 +277,14 @@ def collect(
     tasks: tuple[int, ...] = (),
     make: Callable[..., Any] = sim.make,
     expert: Callable[[Any], Expert] = sim.expert,
-) -> dict[str, dict[str, int]]:
-    """Write `episodes` successful demonstrations of every task of `suite` (or of those in `tasks`).
+) -> dict[str, dict[str, Any]]:
+    """Write `episodes` episodes of every task of `suite` (or of those in `tasks`), one file a task.
 
     `workers`: processes that simulate; 0: one a core that this process may use.
-    `noise`, `label`, `policy` and `execute` as of `worldvla collect`; `policy_name` says in the files which
-    one it was. Return {task name: {episodes, steps, failed}}: how many were written, how many attempts
-    failed. `make`, `expert` and `policy` must be importable by the workers.
+    `kind`, `noise`, `label`, `policy` and `execute` as of `worldvla collect`; `policy_name` says in the files
+    which one it was. Return {task name: {episodes, steps, failed}}: how many were written, how many attempts
+    failed; of world data also `shares`, see `facts`. `make`, `expert` and `policy` must be importable by the
+    workers.
     """
     chosen = choose(suite, sim.tasks(suite), tasks)
     if not 0 <= noise < 0.9 or episodes < 1 or workers < 0 or seed < 0:
@@ -297,159 +294,45 @@ def collect(
         )
     if label < 0 or execute < 1:
         raise ValueError(f"expected label >= 0 and execute >= 1 steps, got {label} and {execute}")
+    if kind == "world" and label:
+        raise ValueError(f"world data are no policy's targets, got label {label}: leave it out")
     if make is sim.make:
         sim.check_drawing(suite, views)
-    arguments = {"suite": suite, "episodes": episodes, "seed": seed, "noise": noise, "views": views}
-    arguments |= {"label": label, "policy": policy_name, "execute": execute if policy else 0}
+    arguments = {"suite": suite, "episodes": episodes, "seed": seed, "views": views, "label": label}
+    arguments |= {"policy": policy_name, "execute": execute if policy else 0}
+    arguments |= {"noise": 0.0 if policy or kind == "world" else noise}  # what is applied
+    arguments |= {"kind": kind, "mix": WORLD_MIX} if kind == "world" else {}
     if fast_render:
         arguments["fast_render"] = True
         make = partial(make, fast_render=True)
-    _guard(out_dir / "collect.json", arguments)
-    jobs = [
-        _Job(t, out_dir / f".{t.name}.parts", views, seed, noise, make, expert, label, policy, execute)
-        for t in chosen
-        if not _path(out_dir, t).exists()
-    ]
-    pool = ProcessPoolExecutor(workers or cores(), multiprocessing.get_context("spawn"))
-    try:
-        with progress_bar() as progress:
-            bar = progress.add_task(f"collect {suite}", total=len(jobs) * episodes)
-            for job, success in _run(pool, jobs, episodes):
-                progress.advance(bar, success)
-                if success and len(_done(job)[0]) >= episodes:
-                    _merge(out_dir, job, arguments)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return {task.name: _counts(_path(out_dir, task)) for task in chosen}
+    guard(out_dir / "collect.json", arguments)
+    paths = {task: out_dir / f"{task.name}_demo.hdf5" for task in chosen}
+    most = episodes if kind == "world" else 2 * episodes + MAX_FAILED
+    jobs = []
+    for task in chosen:
+        attempt = _Attempt(kind, task, views, seed, noise, label, policy, execute, make, expert)
+        jobs.append(Job(paths[task], attempt, episodes, most, out_dir / f".{task.name}.parts"))
+    for job in work_off([job for job in jobs if not job.path.exists()], workers, f"collect {suite}"):
+        _finish(job, next(task for task in chosen if paths[task] == job.path), arguments)
+    return {task.name: _counts(path) for task, path in paths.items()}
 
 
-def choose(suite: str, table: Sequence[Task], indices: Sequence[int]) -> list[Task]:
-    """Return the tasks with these indices, all where there are none; an unknown one raises ValueError."""
-    if bad := [i for i in indices if not 0 <= i < len(table)]:
-        raise ValueError(f"{suite} has tasks 0 to {len(table) - 1}, got {bad}")
-    return [task for task in table if not indices or task.index in indices]
-
-
-def _run(pool: ProcessPoolExecutor, jobs: list[_Job], episodes: int) -> Iterator[tuple[_Job, bool]]:
-    """Yield (job, success) of every attempt that the jobs need, those of an earlier run first.
-
-    As many attempts are on their way as episodes are missing, always the lowest numbers not tried yet: which
-    attempts are made does not depend on which ends first.
-    """
-    pending: dict[Future[bool], _Job] = {}
-    failed: dict[str, int] = {}
-    untried: dict[str, Iterator[int]] = {}
-    for job in jobs:
-        job.parts.mkdir(exist_ok=True)
-        good, bad = _done(job)
-        tried = good | bad
-        failed[job.task.name] = len(bad)
-        untried[job.task.name] = iter(i for i in range(episodes * 3 + MAX_FAILED + 1) if i not in tried)
-        for _ in range(episodes - len(good)):
-            pending[pool.submit(_attempt, job, next(untried[job.task.name]))] = job
-        yield from ((job, True) for _ in good)
-    while pending:
-        for future in wait(pending, return_when=FIRST_COMPLETED).done:
-            job = pending.pop(future)
-            success, name = future.result(), job.task.name
-            if not success:
-                failed[name] += 1
-                if failed[name] > episodes + MAX_FAILED:
-                    raise RuntimeError(
-                        f"{job.task.suite} task {job.task.index} ({job.task.instruction}): the expert failed "
-                        f"{failed[name]} times for {episodes} wanted episodes; mend it, or ask for less noise"
-                    )
-                pending[pool.submit(_attempt, job, next(untried[name]))] = job
-            yield job, success
-
-
-def _done(job: _Job) -> tuple[set[int], set[int]]:
-    """Return the numbers of the attempts that succeeded and of those that failed."""
-    good, bad = ({int(p.stem) for p in job.parts.glob(f"*.{kind}")} for kind in ("hdf5", "failed"))
-    return good, bad
-
-
-def _guard(path: Path, arguments: dict[str, Any]) -> None:
-    """Refuse to mix demonstrations made with different arguments in one directory."""
-    text = json.dumps(arguments, sort_keys=True)
-    if path.exists():
-        if path.read_text() != text:
-            raise ValueError(
-                f"{path.parent} holds demonstrations made with {path.read_text()}, asked for {text}: "
-                "choose another directory"
-            )
-        return
-    write_text(path, text)
-
-
-def _path(out_dir: Path, task: Task) -> Path:
-    return out_dir / f"{task.name}_demo.hdf5"
-
-
-def _merge(out_dir: Path, job: _Job, arguments: dict[str, Any]) -> None:
-    """Write the task's file from its parts and remove them."""
-    good, bad = _done(job)
-    found = (episode for attempt in sorted(good) for episode in read_episodes(job.parts / f"{attempt}.hdf5"))
+def _finish(job: Job, task: Task, arguments: dict[str, Any]) -> None:
+    """Merge a task's parts; too few of them raise RuntimeError."""
+    good, bad = job.done()
+    if len(good) < job.wanted:
+        raise RuntimeError(
+            f"{task.suite} task {task.index} ({task.instruction}): the expert failed {len(bad)} times for "
+            f"{job.wanted} wanted episodes; mend it, or ask for less noise"
+        )
     versions = {name: importlib.metadata.version(name) for name in ("mujoco", "numpy")}
-    source = "scripted expert" if job.policy is None else "a policy, the scripted expert at last"
-    told = {"env_name": job.task.suite, "source": source, "failed": len(bad), "versions": versions}
-    write_episodes(_path(out_dir, job.task), found, told | arguments)
-    shutil.rmtree(job.parts)
+    source = "a policy, the scripted expert at last" if arguments["policy"] else "scripted expert"
+    source = source if "kind" not in arguments else "perturbed experts, policies and play; failures kept"
+    told = {"env_name": task.suite, "source": source, "failed": len(bad), "versions": versions}
+    job.merge(told | arguments)
 
 
-def _counts(path: Path) -> dict[str, int]:
+def _counts(path: Path) -> dict[str, Any]:
     told = facts(path)
-    return {"episodes": told["num_demos"], "steps": told["total"], "failed": told.get("failed", 0)}
-
-
-# -- replay ------------------------------------------------------------------------------
-
-
-class Replayed(NamedTuple):
-    """What became of one stored episode when its actions were executed again."""
-
-    episode: int
-    """Place in the file."""
-    success: bool
-    drift: float
-    """Largest difference between the simulator's states, stored and reached; 0.0: the same bits."""
-
-
-def start(env: Any, episode: Episode) -> None:
-    """Put the environment where the episode begins. Ours begin after settling, with all that the next step
-    depends on; published ones with a bare state, after which things settle (rules.settling)."""
-    is_ours = episode.init >= 0
-    env.reset(options={"init": max(episode.init, 0)} | ({} if is_ours else {"settle": 0}))
-    # Setting a state costs the solver's warm start, hence the last bits; reset does not.
-    if not np.array_equal(env.get_state(), episode.sim_states[0]):
-        env.set_state(episode.sim_states[0])
-    for _ in range(0 if is_ours else sim.suite(episode.suite).rules.settling):
-        env.step(np.array([0.0] * 6 + [-1.0]))
-
-
-def rerun(
-    path: Path,
-    transform: Callable[[np.ndarray], np.ndarray] = lambda actions: actions,
-    make: Callable[..., Any] = sim.make,
-) -> Iterator[Replayed]:
-    """Re-execute each stored episode from its first state to success or its end; nothing is rendered.
-
-    `transform` changes the actions (T, 7) before they are executed, such as through the policy's bins.
-    """
-    env: Any = None
-    try:
-        for i, episode in enumerate(read_episodes(Path(path), images=False)):
-            task = task_of(episode)
-            if env is None or env.task != task:
-                env = make(task, {})
-            start(env, episode)
-            success, drift = False, 0.0
-            for action, state in zip(transform(episode.actions), episode.sim_states, strict=True):
-                drift = max(drift, float(np.abs(env.get_state()[: len(state)] - state).max()))
-                success = bool(env.step(action)[2])
-                if success:
-                    break
-            yield Replayed(i, success, drift)
-    finally:
-        if env is not None:
-            env.close()
+    shares = {"shares": told["shares"]} if "shares" in told else {}
+    return {"episodes": told["num_demos"], "steps": told["total"], "failed": told.get("failed", 0), **shares}

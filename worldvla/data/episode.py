@@ -11,10 +11,12 @@ Files that others made differ from that, without saying so. `read_episodes` know
   action, no attributes at all.
 """
 
+import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,11 @@ from worldvla.sim.suites import SUITES
 
 VIEW_KEYS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
 """Our name of a camera -> LIBERO's dataset under obs/."""
+SUFFIXES = (".hdf5", ".h5")
 CHUNK = 16
 """Frames compressed together. Fewer make the files larger and slower to read."""
+OPTIONAL = ("expert_actions", "contact", "moving")
+"""Datasets that some episodes have."""
 _STATE_KEYS = {"obs/ee_pos": 3, "obs/ee_ori": 3, "obs/gripper_states": 2}
 """The parts of the state vector and their sizes."""
 
@@ -56,8 +61,14 @@ class Episode:
     seed: int
     """Seed of the collection; -1: unknown."""
     expert_actions: np.ndarray | None = None
-    """(T, K, 7) float32: what the expert does in the K steps from each visited state on, whoever drove. None:
+    """(T, U, 7) float32: what the expert does in the U steps from each visited state on, whoever drove. None:
     not asked."""
+    success: bool = True
+    """Whether the task was done at some step."""
+    contact: np.ndarray | None = None
+    """(T,) bool: the hand touches a thing after the step. None: not noted."""
+    moving: np.ndarray | None = None
+    """(T,) bool: a thing moves by a millimetre or more in the step. None: not noted."""
 
     def __post_init__(self) -> None:
         length = len(self.actions)
@@ -71,6 +82,8 @@ class Episode:
         }
         if self.expert_actions is not None:
             shapes["expert_actions"] = (self.expert_actions, np.float32, (length, None, NUM_ACTION_DIMS))
+        flags = {"contact": self.contact, "moving": self.moving}
+        shapes |= {name: (array, np.bool_, (length,)) for name, array in flags.items() if array is not None}
         shapes |= {f"images[{v}]": (a, np.uint8, (length, None, None, 3)) for v, a in self.images.items()}
         for name, (array, dtype, shape) in shapes.items():
             fits = array.ndim == len(shape) and all(
@@ -122,21 +135,31 @@ def write_episodes(path: Path, episodes: Iterable[Episode], env_args: dict[str, 
     with whole_file(path) as scratch, _Disk(scratch, "w+") as disk:
         with h5py.File(disk, "w") as file:
             data = file.create_group("data")
-            count, total, instruction = 0, 0, ""
+            count, total, instruction, flags = 0, 0, "", Counter()
             for count, episode in enumerate(episodes, start=1):
                 _write_demo(data.create_group(f"demo_{count - 1}"), episode)
                 total += len(episode)
                 instruction = episode.instruction
+                flags += _count_flags(episode)
                 if disk.failure:
                     break
             data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
             data.attrs["env_args"] = json.dumps(env_args)
             data.attrs["num_demos"] = count
             data.attrs["total"] = total
+            data.attrs.update(flags)
         if disk.failure:
             raise OSError(disk.failure.errno, f"cannot write {path}: {disk.failure.strerror}")
         if not count:
             raise ValueError(f"{path}: no episodes to write")
+
+
+def _count_flags(episode: Episode) -> Counter[str]:
+    """Return in how many frames the hand touches a thing, things move, the episode fails; {} if not noted."""
+    if episode.contact is None or episode.moving is None:
+        return Counter()
+    counts = {"contact": int(episode.contact.sum()), "moving": int(episode.moving.sum())}
+    return Counter(counts | {"failure": 0 if episode.success else len(episode)})
 
 
 def _write_demo(group: h5py.Group, episode: Episode) -> None:
@@ -149,6 +172,7 @@ def _write_demo(group: h5py.Group, episode: Episode) -> None:
         suite=episode.suite,
         task=episode.task,
         instruction=episode.instruction,
+        success=episode.success,
     )
     done = np.zeros(length, dtype=np.uint8)
     done[-1] = 1
@@ -157,7 +181,7 @@ def _write_demo(group: h5py.Group, episode: Episode) -> None:
         "actions": episode.actions.astype(np.float64),
         "states": episode.sim_states,
         "robot_states": states,
-        "rewards": done,
+        "rewards": done * np.uint8(episode.success),
         "dones": done,
         "is_expert": episode.is_expert,
         "obs/ee_pos": states[:, :3],
@@ -165,8 +189,7 @@ def _write_demo(group: h5py.Group, episode: Episode) -> None:
         "obs/ee_states": states[:, :6],
         "obs/gripper_states": states[:, 6:],
     }
-    if episode.expert_actions is not None:
-        columns["expert_actions"] = episode.expert_actions
+    columns |= {n: a for n in OPTIONAL if (a := getattr(episode, n)) is not None}
     for name, array in columns.items():
         group.create_dataset(name, data=array)
     for view, images in episode.images.items():
@@ -219,11 +242,45 @@ def count_episodes(path: Path) -> int:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """Return the `env_args` that a file of ours was written with, its num_demos and its total of steps."""
+    """Return the `env_args` that a file of ours was written with, its num_demos and its total of steps; of
+    world data also `shares`: of the frames with contact, with a moving thing, of an episode that fails."""
     with h5py.File(path) as file:
         attrs: Any = file["data"].attrs
-        counts = {name: int(attrs[name]) for name in ("num_demos", "total")}
+        counts: dict[str, Any] = {name: int(attrs[name]) for name in ("num_demos", "total")}
+        noted = {name: int(attrs[name]) for name in ("contact", "moving", "failure") if name in attrs}
+        counts |= {"shares": {name: n / counts["total"] for name, n in noted.items()}} if noted else {}
         return {**json.loads(attrs["env_args"]), **counts}
+
+
+def fingerprint(path: Path) -> dict[str, str | int]:
+    """Return name, bytes and the start of the SHA-256 of a file (about 1 GB a second)."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest[:16]}
+
+
+def demonstration_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the files among `paths` and the HDF5 files of the directories among them, sorted in each.
+
+    What lies in a hidden folder is not taken: parts of a collection that was stopped.
+    """
+    files: list[Path] = []
+    if not paths:
+        raise ValueError("no demonstrations given: expected HDF5 files or directories of them")
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"no {path}: expected an HDF5 file or a directory of them; `worldvla collect` makes one"
+            )
+        inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and _is_shown(p, path))
+        if path.is_dir() and not inside:
+            raise FileNotFoundError(f"{path} holds no *.hdf5 or *.h5 files; `worldvla collect` makes them")
+        files += inside if path.is_dir() else [path]
+    return files
+
+
+def _is_shown(path: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _provenance(path: Path, data: h5py.Group) -> dict[str, str]:
@@ -273,5 +330,6 @@ def _read_demo(group: h5py.Group, told: dict[str, str], images: bool) -> Episode
         is_expert=is_expert[acts],
         init=int(group.attrs.get("init", -1)),
         seed=int(group.attrs.get("seed", -1)),
-        expert_actions=np.asarray(group["expert_actions"])[acts] if "expert_actions" in group else None,
+        success=bool(group.attrs.get("success", True)),
+        **{name: np.asarray(group[name])[acts] for name in OPTIONAL if name in group},
     )

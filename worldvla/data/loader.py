@@ -1,9 +1,9 @@
 """TokenStores -> Batches: a pure function of (seed, step), so resuming needs nothing but the step.
 
 Policy and world samples are two streams, each a fresh permutation of its frames every epoch, without
-replacement. Instructions, actions and states are encoded once at the start (`FrameTable`), and a batch is copied
-from templates (`data/sample.py`): about 2 ms for 64 samples. With several ranks, rank r of W takes `batch(step *
-W + r)`.
+replacement. Instructions, actions and states are encoded once at the start (`FrameTable`), and a batch is
+copied from templates (`data/sample.py`): about 2 ms for 64 samples. With several ranks, rank r of W takes
+`batch(step * W + r)`.
 """
 
 import hashlib
@@ -148,8 +148,8 @@ class Loader:
     def batch(self, step: int) -> list[Batch]:
         """Return the training batch of `step`: its policy samples, its world samples, each if there are any.
 
-        Of all samples before any step, world_fraction (rounded down) are world samples. They are longer: apart,
-        a step costs a sixth less, and the loss is the same.
+        Of all samples before any step, world_fraction (rounded down) are world samples. They are longer:
+        apart, a step costs a sixth less, and the loss is the same.
         """
         first, last = (int(self._share * self.batch_size * s) for s in (step, step + 1))
         policy = self._take("policy", self.batch_size * step - first, self.batch_size * (step + 1) - last)
@@ -218,8 +218,6 @@ class Loader:
                 f"a sample has {longest} tokens, sequence_length is {self.data.sequence_length}: raise it "
                 "(data.truncate cuts, as published)"
             )
-        if not 0 <= self._share <= 1:
-            raise ValueError(f"data.world_fraction must be in [0, 1], got {self.data.world_fraction}")
         for mode in MODES:
             share = self._share if mode == "world" else 1 - self._share
             if share and not self.num_train(mode):
@@ -303,8 +301,9 @@ def split(stores: Sequence[TokenStore], val_fraction: float) -> list[np.ndarray]
 
 
 def _hash(index: int, episode: EpisodeRow) -> float:
-    """Return a number in [0, 1) that depends on the episode's identity alone."""
-    key = f"{episode.suite}/{episode.task}/{episode.init}/{episode.seed}/{index}"
+    """Return a number in [0, 1) that depends on the episode's key alone. In stores without keys it depends on
+    the place too, as it did when they were written: a training goes on with the split that it began with."""
+    key = episode.key or f"{episode.suite}/{episode.task}/{episode.init}/{episode.seed}/{index}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 256**6
 
 

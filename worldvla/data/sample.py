@@ -62,9 +62,9 @@ class Template:
         actions: np.ndarray | None,
         state: np.ndarray | None = None,
     ) -> None:
-        """Write into `ids` (T,), a copy of the table's first row, what is open. All are ids of the vocabulary:
-        `frames`, oldest first, (N,) a view; `actions` (U, A), or (A,) of a world sample; `state` (S,). None
-        and frames that are missing stay open."""
+        """Write what is open into `ids` (T,), a copy of the table's first row. All are ids of the vocabulary:
+        `frames`, oldest first, (N,) a view; `actions` (U, A), or (A,) of a world sample; `state` (S,). What
+        is None and frames that are missing stay open."""
         for positions, frame in zip(self.images, frames, strict=False):
             for places, codes in zip(positions, frame, strict=True):
                 ids[places] = codes

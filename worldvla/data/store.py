@@ -3,13 +3,14 @@
 codes_<view>.npy   uint16 (F, N), row-major codes of a view's grid
 actions.npy        float32 (F, A)        states.npy  float32 (F, S)        is_expert.npy  bool (F,)
 expert_actions.npy float32 (F, K, A)     where the demonstrations hold the expert's answer to every state
-episodes.json      [{start, length, instruction, suite, task, init, seed}]
+episodes.json      [{start, length, instruction, suite, task, init, seed, success, key}]
 manifest.json      format, digest of the image tokenizer, counts, grids, source files; `kept`, the share of a
                    view's codes that the next frame keeps: the fewer, the less a world model can copy
 
 Observation t is the one before action t. F frames of all episodes follow one another without gaps.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -47,6 +48,10 @@ class EpisodeRow:
     task: str
     init: int
     seed: int
+    success: bool = True
+    key: str = ""
+    """What the split into training and validation hashes: the same in any store and at any place in it. Empty
+    in stores that were written before there was one."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,17 @@ class _Writer:
         for name in names:
             self._append(name, getattr(episode, name))
         length, told = len(episode.actions), (episode.instruction, episode.suite, episode.task)
-        self.rows.append(EpisodeRow(self.num_frames, length, *told, int(episode.init), int(episode.seed)))
+        self.rows.append(
+            EpisodeRow(
+                self.num_frames,
+                length,
+                *told,
+                int(episode.init),
+                int(episode.seed),
+                episode.success,
+                _key(episode),
+            )
+        )
         self.num_frames += length
 
     def finish(self, tokenizer: dict[str, Any], source: dict[str, Any]) -> None:
@@ -253,6 +268,14 @@ class _Writer:
             file = self.stack.enter_context((self.directory / f"{name}.npy").open("wb"))
             self.columns[name] = _Column(name, file, array)
         self.columns[name].append(array)
+
+
+def _key(episode: Episode) -> str:
+    """Return what an episode is: ours by where it started, so that all that starts there stays together;
+    others' by their content."""
+    ours = f"{episode.init}/{episode.seed}"
+    content = hashlib.sha256(episode.states.tobytes() + episode.actions.tobytes()).hexdigest()[:16]
+    return f"{episode.suite}/{episode.task}/{ours if episode.init >= 0 else content}"
 
 
 class _Column:

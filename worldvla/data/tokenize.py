@@ -3,13 +3,12 @@
 `worldvla tokenize data/tabletop_object --tokenizer out/tokenizer --out out/store`
 """
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from worldvla.data.episode import count_episodes, read_episodes
+from worldvla.data.episode import count_episodes, fingerprint, read_episodes
 from worldvla.data.store import FrameTokenizer, TokenStore, read_manifest, write_store
 from worldvla.progress import progress_bar
 
@@ -36,10 +35,3 @@ def tokenize(
                 on_episode=lambda _: progress.advance(bar),
             )
     return TokenStore.open(out_dir, tokenizer.digest())
-
-
-def fingerprint(path: Path) -> dict[str, str | int]:
-    """Return name, bytes and the start of the SHA-256 of a file (about 1 GB a second)."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest[:16]}

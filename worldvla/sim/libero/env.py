@@ -221,6 +221,14 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         data = self.world.sim.data
         return np.array(data.get_site_xpos(name) if body is None else data.body_xpos[body])
 
+    def points_of_interest(self) -> np.ndarray:
+        """Return where objects, fixtures and regions (of drawers and doors too) are, metres (P, 3)."""
+        return np.array([*map(self.position, [*self.world.obj_body_id, *self.world.object_sites_dict])])
+
+    def in_contact(self) -> bool:
+        """Return whether the gripper touches anything but itself."""
+        return bool(self.world.get_contacts(self.world.robots[0].gripper))
+
     def grasps(self, name: str) -> bool:
         """Return whether both fingers touch the movable object `name`."""
         fingers = self.world.robots[0].gripper.important_geoms

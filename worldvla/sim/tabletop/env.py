@@ -173,6 +173,21 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
             return self.data.geom("button_cap").xpos.copy()
         return self.position(goal.thing)
 
+    def points_of_interest(self) -> np.ndarray:
+        """Return where things and fixtures (the cabinet's handle, the button's cap) are, metres (P, 3)."""
+        parts = {"cabinet": "handle", "button": "button_cap"}
+        fixtures = [
+            self.data.geom(parts[name]).xpos if name in parts else self.position(name)
+            for name in self.scene.fixtures
+        ]
+        return np.array([*map(self.position, self.scene.things), *fixtures])
+
+    def in_contact(self) -> bool:
+        """Return whether fingers or palm touch anything but the table."""
+        pairs = self.data.contact.geom[: self.data.ncon]  # (contacts, 2)
+        is_hand = np.isin(pairs, [*self._tips, self.model.geom("palm").id]).any(axis=1)
+        return bool(np.any(is_hand & (pairs != self.model.geom("table").id).all(axis=1)))
+
     def drawer(self) -> float:
         """Return how far the drawer stands open, metres."""
         return float(self.data.qpos[self._joint["drawer"].qposadr[0]])
