@@ -19,8 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from worldvla.eval.actors import ModelActor, Query
-from worldvla.eval.rollout import run
+from worldvla.eval.actors import Actor, ModelActor, Query
+from worldvla.eval.rollout import Protocol, evaluate
 from worldvla.machine import provenance
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import SETTLE_ACTION, Task
@@ -29,10 +29,10 @@ VIEWS = {"agentview": (256, 256), "wrist": (256, 256)}
 EXECUTE = 5
 
 
-class Replay:
+class Replay(Actor):
     """Answers with stored actions; asks the model too, if there is one, and forgets what it said."""
 
-    name, history, execute = "replay of the expert", 1, EXECUTE
+    name, execute = "replay of the expert", EXECUTE
 
     def __init__(self, actions: dict[int, np.ndarray], model: ModelActor | None) -> None:
         self.actions, self.model = actions, model
@@ -122,8 +122,8 @@ def main() -> None:
     model = None if args.checkpoint is None else ModelActor(args.checkpoint, EXECUTE)
     actions = expert_actions(task, range(args.episodes))
     with tempfile.TemporaryDirectory() as directory:
-        options = {"tasks": (args.task,), "videos": 0, "page": False, "workers": args.workers}
-        record = run(Replay(actions, model), args.suite, args.episodes, out_dir=Path(directory), **options)
+        protocol = Protocol(args.suite, (args.task,), args.episodes, videos=0)
+        record = evaluate(Replay(actions, model), protocol, Path(directory), args.workers)
     plain = plain_loop(task, actions, model)
     hours = {"ours": record["seconds"] / 3600, "plain loop": plain["seconds"] / 3600}
     numbers = {

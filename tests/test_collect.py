@@ -4,6 +4,7 @@ labels; stored actions reproduce the simulator's states bit by bit.
 Run: pytest tests/test_collect.py
 """
 
+import inspect
 import json
 import os
 import sys
@@ -16,8 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worldvla.cli import Eval
-from worldvla.cli_data import Collect, Regenerate
+from worldvla import cli
 from worldvla.data.collect import FIRST_INIT, INITS_PER_SEED, Job, _attempt, collect, kept, record
 from worldvla.data.drivers import Driven, Perturbed, Play
 from worldvla.data.episode import demonstration_files, facts, read_episodes, write_episodes
@@ -139,8 +139,8 @@ def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
     collect(SUITE, tmp_path, tasks=(0,), episodes=1, make=Line, expert=Right)
     regenerate([], tmp_path, {})
     assert asked == [7, 7]
-    verbs = Collect(suite=SUITE), Eval(checkpoint="random", suite=SUITE), Regenerate(paths=(), out=tmp_path)
-    assert {verb.workers for verb in verbs} == {0}
+    verbs = cli.collect, cli.evaluate, cli.regenerate
+    assert {inspect.signature(verb).parameters["workers"].default for verb in verbs} == {0}
 
 
 @pytest.mark.parametrize(

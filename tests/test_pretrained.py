@@ -28,7 +28,7 @@ from worldvla.batch import Batch
 from worldvla.config import HeadConfig, LoraConfig
 from worldvla.data.store import write_store
 from worldvla.eval.actors import ModelActor
-from worldvla.eval.rollout import run
+from worldvla.eval.rollout import Protocol, evaluate
 from worldvla.infer.decode import regress_chunk
 from worldvla.infer.model import export, load
 from worldvla.infer.policy import Policy
@@ -277,10 +277,8 @@ def test_a_downloaded_release_is_converted_evaluated_and_trained_on(
         worldvla.load(name)
 
     actor = ModelActor(str(ours))
-    record = run(
-        actor, "tabletop_object", 1, out_dir=tmp_path / "eval", tasks=(0,), workers=1, videos=0, page=False,
-        make=make_short, table=TABLE,
-    )  # fmt: skip
+    protocol = Protocol("tabletop_object", (0,), episodes=1, videos=0)
+    record = evaluate(actor, protocol, tmp_path / "eval", 1, make=make_short, table=TABLE)
     assert (record["episodes"], record["errors"]) == (1, 0)
     assert record["checkpoint"]["name"] == actor.model.config.name == "worldvla_256_goal"
     assert record["protocol"]["executed"] == 5
@@ -334,10 +332,8 @@ def test_a_converted_release_acts_in_libero(release: str, head: str, tmp_path: P
     write_release(tmp_path / "theirs", head=5 if head == "continuous" else 0)
     convert(tmp_path / "theirs", tmp_path / "ours", release, libero(), "libero_goal", tokenizer)
     actor = ModelActor(str(tmp_path / "ours"), head=head)
-    record = run(
-        actor, "libero_goal", 1, out_dir=tmp_path / "eval", tasks=(0,), workers=1, videos=0, page=False,
-        make=make_brief,
-    )  # fmt: skip
+    protocol = Protocol("libero_goal", (0,), episodes=1, videos=0)
+    record = evaluate(actor, protocol, tmp_path / "eval", 1, make=make_brief)
     episode = json.loads((tmp_path / "eval/episodes.jsonl").read_text().splitlines()[-1])
     assert (record["errors"], episode["status"], episode["steps"]) == (0, "fail", 10), record
     assert record["protocol"]["head"] == head

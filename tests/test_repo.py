@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "serve.client": {"serve.protocol", "serve.image"},
     "serve.server": {"serve.protocol", "serve.image", "infer", "sim"},
 }
-TOP = {"__init__", "__main__", "cli", "cli_data", "cli_models", "demo", "recipes"}
+TOP = {"__init__", "__main__", "cli", "demo", "recipes"}
 
 
 def _name(path: Path) -> str:

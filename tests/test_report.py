@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worldvla.eval.report import write_page
+from worldvla.eval.page import write_page
 from worldvla.eval.stats import count
 from worldvla.eval.tokens import code_colors
 from worldvla.eval.video import encode_mp4, side_by_side
@@ -60,7 +60,7 @@ def evaluation(tmp_path: Path) -> Path:
         "checkpoint": {"name": "tiny", "step": 1500, "parameters": 2_500_000},
         **count(outcomes),
         "seed": 0,
-        "protocol": {"views": {"agentview": [64, 64]}},
+        "protocol": {"views": {"agentview": [64, 64]}, "initial_states": "0..2 of each task", "executed": 5},
         "tasks": [{"index": 0, "name": "a", "instruction": "lift <script>", **count(outcomes)}],
         "outcomes": outcomes,
     }
@@ -88,10 +88,27 @@ def test_numbers_and_texts_are_those_of_the_record(evaluation: Path, tmp_path: P
     assert "1 of 2" in page
     assert "1 errors" in page
     assert "random 0&nbsp;%" in page
-    assert "2.5 million parameters, after 1,500 training steps" in page
+    assert "2.5 million parameters, trained for 1,500 steps" in page
     assert page.count("data:video/mp4") == 1
     assert "lift &lt;script&gt;" in page
     assert "lift <script>" not in page
+
+
+def test_the_page_says_what_it_shows_and_lets_the_reader_pause(evaluation: Path, tmp_path: Path) -> None:
+    random = json.loads((evaluation / "record.json").read_text())
+    page = write_page(tmp_path / "a.html", "A", evaluations=[evaluation], baselines=[random]).read_text()
+    for words in (
+        "As a policy it reads",
+        "As a world model it reads",
+        "tabletop simulated by MuJoCo",
+        "orange tick",
+    ):
+        assert words in page
+    assert "<video controls loop" in page
+    assert "autoplay" not in page
+    assert "prefers-reduced-motion" in page
+    assert "Pause all videos" in page
+    assert "{&#39;" not in page  # no dump of a Python value
 
 
 def test_a_directory_without_a_record_is_refused(tmp_path: Path) -> None:

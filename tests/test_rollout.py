@@ -6,11 +6,13 @@ Run: pytest tests/test_rollout.py
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,20 @@ import numpy as np
 import pytest
 from fake_env import CRASH, DIE, HANG, SLOW_S, TABLE, make, make_slow
 
-from worldvla.eval.actors import BlindActor, ExpertActor, ModelActor, Query, RandomActor, mean_trajectory
-from worldvla.eval.rollout import run
+from worldvla.eval import rollout, workers
+from worldvla.eval.actors import (
+    Actor,
+    ExpertActor,
+    OpenLoopActor,
+    Query,
+    RandomActor,
+    mean_trajectory,
+)
+from worldvla.eval.rollout import Protocol, evaluate, open_actor
 from worldvla.sim.protocol import Task
 
 
-class Forward:
+class Forward(Actor):
     """Moves right at a pace that depends on the task; notes what it was asked."""
 
     name, execute = "forward", 3
@@ -40,13 +50,16 @@ class Forward:
         return {"name": self.name, "path": "somewhere"}
 
 
-def roll(actor: Any, out: Path, episodes: int = 2, **options: Any) -> dict[str, Any]:
-    settings = {"workers": 2, "videos": 0, "page": False, "make": make, "table": TABLE, **options}
-    return run(actor, "tabletop_object", episodes, out_dir=out, **settings)
+def roll(
+    actor: Any, out: Path, episodes: int = 2, suite: str = "tabletop_object", videos: int = 0, **options: Any
+) -> dict[str, Any]:
+    own = {name: options.pop(name) for name in ("tasks", "first", "seed") if name in options}
+    settings = {"workers": 2, "make": make, "table": TABLE, **options}
+    return evaluate(actor, Protocol(suite, episodes=episodes, videos=videos, **own), out, **settings)
 
 
 def test_workers_need_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import worldvla.eval.rollout"
+    code = "import sys, worldvla.eval.rollout; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -62,21 +75,6 @@ def test_success_and_failure_are_told_apart(tmp_path: Path) -> None:
     assert {*keys.split(), "hardware", "seconds", "commit"} <= set(record)
     assert json.loads((tmp_path / "record.json").read_text()) == record
     assert record["protocol"]["executed"] == 3
-
-
-def test_the_scene_stands_before_the_instruction_and_in_the_record(tmp_path: Path) -> None:
-    class Listener(Forward):
-        def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
-            heard.update(query.observation["instruction"] for query in queries)
-            return super().act(queries)
-
-    heard: set[str] = set()
-    table = (Task("tabletop_object", 0, "STUDY_SCENE1_move_0", "move dot 0"),)
-    record = roll(Listener(), tmp_path, tasks=(0,), table=table, scene_prefix=True)
-    assert heard == {"STUDY SCENE1 move dot 0"} == {t["instruction"] for t in record["tasks"]}
-    assert record["protocol"]["scene_prefix"] is True
-    with pytest.raises(ValueError, match="scene_prefix"):
-        roll(Listener(), tmp_path, tasks=(0,), table=table)
 
 
 def test_a_crash_a_death_and_a_silence_are_one_error_each(tmp_path: Path) -> None:
@@ -134,15 +132,13 @@ def test_the_time_of_the_policy_is_told(tmp_path: Path, suite: str) -> None:
             return super().act(queries)
 
     actor = Thoughtful()
-    options = {"workers": 2, "videos": 0, "page": False, "make": make, "table": TABLE}
-    record = run(actor, suite, 1, out_dir=tmp_path, **options)
+    record = roll(actor, tmp_path, 1, suite)
     assert 0.1 * len(actor.asked) - 0.05 <= record["policy_seconds"] <= record["seconds"] + 0.05
 
 
 def test_nobody_waits_for_a_slow_reset(tmp_path: Path) -> None:
     actor = Forward()
-    options = {"workers": 2, "videos": 0, "page": False, "make": make_slow, "table": TABLE}
-    record = run(actor, "libero_object", 1, out_dir=tmp_path, **options)  # LIBERO is not run in lockstep
+    record = roll(actor, tmp_path, 1, "libero_object", make=make_slow)  # LIBERO is not run in lockstep
     assert {len(batch) for batch in actor.asked} == {1}
     assert [batch[0].task.index for batch in actor.asked] == [1, 1, 2, 2, 2, 2, 0, 0]
     assert record["simulation_seconds"] >= SLOW_S
@@ -164,9 +160,7 @@ def test_the_policy_leaves_cores_to_busy_simulators(tmp_path: Path, monkeypatch:
 
     torch.set_num_threads(8)
     try:
-        run(
-            Counting(), "libero_object", 1, out_dir=tmp_path / "libero", make=make, table=TABLE[:2], workers=2
-        )
+        roll(Counting(), tmp_path / "libero", 1, "libero_object", table=TABLE[:2])
         apart, after = set(threads), torch.get_num_threads()
         threads.clear()
         roll(Counting(), tmp_path / "lockstep", 1)
@@ -178,8 +172,7 @@ def test_the_policy_leaves_cores_to_busy_simulators(tmp_path: Path, monkeypatch:
 def test_there_is_a_worker_for_each_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3))
     actor = Forward()
-    options = {"videos": 0, "page": False, "make": make, "table": TABLE}
-    record = run(actor, "tabletop_object", 2, out_dir=tmp_path, **options)
+    record = roll(actor, tmp_path, workers=0)
     assert (record["protocol"]["workers"], len(actor.asked[0])) == (3, 3)
 
 
@@ -265,7 +258,6 @@ def test_films_hold_every_step(tmp_path: Path) -> None:
         ({"first": 45, "episodes": 6}, "got 6 from 45 on"),
         ({"workers": -1}, "worker"),
         ({"tasks": (7,)}, "0 to 2"),
-        ({"scene_prefix": True}, "tabletop_object name no scene"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_starts(
@@ -291,7 +283,7 @@ def test_the_mean_trajectory_averages_the_experts_own_steps() -> None:
     own = [np.array([True, False, True]), np.array([True, False, True, True, False])]
     mean = mean_trajectory(actions, own)
     np.testing.assert_allclose(mean[:, 0], [2.0, 2.0, 2.0, 3.0, 3.0])
-    actor = BlindActor({"move_0": mean})
+    actor = OpenLoopActor({"move_0": mean})
     (chunk,) = actor.act([Query(TABLE[0], 0, 3, {})])
     assert chunk is not None
     np.testing.assert_allclose(chunk[:, 0], 3.0)
@@ -300,21 +292,78 @@ def test_the_mean_trajectory_averages_the_experts_own_steps() -> None:
 
 
 def test_the_expert_succeeds_in_the_real_world_where_chance_does_not(tmp_path: Path) -> None:
-    options = {"workers": 1, "videos": 0, "page": False, "tasks": (0,)}
-    assert run(ExpertActor(), "tabletop_object", 2, out_dir=tmp_path / "expert", **options)["successes"] == 2
-    assert run(RandomActor(), "tabletop_object", 1, out_dir=tmp_path / "random", **options)["successes"] == 0
+    protocol = Protocol("tabletop_object", (0,), episodes=2, videos=0)
+    assert evaluate(ExpertActor(), protocol, tmp_path / "expert", 1)["successes"] == 2
+    assert evaluate(RandomActor(), replace(protocol, episodes=1), tmp_path / "random", 1)["successes"] == 0
+
+
+def test_a_resumed_evaluation_is_of_one_version_and_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Episodes of two simulator versions or two commits must not be counted under one record."""
+    roll(Forward(), tmp_path, 1, tasks=(0,))
+    origin = rollout.provenance()
+    newer = origin | {"versions": origin["versions"] | {"mujoco": "9.9"}}
+    monkeypatch.setattr(rollout, "provenance", lambda: newer)
+    with pytest.raises(
+        ValueError, match=r"versions\.mujoco: '[\d.]+' there, '9\.9' now\): give another --out"
+    ):
+        roll(Forward(), tmp_path, 2, tasks=(0,))
+    monkeypatch.setattr(rollout, "provenance", lambda: origin | {"commit": "another"})
+    with pytest.raises(ValueError, match=r"commit: .* there, 'another' now"):
+        roll(Forward(), tmp_path, 2, tasks=(0,))
+
+
+class Orders:
+    """A worker's end of the pipe: gives it orders, keeps its reports."""
+
+    def __init__(self, *orders: Any) -> None:
+        self.orders, self.reports = list(orders), []
+
+    def recv(self) -> Any:
+        return self.orders.pop(0)
+
+    def send(self, report: Any) -> None:
+        self.reports.append(getattr(report, "status", report))  # the next order changes the report
+
+
+def test_an_environment_that_raised_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hold gigabytes and an OpenGL context; the next episode gets a fresh one."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    envs: list[Any] = []
+
+    def make_closing(task: Task, views: Any) -> Any:
+        envs.append(make(task, views))
+        monkeypatch.setattr(envs[-1], "close", lambda: closed.append(len(envs)))
+        return envs[-1]
+
+    closed: list[int] = []
+    job, again = (workers.Job(TABLE[1], init, False) for init in (CRASH, 0))
+    pipe = Orders(job, np.zeros((1, 7)), again, None)
+    settings = workers.Settings(make_closing, {}, False, 1, False, 0)
+    workers._work(pipe, settings)  # pyright: ignore[reportArgumentType]
+    assert pipe.reports == ["ready", "running", "error", "running"]
+    assert (len(envs), closed) == (2, [1])
 
 
 @pytest.mark.parametrize(
-    ("shipped", "record"),
+    ("name", "options", "message"),
     [
-        ("tabletop", "tabletop/tabletop_object"),
-        ("libero", "libero/object_spatial_drawer/libero_object_discrete"),
+        ("random", {"execute": 3}, "--execute is for a policy server or a checkpoint, not for random"),
+        ("expert", {"device": "cuda"}, "--device is for a checkpoint, not for expert: leave it out"),
+        (
+            "open-loop",
+            {"demos": Path("x"), "quantize": "int8"},
+            "--quantize is for a checkpoint, not for open-loop",
+        ),
+        ("random", {"head": "discrete"}, "not for random"),
+        ("ws://host", {"device": "cuda"}, "not for a policy server: give it to `worldvla serve` as --device"),
+        ("some/where", {"demos": Path("x")}, "--demos is for open-loop, not for a checkpoint"),
+        ("open-loop", {}, "needs --demos"),
     ],
 )
-def test_the_records_of_the_shipped_models_can_be_gone_on_with(shipped: str, record: str) -> None:
-    """Whoever they are of is still called the same: `--episodes` can be raised by the command of runs/."""
-    root = Path(__file__).parent.parent
-    header = json.loads((root / "results" / record / "episodes.jsonl").read_text().splitlines()[0])
-    actor = ModelActor(root / "worldvla/assets" / shipped)
-    assert {k: v for k, v in actor.identity().items() if k != "path"} == header["checkpoint"]
+def test_options_that_the_actor_would_ignore_are_refused(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message) if "needs" not in message else message):
+        open_actor(name, "tabletop_object", **options)

@@ -28,7 +28,7 @@ from websockets.sync.server import serve as serve_in_thread
 
 from worldvla.eval.actors import ActorError, Query
 from worldvla.eval.remote import RemoteActor
-from worldvla.eval.rollout import run
+from worldvla.eval.rollout import Protocol, evaluate
 from worldvla.infer.model import load, weights_digest
 from worldvla.infer.policy import Policy
 from worldvla.serve.image import resize_with_pad
@@ -263,7 +263,7 @@ def test_inference_does_not_block_the_server(right: str, tmp_path: Path) -> None
 def test_the_key_is_checked() -> None:
     with policy_server(api_key="a key", resize=True) as at:
         for key in ("", "another"):
-            with pytest.raises(ActorError, match="HTTP 401: give its key by --api-key"):
+            with pytest.raises(ActorError, match=r"HTTP 401: give its key by .* WORLDVLA_API_KEY"):
                 RemoteActor(f"ws://{at}", "tabletop_object", api_key=key)
         with urllib.request.urlopen(f"http://{at}/healthz") as response:
             assert response.status == 200
@@ -302,9 +302,10 @@ def test_sessions_of_one_connection_have_their_own_history() -> None:
 
 
 def roll(at: str, out: Path, **options: Any) -> dict[str, Any]:
-    settings = {"workers": 2, "videos": 0, "page": False, "make": make, "table": TABLE, "tasks": (0, 2)}
+    settings = {"workers": 2, "make": make, "table": TABLE, **options}
+    protocol = Protocol("tabletop_object", settings.pop("tasks", (0, 2)), episodes=2, videos=0)
     with closing(RemoteActor(f"websocket://{at}", "tabletop_object")) as actor:
-        return run(actor, "tabletop_object", 2, out_dir=out, **{**settings, **options})
+        return evaluate(actor, protocol, out, **settings)
 
 
 def test_a_server_in_another_process_is_rolled_out(right: str, tmp_path: Path) -> None:
@@ -405,7 +406,7 @@ def test_requests_are_openpis() -> None:
     assert second["session_id"] == first["session_id"]
 
 
-def test_sizes_are_the_servers_or_the_users() -> None:
+def test_sizes_are_the_servers_or_the_simulators() -> None:
     ours = {"name": "ours", "views": {"agentview": [96, 96]}, "history": 2, "chunk": 3}
     with plain_server(ours) as at, closing(RemoteActor(f"ws://{at}", "tabletop_object")) as actor:
         assert (actor.views, actor.history, actor.execute) == ({"agentview": (96, 96)}, 2, 3)
@@ -413,12 +414,11 @@ def test_sizes_are_the_servers_or_the_users() -> None:
         with pytest.raises(ActorError, match="gives 3 actions at a time, asked for 4"):
             RemoteActor(f"ws://{at}", "tabletop_object", execute=4)
     with plain_server({}) as at:
-        for suite, size, rendered, sent in (
-            ("tabletop_object", None, {"agentview": (64, 64), "wrist": (32, 32)}, None),
-            ("tabletop_object", 224, {"agentview": (224, 224), "wrist": (224, 224)}, None),
-            ("libero_object", 128, {"agentview": (256, 256), "wrist": (256, 256)}, (128, 128)),
+        for suite, rendered, sent in (
+            ("tabletop_object", {"agentview": (64, 64), "wrist": (32, 32)}, None),
+            ("libero_object", {"agentview": (256, 256), "wrist": (256, 256)}, (224, 224)),
         ):
-            with closing(RemoteActor(f"ws://{at}", suite, size=size)) as actor:
+            with closing(RemoteActor(f"ws://{at}", suite)) as actor:
                 assert actor.views == rendered
                 assert actor.sent == (dict.fromkeys(rendered, sent) if sent else rendered)
     with plain_server({"views": {"front": [4, 4]}}) as at, pytest.raises(ActorError, match="views"):

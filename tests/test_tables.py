@@ -16,7 +16,8 @@ import pytest
 from worldvla.config import Config
 from worldvla.eval.stats import Pairs
 from worldvla.eval.tables import Records, _imagined, check, markdown, paired, sentence, write_tables
-from worldvla.recipes import ABLATIONS, RECIPES, TABLETOP_SUITES, recipe
+from worldvla.recipes import ABLATIONS, RECIPES, recipe
+from worldvla.sim.suites import TABLETOP
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +35,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def write_row(root: Path, row: str, won: int, seed: int = 0) -> None:
-    for suite in TABLETOP_SUITES:
+    for suite in TABLETOP:
         outcomes = [
             {"task": 0, "init": i, "status": "success" if i < won else "fail", "grasped": True, "steps": 12}
             for i in range(10)

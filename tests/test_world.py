@@ -16,19 +16,17 @@ from tiny_run import _episode, tiny_config, write_tiny
 
 from paper.chunk_error import chunk_codes, chunk_error
 from worldvla.data.episode import write_episodes
-from worldvla.eval import distance, inverse
+from worldvla.eval import inverse
+from worldvla.eval.page import write_page
 from worldvla.eval.world import (
     Clip,
-    Extras,
-    Measure,
     check,
     choose,
     evaluate_world,
     imagine,
-    label,
-    other_episodes,
     psnr,
     reconstruct,
+    references,
     score,
     ssim,
 )
@@ -70,79 +68,48 @@ def test_psnr_is_the_formula() -> None:
     assert psnr(grey, black).tolist() == pytest.approx([20 * np.log10(5), 60.0])
 
 
-def test_ssim_is_one_for_equal_frames_and_follows_a_slow_loop() -> None:
-    a, b = pictures(0, (2, 14, 13, 3)), pictures(1, (2, 14, 13, 3))
-    assert ssim(a, a).tolist() == pytest.approx([1.0, 1.0])
-    offsets = np.arange(11) - 5
-    weight = np.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * 1.5**2))
-    weight /= weight.sum()
-    values = []
-    wide = [np.pad(z[0].numpy().astype(float), ((5, 5), (5, 5), (0, 0)), "reflect") for z in (a, b)]
-    for y in range(14):
-        for x in range(13):
-            for c in range(3):
-                p, q = (z[y : y + 11, x : x + 11, c] for z in wide)
-                mp, mq = (weight * p).sum(), (weight * q).sum()
-                vp, vq, cov = (
-                    (weight * r).sum() for r in ((p - mp) ** 2, (q - mq) ** 2, (p - mp) * (q - mq))
-                )
-                c1, c2 = 2.55**2, 7.65**2
-                values.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
-    assert float(ssim(a, b)[0]) == pytest.approx(np.mean(values), abs=1e-10)
-
-
-def test_psnr_and_ssim_are_torchmetrics() -> None:
-    """Numbers of torchmetrics 1.9.0 on these frames: peak_signal_noise_ratio(dim=(1, 2, 3), reduction="none")
-    and structural_similarity_index_measure(reduction="none"), data_range=255.0; its logarithm is of float32.
-    """
+def test_scores_are_those_of_earlier_records() -> None:
+    """Values of our own PSNR and SSIM in float64, by which the records of before torchmetrics were made."""
     a, noise = pictures(2, (2, 32, 40, 3)), pictures(3, (2, 32, 40, 3))
     b = (a.double() * 0.7 + noise.double() * 0.2).to(torch.uint8)
-    assert psnr(a, b).tolist() == pytest.approx([18.666923995, 18.6680975222], abs=1e-6)
-    assert ssim(a, b).tolist() == pytest.approx([0.9099761068, 0.9081730652], abs=1e-9)
+    assert psnr(a, b).tolist() == pytest.approx([18.666923995, 18.6680975222], abs=1e-4)
+    assert ssim(a, b).tolist() == pytest.approx([0.9099761068, 0.9081730652], abs=1e-4)
+    assert ssim(a, a).tolist() == pytest.approx([1.0, 1.0])
+    assert torch.isfinite(ssim(a[:, :4, :4], b[:, :4, :4])).all()
 
 
 def test_clips_start_at_the_truth_and_end_where_it_does(root: Path) -> None:
     model = load(root / "run")
     clips = choose(sorted(root.glob("*.hdf5")), 3, 4, seed=0, shorter=True)
-    kinds, _ = imagine(model, clips)
+    frames, stats = imagine(model, clips)
+    kinds = {"model": frames, **references(model, clips)}
     for i, clip in enumerate(clips):
         assert clip.steps == min(4, len(clip.episode) - 1)
         for view, images in clip.episode.images.items():
             np.testing.assert_array_equal(clip.real[view], images[: clip.steps + 1])
             np.testing.assert_array_equal(kinds["ceiling"][i][view], reconstruct(model, clip.real[view]))
-            assert (kinds["floor"][i][view] == images[0]).all()
-            for kind in ("imagined", "swapped", "still"):
-                assert kinds[kind][i][view].shape == clip.real[view].shape
-                np.testing.assert_array_equal(kinds[kind][i][view][0], kinds["ceiling"][i][view][0])
-    alone, _ = imagine(model, clips[:1], batch_size=1)
-    np.testing.assert_array_equal(alone["imagined"][0]["wrist"], kinds["imagined"][0]["wrist"])
+            assert (kinds["copy"][i][view] == images[0]).all()
+            assert frames[i][view].shape == clip.real[view].shape
+            np.testing.assert_array_equal(frames[i][view][0], kinds["ceiling"][i][view][0])
+    assert [len(steps) for steps in stats] == [4]
+    alone, _ = imagine(model, clips, batch_size=1)
+    for one, together in zip(alone, frames, strict=True):
+        np.testing.assert_array_equal(one["wrist"], together["wrist"])
 
 
-def test_each_kind_takes_its_own_actions(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = load(root / "run"), []
+def test_imagination_takes_the_actions_of_the_clip_or_those_it_is_given(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, taken = load(root / "run"), []
     clips = choose(sorted(root.glob("*.hdf5")), 2, 3, seed=0)
     original = World.step
-    monkeypatch.setattr(World, "step", lambda self, a: (seen.append(a), original(self, a))[1])
+    monkeypatch.setattr(World, "step", lambda self, a: (taken.append(a), original(self, a))[1])
     imagine(model, clips)
-    imagined, swapped, still = np.split(np.stack(seen), 3)
+    imagine(model, clips, [0 * clip.actions for clip in clips])
+    own, still = np.split(np.stack(taken), 2)
     for i, clip in enumerate(clips):
-        np.testing.assert_array_equal(imagined[:, i], clip.actions)
-        np.testing.assert_array_equal(swapped[:, i], clips[1 - i].actions)
-        assert not still[:, i, :6].any()
-        np.testing.assert_array_equal(still[:, i, 6], clip.actions[:, 6])
-
-
-def test_actions_are_swapped_between_episodes_alone(root: Path, tmp_path: Path) -> None:
-    one, two = (_episode(np.random.default_rng(0), i, 9) for i in range(2))
-    clips = [Clip(one, 0, 2), Clip(one, 2, 2), Clip(two, 0, 2), Clip(two, 2, 2)]
-    assert other_episodes(clips) == [2, 2, 0, 0]
-    assert other_episodes(clips[:2]) == []
-    record = evaluate_world(
-        [root / "run"], [root / "a_demo.hdf5"], tmp_path, clips=1, page=False, horizons=(2,)
-    )
-    kinds = record["horizons"][0]["views"]["wrist"]["tiny"]
-    assert list(kinds) == ["ceiling", "floor", "imagined", "still"]
-    assert record["remarks"] == ["all clips are of one episode: no other one's actions to swap in"]
+        np.testing.assert_array_equal(own[:, i], clip.actions)
+    assert not still.any()
 
 
 def test_clips_are_windows_of_the_files_in_turn(root: Path) -> None:
@@ -162,30 +129,45 @@ def test_means_are_over_the_clips_that_reach_a_step() -> None:
     for clip, level in zip(clips, (51, 255), strict=True):
         clip.episode.images["v"] = np.zeros((4, 4, 4, 3), np.uint8)
         frames.append({"v": clip.real["v"] + np.uint8(level)})
-    table = score(clips, {"m": {"imagined": frames, "ceiling": [{"v": c.real["v"]} for c in clips]}})
+    table = score(clips, {"model": frames, "ceiling": [{"v": c.real["v"]} for c in clips]})
     assert (table["steps"], table["num_clips"]) == ([1, 2], [2, 1])
-    rows = table["views"]["v"]["m"]
-    assert rows["imagined"]["psnr"] == pytest.approx([10 * np.log10(5), 20 * np.log10(5)], abs=1e-4)
+    rows = table["views"]["v"]
+    assert rows["model"]["psnr"] == pytest.approx([10 * np.log10(5), 20 * np.log10(5)], abs=1e-4)
     assert rows["ceiling"]["psnr"] == [60.0, 60.0]
 
 
 def test_the_record_and_its_page_are_complete(root: Path, tmp_path: Path) -> None:
-    files, path = sorted(root.glob("*.hdf5")), root / "run"
-    record = evaluate_world([path], files, tmp_path, clips=2, horizons=(3, 2))
+    files = sorted(root.glob("*.hdf5"))
+    record = evaluate_world(root / "run", files, tmp_path, clips=2, horizons=(3, 2))
     assert json.loads((tmp_path / "record.json").read_text()) == record
-    assert list(record["models"]) == ["tiny"]
+    assert record["checkpoint"]["name"] == "tiny"
+    assert {"commit", "versions", "hardware", "seed", "protocol"} <= set(record)
     for section, steps in zip(record["horizons"], (3, 2), strict=True):
         assert set(section["views"]) == {"agentview", "wrist"}
-        scores = section["views"]["wrist"]["tiny"]
-        assert set(scores) == {"imagined", "swapped", "still", "ceiling", "floor"}
-        assert all(len(values) == steps for kind in scores.values() for values in kind.values())
-        decoding = section["decoding"]["tiny"]
-        assert (decoding["codes"], decoding["close"]) == (13, 0)
-        assert all(1 <= n <= 13 for n in decoding["passes"])
+        kinds = section["views"]["wrist"]
+        assert set(kinds) == {"model", "copy", "ceiling"}
+        assert all(len(kinds[kind][name]) == steps for kind in kinds for name in ("psnr", "ssim"))
+        assert section["decoding"]["codes"] == 13
         assert all((tmp_path / clip["video"]).stat().st_size for clip in section["clips"])
-    page = (tmp_path / "index.html").read_text()
-    words = "tiny, passes a frame of 13 codes, by step: ", "; guesses right, %: "
-    assert all(word in page for word in ("Imagination", "difference", "actions of another clip", *words))
+    page = write_page(tmp_path / "index.html", "A", worlds=[tmp_path]).read_text()
+    assert all(word in page for word in ("Imagination", "difference", "ceiling", "first frame"))
+
+
+def test_clips_that_do_not_fit_the_model_are_refused(root: Path, tmp_path: Path) -> None:
+    model = load(root / "run")
+    clips = choose(sorted(root.glob("*.hdf5")), 1, 2, seed=0)
+    images = clips[0].episode.images
+    small = {view: frames[:, :4, :4] for view, frames in images.items()}
+    with pytest.raises(ValueError, match=r"clips is \(4, 4\), the model sees \(\d+, \d+\): collect it so"):
+        check(model, [Clip(replace(clips[0].episode, images=small), 0, 2)])
+    with pytest.raises(ValueError, match="lacks the view wrist"):
+        check(model, [Clip(replace(clips[0].episode, images={"agentview": images["agentview"]}), 0, 2)])
+    fast = Clip(replace(clips[0].episode, suite="tabletop_goal"), 0, 2)
+    with pytest.raises(ValueError, match="evaluate each simulator apart"):
+        check(model, [*clips, fast])
+    with pytest.raises(ValueError, match="asked for 6 clips of 3 steps"):
+        evaluate_world(root / "run", sorted(root.glob("*.hdf5")), tmp_path / "out", clips=6, horizons=(2, 3))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_table_of_guesses_is_of_exact_rollouts(
@@ -206,7 +188,7 @@ def test_the_table_of_guesses_is_of_exact_rollouts(
     assert told["drafts"]["faster"] == pytest.approx(plain["ms_frame"] / guessed["ms_frame"], abs=0.1)
 
 
-def test_the_probe_reads_motion_and_is_not_trained_on_the_clips(root: Path, monkeypatch) -> None:
+def test_the_probe_reads_motion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inverse, "STEPS", 60)
     rng = np.random.default_rng(0)
     episode = _episode(rng, 0, 200)
@@ -218,54 +200,6 @@ def test_the_probe_reads_motion_and_is_not_trained_on_the_clips(root: Path, monk
     truth = episode.actions[:-1, :3]
     error = np.abs(inverse.read_motion(net, episode.images) - truth).mean()
     assert error < 0.5 * np.abs(truth).mean()
-    files = sorted(root.glob("*.hdf5"))
-    with pytest.raises(ValueError, match="holds clips: train the probe on other"):
-        Measure(Extras(probe=files[:1]), files, [["wrist"]])
-
-
-def test_too_few_clips_for_a_distance_are_said() -> None:
-    measure = Measure(Extras(), [], [["v"]])
-    measure.clip_networks["fvd"] = (lambda clips: clips.mean((1, 2, 3)), distance.frechet)
-    episode = _episode(np.random.default_rng(0), 0, 9)
-    clips = [Clip(episode, t, 2) for t in range(4)]
-    frames = [{"wrist": clip.real["wrist"]} for clip in clips]
-    found = measure.distances(clips, {"m": {"imagined": frames}})
-    assert found["distances"]["wrist"]["m"]["imagined"]["fvd"]["value"] == pytest.approx(0, abs=1e-6)
-    assert measure.remarks == ["4 clips are too few for a stable fvd: it needs 401"]
-
-
-def test_models_that_do_not_compare_are_refused(root: Path) -> None:
-    model = load(root / "run")
-    with pytest.raises(ValueError, match="was given twice"):
-        label([model, model, model, model])
-    clips = choose(sorted(root.glob("*.hdf5")), 1, 2, seed=0)
-    wide = replace(model.config.layout, grids=((6, 6), (2, 2)))
-    other = replace(model, config=replace(model.config, layout=wide))
-    with pytest.raises(ValueError, match="agentview has other sizes in other models"):
-        check({"a": model, "b": other}, clips)
-    small = {view: frames[:, :4, :4] for view, frames in clips[0].episode.images.items()}
-    with pytest.raises(
-        ValueError, match=r"of the clips is \(4, 4\), the models see \(\d+, \d+\): collect it so"
-    ):
-        check({"a": model}, [Clip(replace(clips[0].episode, images=small), 0, 2)])
-    lengths = [*clips, replace(clips[0], steps=1)]
-    check({"a": model}, lengths)
-    with pytest.raises(ValueError, match="need clips of one length: leave out --shorter"):
-        check({"a": model}, lengths, as_sets=True)
-    with pytest.raises(ValueError, match=r"need 2 clips \(50 for a stable kvd_.*\), got 1: raise"):
-        check({"a": model}, clips, as_sets=True)
-    with pytest.raises(ValueError, match=r"FVD needs clips of at least 10 frames, got 3: raise --horizons"):
-        check({"a": model}, clips * 2, as_sets=True, least=10)
-    fast = Clip(replace(clips[0].episode, suite="tabletop_goal"), 0, 2)
-    with pytest.raises(ValueError, match="evaluate each simulator apart"):
-        check({"a": model}, [*clips, fast])
-
-
-def test_clips_are_checked_before_anything_is_trained(root: Path, tmp_path: Path) -> None:
-    missing = Extras(i3d=tmp_path / "no.pt", probe=[tmp_path / "none.hdf5"])
-    files = sorted(root.glob("*.hdf5"))
-    with pytest.raises(ValueError, match="asked for 6 clips of 3 steps"):
-        evaluate_world([root / "run"], files, tmp_path, clips=6, horizons=(2, 3), extras=missing)
 
 
 def test_errors_of_a_chunk_are_those_of_its_own_tokens(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs: `worldvla VERB ...` parses, calls one function of the library, and says where the result is.
+"""The command line: verbs are functions, options are their arguments, the help is their docstring.
 
 Nothing heavy is imported before a verb runs, so that `worldvla --help` answers at once. Exit codes: 0 done,
 2 bad input (one line on stderr), 3 a replay that failed, an evaluation with more errors than allowed or a
@@ -6,34 +6,371 @@ red line of the doctor, 130 interrupted.
 """
 
 import difflib
+import importlib.metadata
 import json
 import os
 import sys
 import textwrap
 import traceback
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import Positional
 
-from worldvla.cli_data import (
-    EXIT_EPISODE_ERRORS,
-    Collect,
-    Regenerate,
-    Replay,
-    Tokenize,
-    TrainTokenizer,
-    say,
-    warn_of_versions,
-)
-from worldvla.cli_models import Compare, Convert, Doctor, EvalWorld, Rank, Serve, key
-from worldvla.config import Config, to_json
+from worldvla.config import Config, ImageTokenizerConfig, to_json
 
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
+EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 130
+Demos = Annotated[tuple[Path, ...], tyro.conf.arg(help="HDF5 files, or directories of them.")]
+Checkpoint = Annotated[Path, tyro.conf.arg(help="A checkpoint, or a run directory (its newest checkpoint).")]
+Recipe = Annotated[Config, tyro.conf.arg(name="")]
+Tasks = Annotated[tuple[int, ...], tyro.conf.arg(help="Indices of the tasks; empty: all.")]
+Views = Annotated[tuple[str, ...], tyro.conf.arg(help="Cameras as NAME=ROWSxCOLUMNS in pixels.")]
+Workers = Annotated[
+    int,
+    tyro.conf.arg(help="Processes that simulate; 0: one a core (a LIBERO worker takes 1.7 GiB of memory)."),
+]
+Quantize = Annotated[
+    Literal["", "int8", "int4"],
+    tyro.conf.arg(help="Hold a checkpoint's large matrices in 8 or 4 bits: less memory, not less time."),
+]
+
+
+def say(text: str) -> None:
+    """Write one line to stdout, at once."""
+    print(text, flush=True)
+
+
+def _warn_of_versions(*suites: str) -> None:
+    """Write to stderr which versions are not those that numbers on a LIBERO suite hold for."""
+    from worldvla.sim.libero import doctor
+    from worldvla.sim.suites import suite
+
+    is_libero = any([suite(name).simulator == "libero" for name in suites])
+    for check in doctor.check_versions() if is_libero else ():
+        if check.status == "warning":
+            print(f"warning: {check.name} {check.found}   fix: {check.fix}", file=sys.stderr)
+
+
+def _demonstrations(paths: Sequence[Path]) -> list[Path]:
+    """Return the HDF5 files of `paths`, after a warning where versions are not those of their suites."""
+    from worldvla.data.episode import demonstration_files, read_episodes
+
+    files = demonstration_files(paths)
+    _warn_of_versions(*{next(read_episodes(path, images=False)).suite for path in files})
+    return files
+
+
+def _views(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Parse 'agentview=64x64' (rows x columns in pixels)."""
+    views = {}
+    for text in texts:
+        name, _, size = text.partition("=")
+        rows, _, cols = size.partition("x")
+        if not (name and rows.isdigit() and cols.isdigit()):
+            raise ValueError(f"bad view {text!r}: expected NAME=ROWSxCOLUMNS, such as agentview=64x64")
+        views[name] = (int(rows), int(cols))
+    return views
+
+
+@cache
+def _act(checkpoint: str) -> Callable[[Any], Any]:
+    """Return observation -> actions (U, A) of a checkpoint, for a worker with one core to itself."""
+    import torch
+
+    from worldvla.infer.model import load
+    from worldvla.infer.policy import Policy
+
+    torch.set_num_threads(1)
+    return Policy(load(checkpoint)).act
+
+
+def demo(
+    suite: Literal["tabletop", "libero_object", "libero_spatial"] = "tabletop",
+    *,
+    out: Path | None = None,
+    checkpoint: Path | None = None,
+) -> None:
+    """Roll the shipped model out, let it imagine, and write one HTML page.
+
+    Args:
+        suite: All four tabletop suites, or a real Franka's (needs the libero extra).
+        out: Directory of the page. Default: out/demo_SUITE.
+        checkpoint: Default: the model that is shipped inside the package.
+    """
+    from worldvla.demo import demo
+
+    if suite != "tabletop":  # all four
+        _warn_of_versions(suite)
+    page = demo(out or Path(f"out/demo_{suite}"), suite, checkpoint)
+    say(f"demo: open {page.resolve()}")
+
+
+def collect(
+    suite: Positional[str],
+    *,
+    kind: Literal["demonstrations", "world"] = "demonstrations",
+    out: Path | None = None,
+    episodes: int = 50,
+    tasks: Tasks = (),
+    views: Views = (),
+    seed: int = 0,
+    workers: Workers = 0,
+    noise: float = 0.15,
+    label: int = 0,
+    policy: Path | None = None,
+    execute: int = 3,
+) -> None:
+    """Write successful episodes of the scripted expert as HDF5, one file a task; keep what exists.
+
+    Args:
+        suite: For example tabletop_object; `worldvla --help` lists all.
+        kind: world: gross noise, aimless play and, with --policy, its rollouts; failures are kept, no step
+            is a policy's target.
+        out: Directory of the files. Default: out/demos/SUITE.
+        episodes: Episodes of each task: successful ones, of world data of any end.
+        views: Cameras as NAME=ROWSxCOLUMNS in pixels. Default: agentview=64x64 wrist=32x32 of tabletop;
+            128x128 both of LIBERO, as its own files (the shipped model: agentview=128x128 wrist=64x64).
+        noise: Expected share of perturbed steps, from which the expert recovers.
+        label: U: also store the expert's next U actions at every visited state. With it, every frame is a
+            clean policy target.
+        policy: A checkpoint that drives, the expert taking over for stretches and at last (DAgger);
+            needs --label.
+        execute: Actions of each of its chunks that are executed.
+    """
+    _warn_of_versions(suite)
+    if policy is not None and not label and kind == "demonstrations":
+        raise ValueError("--policy without --label U teaches nothing: its own actions are no targets")
+    from worldvla.data.collect import collect
+    from worldvla.sim.suites import suite as find_suite
+
+    driver: dict[str, Any] = {}
+    if policy is not None:
+        from worldvla.model.weights import find_checkpoint, weights_digest
+
+        driver = {
+            "policy": partial(_act, str(policy)),
+            "policy_name": weights_digest(find_checkpoint(policy)),
+        }
+    out = out or Path("out/demos") / suite
+    results = collect(
+        suite,
+        out,
+        kind=kind,
+        episodes=episodes,
+        tasks=tasks,
+        views=_views(views) or dict(find_suite(suite).rules.demonstrations),
+        seed=seed,
+        workers=workers,
+        noise=noise,
+        label=label,
+        execute=execute,
+        **driver,
+    )
+    for name, counts in results.items():
+        if shares := ", ".join(f"{what} {share:.0%}" for what, share in counts.get("shares", {}).items()):
+            say(f"{name}: {counts['episodes']} episodes, {counts['steps']} frames: {shares}")
+    say(f"demonstrations: {out}   next: worldvla replay {out}")
+
+
+def replay(paths: Positional[Demos], *, bins: bool = False) -> int:
+    """Execute stored actions again and count the episodes that succeed; name files with wrong pictures.
+
+    Args:
+        bins: Pass the actions through the policy's 256 bins first: what a perfect policy would lose by them.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from worldvla.data.rerun import inverted_gripper, rerun, through_bins, wrong_pictures
+
+    files = _demonstrations(paths)
+    transform = through_bins(files) if bins else (lambda actions: actions)
+    outcomes: list[bool] = []
+    faults: list[str] = []
+    for path in track(files, "replay", console=Console(stderr=True), disable=not sys.stderr.isatty()):
+        successes = [episode.success for episode in rerun(path, transform)]
+        outcomes += successes
+        faults += wrong_pictures(path)
+        if not (all(successes) or bins):
+            faults += inverted_gripper(path)
+    for line in faults:
+        say(line)
+    k, n = sum(outcomes), len(outcomes)
+    say(f"replayed: {k}/{n} episodes succeed again   next: worldvla train-tokenizer {paths[0]}")
+    return 0 if not faults and (k == n or bins) else EXIT_FAILED
+
+
+def regenerate(
+    paths: Positional[Demos],
+    *,
+    out: Path,
+    views: Views = ("agentview=256x256", "wrist=256x256"),
+    workers: Workers = 0,
+) -> None:
+    """Execute published demonstrations again: drop no-ops and what fails, render at any size.
+
+    Args:
+        paths: HDF5 files in LIBERO's layout, or directories of them.
+        out: Directory of the new files, one for each.
+    """
+    from worldvla.data.rerun import regenerate
+
+    files, sizes = _demonstrations(paths), _views(views)
+    counts = regenerate(files, out, sizes, workers=workers)
+    for name, c in counts.items():
+        say(f"{name}: {c.kept} kept, {c.lost} fail now; {c.steps} steps, {c.no_ops} no-ops dropped")
+    say(f"demonstrations: {out}   next: worldvla tokenize {out} --tokenizer DIR --out DIR")
+
+
+def train_tokenizer(
+    paths: Positional[Demos],
+    *,
+    out: Path,
+    config: ImageTokenizerConfig,
+    minutes: float = 12.0,
+    steps: int = 0,
+    seed: int = 0,
+    init_from: Path | None = None,
+    learning_rate: float = 2e-3,
+) -> None:
+    """Train the image tokenizer on the frames of demonstrations; report originals beside reconstructions.
+
+    Args:
+        out: Directory of the tokenizer.
+        minutes: Budget; steps, if given, replace it.
+        steps: With a number of steps the result is a function of the seed, whatever the machine's speed.
+        init_from: Directory of an image tokenizer of the same --config to go on from: its codes keep about
+            what they mean, so that a model of it can be trained on too (train.init_from).
+        learning_rate: At its highest; a fifth of it or less beside --init-from.
+    """
+    from worldvla.data.episode import demonstration_files
+    from worldvla.train.tokenizer import train_tokenizer
+
+    train_tokenizer(
+        demonstration_files(paths),
+        config,
+        out,
+        minutes=None if steps else minutes,
+        steps=steps or None,
+        seed=seed,
+        learning_rate=learning_rate,
+        init_from=init_from,
+    )
+    say(f"image tokenizer: {out}   next: worldvla tokenize {paths[0]} --tokenizer {out} --out DIR")
+
+
+def tokenize(
+    paths: Positional[Demos],
+    *,
+    tokenizer: Path,
+    out: Path,
+    regenerate: tuple[str, ...] = (),
+    workers: Workers = 0,
+) -> None:
+    """Encode every frame once into a TokenStore.
+
+    Args:
+        paths: HDF5 files, or directories of them. `worldvla replay` says whether pictures are upright; here
+            they are taken as they are.
+        tokenizer: Directory of the image tokenizer.
+        out: Directory of the store.
+        regenerate: Cameras as NAME=ROWSxCOLUMNS: first execute and render the demonstrations again at these
+            sizes, into OUT.demos (see `worldvla regenerate`).
+    """
+    from worldvla.data.episode import demonstration_files
+    from worldvla.data.tokenize import tokenize
+    from worldvla.tokenizers.image import ImageTokenizer
+
+    if regenerate:
+        demos = out.with_name(out.name + ".demos")
+        VERBS["regenerate"](paths, out=demos, views=regenerate, workers=workers)
+        paths = (demos,)
+    store = tokenize(demonstration_files(paths), ImageTokenizer.load(tokenizer), out)
+    kept = (f"{share:.0%} of the codes of {view}" for view, share in store.manifest.get("kept", {}).items())
+    say(f"the next frame keeps {', '.join(kept)}")
+    say(f"tokens: {out}   next: worldvla train RECIPE --data.stores {out}")
+
+
+def train(config: Recipe, *, out: Path | None = None, overfit: bool = False) -> None:
+    """Train RECIPE; every field of it is an option. The same command goes on after a stop.
+
+    Args:
+        out: Run directory. Default: out/train/NAME.
+        overfit: See batch 0 at every step: a sound model takes its loss to nearly zero.
+    """
+    from worldvla.train.loop import train
+
+    outcome = train(config, out or Path("out/train") / config.name, overfit=overfit)
+    if not outcome.is_finished:
+        raise KeyboardInterrupt
+    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes stay silent
+        say(f"checkpoint: {outcome.checkpoint}   next: worldvla eval {outcome.checkpoint} --suite SUITE")
+
+
+def show_config(config: Recipe) -> None:
+    """Print RECIPE, with overrides, as JSON."""
+    say(json.dumps(to_json(config), indent=2))
+
+
+def evaluate(
+    checkpoint: Positional[str],
+    *,
+    suite: str,
+    out: Path | None = None,
+    episodes: int = 10,
+    first: int = 0,
+    tasks: Tasks = (),
+    execute: int | None = None,
+    demos: Path | None = None,
+    head: Literal["", "discrete", "continuous"] = "",
+    videos: int = 1,
+    seed: int = 0,
+    workers: Workers = 0,
+    device: str = "",
+    quantize: Quantize = "",
+    allow_errors: int = 0,
+) -> int:
+    """Roll a checkpoint out on a suite: success with intervals, videos, one HTML page, a JSON record.
+
+    Args:
+        checkpoint: A checkpoint, a run directory (its newest checkpoint), random, expert, open-loop (with
+            --demos), or the websocket://HOST:PORT of any policy server that speaks openpi's protocol.
+        suite: For example tabletop_object; `worldvla --help` lists all.
+        out: Directory of the record, videos and page. Default: out/eval/NAME/SUITE.
+        episodes: Episodes of each task, from its fixed initial states.
+        first: Initial state of the first episode. From 50 on: states that demonstrations start from, to
+            tell a policy that has learnt too little from one that does not generalise.
+        execute: Replan interval: actions of each chunk that are executed. Default: all; of a server: 5.
+        demos: Directory of demonstrations whose mean trajectory is executed open-loop.
+        head: Head of a checkpoint that acts. Default: discrete.
+        videos: Filmed episodes of each task.
+        device: Where a checkpoint computes. Default: cpu.
+        allow_errors: More errors than this make the exit code 3.
+    """
+    _warn_of_versions(suite)
+    from worldvla.eval.page import write_page
+    from worldvla.eval.rollout import Protocol, evaluate, open_actor
+
+    options = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
+    actor = open_actor(checkpoint, suite, seed, **options)
+    out = out or Path("out/eval") / _short(Path(checkpoint)) / suite
+    protocol = Protocol(suite, tasks, episodes, first, seed, videos)
+    record = evaluate(actor, protocol, out, workers)
+    page = write_page(out / "index.html", f"{record['checkpoint']['name']} on {suite}", evaluations=[out])
+    low, high = record["wilson_95"]
+    counts = f"{record['successes']}/{record['episodes']} (95% {low:.2f} to {high:.2f})"
+    say(f"{suite}: {counts}, grasped {record['grasped']}, errors {record['errors']}")
+    if (decoding := record["protocol"].get("decoding", "")).startswith("one by one"):
+        say(f"  decoded {decoding}")
+    reasons = Counter(o["reason"] for o in record["outcomes"] if o["status"] == "error")
+    for reason, times in reasons.most_common(3):
+        say(f"  {times} x {reason}")
+    say(f"evaluation: {page}")
+    return 0 if record["errors"] <= allow_errors else EXIT_FAILED
 
 
 def _short(checkpoint: Path) -> str:
@@ -42,229 +379,277 @@ def _short(checkpoint: Path) -> str:
     return "_".join(part for part in checkpoint.parts[-3:] if part not in left_out).replace(":", "_")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """Train RECIPE; every field of it is an option. The same command goes on after a stop."""
+def eval_world(
+    checkpoint: Positional[Checkpoint],
+    *,
+    demos: Demos,
+    out: Path = Path("out/eval_world"),
+    clips: int = 8,
+    horizons: tuple[int, ...] = (10,),
+    shorter: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Let a checkpoint imagine held-out clips: PSNR and SSIM by step, beside copy and ceiling.
 
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    out: Path | None = None
-    """Run directory. Default: out/train/NAME."""
-    overfit: bool = False
-    """See batch 0 at every step: a sound model takes its loss to nearly zero."""
+    Args:
+        demos: HDF5 files with first frames, actions and the truth, or directories of them; not trained on.
+        out: Directory of the record, videos and page.
+        horizons: Steps of a clip; several: one set of clips each. The paper: 10 50.
+        shorter: One clip an episode, from its first frame, of at most that many steps.
+    """
+    from worldvla.data.episode import demonstration_files
+    from worldvla.eval.page import write_page
+    from worldvla.eval.world import evaluate_world
 
-    def run(self) -> int:
-        from worldvla.train.loop import train
-
-        out = self.out or Path("out/train") / self.config.name
-        outcome = train(self.config, out, overfit=self.overfit)
-        if not outcome.is_finished:
-            raise KeyboardInterrupt
-        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes stay silent
-            say(f"checkpoint: {outcome.checkpoint}   next: worldvla eval {outcome.checkpoint} --suite SUITE")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eval:
-    """Roll a checkpoint out on a suite: success with intervals, videos, one HTML page, a JSON record."""
-
-    checkpoint: tyro.conf.Positional[str]
-    """A checkpoint, a run directory (its newest checkpoint), random, expert, blind (with --demos), or the
-    websocket://HOST:PORT of any policy server that speaks openpi's protocol."""
-    suite: str
-    out: Path | None = None
-    """Directory of the record, videos and page. Default: out/eval/NAME/SUITE."""
-    episodes: int = 10
-    """Episodes of each task, from its fixed initial states."""
-    first: int = 0
-    """Initial state of the first episode. From 50 on: states that demonstrations start from, to tell a policy
-    that has learnt too little from one that does not generalise."""
-    tasks: tuple[int, ...] = ()
-    """Indices of the tasks; empty: all."""
-    execute: int | None = None
-    """Actions of each chunk that are executed before the next look. Default: all; of a server: 5."""
-    demos: Path | None = None
-    """Directory of demonstrations whose mean trajectory the blind replay executes."""
-    head: Literal["discrete", "continuous"] = "discrete"
-    """Which head of a checkpoint acts: bins, or the continuous one of a model that has one."""
-    remote_size: int | None = None
-    """Pixels a side of pictures sent to a server. Default: what it asks for; else 224 (tabletop: 64, 32)."""
-    api_key: str = ""
-    """Key for a server. Default: the environment variable WORLDVLA_API_KEY."""
-    fast_render: bool = False
-    """LIBERO without multisampling, reflections and shadows: quicker, but not the published pictures."""
-    scene_prefix: bool = False
-    """Start instructions of libero_10 by their scene, as the released LIBERO-10 checkpoints were trained
-    ("KITCHEN SCENE3 turn on ..."); published evaluations leave it out."""
-    videos: int = 1
-    """Filmed episodes of each task."""
-    seed: int = 0
-    workers: int = 0
-    """Processes that step environments; 0: one a core (a LIBERO worker takes 1.7 GiB of memory)."""
-    device: str = "cpu"
-    quantize: Literal["", "int8", "int4"] = ""
-    """Hold the model's large matrices in 8 or 4 bits: less memory, not less time (docs/MODELS.md)."""
-    allow_errors: int = 0
-    """More errors than this make the exit code 3."""
-
-    def run(self) -> int:
-        warn_of_versions(self.suite)
-        from worldvla.eval.rollout import run
-
-        out = self.out or Path("out/eval") / _short(Path(self.checkpoint)) / self.suite
-        record = run(
-            self._actor(),
-            self.suite,
-            self.episodes,
-            out_dir=out,
-            seed=self.seed,
-            workers=self.workers,
-            first=self.first,
-            tasks=self.tasks,
-            fast_render=self.fast_render,
-            scene_prefix=self.scene_prefix,
-            videos=self.videos,
-        )
-        low, high = record["wilson_95"]
-        counts = f"{record['successes']}/{record['episodes']} (95% {low:.2f} to {high:.2f})"
-        say(f"{self.suite}: {counts}, grasped {record['grasped']}, errors {record['errors']}")
-        if (decoding := record["protocol"].get("decoding", "")).startswith("one by one"):
-            say(f"  decoded {decoding}")
-        reasons = Counter(o["reason"] for o in record["outcomes"] if o["status"] == "error")
-        for reason, times in reasons.most_common(3):
-            say(f"  {times} x {reason}")
-        say(f"evaluation: {out / 'index.html'}")
-        return 0 if record["errors"] <= self.allow_errors else EXIT_EPISODE_ERRORS
-
-    def _actor(self) -> Any:
-        from worldvla.eval.actors import BlindActor, ExpertActor, ModelActor, RandomActor
-
-        if self.head != "discrete" and (
-            self.checkpoint in ("random", "expert", "blind") or "://" in self.checkpoint
-        ):
-            raise ValueError(
-                f"--head is for a checkpoint, not for {self.checkpoint}; of a server: serve --head"
-            )
-        if self.checkpoint == "random":
-            return RandomActor(self.seed)
-        if self.checkpoint == "expert":
-            return ExpertActor()
-        if self.checkpoint == "blind":
-            if self.demos is None:
-                raise ValueError("the blind replay needs --demos DIRECTORY; `worldvla collect` makes one")
-            return BlindActor.from_demos(self.demos)
-        if "://" in self.checkpoint:
-            from worldvla.eval.remote import RemoteActor
-
-            return RemoteActor(self.checkpoint, self.suite, self.execute, self.remote_size, key(self.api_key))
-        return ModelActor(self.checkpoint, self.execute, self.device, self.head, self.quantize)
+    record = evaluate_world(
+        checkpoint,
+        demonstration_files(demos),
+        out,
+        clips=clips,
+        horizons=horizons,
+        shorter=shorter,
+        seed=seed,
+        device=device,
+    )
+    page = write_page(out / "index.html", f"What {record['checkpoint']['name']} imagines", worlds=[out])
+    for section in record["horizons"]:
+        for view, kinds in section["views"].items():
+            last = ", ".join(f"{kind} {scores['psnr'][-1]:.1f}" for kind, scores in kinds.items())
+            say(f"{view}, PSNR at step {section['steps'][-1]}: {last} dB")
+    say(f"imagined videos: {page}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Export:
+def rank(
+    checkpoints: Positional[tuple[Path, ...]],
+    *,
+    world: Path,
+    demos: Demos,
+    suites: tuple[str, ...],
+    out: Path = Path("out/rank"),
+    episodes: int = 2,
+    first: int = 0,
+    execute: tuple[int, ...] = (),
+    seed: int = 0,
+) -> None:
+    """Do policies rank in imagination as they do in the simulator? Each acts in both from the same frames.
+
+    Args:
+        checkpoints: The policies: checkpoints, or run directories (their newest one).
+        world: The world model that they act in.
+        demos: HDF5 files, or directories of them, of every task: a judge of success is trained on them.
+        out: Directory of the record and film.
+        episodes: Initial states of each task.
+        first: The first of them.
+        execute: Replan intervals; several: each a policy of its own. Default: the whole chunk.
+    """
+    from worldvla.data.episode import demonstration_files
+    from worldvla.eval.judge import rank_policies
+
+    record = rank_policies(
+        checkpoints,
+        world,
+        demonstration_files(demos),
+        suites,
+        out,
+        episodes=episodes,
+        first=first,
+        execute=execute,
+        seed=seed,
+    )
+    for row in record["policies"]:
+        real, judged, imagined = (f"{sum(o)}/{len(o)}" for o in row["outcomes"])
+        counts = f"simulator {real}, judge there {judged}, imagined {imagined}"
+        say(f"{row['name']} seed {row['seed']} execute {row['execute']}: {counts}")
+    for n, group in record["by_execute"].items():
+        spearman = group["imagined"]["spearman"]
+        say(f"among those that execute {n}: {spearman['value']} (95 % {spearman['interval_95']})")
+    spearman = record["imagined"]["spearman"]
+    say(f"rank correlation {spearman['value']} (95 % {spearman['interval_95']})   record: {out}/record.json")
+
+
+def export(checkpoint: Positional[Checkpoint], *, out: Path) -> None:
     """Copy a checkpoint without its training state, weights in bfloat16: what is shipped and served."""
+    from worldvla.infer.model import export
 
-    checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint, or a run directory (its newest checkpoint)."""
-    out: Path
-
-    def run(self) -> int:
-        from worldvla.infer.model import export
-
-        say(f"model: {export(self.checkpoint, self.out)}   next: worldvla eval {self.out} --suite SUITE")
-        return 0
+    say(f"model: {export(checkpoint, out)}   next: worldvla eval {out} --suite SUITE")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demo:
-    """Roll the shipped model out, imagine, and write one HTML page."""
+def convert(
+    source: Positional[str],
+    *,
+    out: Path,
+    release: str = "",
+    suite: str = "",
+    tokenizer: str = "",
+    without_action_head: bool = False,
+    back: bool = False,
+    like: Path | None = None,
+) -> None:
+    """Make one of our checkpoints of a published one, or the published layout of ours; see docs/MODELS.md.
 
-    suite: Literal["tabletop", "libero_object", "libero_spatial"] = "tabletop"
-    """All four tabletop suites, or a real Franka's (needs the libero extra)."""
-    out: Path | None = None
-    """Default: out/demo_SUITE."""
-    checkpoint: Path | None = None
-    """Default: the model that is shipped inside the package."""
-    episodes: int = 1
-    """Episodes of each task."""
-    seed: int = 0
-    workers: int = 4
+    Args:
+        source: A folder, or hf://ORG/NAME/FOLDER on the hub; with --back one of our checkpoints.
+        out: Directory of the result.
+        release: chameleon, worldvla_256, worldvla_512, rynnvla_256, rynnvla_world_512 or
+            rynnvla_action_world_512.
+        suite: Of a policy: the LIBERO suite it was trained on, which decides the length of its chunks.
+        tokenizer: Folder, or hf://ORG/NAME/FOLDER, of text_tokenizer.json and vqgan.ckpt. Default: SOURCE.
+        without_action_head: Leave out the continuous head of a RynnVLA-002 policy.
+        back: Write the published layout of SOURCE.
+        like: With --back, of a checkpoint that was trained on: the converted one that it came from.
+    """
+    from worldvla.published.convert import convert, convert_back
+    from worldvla.recipes import libero
 
-    def run(self) -> int:
-        from worldvla.demo import demo
-
-        if self.suite != "tabletop":  # all four
-            warn_of_versions(self.suite)
-        out = self.out or Path(f"out/demo_{self.suite}")
-        page = demo(out, self.suite, self.checkpoint, self.episodes, self.seed, self.workers)
-        say(f"demo: open {page.resolve()}")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShowConfig:
-    """Print RECIPE, with overrides, as JSON."""
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-
-    def run(self) -> int:
-        say(json.dumps(to_json(self.config), indent=2))
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShowSample:
-    """Print one training sample in colour: look at one before every run."""
-
-    config: tyro.conf.Positional[str]
-    """A recipe, or a directory with config.json (a run, a checkpoint)."""
-    mode: Literal["policy", "world"] = "policy"
-    frame: int = 0
-    """Frame of the stores at which the sample starts; with --fake the seed."""
-    fake: bool = False
-    """Random codes, states and actions in the recipe's layout: needs no files."""
-    width: int | None = None
-    """Columns of the output. Default: the terminal's."""
-
-    def run(self) -> int:
-        from rich.console import Console
-
-        from worldvla.config import from_json
-        from worldvla.data.show import fake, show
-        from worldvla.recipes import recipe
-        from worldvla.train.build import build
-
-        path = Path(self.config) / "config.json"
-        config = from_json(Config, json.loads(path.read_text())) if path.exists() else recipe(self.config)
-        if self.fake:
-            builder, sample = fake(config, self.mode, self.frame)
-        else:
-            pieces = build(config)
-            builder, sample = pieces.builder, pieces.loader.sample(self.frame, self.mode)
-        Console(width=self.width).print(show(sample, builder, f"{config.name} {self.mode}"))
-        return 0
+    if back:
+        convert_back(Path(source), out, like)
+        say(f"published layout: {out}")
+        return
+    for remark in convert(source, out, release, libero(), suite, tokenizer, without_action_head):
+        say(remark)
+    say(f"model: {out}   next: worldvla eval {out} --suite {suite or 'SUITE'}")
 
 
-VERBS: dict[str, type[Any]] = {
-    "collect": Collect,
-    "replay": Replay,
-    "regenerate": Regenerate,
-    "train-tokenizer": TrainTokenizer,
-    "tokenize": Tokenize,
-    "train": Train,
-    "eval": Eval,
-    "eval-world": EvalWorld,
-    "rank": Rank,
-    "export": Export,
-    "convert": Convert,
-    "serve": Serve,
-    "compare": Compare,
-    "demo": Demo,
-    "doctor": Doctor,
-    "config": ShowConfig,
-    "show-sample": ShowSample,
+def serve(
+    checkpoint: Positional[Checkpoint],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    resize: bool = False,
+    head: Literal["discrete", "continuous"] = "discrete",
+    device: str = "cpu",
+    quantize: Quantize = "",
+) -> None:
+    """Serve a checkpoint to any openpi client; clients must send the key WORLDVLA_API_KEY, where that is set.
+
+    Args:
+        host: Address to listen at; 0.0.0.0: every network, set WORLDVLA_API_KEY then.
+        port: 0: any free port.
+        resize: Resize pictures of another size, with black borders, instead of refusing them.
+        head: Head that acts: the continuous one only of a model that has it.
+    """
+    from worldvla.serve.server import serve_checkpoint
+
+    serve_checkpoint(
+        checkpoint,
+        head=head,
+        resize=resize,
+        device=device,
+        quantize=quantize,
+        host=host,
+        port=port,
+        api_key=os.environ.get("WORLDVLA_API_KEY", ""),
+        on_start=lambda at: say(f"serving at {at}   next: worldvla eval websocket://{at} --suite SUITE"),
+    )
+
+
+def compare(a: Positional[Path], b: Positional[Path], *, force: bool = False) -> None:
+    """Compare two evaluations episode by episode; the last line of the output is JSON.
+
+    Args:
+        a: A record.json, or the directory of an evaluation.
+        b: The other one.
+        force: Compare though suite, seed or protocol differ.
+    """
+    from rich.console import Console
+
+    from worldvla.eval.compare import compare, read_record, table
+
+    comparison = compare(read_record(a), read_record(b), force)
+    Console().print(table(comparison))
+    low, high = comparison["interval_95"]
+    left_out = f"{comparison['left_out_errors']} left out for errors, {sum(comparison['unpaired'])} unpaired"
+    say(
+        f"{comparison['pairs']} pairs ({left_out}); A - B {comparison['difference']:+.3f} "
+        f"(95 % {low:+.3f} to {high:+.3f}), McNemar exact p = {comparison['p']:.4g}"
+    )
+    say(json.dumps(comparison))
+
+
+def doctor(*, quick: bool = False, json: Path | None = None) -> int:
+    """Check versions, OpenGL and how the simulators behave, and say what to do; a red line: exit code 3.
+
+    Args:
+        quick: Versions, machine and OpenGL alone: seconds.
+        json: File for the result. Default: out/doctor.json; with --quick: none.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from worldvla.files import write_json
+    from worldvla.sim.libero import doctor
+
+    colours = {"ok": "green", "warning": "yellow", "bad": "red", "skipped": "dim"}
+    console = Console(highlight=False, soft_wrap=True)
+    checks: list[doctor.Check] = []
+    with console.status("versions") as status:
+        for check in doctor.examine(quick, status.update):
+            checks.append(check)
+            line = Text.assemble(
+                (f"{check.status:<8}", colours[check.status]), f"{check.name:<28}{check.found}"
+            )
+            console.print(line.append(f"   fix: {check.fix}" if check.fix else "", "bold"))
+    report = doctor.report(checks, quick)
+    path = json or (None if quick else doctor.LAST)
+    if path is not None:
+        write_json(path, report)
+        console.print(f"written: {path}")
+    return 0 if report["ok"] else EXIT_FAILED
+
+
+def show_sample(
+    config: Positional[str],
+    *,
+    mode: Literal["policy", "world"] = "policy",
+    frame: int = 0,
+    fake: bool = False,
+    width: int | None = None,
+) -> None:
+    """Print one training sample in colour: look at one before every run.
+
+    Args:
+        config: A recipe, or a directory with config.json (a run, a checkpoint).
+        frame: Frame of the stores at which the sample starts; with --fake the seed.
+        fake: Random codes, states and actions in the recipe's layout: needs no files.
+        width: Columns of the output. Default: the terminal's.
+    """
+    from rich.console import Console
+
+    from worldvla.config import from_json
+    from worldvla.data import show
+    from worldvla.recipes import recipe
+    from worldvla.train.build import build
+
+    path = Path(config) / "config.json"
+    complete = from_json(Config, json.loads(path.read_text())) if path.exists() else recipe(config)
+    if fake:
+        builder, sample = show.fake(complete, mode, frame)
+    else:
+        pieces = build(complete)
+        builder, sample = pieces.builder, pieces.loader.sample(frame, mode)
+    Console(width=width).print(show.show(sample, builder, f"{complete.name} {mode}"))
+
+
+VERBS: dict[str, Callable[..., int | None]] = {
+    "demo": demo,
+    "collect": collect,
+    "replay": replay,
+    "regenerate": regenerate,
+    "train-tokenizer": train_tokenizer,
+    "tokenize": tokenize,
+    "train": train,
+    "eval": evaluate,
+    "eval-world": eval_world,
+    "rank": rank,
+    "compare": compare,
+    "export": export,
+    "convert": convert,
+    "serve": serve,
+    "doctor": doctor,
+    "config": show_config,
+    "show-sample": show_sample,
 }
-TAKE_RECIPE = ("train", "config")
 
 
 def _overview() -> str:
@@ -272,35 +657,32 @@ def _overview() -> str:
     from worldvla.sim.suites import SUITES
 
     lines = ["usage: worldvla VERB ...      worldvla VERB --help explains one", ""]
-    help_of = {verb: (cls.__doc__ or "").splitlines()[0] for verb, cls in VERBS.items()}
-    lines += [f"  {verb:<16} {text}" for verb, text in help_of.items()]
+    lines += [f"  {verb:<16} {(run.__doc__ or '').splitlines()[0]}" for verb, run in VERBS.items()]
     lines += ["", *textwrap.wrap("recipes: " + " ".join(RECIPES), 100, subsequent_indent=" " * 9)]
     lines += textwrap.wrap("suites:  " + " ".join(SUITES), 100, subsequent_indent=" " * 9)
     return "\n".join(lines)
 
 
-def _parse(verb: str, args: list[str]) -> Any:
-    """Return the arguments of a verb; bad ones exit with code 2 and their own message."""
+def _run(verb: str, args: list[str]) -> int:
+    """Run a verb and return the exit code; bad arguments exit with code 2 and tyro's message."""
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=3, cutoff=0.4) or list(VERBS)
+        near = difflib.get_close_matches(verb, VERBS, n=3, cutoff=0.4) or VERBS
         raise ValueError(f"unknown verb {verb!r}; did you mean {', '.join(near)}? See `worldvla --help`")
-    cls = VERBS[verb]
+    run, prog = VERBS[verb], f"worldvla {verb}"
     if verb == "train-tokenizer":
         from worldvla.train.tokenizer import TABLETOP
 
-        default = TrainTokenizer(paths=tyro.MISSING, out=tyro.MISSING, config=TABLETOP)
-        return tyro.cli(cls, prog=f"worldvla {verb}", args=args, default=default)
-    if verb not in TAKE_RECIPE:
-        return tyro.cli(cls, prog=f"worldvla {verb}", args=args)
-    from worldvla.recipes import RECIPES, recipe
+        run = partial(run, config=TABLETOP)
+    elif verb in ("train", "config"):
+        from worldvla.recipes import RECIPES, recipe
 
-    if not args or args[0].startswith("-"):
-        if {"-h", "--help"} & set(args):
+        if not args or args[0].startswith("-"):
+            if not {"-h", "--help"} & set(args):
+                raise ValueError(f"{prog} needs a recipe first, one of {', '.join(RECIPES)}")
             args = ["debug", "--help"]
-        else:
-            raise ValueError(f"worldvla {verb} needs a recipe first, one of {', '.join(RECIPES)}")
-    name, *rest = args
-    return tyro.cli(cls, prog=f"worldvla {verb} {name}", args=rest, default=cls(config=recipe(name)))
+        name, *args = args
+        run, prog = partial(run, config=recipe(name)), f"{prog} {name}"
+    return tyro.cli(run, prog=prog, args=args) or 0
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -313,8 +695,11 @@ def main(args: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         say(_overview())
         return 0 if words else EXIT_BAD_INPUT
+    if words[0] == "--version":
+        say(f"worldvla {importlib.metadata.version('worldvla')}")
+        return 0
     try:
-        return _parse(words[0], words[1:]).run()
+        return _run(words[0], words[1:])
     except BrokenPipeError:  # the reader of a pipe has had enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -322,14 +707,14 @@ def main(args: Sequence[str] | None = None) -> int:
         message, code = "interrupted; the same command goes on", EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         extra = "libero" if (error.name or "").split(".")[0] in ("libero", "robosuite") else ""
-        fix = f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
+        fix = f"pip install 'worldvla[{extra}]'" if extra else "pip install worldvla"
         message, code = f"{error}: a package is missing; {fix}", EXIT_BAD_INPUT
     except (ValueError, OSError, FloatingPointError) as error:
         message, code = str(error) or type(error).__name__, EXIT_BAD_INPUT
     except RuntimeError as error:  # torch.OutOfMemoryError, and torch is not loaded for every verb
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        fix = "a smaller --train.batch-size or --batch, fewer bits (--quantize), or a device with more memory"
+        fix = "a smaller --train.batch-size, fewer bits (--quantize), or a device with more memory"
         message, code = f"{str(error).splitlines()[0]}: {fix}", EXIT_BAD_INPUT
     if show_traceback:
         traceback.print_exc()

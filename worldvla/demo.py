@@ -6,78 +6,62 @@
 Under five minutes on two cores. The same call again goes on where it stopped, or just writes the page.
 """
 
+import hashlib
+import json
 from pathlib import Path
 
 from worldvla.data.collect import collect
 from worldvla.eval.actors import ModelActor, RandomActor
-from worldvla.eval.report import write_page
-from worldvla.eval.rollout import run
+from worldvla.eval.page import write_page
+from worldvla.eval.rollout import Protocol, evaluate
 from worldvla.eval.world import evaluate_world
-from worldvla.infer.model import weights_digest
-from worldvla.recipes import TABLETOP_SUITES
+from worldvla.sim.suites import TABLETOP
 
 ASSETS = Path(__file__).parent / "assets"
-SUITES = {
-    "tabletop": ("tabletop", TABLETOP_SUITES),
-    "libero_object": ("libero", ("libero_object",)),
-    "libero_spatial": ("libero", ("libero_spatial",)),
-}
-"""What can be shown -> the shipped model, by its directory in ASSETS, and the suites."""
-RECIPES = {"tabletop": "runs/tabletop.sh", "libero": "MODEL=_drawer runs/libero_object_spatial.sh"}
-"""Shipped model -> what makes it."""
+WORKERS = 4
+EXECUTE = 3
+"""Replan interval, of chunks of five, as in runs/tabletop.sh."""
 DEMONSTRATION_SEED = 9
 """Of the episodes that are imagined: not the one that any recipe collects with."""
-EXECUTE = 3
-"""Actions of each chunk of five before the next look, as in runs/tabletop.sh."""
 IMAGINED_TASKS = (0, 3)
 """Of each suite."""
 
 
-def demo(
-    out_dir: Path,
-    suite: str = "tabletop",
-    checkpoint: Path | None = None,
-    episodes: int = 1,
-    seed: int = 0,
-    workers: int = 4,
-) -> Path:
-    """Roll out `episodes` of each task, imagine a few clips, and return the path of the page."""
-    if suite not in SUITES:
-        raise ValueError(f"a model is shipped for {', '.join(SUITES)}, got {suite!r}: see `worldvla eval`")
-    shipped, suites = SUITES[suite]
-    path = ASSETS / shipped if checkpoint is None else checkpoint
+def demo(out: Path, suite: str = "tabletop", checkpoint: Path | None = None) -> Path:
+    """Roll out one episode of each task, imagine a few clips, and return the path of the page.
+
+    `suite`: tabletop (all four suites of it) or a suite of LIBERO that the shipped model was trained on.
+    """
+    suites = TABLETOP if suite == "tabletop" else (suite,)
+    path = checkpoint or ASSETS / suite.split("_")[0]
     if not path.exists():
-        fix = f"train one by {RECIPES[shipped]}, or give yours: worldvla demo --checkpoint PATH"
-        raise FileNotFoundError(f"no model at {path}: {fix}")
+        raise FileNotFoundError(f"no model at {path}: give yours by worldvla demo --checkpoint PATH")
     actor = ModelActor(path, EXECUTE)
-    model = actor.model
-    parts = out_dir / f"{weights_digest(model.path)}_{seed}"  # results of another model are not mixed in
-    arguments = {"seed": seed, "workers": workers, "page": False}
+    # Results of another model, commit or version are not mixed in.
+    identity = json.dumps([Protocol(name).identity(actor) for name in suites], sort_keys=True)
+    parts = out / hashlib.sha256(identity.encode()).hexdigest()[:12]
+    baselines = []
     for name in suites:
-        run(actor, name, episodes, out_dir=parts / name, **arguments)
-    baselines = [
-        run(RandomActor(seed), name, episodes, out_dir=parts / "random" / name, videos=0, **arguments)
-        for name in suites
-    ]
-    for name in suites:
+        evaluate(actor, Protocol(name, episodes=1), parts / name, WORKERS)
+        random = Protocol(name, episodes=1, videos=0)
+        baselines.append(evaluate(RandomActor(), random, parts / "random" / name, WORKERS))
         collect(
             name,
             parts / "demos" / name,
             episodes=1,
-            views=model.view_sizes,
+            views=actor.model.view_sizes,
             seed=DEMONSTRATION_SEED,
-            workers=workers,
+            workers=WORKERS,
             tasks=IMAGINED_TASKS,
         )
     files = sorted((parts / "demos").glob("*/*.hdf5"))
-    arguments = {"clips": len(files), "horizons": (30,), "seed": seed, "shorter": True, "videos": len(files)}
-    evaluate_world([path], files, parts / "imagined", page=False, swaps=False, **arguments)
-    page = out_dir / "index.html"
-    evaluations = [parts / name for name in suites]
+    evaluate_world(
+        path, files, parts / "imagined", clips=len(files), horizons=(30,), shorter=True, videos=len(files)
+    )
     return write_page(
-        page,
+        out / "index.html",
         f"WorldVLA on {suite}",
-        evaluations=evaluations,
+        evaluations=[parts / name for name in suites],
         worlds=[parts / "imagined"],
         baselines=baselines,
     )

@@ -19,8 +19,8 @@ from worldvla.config import (
     OptimConfig,
     TrainConfig,
 )
+from worldvla.sim.suites import TABLETOP
 
-TABLETOP_SUITES = ("tabletop_spatial", "tabletop_object", "tabletop_goal", "tabletop_long")
 LIBERO_FRAMES = {
     "libero_spatial": 52_970,
     "libero_object": 66_984,
@@ -67,7 +67,7 @@ def tabletop() -> Config:
             clip=1.0,
         ),
         data=DataConfig(
-            stores=tuple(f"out/tabletop/store_{suite}" for suite in TABLETOP_SUITES),
+            stores=tuple(f"out/tabletop/store_{suite}" for suite in TABLETOP),
             world_fraction=0.15,
             pad_chunks=True,
         ),
@@ -86,7 +86,7 @@ def _dagger(rounds: int, init_from: str, steps: int, learning_rate: float, last_
     """`tabletop` trained on, from `init_from`, with the states that its predecessors visited."""
     base = tabletop()
     names = [
-        f"{d}_{suite}" for d in ["store", "dagger1", "dagger2"][: rounds + 1] for suite in TABLETOP_SUITES
+        f"{d}_{suite}" for d in ["store", "dagger1", "dagger2"][: rounds + 1] for suite in TABLETOP
     ]
     return replace(
         base,
@@ -289,7 +289,7 @@ def pilot(row: str, libero: bool = False) -> Config:
     head, alpha = layout.pop("head", HeadConfig()), layout.pop("image_weight", base.loss.image_weight)
     steps, after = layout.pop("steps", 2_000), layout.pop("after", "")
     root = "out/tables_libero" if libero else "out/tables_low" if row == "low" else "out/tables"
-    suites = ("libero_object", "libero_spatial") if libero else TABLETOP_SUITES
+    suites = ("libero_object", "libero_spatial") if libero else TABLETOP
     length = {2: 320, 4: 480}.get(layout.get("history", 1), 256)
     share, batch_size = world / (policy + world), policy + world
     train = replace(base.train, steps=steps, batch_size=batch_size, eval_every=500, save_every=1_000)

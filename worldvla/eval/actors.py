@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,25 +29,33 @@ class ActorError(ValueError):
     """The actor cannot go on: its message, one line, is why the waiting episodes and the run end."""
 
 
-class Actor(Protocol):
-    """`act` answers all waiting environments at once: actions (n, 7) each, or None, upon which the task's
-    expert takes n steps.
-    """
+class Actor:
+    """Answers all waiting environments at once; a subclass gives `act`."""
 
-    name: str
-    views: dict[str, tuple[int, int]]
-    """View -> (rows, columns) in pixels that it needs to see; empty: it is blind."""
-    history: int
-    execute: int
-    """n, steps between two queries."""
+    name = "actor"
+    views: Mapping[str, tuple[int, int]] = {}
+    """View -> (rows, columns) in pixels that it needs to see; empty: it sees nothing."""
+    history = 1
+    execute = CHUNK
+    """Replan interval: steps between two queries."""
 
-    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]: ...
+    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
+        """Return actions (execute, A) for each, or None: the task's expert takes `execute` steps."""
+        raise NotImplementedError
+
     def identity(self) -> dict[str, Any]:
         """Return what a record names as its checkpoint."""
-        ...
+        return {"name": self.name}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a record's protocol says of how it chooses actions."""
+        return {}
+
+    def write_example(self, directory: Path) -> None:
+        """Write an observation as the actor reads it, for the page; most read none."""
 
 
-class ModelActor:
+class ModelActor(Actor):
     name = "model"
 
     def __init__(
@@ -68,94 +76,83 @@ class ModelActor:
         if not 1 <= self.execute <= layout.chunk:
             raise ValueError(
                 f"the model gives {layout.chunk} actions at a time, asked to execute {self.execute}: "
-                "execute fewer"
+                f"--execute takes 1 to {layout.chunk}"
             )
-        self.example: Mapping[str, Any] | None = None
-        """The first observation it saw, for the report."""
         self.head = head
-        """Of the model's two: `discrete` or `continuous`."""
         self._policy = Policy(self.model, head)
-        self.decoding = self._policy.decoding
-        """How it decodes: `side by side`, or why not."""
+        self._example: Mapping[str, Any] | None = None
 
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
-        self.example = self.example or queries[0].observation
+        self._example = self._example or queries[0].observation
         return list(self._policy.act([q.observation for q in queries])[:, : self.execute])
 
     def identity(self) -> dict[str, Any]:
         return self.model.identity()
 
+    def describe(self) -> dict[str, Any]:
+        return {"head": self.head, "decoding": self._policy.decoding}
 
-class Blind:
-    """An actor that sees no pictures, one query at a time; `_choose` answers it."""
+    def write_example(self, directory: Path) -> None:
+        from worldvla.eval.tokens import write_example
 
-    name, history, execute = "blind", 1, CHUNK
-
-    def __init__(self) -> None:
-        self.views: dict[str, tuple[int, int]] = {}
-
-    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
-        return [self._choose(query) for query in queries]
-
-    def identity(self) -> dict[str, Any]:
-        return {"name": self.name}
-
-    def _choose(self, query: Query) -> np.ndarray | None:
-        raise NotImplementedError
+        if self._example is not None:
+            write_example(directory, self.model, self._example, self.head)
 
 
-class ExpertActor(Blind):
+class ExpertActor(Actor):
     """The scripted expert, which sees the simulator's state: what the suite allows at best."""
 
     name = "expert"
 
-    def _choose(self, query: Query) -> np.ndarray | None:  # noqa: ARG002
-        return None
+    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
+        return [None] * len(queries)
 
 
-class RandomActor(Blind):
+class RandomActor(Actor):
     """Uniform actions, a function of (seed, task, initial state, step)."""
 
     name = "random"
 
     def __init__(self, seed: int = 0) -> None:
-        super().__init__()
         self.seed = seed
 
-    def _choose(self, query: Query) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, query.task.index, query.init, query.step])
-        return rng.uniform(-1, 1, (self.execute, NUM_ACTION_DIMS)).astype(np.float32)
+    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
+        places = [[self.seed, q.task.index, q.init, q.step] for q in queries]
+        shape = (self.execute, NUM_ACTION_DIMS)
+        return [np.random.default_rng(place).uniform(-1, 1, shape).astype(np.float32) for place in places]
 
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, "seed": self.seed}
 
 
-class BlindActor(Blind):
-    """The mean trajectory of each task's demonstrations, executed without looking."""
+class OpenLoopActor(Actor):
+    """The mean trajectory of each task's demonstrations, whatever happens."""
 
-    name = "blind replay"
+    name = "open-loop"
 
     def __init__(self, trajectories: Mapping[str, np.ndarray], source: str = "") -> None:
-        super().__init__()
         self.trajectories, self.source = dict(trajectories), source
 
     @classmethod
-    def from_demos(cls, directory: Path) -> "BlindActor":
+    def from_demos(cls, directory: Path) -> "OpenLoopActor":
         """Average the episodes of every HDF5 file in `directory`."""
-        from worldvla.data.episode import read_episodes
+        from worldvla.data.episode import demonstration_files, read_episodes
 
-        files = sorted(Path(directory).glob("*.hdf5"))
-        if not files:
-            raise FileNotFoundError(f"{directory} holds no *.hdf5 files: `worldvla collect` makes them")
         trajectories: dict[str, np.ndarray] = {}
-        for file in files:
+        for file in demonstration_files([directory]):
             episodes = list(read_episodes(file, images=False))
             trajectories[episodes[0].task] = mean_trajectory(
                 [e.actions for e in episodes], [e.is_expert for e in episodes]
             )
         return cls(trajectories, str(directory))
 
-    def _choose(self, query: Query) -> np.ndarray:
+    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
+        return [self._act(query) for query in queries]
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "demonstrations": self.source}
+
+    def _act(self, query: Query) -> np.ndarray:
         if query.task.name not in self.trajectories:
             raise ValueError(
                 f"no demonstrations of task {query.task.name!r} in {self.source}: collect the whole suite"
@@ -163,9 +160,6 @@ class BlindActor(Blind):
         actions_TA = self.trajectories[query.task.name]
         steps = np.arange(query.step, query.step + self.execute)
         return actions_TA[np.minimum(steps, len(actions_TA) - 1)]
-
-    def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "demonstrations": self.source}
 
 
 def mean_trajectory(actions: Sequence[np.ndarray], is_expert: Sequence[np.ndarray]) -> np.ndarray:
@@ -176,8 +170,8 @@ def mean_trajectory(actions: Sequence[np.ndarray], is_expert: Sequence[np.ndarra
     """
     longest = max(len(a) for a in actions)
     total, number = np.zeros((longest, actions[0].shape[1])), np.zeros((longest, 1))
-    for episode, own in zip(actions, is_expert, strict=True):
-        total[: len(episode)][own] += episode[own]
-        number[: len(episode)][own] += 1
+    for episode, is_own in zip(actions, is_expert, strict=True):
+        total[: len(episode)][is_own] += episode[is_own]
+        number[: len(episode)][is_own] += 1
     reached = np.maximum.accumulate(np.where(number[:, 0] > 0, np.arange(longest), 0))
     return (total / np.maximum(number, 1))[reached].astype(np.float32)

@@ -1,17 +1,77 @@
-"""What the HTML pages are made of: templates (worldvla/assets/report), plots, and bytes as URLs."""
+"""Result directories -> one HTML page that needs nothing else: numbers with intervals, videos, imagination.
+
+Everything (style, videos, pictures, plots) is inside the file, so it can be mailed or kept beside its record.
+The words and the markup are in worldvla/assets/report.
+"""
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 
-INK, QUIET, LINE, BLUE, ORANGE = "#1f2328", "#6b7280", "#e5e7eb", "#2f6fde", "#e8833a"
+from worldvla.eval.tokens import read_example
+from worldvla.files import read_json, write_text
+from worldvla.sim.suites import suite
 
 TEMPLATES = Path(__file__).parents[1] / "assets/report"
+INK, QUIET, LINE, BLUE, ORANGE = "#1f2328", "#6b7280", "#e5e7eb", "#2f6fde", "#e8833a"
+MAX_VIDEOS = 12
+"""Rollout videos of one suite on a page: the first initial states, tasks in turn."""
+ACTION_DIMS = ("x", "y", "z", "turn x", "turn y", "turn z", "grip")
+WORLDS = {
+    "tabletop": "The world here is a small tabletop simulated by MuJoCo: a gripper above coloured objects.",
+    "libero": "The world here is LIBERO: a simulated Franka arm in a household scene.",
+}
+"""Simulator -> what it is, in a sentence."""
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "model": ("imagined", {"color": BLUE, "linewidth": 2.4}),
+    "copy": ("first frame, copied", {"color": ORANGE, "linestyle": (0, (1, 2)), "linewidth": 1.8}),
+    "ceiling": ("ceiling: tokenizer", {"color": QUIET, "linestyle": (0, (4, 3)), "linewidth": 1.4}),
+}
+"""Of frames in a record of `eval-world` -> name and style of their line."""
+
+
+def write_page(
+    path: Path,
+    title: str,
+    *,
+    evaluations: Sequence[Path] = (),
+    worlds: Sequence[Path] = (),
+    baselines: Sequence[Mapping[str, Any]] = (),
+) -> Path:
+    """Write the page of the result directories of `eval` and `eval-world` atomically; return its path.
+
+    `baselines`: records of other actors on the same suites, drawn as ticks.
+    """
+    rolled, imagined = ([_read(directory) for directory in group] for group in (evaluations, worlds))
+    examples = (read_example(directory) for directory in [*evaluations, *worlds])
+    example = next((e for e in examples if e is not None), None)
+    num_dims = 0 if example is None else len(example["action_low"])
+    text = render(
+        "report.html",
+        title=title,
+        lead=_lead([*rolled, *imagined]),
+        world=next((WORLDS[suite(r["suite"]).simulator] for r in rolled), ""),
+        has_videos=any(o.get("video") for r in rolled for o in r["outcomes"]) or bool(worlds),
+        evaluations=[
+            (r, list(_filmed(directory, r))) for directory, r in zip(evaluations, rolled, strict=True)
+        ],
+        worlds=list(zip(imagined, worlds, strict=True)),
+        records=[*rolled, *imagined],
+        baselines=baselines,
+        example=example,
+        action_dims=ACTION_DIMS if num_dims == len(ACTION_DIMS) else range(num_dims),
+        rate=lambda counts: counts["successes"] / max(1, counts["episodes"] - counts["errors"]),
+        plot=world_plot,
+        facts=_facts,
+        zip=zip,
+    )
+    write_text(path, text)
+    return path
 
 
 def render(template: str, **values: Any) -> str:
@@ -42,46 +102,60 @@ def png(image: np.ndarray) -> str:
     return data_url(buffer.getvalue(), "image/png")
 
 
-NAMES = {
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "pd_efflite0": "PD-EffLite0",
-    "lpips_alex": "LPIPS (AlexNet)",
-    "lpips_vgg": "LPIPS (VGG)",
-}
-COLORS = (BLUE, "#1f9d55", "#8e44ad", "#d64545", "#0e9aa7")
-"""Of the models, in turn."""
-KINDS = {
-    "ceiling": {"linestyle": (0, (4, 3)), "linewidth": 1.4},
-    "floor": {"linestyle": (0, (1, 2)), "linewidth": 1.8},
-    "imagined": {"linewidth": 2.4},
-    "swapped": {"linestyle": (0, (5, 1, 1, 1)), "linewidth": 1.3},
-    "still": {"linestyle": (0, (1, 1)), "linewidth": 1.3},
-}
-LEGEND = {
-    "ceiling": "ceiling: tokenizer",
-    "floor": "floor: first frame",
-    "imagined": "imagined",
-    "swapped": "actions of another clip",
-    "still": "no motion",
-}
+def _read(directory: Path) -> dict[str, Any]:
+    path = directory / "record.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: expected a result of `worldvla eval` or `worldvla eval-world`")
+    return read_json(path)
+
+
+def _lead(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the model's name, size and training in words."""
+    actor = records[0]["checkpoint"] if records else {}
+    parts = [str(actor.get("name", ""))]
+    if "parameters" in actor:
+        parts.append(f"{actor['parameters'] / 1e6:.1f} million parameters")
+    if actor.get("step") is not None:
+        parts.append(f"trained for {actor['step']:,} steps")
+    return ", ".join(p for p in parts if p)
+
+
+def _filmed(directory: Path, record: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Path, str]]:
+    """Yield the filmed outcomes that a page shows, with their video and instruction."""
+    instructions = {t["index"]: t["instruction"] for t in record["tasks"]}
+    filmed = [o for o in record["outcomes"] if o.get("video") and (directory / o["video"]).exists()]
+    for outcome in sorted(filmed, key=lambda o: (o["init"], o["task"]))[:MAX_VIDEOS]:
+        yield outcome, directory / outcome["video"], instructions[outcome["task"]]
+
+
+def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what a reader needs to repeat a record: the whole of it is in its record.json."""
+    protocol, hardware = record["protocol"], record.get("hardware", {})
+    if "initial_states" in protocol:
+        yield "initial states", protocol["initial_states"]
+        yield "replan interval", f"{protocol['executed']} actions"
+    for name in ("horizon", "head", "decoding", "start"):
+        if name in protocol:
+            yield name, str(protocol[name])
+    yield "seed", str(record["seed"])
+    yield "versions", ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items())
+    yield "machine", ", ".join([str(hardware.get("cpu", "")), *hardware.get("gpus", [])])
+    if "seconds" in record:
+        yield "time", f"{record['seconds'] / 60:.1f} minutes"
+    yield "commit", str(record.get("commit") or "")
 
 
 def world_plot(section: Mapping[str, Any]) -> bytes:
     """Return an SVG of one horizon of an imagination record: a row a view, a column a metric."""
-    first = next(iter(next(iter(section["views"].values())).values()))
     panels = []
-    for view, models in section["views"].items():
-        for metric in first["imagined"]:
-            lines = []
-            for (name, kinds), color in zip(models.items(), COLORS * len(models), strict=False):
-                for kind, scores in kinds.items():
-                    is_own = kind not in ("ceiling", "floor")
-                    shown = {**KINDS[kind], "color": color if is_own else {"floor": ORANGE}.get(kind, QUIET)}
-                    text = f"{name}: {LEGEND[kind]}" if is_own and len(models) > 1 else LEGEND[kind]
-                    lines.append((section["steps"], scores[metric], {**shown, "label": text}))
-            panels.append((f"{view}: {NAMES.get(metric, metric)}", "imagined steps", lines))
-    return line_plots(panels, len(first["imagined"]))
+    for view, kinds in section["views"].items():
+        for metric, name in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
+            lines = [
+                (section["steps"], scores[metric], {**KINDS[kind][1], "label": KINDS[kind][0]})
+                for kind, scores in kinds.items()
+            ]
+            panels.append((f"{view}: {name}", "imagined steps", lines))
+    return line_plots(panels, 2)
 
 
 def line_plots(
@@ -116,8 +190,8 @@ def line_plots(
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         for ax in axes[len(panels) :]:
             ax.set_visible(False)
-        where: dict[str, Any] = {"loc": "outside upper right", "ncols": 3, "frameon": False}
-        figure.legend(list(legend.values()), list(legend), **where, labelcolor=QUIET, fontsize=9)
+        place: dict[str, Any] = {"loc": "outside upper right", "ncols": 3, "frameon": False}
+        figure.legend(list(legend.values()), list(legend), **place, labelcolor=QUIET, fontsize=9)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()

@@ -7,6 +7,7 @@ No torch here.
 """
 
 import contextlib
+import os
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.sync.client import connect
 
-from worldvla.eval.actors import CHUNK, ActorError, Query
+from worldvla.eval.actors import CHUNK, Actor, ActorError, Query
 from worldvla.serve.image import resize_with_pad
 from worldvla.serve.protocol import IMAGE_KEYS, MAX_BYTES, PORT, PROMPT_KEY, STATE_KEY, pack, unpack
 from worldvla.sim.protocol import NUM_ACTION_DIMS
@@ -26,17 +27,16 @@ SCHEMES = {"websocket": "ws", "ws": "ws", "wss": "wss"}
 PATIENCE_S = 600.0
 """Longest wait for an answer: the first may compile the policy."""
 GREETING_S = 20.0
-LIBERO_SENT = 224
-"""Pixels a side: openpi renders LIBERO at 256, as we do, and resizes to this (examples/libero/main.py)."""
+LIBERO_SENT = (224, 224)
+"""openpi renders LIBERO at 256, as we do, and resizes to this (examples/libero/main.py)."""
 Size = tuple[int, int]
 
 
-class RemoteActor:
+class RemoteActor(Actor):
     """Connects at once; whatever goes wrong raises ActorError with one line.
 
     Sizes of the pictures: those that the server's metadata name (`views`, as our own server does), rendered
-    so; else tabletop's 64 x 64 and 32 x 32, or LIBERO's 256 x 256 resized to 224 x 224. `size`, pixels a side
-    of every picture, replaces this: tabletop renders at that size, LIBERO at 256 x 256, resized.
+    so; else tabletop's 64 x 64 and 32 x 32, or LIBERO's 256 x 256 resized to 224 x 224.
     """
 
     name = "remote"
@@ -46,8 +46,7 @@ class RemoteActor:
         address: str,
         suite_name: str,
         execute: int | None = None,
-        size: int | None = None,
-        api_key: str = "",
+        api_key: str | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
         parts = urlsplit(address)
@@ -61,8 +60,8 @@ class RemoteActor:
         self._stack = contextlib.ExitStack()  # websockets wants its connections entered
         # Also at the end of the program: a client that just goes is a traceback in a server's log.
         weakref.finalize(self, self._stack.close)
-        self._connect(api_key)
-        self.views, self.sent = self._choose_views(size)
+        self._connect(os.environ.get("WORLDVLA_API_KEY", "") if api_key is None else api_key)
+        self.views, self.sent = self._choose_views()
         self.history = self._positive("history") or 1
         chunk = self._positive("chunk")
         self.execute = min(CHUNK, chunk or CHUNK) if execute is None else execute
@@ -105,7 +104,7 @@ class RemoteActor:
         except InvalidStatus as error:
             status = error.response.status_code
             fix = (
-                "give its key by --api-key or WORLDVLA_API_KEY"
+                "give its key by the environment variable WORLDVLA_API_KEY"
                 if status in (401, 403)
                 else "is it the right port?"
             )
@@ -139,26 +138,19 @@ class RemoteActor:
         value = self.metadata.get(key)
         return value if type(value) is int and value > 0 else None
 
-    def _choose_views(self, size: int | None) -> tuple[dict[str, Size], dict[str, Size]]:
+    def _choose_views(self) -> tuple[dict[str, Size], dict[str, Size]]:
         """Return the sizes that are rendered and those that are sent."""
         named = self.metadata.get("views")
-        if size is not None and size < 1:
-            raise ValueError(f"--remote-size must be at least 1 pixel, got {size}")
-        if size is None and isinstance(named, dict):
+        if isinstance(named, dict):
             if not named or any(v not in IMAGE_KEYS or not _is_size(s) for v, s in named.items()):
                 raise self._error(
-                    f"it asks for the views {named!r}, expected sizes of {sorted(IMAGE_KEYS)}: "
-                    "give --remote-size"
+                    f"it asks for the views {named!r}, expected [rows, columns] of {sorted(IMAGE_KEYS)}"
                 )
             views = {view: (int(rows), int(cols)) for view, (rows, cols) in named.items()}
             return views, views
         row = suite(self.suite)
         usual = dict(row.rules.views)
-        if row.simulator == "libero":
-            sent = size or LIBERO_SENT
-            return usual, dict.fromkeys(usual, (sent, sent))
-        views = dict.fromkeys(usual, (size, size)) if size else usual
-        return views, views
+        return usual, dict.fromkeys(usual, LIBERO_SENT) if row.simulator == "libero" else usual
 
     def _ask(self, query: Query) -> np.ndarray:
         observation = query.observation

@@ -1,19 +1,18 @@
 """Episodes in parallel simulators, actions from one batched actor: `success | fail | error`, counted apart.
 
-    record = run(ModelActor("out/train/tabletop"), "tabletop_object", out_dir=Path("out/eval/object"))
+    record = evaluate(ModelActor("out/train/tabletop"), Protocol("tabletop_object"), Path("out/eval/object"))
 
 Where simulation is cheap all environments are answered at once, in lockstep; where it is dear (LIBERO), each
-as soon as it asks. In both the record is a function of the arguments. An actor's chunk is executed open loop,
-then it is asked again; with a history the frames just before go along (WorldVLA
-eval_solver_libero_256.py:136-312).
+as soon as it asks. In both the record is a function of the arguments. The first `execute` actions of an
+actor's chunk are executed (its replan interval), then it is asked again; with a history the frames just
+before go along (WorldVLA eval_solver_libero_256.py:136-312).
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,15 @@ from typing import Any
 import numpy as np
 
 from worldvla.data.collect import choose
-from worldvla.eval.actors import Actor, ActorError, ModelActor, Query
+from worldvla.eval.actors import (
+    Actor,
+    ActorError,
+    ExpertActor,
+    ModelActor,
+    OpenLoopActor,
+    Query,
+    RandomActor,
+)
 from worldvla.eval.record import Journal
 from worldvla.eval.stats import count
 from worldvla.eval.video import FPS, views_side_by_side, write_mp4
@@ -30,7 +37,6 @@ from worldvla.files import write_json, write_text
 from worldvla.machine import cores, provenance
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
-from worldvla.sim.libero.doctor import verdict
 from worldvla.sim.protocol import NUM_INITS, Task
 
 MOST_AT_ONCE = 1
@@ -124,145 +130,203 @@ def _next(waiting: list[Job], task: Task | None, taken: set[Task | None]) -> Job
     return waiting.pop(next(same, next(free, 0)))
 
 
-def run(
+@dataclass(frozen=True)
+class Protocol:
+    """Which episodes are run: states first .. first + episodes - 1 of each task of a suite."""
+
+    suite: str
+    tasks: tuple[int, ...] = ()
+    """Indices; empty: all."""
+    episodes: int = 10
+    """Of each task."""
+    first: int = 0
+    """Initial state of the first episode."""
+    seed: int = 0
+    videos: int = 1
+    """Filmed episodes of each task, the first ones."""
+
+    def __post_init__(self) -> None:
+        states = self.states
+        if not states or self.first < 0 or self.first < NUM_INITS < states.stop:
+            raise ValueError(
+                f"initial states 0..{NUM_INITS - 1} are for evaluation, those after them for demonstrations; "
+                f"ask for at least one and all of one kind, got {self.episodes} from {self.first} on"
+            )
+
+    @property
+    def states(self) -> range:
+        return range(self.first, self.first + self.episodes)
+
+    @property
+    def simulator(self) -> str:
+        return sim.suite(self.suite).simulator
+
+    @property
+    def is_lockstep(self) -> bool:
+        """Simulation is cheap: all environments step together, and films hold every step."""
+        return self.simulator == "tabletop"
+
+    def settings(self, actor: Actor, make: MakeEnv) -> Settings:
+        """Return what the workers need to know: `actor` may see nothing, films need pictures all the same."""
+        side = 64 if self.is_lockstep else 128
+        views = dict(actor.views) or ({"agentview": (side, side)} if self.videos else {})
+        return Settings(make, views, bool(actor.views), actor.history, self.is_lockstep, self.seed)
+
+    def describe(self, actor: Actor, workers: int) -> dict[str, Any]:
+        """Return what a record says of how its episodes were run."""
+        return {
+            "initial_states": f"{self.first}..{self.states[-1]} of each task",
+            "executed": actor.execute,
+            "history": actor.history,
+            "workers": workers,
+            **sim.protocol(self.suite, actor.views),
+            **actor.describe(),
+        }
+
+    def identity(self, actor: Actor) -> dict[str, Any]:
+        """Return what episodes must share to be counted together: a journal holds those of one identity."""
+        origin = provenance()
+        return {
+            "suite": self.suite,
+            "seed": self.seed,
+            "checkpoint": {k: v for k, v in actor.identity().items() if k != "path"},
+            "executed": actor.execute,
+            **{k: v for k, v in actor.describe().items() if k == "head"},
+            "commit": origin["commit"],
+            "versions": origin["versions"],
+        }
+
+
+def evaluate(
     actor: Actor,
-    suite: str,
-    episodes: int = 10,
-    *,
-    out_dir: Path,
-    seed: int = 0,
+    protocol: Protocol,
+    out: Path,
     workers: int = 0,
-    first: int = 0,
-    tasks: Sequence[int] = (),
-    fast_render: bool = False,
-    scene_prefix: bool = False,
-    videos: int = 1,
-    film_all: bool | None = None,
-    page: bool = True,
+    *,
     make: MakeEnv = sim.make,
     table: Sequence[Task] | None = None,
     patience_s: float = PATIENCE_S,
 ) -> dict[str, Any]:
-    """Roll `actor` out from initial states first..first+episodes-1 of each task; write record.json, videos/
-    and index.html; return the record.
+    """Roll `actor` out; write record.json, videos/ and tokens.npz to `out`; return the record.
 
-    The same command again goes on where it stopped. `workers`: processes that step environments; 0: one a
-    core that this process may use, and the record says how many. `tasks`: indices, empty for all. `videos`:
-    filmed episodes a task. `scene_prefix`: LIBERO-10's instructions begin with their scene. `film_all`: film
-    every step; default: where rendering is cheap (tabletop). `make`, `table`: another simulator, for tests.
+    The same call again goes on where it stopped. `workers`: processes that step environments; 0: one a core
+    that this process may use, and the record says how many. `make`, `table`: another simulator, for tests.
     """
-    inits = range(first, first + episodes)
-    if not inits or first < 0 or first < NUM_INITS < inits.stop:
-        raise ValueError(
-            f"initial states 0..{NUM_INITS - 1} are for evaluation, those after them for demonstrations; "
-            f"ask for at least one and all of one kind, got {episodes} from {first} on"
-        )
     if workers < 0:
         raise ValueError(f"expected at least one worker, or 0 for one a core, got {workers}")
     workers = workers or cores()
-    listed = choose(suite, sim.tasks(suite) if table is None else table, tasks)
-    if scene_prefix:
-        plain = listed
-        listed = [replace(task, instruction=sim.with_scene(task.instruction, task.name)) for task in plain]
-        if listed == plain:
-            raise ValueError(f"scene_prefix: the tasks of {suite} name no scene, those of libero_10 do")
-    kind = sim.suite(suite)
-    is_cheap = kind.simulator == "tabletop"
-    side = 64 if is_cheap else 128
-    views = actor.views or ({"agentview": (side, side)} if videos else {})
-    settings = Settings(
-        partial(make, fast_render=True) if fast_render else make,
-        views,
-        bool(actor.views),
-        actor.history,
-        is_cheap if film_all is None else film_all,
-        seed,
-    )
+    tasks = choose(protocol.suite, sim.tasks(protocol.suite) if table is None else table, protocol.tasks)
+    settings, name = protocol.settings(actor, make), f"{protocol.suite} by {actor.identity()['name']}"
     if make is sim.make:
-        sim.check_drawing(suite, views)
-    protocol = {
-        "initial_states": f"{first}..{inits[-1]} of each task",
-        "executed": actor.execute,
-        "history": actor.history,
-        "workers": workers,
-    } | sim.protocol(suite, actor.views, fast_render)
-    who = actor.identity()
-    fixed = {"suite": suite, "checkpoint": {k: v for k, v in who.items() if k != "path"}, "seed": seed}
-    fixed |= {"executed": actor.execute, "fast_render": fast_render}
-    if scene_prefix:
-        fixed["scene_prefix"] = protocol["scene_prefix"] = True
-    if isinstance(actor, ModelActor):
-        protocol |= {"head": actor.head, "decoding": actor.decoding}
-        # Journals of before there were two do not name the discrete one.
-        fixed |= {"head": actor.head} if actor.head != "discrete" else {}
-    start = time.monotonic()
-    with Journal(Path(out_dir) / "episodes.jsonl", fixed) as journal, progress_bar() as progress:
-        earlier = journal.seconds
-        done = {(o["task"], o["init"]): o for o in journal.outcomes}
+        sim.check_drawing(protocol.suite, settings.views)
+    stopped: ActorError | None = None
+    with Journal(out / "episodes.jsonl", protocol.identity(actor)) as journal, progress_bar() as progress:
+        done = {(o["task"], o["init"]) for o in journal.outcomes}
         jobs = [
-            Job(task, init, init < first + videos)
-            for task in listed
-            for init in inits
-            if (task.index, init) not in done
+            Job(task, init, init < protocol.first + protocol.videos)
+            for task in tasks
+            for init in protocol.states
         ]
-        name = f"{suite} by {who['name']}"
-        bar = progress.add_task(
-            name, total=len(listed) * episodes, completed=len(listed) * episodes - len(jobs)
-        )
+        left = [job for job in jobs if (job.task.index, job.init) not in done]
+        bar = progress.add_task(name, total=len(jobs), completed=len(jobs) - len(left))
+        fps = FPS[protocol.simulator] / (1 if settings.film_all else actor.execute)
 
         def on_end(job: Job, report: Report, seconds: float, film: list[dict[str, np.ndarray]]) -> None:
-            outcome: dict[str, Any] = {"task": job.task.index, "init": job.init}
-            outcome |= {name: getattr(report, name) for name in ("status", "grasped", "steps", "reason")}
-            outcome["seconds"] = round(seconds, 2)
-            outcome["simulation_seconds"] = round(report.simulation_s, 2)
-            outcome |= {"policy_seconds": round(report.policy_s, 2), "video": ""}
-            if report.trace:
-                outcome["trace"] = f"errors/{job.task.index:02d}_{job.init:02d}.txt"
-                write_text(Path(out_dir) / outcome["trace"], report.trace)
-            if film:
-                outcome["video"] = f"videos/{job.task.index:02d}_{job.init:02d}.mp4"
-                fps = FPS[kind.simulator] / (1 if settings.film_all else actor.execute)
-                write_mp4(Path(out_dir) / outcome["video"], views_side_by_side(film), fps)
-            journal.add({**outcome, "elapsed": round(earlier + time.monotonic() - start, 1)})
+            journal.add(_outcome(out, job, report, seconds, film, fps))
             counts = count(journal.outcomes)
-            label = f"{name}  {counts['successes']} succeeded" + (
-                f", {counts['errors']} errors" if counts["errors"] else ""
-            )
-            progress.update(bar, advance=1, description=label)
+            errors = f", {counts['errors']} errors" if counts["errors"] else ""
+            progress.update(bar, advance=1, description=f"{name}  {counts['successes']} succeeded{errors}")
 
-        stopped: ActorError | None = None
         try:
-            if jobs:
-                roll_out(actor, jobs, settings, workers, on_end, patience_s, lockstep=is_cheap)
+            if left:
+                roll_out(actor, left, settings, workers, on_end, patience_s, protocol.is_lockstep)
         except ActorError as error:  # what is done is written first
             stopped = error
-        chosen = {task.index for task in listed}
-        outcomes = [o for o in journal.outcomes if o["task"] in chosen and o["init"] in inits]
-    outcomes.sort(key=lambda o: (o["task"], o["init"]))
-    record = {"suite": suite, "checkpoint": who, **count(outcomes), "seed": seed, "protocol": protocol}
-    record["seconds"] = round(earlier + time.monotonic() - start, 1)
-    for name in ("simulation_seconds", "policy_seconds"):
-        record[name] = round(sum(o.get(name, 0.0) for o in outcomes), 1)
-    record |= {**provenance(), "doctor": verdict()}
-    record["tasks"] = [
-        {
-            "index": t.index,
-            "name": t.name,
-            "instruction": t.instruction,
-            **count(o for o in outcomes if o["task"] == t.index),
-        }
-        for t in listed
-    ]
-    record["outcomes"] = [{k: v for k, v in o.items() if k != "elapsed"} for o in outcomes]
-    write_json(Path(out_dir) / "record.json", record)
+    record = _record(actor, protocol, tasks, journal, workers)
+    write_json(out / "record.json", record)
     if stopped is not None:
         raise stopped
-    if isinstance(actor, ModelActor) and actor.example is not None:
-        from worldvla.eval.tokens import write_example
-
-        write_example(Path(out_dir), actor.model, actor.example, actor.head)
-    if page:
-        from worldvla.eval.report import write_page
-
-        write_page(Path(out_dir) / "index.html", f"{who['name']} on {suite}", evaluations=[Path(out_dir)])
+    actor.write_example(out)
     return record
+
+
+def _outcome(
+    out: Path, job: Job, report: Report, seconds: float, film: list[dict[str, np.ndarray]], fps: float
+) -> dict[str, Any]:
+    """Write the film and the traceback of an episode, if it has them; return its line of the journal."""
+    place = f"{job.task.index:02d}_{job.init:02d}"
+    outcome: dict[str, Any] = {"task": job.task.index, "init": job.init}
+    outcome |= {name: getattr(report, name) for name in ("status", "grasped", "steps", "reason")}
+    outcome |= {"seconds": round(seconds, 2), "simulation_seconds": round(report.simulation_s, 2)}
+    outcome |= {"policy_seconds": round(report.policy_s, 2), "video": ""}
+    if report.trace:
+        outcome["trace"] = f"errors/{place}.txt"
+        write_text(out / outcome["trace"], report.trace)
+    if film:
+        outcome["video"] = f"videos/{place}.mp4"
+        write_mp4(out / outcome["video"], views_side_by_side(film), fps)
+    return outcome
+
+
+def _record(
+    actor: Actor, protocol: Protocol, tasks: Sequence[Task], journal: Journal, workers: int
+) -> dict[str, Any]:
+    """Return the record of the journal's episodes that `protocol` asks for."""
+    chosen = {task.index for task in tasks}
+    outcomes = [o for o in journal.outcomes if o["task"] in chosen and o["init"] in protocol.states]
+    outcomes.sort(key=lambda o: (o["task"], o["init"]))
+
+    def of(task: Task) -> dict[str, Any]:
+        names = {"index": task.index, "name": task.name, "instruction": task.instruction}
+        return names | count(o for o in outcomes if o["task"] == task.index)
+
+    parts = ("simulation_seconds", "policy_seconds")
+    return {
+        "suite": protocol.suite,
+        "checkpoint": actor.identity(),
+        **count(outcomes),
+        "seed": protocol.seed,
+        "protocol": protocol.describe(actor, workers),
+        "seconds": round(journal.seconds, 1),
+        **{name: round(sum(o.get(name, 0.0) for o in outcomes), 1) for name in parts},
+        **provenance(),
+        "tasks": [of(task) for task in tasks],
+        "outcomes": [{k: v for k, v in o.items() if k != "elapsed"} for o in outcomes],
+    }
+
+
+TAKES: dict[str, set[str]] = {
+    "random": set(),
+    "expert": set(),
+    "open-loop": {"demos"},
+    "a policy server": {"execute"},
+    "a checkpoint": {"execute", "head", "device", "quantize"},
+}
+"""Who acts -> the options that are about it."""
+
+
+def open_actor(name: str, suite: str, seed: int = 0, **options: Any) -> Actor:
+    """Return the actor that `worldvla eval NAME` means: random, expert, open-loop, an address, a checkpoint.
+
+    `options`: those of TAKES, None or empty where not asked for; one that the actor would ignore raises
+    ValueError.
+    """
+    kind = name if name in TAKES else "a policy server" if "://" in name else "a checkpoint"
+    used = {option: value for option, value in options.items() if value not in (None, "")}
+    for option in sorted(used.keys() - TAKES[kind]):
+        takers = " or ".join(who for who, options in TAKES.items() if option in options)
+        fix = f"give it to `worldvla serve` as --{option}" if "://" in name else "leave it out"
+        raise ValueError(f"--{option} is for {takers}, not for {kind}: {fix}")
+    if kind == "random":
+        return RandomActor(seed)
+    if kind == "expert":
+        return ExpertActor()
+    if kind == "open-loop":
+        if "demos" not in used:
+            raise ValueError("open-loop needs --demos DIRECTORY; `worldvla collect` makes one")
+        return OpenLoopActor.from_demos(used["demos"])
+    if kind == "a policy server":
+        from worldvla.eval.remote import RemoteActor
+
+        return RemoteActor(name, suite, **used)
+    return ModelActor(name, **used)

@@ -10,7 +10,7 @@ count that no record holds.
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,52 @@ import numpy as np
 from markdown_it import MarkdownIt
 
 from worldvla.eval.compare import compare
-from worldvla.eval.page import COLORS, ORANGE, data_url, line_plots, render, world_plot
+from worldvla.eval.page import BLUE, ORANGE, QUIET, data_url, line_plots, render
 from worldvla.eval.stats import Pairs, mcnemar, paired_interval, rank_agreement, wilson
 from worldvla.files import read_json, write_json, write_text
 from worldvla.machine import provenance
+
+NAMES = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "pd_efflite0": "PD-EffLite0",
+    "lpips_alex": "LPIPS (AlexNet)",
+    "lpips_vgg": "LPIPS (VGG)",
+}
+COLORS = (BLUE, "#1f9d55", "#8e44ad", "#d64545", "#0e9aa7")
+"""Of the models, in turn."""
+KINDS = {
+    "ceiling": {"linestyle": (0, (4, 3)), "linewidth": 1.4},
+    "floor": {"linestyle": (0, (1, 2)), "linewidth": 1.8},
+    "imagined": {"linewidth": 2.4},
+    "swapped": {"linestyle": (0, (5, 1, 1, 1)), "linewidth": 1.3},
+    "still": {"linestyle": (0, (1, 1)), "linewidth": 1.3},
+}
+LEGEND = {
+    "ceiling": "ceiling: tokenizer",
+    "floor": "floor: first frame",
+    "imagined": "imagined",
+    "swapped": "actions of another clip",
+    "still": "no motion",
+}
+
+
+def world_plot(section: Mapping[str, Any]) -> bytes:
+    """Return an SVG of one horizon of an imagination record: a row a view, a column a metric."""
+    first = next(iter(next(iter(section["views"].values())).values()))
+    panels = []
+    for view, models in section["views"].items():
+        for metric in first["imagined"]:
+            lines = []
+            for (name, kinds), color in zip(models.items(), COLORS * len(models), strict=False):
+                for kind, scores in kinds.items():
+                    is_own = kind not in ("ceiling", "floor")
+                    shown = {**KINDS[kind], "color": color if is_own else {"floor": ORANGE}.get(kind, QUIET)}
+                    text = f"{name}: {LEGEND[kind]}" if is_own and len(models) > 1 else LEGEND[kind]
+                    lines.append((section["steps"], scores[metric], {**shown, "label": text}))
+            panels.append((f"{view}: {NAMES.get(metric, metric)}", "imagined steps", lines))
+    return line_plots(panels, len(first["imagined"]))
+
 
 TABLETOP = tuple(f"tabletop_{name}" for name in ("spatial", "object", "goal", "long"))
 LIBERO = ("libero_object", "libero_spatial")

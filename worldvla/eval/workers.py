@@ -148,7 +148,8 @@ def _work(connection: Connection, settings: Settings) -> None:
                 episode = None
                 if env is None or env.task != order.task:
                     if env is not None:
-                        env.close()
+                        env, old = None, env
+                        old.close()
                     env = settings.make(order.task, settings.views)
                 episode = Running(env, order, settings)
                 report = episode.start()
@@ -158,13 +159,24 @@ def _work(connection: Connection, settings: Settings) -> None:
                 report = episode.execute(order)
         except (
             Exception
-        ) as error:  # the process boundary: whatever an environment raises is a record, not the end
+        ) as error:  # the process boundary: what an environment raises is a record, not the end
             report = episode.report if episode is not None else Report("error")
-            report.status, report.reason, env = "error", _reason(error), None
-            report.trace = traceback.format_exc()
+            report.status, report.reason, report.trace = "error", _reason(error), traceback.format_exc()
+            report.trace += _close(env)
+            env = None
         report.simulation_s = earlier + time.monotonic() - started
         connection.send(report)
         report.frames.clear()
+
+
+def _close(env: Any) -> str:
+    """Close an environment that raised, which may hold gigabytes; return the traceback if that fails."""
+    try:
+        if env is not None:
+            env.close()
+    except Exception:  # the process boundary
+        return traceback.format_exc()
+    return ""
 
 
 def _reason(error: Exception) -> str:

@@ -39,7 +39,7 @@ SUITES |= {
     for name in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
     for kind in PERTURBATIONS
 }
-
+TABLETOP = tuple(name for name, suite in SUITES.items() if suite.simulator == "tabletop")
 
 INITIAL_STATES = "the stored one with the episode's index, simulator reseeded before every episode"
 """An index that counts across episodes starts elsewhere (lerobot#4152), and so does a seed set once a task

@@ -1,6 +1,6 @@
 """Policies act in the simulator and in imagination; a judge reads success off frames; ranks are compared.
 
-Run: pytest tests/test_rank.py
+Run: pytest tests/test_judge.py
 """
 
 import functools
@@ -13,7 +13,7 @@ import pytest
 
 import worldvla
 from worldvla.data.collect import collect
-from worldvla.eval import rank
+from worldvla.eval import judge
 from worldvla.eval.stats import DRAWS, agreement, rank_agreement
 from worldvla.infer.model import load
 from worldvla.infer.world import World
@@ -38,7 +38,7 @@ class Scripted:
     def keep(self, rows: np.ndarray) -> None:
         self.rows = self.rows[rows]
 
-    def step(self, actions: np.ndarray) -> rank.Seen:
+    def step(self, actions: np.ndarray) -> judge.Seen:
         assert np.array_equal(actions[:, 0], 100 * self.rows + self.t)  # what the policy meant for this step
         said, success = (
             np.array([self.t < len(w[n]) and w[n][self.t] == "x" for n in self.rows])
@@ -46,7 +46,7 @@ class Scripted:
         )
         self.t += 1
         frame = {"agentview": np.broadcast_to(self.rows[:, None, None, None], (len(self.rows), 2, 2, 3))}
-        return rank.Seen(frame, np.full((len(self.rows), 8), self.t, np.float32), said, success)
+        return judge.Seen(frame, np.full((len(self.rows), 8), self.t, np.float32), said, success)
 
 
 class Counting:
@@ -65,10 +65,10 @@ def test_episodes_end_when_both_say_so_or_at_their_own_horizon(monkeypatch: pyte
     said = ["..xx", "x.x.x.x.x", "....xx", "xx"]
     body = Scripted(said, ["...x", ".........", ".....x", ".....x"])
     first = [{"agentview": np.full((2, 2, 3), n), "state": np.zeros(8, np.float32)} for n in range(4)]
-    success, judged, films = rank.drive(Counting(), 2, body, tasks, first, films=1)  # pyright: ignore
+    success, judged = judge.drive(Counting(), 2, body, tasks, first)  # pyright: ignore
     assert judged.tolist() == [True, False, False, True]
     assert success.tolist() == [True, False, False, True]
-    assert (len(films[0]), body.t, body.rows.tolist()) == (4, 9, [1])
+    assert (body.t, body.rows.tolist()) == (9, [1])
 
 
 def test_worlds_that_are_kept_go_on_as_they_would_have(rng: np.random.Generator) -> None:
@@ -119,15 +119,14 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
     collect(SUITE, tmp_path / "demos", episodes=3, tasks=(0,), workers=1)
     monkeypatch.setattr(sim, "tasks", lambda _: tasks)
     demos = sorted((tmp_path / "demos").glob("*.hdf5"))
-    options = {"episodes": 2, "first": 10, "execute": (3, 9, 5), "judge_steps": 30, "films": 1}
-    run = functools.partial(rank.rank_policies, [MODEL], MODEL, demos, [SUITE], tmp_path / "out", **options)
+    options = {"episodes": 2, "first": 10, "execute": (3, 9, 5), "judge_steps": 30}
+    run = functools.partial(judge.rank_policies, [MODEL], MODEL, demos, [SUITE], tmp_path / "out", **options)
     record = run()
     assert [row["execute"] for row in record["policies"]] == [3, 5]  # no more than the chunk, each once
     assert all(np.shape(row["outcomes"]) == (3, 2) for row in record["policies"])
     assert sum(sum(row["outcomes"][0]) for row in record["policies"]) >= 3  # the shipped model can do this
     assert json.loads((tmp_path / "out/record.json").read_text())["judge"] == record["judge"]
-    assert all((tmp_path / "out" / name).stat().st_size for name in ("rank.png", "imagined.mp4"))
-    monkeypatch.setattr(rank, "drive", None)
+    monkeypatch.setattr(judge, "drive", None)
     assert run()["policies"] == record["policies"]
 
 
@@ -137,14 +136,14 @@ def test_the_judge_learns_what_pictures_show_of_each_task(rng: np.random.Generat
     images = np.broadcast_to(bright[:, None, None, None], (600, 16, 16, 3)).astype(np.uint8)
     states = np.repeat(bright[:, None] / 1000, 8, 1).astype(np.float32)
     success = np.where(tasks == 0, bright > 128, bright < 128)
-    pictures = rank.Pictures({"agentview": images}, states, tasks, success, np.arange(600) // 10)
-    judge, errors = rank.train_judge([Task("x", n, "a", "do it") for n in (0, 1)], pictures, 200)
+    pictures = judge.Pictures({"agentview": images}, states, tasks, success, np.arange(600) // 10)
+    net, errors = judge.train_judge([Task("x", n, "a", "do it") for n in (0, 1)], pictures, 200)
     (seen, successes), (alarms, failures) = errors["successes_seen"], errors["false_alarms"]
     assert successes + failures == 60
     assert seen > 0.9 * successes
     assert alarms < 0.1 * failures
     assert errors["position_error_mm"] < 10  # of 175
-    felt, _ = judge.read({"agentview": images[:5]}, tasks[:5])
+    felt, _ = net.read({"agentview": images[:5]}, tasks[:5])
     assert np.abs(felt - states[:5]).max() < 0.03
 
 
@@ -162,16 +161,16 @@ def test_the_judge_learns_what_pictures_show_of_each_task(rng: np.random.Generat
 def test_bad_input_is_said_before_anything_is_loaded(tmp_path: Path, options: dict, words: str) -> None:
     given = {"checkpoints": ["nowhere"], "world": "nowhere", "demos": [], "suites": [SUITE], **options}
     with pytest.raises(ValueError, match=words):
-        rank.rank_policies(out_dir=tmp_path, **given)
+        judge.rank_policies(out=tmp_path, **given)
 
 
 def test_what_the_judge_cannot_learn_is_said(tmp_path: Path) -> None:
     collect(SUITE, tmp_path / "demos", episodes=1, tasks=(0,), workers=1)
     demos, model = sorted((tmp_path / "demos").glob("*.hdf5")), load(MODEL)
     with pytest.raises(ValueError, match=f"no demonstration of {SUITE}/"):
-        rank.gather(demos, [SUITE], model, 5)
+        judge.gather(demos, [SUITE], model, 5)
     other = SimpleNamespace(view_sizes=model.view_sizes | {"wrist": (16, 16)})
     with pytest.raises(
         ValueError, match=r"view wrist is \(32, 32\), the models see \(16, 16\): collect it so"
     ):
-        rank.gather(demos, [SUITE], other, 5)  # pyright: ignore
+        judge.gather(demos, [SUITE], other, 5)  # pyright: ignore

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldvla.data.episode import read_episodes
-from worldvla.eval.inverse import Towers
+from worldvla.data.episode import Episode, read_episodes
 from worldvla.eval.record import Journal
 from worldvla.eval.stats import rank_agreement
-from worldvla.eval.video import FPS, views_side_by_side, write_mp4
 from worldvla.eval.world import reconstruct
 from worldvla.files import write_json
 from worldvla.infer.model import Model, load
@@ -32,14 +31,13 @@ from worldvla.infer.world import World
 from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
-from worldvla.sim.libero.doctor import verdict
 from worldvla.sim.protocol import NUM_ACTION_DIMS, NUM_INITS, NUM_STATE_DIMS, Task
 
 AFTER = 4
 """Pictures of each demonstration from its success on, which HDF5 files do not hold: the simulator goes on."""
 CONFIRM = 2
 """Pictures in a row that the judge must call a success."""
-STEPS, BATCH, RATE = 2_000, 64, 2e-3
+STEPS, BATCH, RATE, WIDTH = 2_000, 64, 2e-3, 24
 HELD_OUT = 0.1
 """Share of the demonstrations that the judge is not trained on: its errors are measured there."""
 
@@ -60,6 +58,30 @@ class Pictures:
     """(P,) bool: the simulator's word."""
     episodes: np.ndarray
     """(P,), which demonstration."""
+
+
+class Towers(nn.Module):
+    """Pictures of every view, (P, channels, Y, X) each -> (P, num_out)."""
+
+    def __init__(self, views: Sequence[str], channels: int, num_out: int) -> None:
+        super().__init__()
+        self.views = list(views)
+        self.towers = nn.ModuleList(self._tower(channels) for _ in self.views)
+        self.head = nn.Sequential(
+            nn.Linear(64 * WIDTH * len(self.views), 128), nn.ReLU(), nn.Linear(128, num_out)
+        )
+
+    @staticmethod
+    def _tower(channels: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for i, o in pairwise([channels, WIDTH, 2 * WIDTH, 4 * WIDTH]):
+            layers += [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
+
+    def forward(self, pictures: Mapping[str, Tensor]) -> Tensor:
+        """`pictures`: view -> float (P, channels, Y, X) in [-1, 1]."""
+        parts = [tower(pictures[v]) for v, tower in zip(self.views, self.towers, strict=True)]
+        return self.head(torch.cat(parts, 1))
 
 
 class Judge(nn.Module):
@@ -89,54 +111,60 @@ class Judge(nn.Module):
 def gather(
     paths: Sequence[Path], suites: Sequence[str], model: Model, episodes: int
 ) -> tuple[list[Task], Pictures]:
-    """Return the tasks of `suites` and the pictures of at most `episodes` demonstrations of each.
-
-    The pictures are as the image tokenizer of `model` shows them.
+    """Return the tasks of `suites` and the pictures of at most `episodes` demonstrations of each, as the
+    image tokenizer of `model` shows them; a task without one, or without a success, raises ValueError.
     """
     tasks = [task for suite in suites for task in sim.tasks(suite)]
     numbers = {(task.suite, task.name): i for i, task in enumerate(tasks)}
-    images: dict[str, list[np.ndarray]] = {view: [] for view in model.view_sizes}
-    states, of, success, which = [], [], [], []
+    parts: list[Pictures] = []
     with progress_bar() as progress:
         for path in progress.track(paths, description="demonstrations for the judge"):
             with ExitStack() as stack:
                 env: Any = None
-                for count, episode in enumerate(read_episodes(path)):
+                for episode in islice(read_episodes(path), episodes):
                     number = numbers.get((episode.suite, episode.task))
-                    if number is None or count == episodes:
+                    if number is None:
                         break
-                    sizes = {view: found.shape[1:3] for view, found in episode.images.items()}
-                    for view, size in model.view_sizes.items():
-                        if sizes.get(view) != tuple(size):
-                            raise ValueError(
-                                f"{path}: view {view} is {sizes.get(view, 'missing')}, "
-                                f"the models see {size}: collect it so"
-                            )
+                    _check_sizes(path, {v: f.shape[1:3] for v, f in episode.images.items()}, model)
                     if env is None:
-                        env = sim.make(tasks[number], model.view_sizes)
-                        stack.enter_context(closing(env))
-                    env.reset(options={"init": max(episode.init, 0)})  # fixtures are not in every state
-                    env.set_state(episode.sim_states[-1])
-                    rest = episode.actions[-1] * (np.arange(NUM_ACTION_DIMS) == NUM_ACTION_DIMS - 1)
-                    more = [env.step(action) for action in [episode.actions[-1], *[rest] * (AFTER - 1)]]
-                    for view, found in images.items():
-                        after = np.stack([step[0][view] for step in more])
-                        found.append(reconstruct(model, np.concatenate([episode.images[view], after])))
-                    states += [episode.states, np.stack([step[0]["state"] for step in more])]
-                    success += [False] * len(episode) + [step[4]["success"] for step in more]
-                    of += [number] * (len(episode) + AFTER)
-                    which += [len(states)] * (len(episode) + AFTER)
-    seen = {
-        "demonstration": set(of),
-        "success when it is replayed": set(np.array(of)[np.array(success, bool)]),
-    }
-    for what, found in seen.items():
-        if missing := sorted(set(range(len(tasks))) - found):
+                        env = stack.enter_context(closing(sim.make(tasks[number], model.view_sizes)))
+                    parts.append(_pictures(env, episode, number, len(parts), model))
+    success = {n for p in parts for n in p.tasks[p.success].tolist()}
+    for what, of in {
+        "demonstration": {n for p in parts for n in p.tasks.tolist()},
+        "success when it is replayed": success,
+    }.items():
+        if missing := sorted(set(range(len(tasks))) - of):
             where = f"{tasks[missing[0]].suite}/{tasks[missing[0]].name}"
             raise ValueError(f"no {what} of {where} for the judge: collect it anew, give --demos")
-    joined = {view: np.concatenate(parts) for view, parts in images.items()}
-    arrays = (np.concatenate(states), np.array(of), np.array(success), np.array(which))
-    return tasks, Pictures(joined, *arrays)
+    images = {v: np.concatenate([p.images[v] for p in parts]) for v in model.view_sizes}
+    names = ("states", "tasks", "success", "episodes")
+    return tasks, Pictures(images, *(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+
+
+def _check_sizes(path: Path, sizes: Mapping[str, tuple[int, ...]], model: Model) -> None:
+    for view, size in model.view_sizes.items():
+        if sizes.get(view) != tuple(size):
+            raise ValueError(
+                f"{path}: view {view} is {sizes.get(view, 'missing')}, the models see {size}: collect it so"
+            )
+
+
+def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model) -> Pictures:
+    """Return the frames of a demonstration and, after its last action, AFTER more of the simulator's."""
+    env.reset(options={"init": max(episode.init, 0)})  # fixtures are not in every state
+    env.set_state(episode.sim_states[-1])
+    rest = episode.actions[-1] * (np.arange(NUM_ACTION_DIMS) == NUM_ACTION_DIMS - 1)
+    more = [env.step(action) for action in [episode.actions[-1], *[rest] * (AFTER - 1)]]
+    frames = {v: np.concatenate([episode.images[v], [m[0][v] for m in more]]) for v in model.view_sizes}
+    length = len(episode) + AFTER
+    return Pictures(
+        {view: reconstruct(model, images) for view, images in frames.items()},
+        np.concatenate([episode.states, [step[0]["state"] for step in more]]),
+        np.full(length, task),
+        np.array([False] * len(episode) + [bool(step[4]["success"]) for step in more]),
+        np.full(length, number),
+    )
 
 
 def train_judge(
@@ -239,10 +267,9 @@ def drive(
     body: Simulated | Imagined,
     tasks: Sequence[Task],
     first: Sequence[Mapping[str, Any]],
-    films: int = 0,
-) -> tuple[np.ndarray, np.ndarray, list[list[Frame]]]:
-    """Return whether each of N episodes succeeded by the simulator's word and by the judge's, (N,) bool each,
-    and the frames of the first `films`. An episode ends when both say so, or at its suite's horizon.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return whether each of N episodes succeeded by the simulator's word and by the judge's, (N,) bool each.
+    An episode ends when both say so, or at its suite's horizon.
 
     `tasks` (N), and what each is seen to be at `first` (N).
     """
@@ -251,7 +278,6 @@ def drive(
     frame, states = {v: np.stack([o[v] for o in first]) for v in views}, np.stack([o["state"] for o in first])
     alive, chunks = np.arange(len(tasks)), np.empty(0)
     streak, success, judged = (np.zeros(len(tasks), dtype=t) for t in (int, bool, bool))
-    filmed: list[list[Frame]] = [[] for _ in range(films)]
     for t in range(int(horizons.max())):
         if t % execute == 0 or (t >= horizons[alive]).any():
             going = ~(success & judged)[alive] & (t < horizons[alive])
@@ -270,10 +296,7 @@ def drive(
         streak[alive] = np.where(now.said, streak[alive] + 1, 0)
         judged[alive] |= streak[alive] >= CONFIRM
         success[alive] |= now.success
-        for i, n in enumerate(alive.tolist()):
-            if n < films:
-                filmed[n].append({v: frame[v][i] for v in views})
-    return success, judged, filmed
+    return success, judged
 
 
 def rank_policies(
@@ -281,22 +304,86 @@ def rank_policies(
     world: Path | str,
     demos: Sequence[Path],
     suites: Sequence[str],
-    out_dir: Path,
+    out: Path,
     *,
     episodes: int = 2,
     first: int = 0,
     execute: Sequence[int] = (),
     judged: int = 30,
     judge_steps: int = STEPS,
-    films: int = 4,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Let every checkpoint act in the simulator and in `world`; write record.json, rank.png and imagined.mp4.
+    """Let every checkpoint act in the simulator and in `world`; write record.json; return the record.
 
-    `episodes` of each task from initial state `first` on, side by side; `execute`: actions of a chunk before
-    the next look, several: each a policy of its own, none: all; `judged`: demonstrations of each task for the
-    judge. The same call again goes on where it stopped: policies that are done stand in policies.jsonl.
+    `episodes` of each task from initial state `first` on, side by side; `execute`: replan intervals, several:
+    each a policy of its own, none: the whole chunk; `judged`: demonstrations of each task for the judge. The
+    same call again goes on where it stopped: policies that are done stand in policies.jsonl.
     """
+    _check_arguments(checkpoints, suites, episodes, first, execute)
+    model, policies = load(world), []
+    for policy in map(load, checkpoints):
+        _check(policy, model)
+        chunk = policy.config.layout.chunk
+        policies += [(policy, n) for n in dict.fromkeys(min(n, chunk) for n in execute or [chunk])]
+    tasks, pictures = gather(demos, suites, model, judged)
+    judge, errors = train_judge(tasks, pictures, judge_steps, seed)
+    protocol: dict[str, Any] = {"episodes": episodes, "first": first, "confirm": CONFIRM, "seed": seed}
+    protocol["horizons"] = {suite: sim.suite(suite).horizon for suite in suites}
+    identity = {
+        "world": model.identity(),
+        "suites": list(suites),
+        "protocol": protocol,
+        "judge": {"demonstrations": judged, "steps": judge_steps},
+    }
+    numbers = np.repeat(np.arange(len(tasks)), episodes)
+    with ExitStack() as stack:
+        envs = [stack.enter_context(closing(sim.make(tasks[n], model.view_sizes))) for n in numbers]
+        journal = stack.enter_context(Journal(out / "policies.jsonl", identity))
+        bar = stack.enter_context(progress_bar())
+        for policy, n in bar.track(policies, description="policies"):
+            row = {"name": policy.config.name, "seed": policy.config.train.seed, "execute": n}
+            row = json.loads(json.dumps(row | {"checkpoint": policy.identity(), "status": "done"}))
+            if not any({key: done[key] for key in row} == row for done in journal.outcomes):
+                inits = [first + i for _ in tasks for i in range(episodes)]
+                journal.add(row | {"outcomes": _act_twice(policy, n, judge, model, envs, numbers, inits)})
+        rows = [{k: v for k, v in row.items() if k != "elapsed"} for row in journal.outcomes]
+    record = {
+        **identity,
+        "judge": {**identity["judge"], **errors},
+        "columns": "of each initial state: the simulator's word, the judge's there, the judge's imagined",
+        "policies": rows,
+        **rank_agreement(rows),
+        **provenance(),
+    }
+    write_json(out / "record.json", record)
+    return record
+
+
+def _act_twice(
+    policy: Model,
+    execute: int,
+    judge: Judge,
+    world: Model,
+    envs: Sequence[Any],
+    numbers: np.ndarray,
+    inits: Sequence[int],
+) -> list[list[int]]:
+    """Return success of each episode (N): the simulator's word, the judge's there, the judge's imagined."""
+    start = [env.reset(options={"init": init})[0] for env, init in zip(envs, inits, strict=True)]
+    tasks, act = [judge.tasks[n] for n in numbers], Policy(policy)
+    frames = {view: np.stack([o[view] for o in start]) for view in world.view_sizes}
+    real, control = drive(act, execute, Simulated(judge, world, envs, numbers), tasks, start)
+    _, imagined = drive(act, execute, Imagined(judge, World(world), frames, numbers), tasks, start)
+    return np.array([real, control, imagined], dtype=int).tolist()
+
+
+def _check_arguments(
+    checkpoints: Sequence[Path | str],
+    suites: Sequence[str],
+    episodes: int,
+    first: int,
+    execute: Sequence[int],
+) -> None:
     if not checkpoints or len(set(map(str, checkpoints))) < len(checkpoints):
         raise ValueError(f"give every policy once, and at least one, got {[str(c) for c in checkpoints]}")
     if not suites or len(set(suites)) < len(suites) or any(n < 1 for n in execute):
@@ -305,61 +392,6 @@ def rank_policies(
         raise ValueError(
             f"initial states 0..{NUM_INITS - 1} are for evaluation: got {episodes} from {first} on"
         )
-    model, policies = load(world), []
-    for policy in map(load, checkpoints):
-        _check(policy, model)
-        chunk = policy.config.layout.chunk
-        policies += [(policy, n) for n in dict.fromkeys(min(n, chunk) for n in execute or [chunk])]
-    tasks, seen = gather(demos, suites, model, judged)
-    judge, errors = train_judge(tasks, seen, judge_steps, seed)
-    numbers = np.repeat(np.arange(len(tasks)), episodes)
-    listed = [tasks[n] for n in numbers]
-    inits = [first + i for _ in tasks for i in range(episodes)]
-    identity = {
-        "world": model.identity(),
-        "suites": list(suites),
-        "protocol": {
-            "episodes": episodes,
-            "first": first,
-            "horizons": {suite: sim.suite(suite).horizon for suite in suites},
-            "confirm": CONFIRM,
-            "seed": seed,
-        },
-        "judge": {"demonstrations": judged, "steps": judge_steps},
-    }
-    with ExitStack() as stack:
-        envs: list[Any] = [stack.enter_context(closing(sim.make(task, model.view_sizes))) for task in listed]
-        journal = stack.enter_context(Journal(out_dir / "policies.jsonl", identity))
-        progress = stack.enter_context(progress_bar())
-        imagination = World(model)
-        for policy, n in progress.track(policies, description="policies"):
-            row = {"name": policy.config.name, "seed": policy.config.train.seed, "execute": n}
-            row |= {"checkpoint": policy.identity(), "status": "done"}
-            row = json.loads(json.dumps(row))
-            if any({key: done[key] for key in row} == row for done in journal.outcomes):
-                continue
-            start = [env.reset(options={"init": i})[0] for env, i in zip(envs, inits, strict=True)]
-            act, frames = Policy(policy), {v: np.stack([o[v] for o in start]) for v in model.view_sizes}
-            real, control, _ = drive(act, n, Simulated(judge, model, envs, numbers), listed, start)
-            body = Imagined(judge, imagination, frames, numbers)
-            _, imagined, filmed = drive(act, n, body, listed, start, 0 if journal.outcomes else films)
-            if filmed:
-                pictures = [picture for film in filmed for picture in views_side_by_side(film)]
-                write_mp4(out_dir / "imagined.mp4", pictures, FPS[sim.suite(suites[0]).simulator])
-            journal.add(row | {"outcomes": np.array([real, control, imagined], dtype=int).tolist()})
-        rows = journal.outcomes
-    record = {
-        **identity,
-        "judge": {**identity["judge"], **errors},
-        "columns": "of each initial state: the simulator's word, the judge's there, the judge's imagined",
-        "policies": rows,
-        **rank_agreement(rows),
-        **provenance(),
-        "doctor": verdict(),
-    }
-    write_json(out_dir / "record.json", record)
-    _draw(rows, out_dir / "rank.png")
-    return record
 
 
 def _check(policy: Model, world: Model) -> None:
@@ -371,19 +403,3 @@ def _check(policy: Model, world: Model) -> None:
         raise ValueError(
             f"{policy.path} sees {policy.view_sizes}, the world shows {world.view_sizes}: take another world"
         )
-
-
-def _draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw one point a policy: its success rate in the simulator and in imagination."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((4.5, 4.2), layout="constrained")
-    axes = figure.subplots()
-    rates = np.array([row["outcomes"] for row in rows]).mean(2).T
-    axes.plot([0, 1], [0, 1], color="0.8", linewidth=1, zorder=0)
-    axes.scatter(rates[0], rates[1], marker="x", color="0.6", label="the judge on the simulator's frames")
-    axes.scatter(rates[0], rates[2], label="imagined")
-    axes.set(xlabel="success in the simulator", ylabel="success by the judge", xlim=(0, 1.02), ylim=(0, 1.02))
-    axes.legend(frameon=False, loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
