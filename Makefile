@@ -1,4 +1,4 @@
-# make demo | test | check | bench | golden. The first call creates .venv and installs into it.
+# make demo | test | check | docs | pictures | bench | golden. The first call creates .venv and installs into it.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # PIP_ARGS adds to the install, e.g. make test PIP_ARGS="--find-links /path/to/wheels"; pip's own configuration applies too.
 PIP_ARGS ?=
 
-.PHONY: demo test check bench golden format
+.PHONY: demo test check docs pictures bench golden format
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -15,10 +15,17 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-check: $(STAMP)
+check: $(STAMP) docs
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pyright
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "docs: open out/site/index.html"
+
+pictures: $(STAMP)
+	$(BIN)/python docs/pictures.py
 
 bench: $(STAMP)
 	$(BIN)/python -m paper.bench

@@ -70,8 +70,12 @@ def make(
 ) -> "gym.Env[Any, Any]":
     """Return an environment of a task, or of the task `index` of a suite: `make("tabletop_goal", 3)`.
 
-    `views` maps a view to its (rows, columns) in pixels: those of a model are `model.view_sizes`.
+    Its observations hold the task's instruction, too, as a policy wants them. `views` maps a view to its
+    (rows, columns) in pixels: those of a model are `model.view_sizes`. `reset(options={"init": i})` starts from
+    the i-th of fifty fixed initial states.
     """
+    import gymnasium as gym
+
     from worldvla.sim import suites
 
     if isinstance(task, str):
@@ -81,4 +85,7 @@ def make(
                 f"{task} has {len(tasks)} tasks, got index {index}: expected 0..{len(tasks) - 1}"
             )
         task = tasks[index]
-    return suites.make(task, views, fast_render)
+    env, text = suites.make(task, views, fast_render), task.instruction
+    parts = {**env.observation_space, "instruction": gym.spaces.Text(len(text), charset=frozenset(text))}
+    space = gym.spaces.Dict(parts)
+    return gym.wrappers.TransformObservation(env, lambda seen: {**seen, "instruction": text}, space)

@@ -1,0 +1,119 @@
+"""What README.md and docs/ promise: commands exist with their options, links and files resolve, the snippet runs
+from an installed wheel, and the tree names what is on the disk. `make check` builds the site.
+
+Run: pytest tests/test_docs.py
+"""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from worldvla.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TAKE_RECIPE = ("train", "config", "show-sample")
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the words of every `worldvla ...` command in the text's code blocks, comments left out."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [re.search(r"(?:^|/|-m )worldvla ([^#]*)", line) for line in lines]
+    return [match[1].split() for match in found if match]
+
+
+@cache
+def help_of(*words: str) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        assert main([*words, "--help"]) == 0
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if commands(p.read_text())], ids=name)
+def test_commands_have_their_verbs_recipes_and_options(path: Path) -> None:
+    for verb, *rest in commands(path.read_text()):
+        assert re.search(rf"^  {verb} ", help_of(), re.MULTILINE), f"{name(path)}: no verb {verb}"
+        words = [verb, rest[0]] if verb in TAKE_RECIPE and rest and rest[0].islower() else [verb]
+        for option in [word for word in rest if word.startswith("--")]:
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", help_of(*words)), (
+                f"{name(path)}: {verb} has no {option}"
+            )
+
+
+def test_links_of_the_readme_resolve() -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / link).exists(), f"README.md names {link}, which does not exist"
+
+
+def test_pages_that_the_sources_name_exist() -> None:
+    sources = [
+        *(ROOT / "worldvla").rglob("*.py"),
+        *(ROOT / "paper").rglob("*.py"),
+        *(ROOT / "tests").glob("*.py"),
+    ]
+    for path in [*sources, ROOT / "CHANGELOG.md", ROOT / "Makefile"]:
+        for page in re.findall(r"\b(?:docs|paper)/[\w/]+\.(?:md|svg|gif|py)\b", path.read_text()):
+            assert (ROOT / page).exists(), f"{name(path)} names {page}, which does not exist"
+
+
+def test_the_tree_of_the_readme_is_the_disk() -> None:
+    """Every file and folder at the package's top is named; what is named below it exists."""
+    lines = re.search(r"```\nworldvla/\n(.*?)^\S", README, re.DOTALL | re.MULTILINE)
+    assert lines, "README.md has no tree that starts with 'worldvla/'"
+    top, folder = set(), ""
+    for line in lines[1].splitlines():
+        words = re.findall(r"[\w/]+(?:\.py|/)(?= |$)", line.strip().split("   ")[0])
+        if line.startswith("    "):
+            assert all((ROOT / "worldvla" / folder / word).exists() for word in words), line
+        else:
+            top |= set(words)
+            folder = words[0]
+    disk = {p.name for p in (ROOT / "worldvla").glob("*.py")} - {"__main__.py"}
+    disk |= {f"{p.parent.name}/" for p in (ROOT / "worldvla").glob("*/*.py")}
+    assert top == disk, f"README lacks {sorted(disk - top)}; README invents {sorted(top - disk)}"
+
+
+def test_the_readme_fits_a_screen_wide_and_a_minute_long() -> None:
+    assert len(README.splitlines()) < 120
+    assert max(map(len, README.splitlines())) <= 100
+
+
+@pytest.mark.slow
+def test_the_snippet_of_the_readme_runs_from_the_wheel(tmp_path: Path) -> None:
+    """In an empty folder, with nothing of the checkout in reach."""
+    source, site, empty = tmp_path / "source", tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    shutil.copytree(ROOT / "worldvla", source / "worldvla", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", site, source], check=True, capture_output=True)
+    code = README.split("```python\n")[1].split("```")[0]
+    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nprint(worldvla.__file__)"],
+        cwd=empty,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    outcome, file = done.stdout.splitlines()
+    assert outcome == "success (64, 64, 3)"
+    assert Path(file).is_relative_to(site)
