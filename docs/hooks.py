@@ -1,7 +1,7 @@
 """MkDocs hooks: fill the marked places of the pages from the README, the command line and the sources.
 
-<!-- results -->   the table of results in README.md          <!-- commands -->  `worldvla VERB --help` of every verb
-<!-- snippet -->   the Python snippet of README.md            <!-- tree -->      the files of the package
+<!-- results -->   the table of results in README.md     <!-- commands -->  the help of every verb
+<!-- snippet -->   the Python snippet of README.md       <!-- tree -->      the files of the package
 The pages of paper/*.md are added to the site; links out of it become plain text.
 """
 

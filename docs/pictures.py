@@ -157,7 +157,7 @@ def draw_masks() -> Figure:
 
 
 def draw_decoding() -> Figure:
-    """When each of the 3 x 7 dims of a chunk is decoded: one after the other, and a dim of all actions a pass."""
+    """When each of the 3 x 7 dims of a chunk is decoded: one by one, and one dim of all actions a pass."""
     actions, dims = 3, 7
     orders = {
         f"sequential: {actions * (dims + 2) + 1} passes": np.arange(actions * dims).reshape(actions, dims)
@@ -182,7 +182,7 @@ def draw_decoding() -> Figure:
 
 EPISODES = (("tabletop_spatial", 0), ("tabletop_object", 0), ("tabletop_goal", 3))
 INIT, REPLAN, SIDE, FPS = 10, 3, 264, 8
-"""Initial state (not one that training data starts from), actions between two queries, pixels, frames a second."""
+"""Initial state (no training data starts from it), replan interval, pixels, frames a second."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def write_gif(path: Path, pictures: Sequence[Image.Image]) -> None:
 
 
 def filmstrip(clip: Clip, columns: int = 7, side: int = 150) -> Image.Image:
-    """Return the simulator's frames above the imagined ones, at `columns` steps from the first to the last."""
+    """Return the simulator's frames above the imagined ones, at `columns` steps of the episode."""
     steps = np.linspace(0, len(clip.frames[0]) - 1, columns).round().astype(int)
     left, top = 96, 22
     picture = Image.new("RGB", (left + columns * (side + 4), top + 2 * (side + 4)), PAPER)

@@ -1,5 +1,5 @@
-"""What README.md and docs/ promise: commands exist with their options, links and files resolve, the snippet runs
-from an installed wheel, and the tree names what is on the disk. `make check` builds the site.
+"""What README.md and docs/ promise: commands have their options, links resolve, the snippet runs from a
+wheel, and the tree names what is on the disk. `make check` builds the site.
 
 Run: pytest tests/test_docs.py
 """
