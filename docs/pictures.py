@@ -193,7 +193,7 @@ class Clip:
     frames: tuple[list[np.ndarray], list[np.ndarray]]
 
 
-def record(model: "worldvla.Model", suite: str, task: int) -> Clip:
+def record(model: "worldvla.WorldVLA", suite: str, task: int) -> Clip:
     """Roll the policy out; the world model sees the first frame and the actions, and nothing else."""
     env, policy, dream = worldvla.make(suite, task), model.policy(), model.world()
     observation, _ = env.reset(options={"init": INIT})
