@@ -77,6 +77,10 @@ def test_fast_render_is_refused_where_it_means_nothing():
 
 def test_an_environment_is_one_call_away() -> None:
     env: Any = worldvla.make("tabletop_goal", 3, views={})
-    assert env.task == sim.tasks("tabletop_goal")[3] == worldvla.make(env.task, views={}).task
+    task: Any = env.unwrapped.task
+    assert task == sim.tasks("tabletop_goal")[3]
+    observation, _ = worldvla.make(task, views={}).reset()
+    assert observation["instruction"] == task.instruction
+    assert env.observation_space.contains(env.reset()[0])
     with pytest.raises(ValueError, match=r"tabletop_goal has 10 tasks, got index 10: expected 0\.\.9"):
         worldvla.make("tabletop_goal", 10)

@@ -71,8 +71,8 @@ def make(
     """Return an environment of a task, or of the task `index` of a suite: `make("tabletop_goal", 3)`.
 
     Its observations hold the task's instruction, too, as a policy wants them. `views` maps a view to its
-    (rows, columns) in pixels: those of a model are `model.view_sizes`. `reset(options={"init": i})` starts from
-    the i-th of fifty fixed initial states.
+    (rows, columns) in pixels: those of a model are `model.view_sizes`. `reset(options={"init": i})` starts
+    from the i-th of fifty fixed initial states.
     """
     import gymnasium as gym
 
