@@ -104,7 +104,7 @@ def test_the_snippet_of_the_readme_runs_from_the_wheel(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", site, source], check=True, capture_output=True)
     code = README.split("```python\n")[1].split("```")[0]
-    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nprint(worldvla.__file__)"],
         cwd=empty,
