@@ -45,6 +45,29 @@ def test_extremes_have_the_published_ids():
     np.testing.assert_allclose(gripper, [-0.99608, 0.99608], atol=1e-5)
 
 
+def test_an_action_on_the_edge_of_a_bin_has_the_published_code_in_float32_too():
+    """Multiples of 1/40 of a range of 3/8 are where decimal numbers meet the edges of bins."""
+    action = np.zeros(7)
+    action[4] = -0.225
+    for dtype in (np.float64, np.float32):
+        assert WORLDVLA.encode_actions(action.astype(dtype))[4] == 50
+    grid = np.round(np.linspace(-1, 1, 80_001), 6)[:, None] * np.ones(7)
+    for statistics in (WORLDVLA, RYNNVLA):
+        low, high = np.array(statistics.action_low), np.array(statistics.action_high)
+        published = np.digitize(np.clip(2 * (grid - low) / (high - low + 1e-8) - 1, -1, 1), EDGES) - 1
+        for dtype in (np.float64, np.float32):
+            assert (statistics.encode_actions(grid.astype(dtype)) == published).all()
+
+
+def test_our_own_ranges_bin_float32_as_it_is():
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (4000, 7)).astype(np.float32)
+    statistics = compute_statistics(actions, actions[:, :1], "minmax")
+    codes = quantize(normalize(actions, statistics.action_low, statistics.action_high))
+    assert (statistics.encode_actions(actions) == codes).all()
+    assert codes.max() == 254  # a maximum that left its own range would have code 255
+
+
 def test_every_centre_is_a_fixed_point():
     codes = np.arange(255)
     assert (quantize(CENTRES) == codes).all()

@@ -4,6 +4,7 @@ Run: pytest tests/test_image.py
 """
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from token_stubs import random_episode
 
-from worldvla.config import ImageTokenizerConfig
+from worldvla.config import ImageTokenizerConfig, TokenizerTraining
 from worldvla.data.episode import write_episodes
 from worldvla.tokenizers.image import (
     Encoder,
@@ -22,12 +23,12 @@ from worldvla.tokenizers.image import (
     to_images,
     to_pixels,
 )
-from worldvla.train.tokenizer import (
+from worldvla.train import image_tokenizer
+from worldvla.train.image_tokenizer import (
     TABLETOP,
-    CodebookTrainer,
     Frames,
+    TokenizerTrainer,
     foreground,
-    lineage,
     load_frames,
     train_tokenizer,
 )
@@ -37,6 +38,7 @@ TINY = ImageTokenizerConfig(
 )
 TINY_FSQ = replace(TINY, quantizer="fsq", fsq_levels=(4, 4, 2, 2))
 CELL = replace(TINY_FSQ, encoder="cell")
+TRAINING = TokenizerTraining(steps=40, batch_size=8, num_threads=1, dtype="float32")
 
 
 def discs(count: int, side: int, seed: int = 0) -> torch.Tensor:
@@ -118,7 +120,7 @@ def test_vq_finds_the_nearest_vector_and_passes_the_gradient_through():
 @pytest.mark.parametrize("levels", [(4, 4, 2, 2), (8, 8, 8, 8), (5, 3, 2)])
 def test_every_fsq_code_is_its_own_vector(levels):
     quantizer = FiniteScalarQuantizer(levels)
-    book = quantizer.codebook()
+    book = quantizer.vectors(torch.arange(math.prod(levels)))
     sizes = torch.tensor(levels)
     half, offset = (sizes - 1) * 1.001 / 2, torch.where(sizes % 2 == 0, 0.5, 0.0)
     z = torch.atanh((book * (sizes // 2) + offset) / half) - torch.atanh(offset / half)
@@ -195,59 +197,95 @@ def test_small_things_weigh_more_than_the_table():
     assert foreground(pixels, frames.background).max() <= 1.0
 
 
-def test_codebook_finds_clusters_and_revives_dead_codes():
-    centres = torch.randn(8, 4) * 10
-    z = centres[torch.randint(8, (512,))] + 0.01 * torch.randn(512, 4)
-    quantizer = VectorQuantizer(16, 4)
-    book = CodebookTrainer(quantizer, seed=0)
-    book.start(z)
-    assert torch.cdist(centres, quantizer.codebook()).min(dim=1).values.max() < 0.1
-    with torch.no_grad():
-        quantizer.embedding.weight[:8] = 1000.0
-        book.total[:8] = 1000.0 * book.count[:8, None]
-    for _ in range(102):
-        book.update(z, quantizer.codes(z), revive=True)
-    assert quantizer.codebook().abs().max() < 100
-
-
-@pytest.mark.parametrize("config", [TINY, TINY_FSQ, CELL], ids=["vq", "fsq", "cell"])
-def test_training_learns_and_repeats(config, tmp_path):
-    record = train_tokenizer(
-        views(), config, tmp_path / "a", steps=40, batch_size=8, num_threads=1, dtype="float32"
-    )
+@pytest.mark.parametrize("config", [TINY_FSQ, CELL], ids=["fsq", "cell"])
+def test_training_learns_and_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
+    record = train_tokenizer(views(), config, tmp_path / "a", TRAINING)
     rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 40
+    assert rows[-1]["step"] == record["num_steps"] == 40
     assert record["views"]["agentview"]["psnr"] > 14
     assert {"psnr_foreground", "used", "perplexity"} <= record["views"]["wrist"].keys()
     assert record["digest"] == ImageTokenizer.load(tmp_path / "a").digest()
-    assert {"agentview.png", "wrist.png", "index.html", "report.json"} <= {
-        p.name for p in (tmp_path / "a/report").iterdir()
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        *("config.json", "model.safetensors", "metrics.jsonl", "report")
     }
-    again = train_tokenizer(
-        views(), config, tmp_path / "b", steps=40, batch_size=8, num_threads=1, dtype="float32"
-    )
+    pictures = {"agentview.png", "wrist.png", "index.html", "report.json"}
+    assert pictures <= {p.name for p in (tmp_path / "a/report").iterdir()}
+
+    monkeypatch.setattr(image_tokenizer, "METRIC_STEPS", 10)
+    monkeypatch.setattr(image_tokenizer, "SAVE_SECONDS", 0.0)
+    step = TokenizerTrainer.step
+
+    def killed(self, rate):
+        if self.num_steps == 27:
+            raise RuntimeError("killed")
+        return step(self, rate)
+
+    monkeypatch.setattr(TokenizerTrainer, "step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_tokenizer(views(), config, tmp_path / "b", TRAINING)
+    monkeypatch.setattr(TokenizerTrainer, "step", step)
+    with pytest.raises(ValueError, match=r"of another run \(other train\).*choose another directory"):
+        train_tokenizer(views(), config, tmp_path / "b", replace(TRAINING, seed=1))
+    torch.manual_seed(99)
+    again = train_tokenizer(views(), config, tmp_path / "b", TRAINING)
     assert again["digest"] == record["digest"]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "b/metrics.jsonl").read_text().splitlines()]
+    assert steps == [10, 20, 30, 40]
+
+
+def test_a_finished_tokenizer_stays_as_it_is(tmp_path, monkeypatch):
+    record = train_tokenizer(views(), CELL, tmp_path, replace(TRAINING, steps=1))
+    monkeypatch.setattr(TokenizerTrainer, "step", lambda *_: pytest.fail("trained again"))
+    assert train_tokenizer(views(), CELL, tmp_path, replace(TRAINING, steps=1)) == json.loads(
+        json.dumps(record)
+    )
+    with pytest.raises(ValueError, match=r"of another run \(other train\).*choose another directory"):
+        train_tokenizer(views(), CELL, tmp_path, replace(TRAINING, steps=2))
+    with pytest.raises(ValueError, match=r"of another run \(other frames\)"):
+        train_tokenizer(views(32), CELL, tmp_path, replace(TRAINING, steps=1))
 
 
 def test_one_trained_on_keeps_its_codes_and_says_from_which(tmp_path):
-    train = partial(train_tokenizer, views(), CELL, batch_size=8, num_threads=1, dtype="float32")
-    train(tmp_path / "first", steps=60)
-    train(tmp_path / "other", steps=60, seed=1)
-    train(tmp_path / "on", steps=10, seed=2, learning_rate=2e-4, init_from=tmp_path / "first")
-    train(tmp_path / "further", steps=1, learning_rate=2e-4, init_from=tmp_path / "on")
-    first, other, on = (ImageTokenizer.load(tmp_path / name) for name in ("first", "other", "on"))
-    pixels = to_pixels(views()[0].val)
-    mine, away, near = (t.latents(pixels) for t in (first, other, on))  # codes sit on edges and flip
+    first, other, on, further = (tmp_path / name for name in ("first", "other", "on", "further"))
+    train = partial(train_tokenizer, views(), CELL)
+    gentle = replace(TRAINING, steps=10, seed=2, learning_rate=2e-4)
+    train(first, replace(TRAINING, steps=60))
+    train(other, replace(TRAINING, steps=60, seed=1))
+    train(on, gentle, first)
+    train(further, replace(gentle, steps=1), on)
+    tokenizers = [ImageTokenizer.load(path) for path in (first, other, on)]
+    mine, away, near = (t.latents(to_pixels(views()[0].val)) for t in tokenizers)  # codes sit on edges, flip
     assert 0 < 20 * (mine - near).abs().mean() < (mine - away).abs().mean()
-    assert lineage(tmp_path / "first") == []
-    assert lineage(tmp_path / "further") == [on.digest(), first.digest()]
+    assert tokenizers[0].ancestors == ()
+    ancestors = (tokenizers[2].digest(), tokenizers[0].digest())
+    assert ImageTokenizer.load(further).ancestors == ancestors
+    (further / "ancestors.json").unlink()  # an earlier version wrote the report alone
+    assert ImageTokenizer.load(further).ancestors == ancestors
     with pytest.raises(ValueError, match=r"init_from: .* has the config .*, asked for .*: give its own"):
-        train_tokenizer(views(), TINY, tmp_path / "x", steps=1, init_from=tmp_path / "first")
+        train_tokenizer(views(), TINY_FSQ, tmp_path / "x", TRAINING, first)
 
 
-def test_budget_is_minutes_or_steps(tmp_path):
-    with pytest.raises(ValueError, match="either minutes or steps"):
-        train_tokenizer(views(), TINY, tmp_path)
+def test_only_fsq_is_trained_within_a_budget(tmp_path):
+    with pytest.raises(ValueError, match="'vq' is only loaded, not trained: set quantizer 'fsq'"):
+        train_tokenizer(views(), TINY, tmp_path, TRAINING)
+    with pytest.raises(
+        ValueError, match=r"tokenizer_training\.steps must be a whole number from 0 .* got -5"
+    ):
+        TokenizerTraining(steps=-5)
+
+
+def test_published_tokenizers_read_grey_levels_as_the_published_code_computes_them():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    published = torch.from_numpy(images.numpy() / 255.0 * 2 - 1).permute(0, 3, 1, 2).float()
+    for config, num_differing in ((TINY, 0), (TINY_FSQ, 128)):  # our own keep the rule of their training
+        tokenizer, pixels = ImageTokenizer(config), list[torch.Tensor]()
+        tokenizer.encoder.register_forward_pre_hook(lambda _, args, seen=pixels: seen.append(args[0]))
+        tokenizer.encode(images)
+        assert (
+            len(images[pixels[0].permute(0, 2, 3, 1) != published.permute(0, 2, 3, 1)].unique())
+            == num_differing
+        )
+        assert tokenizer.grey_levels == ("float32" if num_differing else "float64")
 
 
 def test_frames_are_read_with_the_last_episode_held_out(tmp_path):

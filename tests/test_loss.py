@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, KIND_PROMPT, Batch
 from worldvla.config import LossConfig
 from worldvla.train import loss as loss_module
-from worldvla.train.loss import HeadLoss, Loss, Targets, reference_loss, smoothing_matrix
+from worldvla.train.loss import Loss, Smooth, Targets, head_loss, smoothing_matrix
 from worldvla.vocab import chameleon, compact
 
 VOCAB = compact(num_image_codes=8, num_text=6)
@@ -124,30 +125,55 @@ def test_only_action_dims_are_smoothed() -> None:
     assert float(smooth_P[0]) == pytest.approx(float(-(weight_C / weight_C.sum() * logp_V).sum()), rel=1e-5)
 
 
+def plain_loss(
+    logits_PV: Tensor, ids_P: Tensor, weight_P: Tensor, z_weight: float, smooth: Smooth | None
+) -> tuple[Tensor, Tensor]:
+    """Return what `head_loss` does, by autograd over all logits."""
+    target_PV = F.one_hot(ids_P, logits_PV.shape[1]).float()
+    if smooth is not None:
+        is_smooth_P = (ids_P >= smooth.start) & (ids_P < smooth.columns.stop)
+        target_PV[is_smooth_P] = 0.0
+        target_PV[is_smooth_P, smooth.columns] = smooth.matrix_CC[ids_P[is_smooth_P] - smooth.start]
+    lse_P = logits_PV.logsumexp(-1)
+    cross_entropy_P = lse_P - (logits_PV * target_PV).sum(-1)
+    return (weight_P * cross_entropy_P).sum() + z_weight * lse_P.square().sum(), cross_entropy_P.detach()
+
+
 @pytest.mark.parametrize("std", [0.0, 1.5])
 def test_chunked_loss_equals_the_plain_one(std: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        loss_module.CHUNK_ELEMENTS, "cpu", 3 * VOCAB.size
-    )  # 3 rows at a time, the last chunk shorter
+    rows_at_a_time = 3  # the last chunk is shorter
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", rows_at_a_time * VOCAB.size)
     ids_P = torch.cat([torch.randint(0, VOCAB.size, (5,)), torch.randint(ACTION, VOCAB.action.stop, (5,))])
-    weight_P, action = torch.rand(10), VOCAB.action if std else None
-    smooth_CC = smoothing_matrix(len(VOCAB.action), std)
+    weight_P, smooth_CC = torch.rand(10), smoothing_matrix(len(VOCAB.action), std)
+    smooth = None if smooth_CC is None else Smooth(VOCAB.action.start, smooth_CC)
     results = []
-    for chunked in (False, True):
+    for is_chunked in (False, True):
         torch.manual_seed(1)
         x_PD, head_VD = torch.randn(10, 6, requires_grad=True), torch.randn(VOCAB.size, 6, requires_grad=True)
-        if chunked:
-            value, each_P = HeadLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
-                x_PD, head_VD, ids_P, weight_P, 0.01, action, smooth_CC
-            )
+        if is_chunked:
+            value, each_P = head_loss(x_PD, head_VD, ids_P, weight_P, 0.01, smooth)
         else:
-            value, each_P = reference_loss(x_PD @ head_VD.T, ids_P, weight_P, 0.01, action, smooth_CC)
+            value, each_P = plain_loss(x_PD @ head_VD.T, ids_P, weight_P, 0.01, smooth)
         (3 * value).backward()
         assert isinstance(x_PD.grad, Tensor)
         assert isinstance(head_VD.grad, Tensor)
         results.append((value.detach(), each_P, x_PD.grad, head_VD.grad))
     for plain, fused in zip(*results, strict=True):
         assert torch.allclose(plain, fused, rtol=1e-4, atol=1e-5)
+
+
+def test_validation_computes_no_gradients() -> None:
+    """Without gradients one product of matrices is left of three, and the value is the same bit for bit."""
+    x_PD, head_VD = torch.randn(10, 6), torch.randn(VOCAB.size, 6, requires_grad=True)
+    arguments = x_PD, head_VD, torch.randint(0, VOCAB.size, (10,)), torch.rand(10), 0.01
+    products, values = [], []
+    for is_training in (True, False):
+        with torch.set_grad_enabled(is_training), FlopCounterMode(display=False) as counter:
+            value, each_P = head_loss(*arguments)
+        products.append(counter.get_total_flops() / (2 * 10 * 6 * VOCAB.size))
+        values.append((float(value.detach()), each_P.tolist()))
+    assert products == [3, 1]
+    assert values[0] == values[1]
 
 
 def test_micro_batches_share_one_normaliser() -> None:

@@ -23,7 +23,7 @@ def build(config: ImageTokenizerConfig) -> ImageTokenizer:
     for name, parameter in tokenizer.named_parameters():
         if "norm" in name:
             parameter.add_(torch.randn(parameter.shape) * 0.3)
-    tokenizer.quantize.codebook().normal_(std=0.3)
+    tokenizer.quantize.embedding.weight.normal_(std=0.3)
     return tokenizer
 
 
@@ -54,7 +54,8 @@ def test_codes_are_those_of_transformers(config: ImageTokenizerConfig) -> None:
     theirs.load_state_dict(state)  # strict: the same names and shapes
     images = photos(48)
     with torch.no_grad():
-        pixels = images.permute(0, 3, 1, 2).float() / 255 * 2 - 1  # as published
+        # In float64, as the published code computes them from numpy's grey levels.
+        pixels = (images.permute(0, 3, 1, 2).double() / 255 * 2 - 1).float()
         expected = theirs.encode(pixels).image_tokens  # pyright: ignore[reportArgumentType]
     assert expected is not None
     codes = ours.encode(images)

@@ -23,7 +23,7 @@ from tiny_run import joined, tiny_config, write_tiny
 from worldvla.batch import Batch
 from worldvla.config import Config, LoraConfig, OptimConfig, from_json
 from worldvla.tokenizers.image import ImageTokenizer
-from worldvla.train import checkpoint
+from worldvla.train import checkpoint, parallel
 from worldvla.train.build import build
 from worldvla.train.loop import Trainer, train
 from worldvla.train.optim import build_optimizers, learning_rate
@@ -196,9 +196,8 @@ def test_init_from_wants_the_codes_that_the_weights_know(root: Path, tmp_path: P
     manifest.write_text(manifest.read_text().replace(known, tokenizer.digest()))
     with pytest.raises(ValueError, match=rf"codes of image tokenizer {known}, .*train-tokenizer --init-from"):
         build(config)
-    report = tmp_path / "data/image_tokenizer/report"
-    report.mkdir()
-    (report / "report.json").write_text(json.dumps({"train": {"init_from": [known]}}))
+    tokenizer.ancestors = (known,)
+    tokenizer.save(config.tokenizer)
     assert build(config).image.digest() == tokenizer.digest()
 
 
@@ -251,6 +250,70 @@ def test_accumulation_equals_one_big_batch(root: Path, tmp_path: Path) -> None:
     for values, gradients in results[1:]:
         assert values == pytest.approx(expected_values, rel=1e-5)
         assert all(torch.allclose(gradients[name], expected[name], atol=1e-6, rtol=1e-4) for name in expected)
+
+
+def test_dropout_is_a_function_of_the_step(root: Path, tmp_path: Path) -> None:
+    config = tiny_config(root)
+    config = replace(config, model=replace(config.model, dropout=0.5))
+    losses = []
+    for step in (3, 3, 4):
+        trainer = Trainer(build(config), tmp_path / "run")
+        trainer.state.step = step
+        torch.manual_seed(len(losses))  # whatever the process drew before
+        losses.append(trainer.step(trainer.pieces.loader.batch(0))["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_rows_are_dealt_to_all_ranks_in_turn(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(build(tiny_config(root)), tmp_path / "run")
+    batches = trainer.pieces.loader.batch(0)
+    rows = [row.tolist() for batch in batches for row in batch.ids_BT]
+    assert [len(batch.ids_BT) for batch in batches] == [2, 2]
+    monkeypatch.setattr(parallel, "num_ranks", lambda: 3)
+    dealt = []
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        dealt.append([row.tolist() for batch in parallel.own_rows(batches) for row in batch.ids_BT])
+    assert dealt == [rows[0::3], rows[1::3], rows[2::3]]
+
+
+def test_a_process_without_a_row_is_refused_before_training(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"3 processes share the 2 samples of a step .*start fewer"):
+        Trainer(build(tiny_config(root, batch_size=1, accumulation=2)), tmp_path / "run")
+
+
+def test_a_checkpoint_holds_the_tokenizer_that_was_trained_on(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "data")
+    config = tiny_config(tmp_path / "data", steps=1)
+    trainer = Trainer(build(config), tmp_path / "run")
+    other = ImageTokenizer.load(config.tokenizer)
+    with torch.no_grad():
+        next(other.parameters()).mul_(2)
+    other.save(config.tokenizer)  # trained anew in place while the run goes on
+    path = trainer.run().checkpoint
+    known = json.loads((path / "manifest.json").read_text())["image_tokenizer"]
+    assert ImageTokenizer.load(path / "image_tokenizer").digest() == known != other.digest()
+
+
+def test_a_run_of_an_older_version_goes_on(root: Path, tmp_path: Path) -> None:
+    config = tiny_config(root)
+    train(config, tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    data = json.loads(path.read_text())
+    del data["lora"], data["loss"]["head_weight"]  # fields that it did not have
+    path.write_text(json.dumps(data))
+    assert train(config, tmp_path / "run").is_finished
+
+
+def test_every_zero_means_only_at_the_end(root: Path, tmp_path: Path) -> None:
+    train(tiny_config(root, steps=4, log_every=0, eval_every=0, save_every=0), tmp_path / "run")
+    assert [(r["event"], r["step"]) for r in records(tmp_path / "run")] == [("train", 4), ("val", 4)]
+    assert [path.name for path in (tmp_path / "run/ckpt").iterdir()] == ["step_4"]
 
 
 def test_bfloat16_trains(root: Path, tmp_path: Path) -> None:

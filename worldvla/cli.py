@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from worldvla.config import Config, ImageTokenizerConfig, to_json
+from worldvla.config import Config, ImageTokenizerConfig, TokenizerTraining, to_json
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 Demos = Annotated[tuple[Path, ...], tyro.conf.arg(help="HDF5 files, or directories of them.")]
@@ -248,18 +248,10 @@ def train_tokenizer(
         learning_rate: At its highest; a fifth of it or less beside --init-from.
     """
     from worldvla.data.episode import demonstration_files
-    from worldvla.train.tokenizer import train_tokenizer
+    from worldvla.train.image_tokenizer import train_tokenizer
 
-    train_tokenizer(
-        demonstration_files(paths),
-        config,
-        out,
-        minutes=None if steps else minutes,
-        steps=steps or None,
-        seed=seed,
-        learning_rate=learning_rate,
-        init_from=init_from,
-    )
+    training = TokenizerTraining(minutes=minutes, steps=steps, seed=seed, learning_rate=learning_rate)
+    train_tokenizer(demonstration_files(paths), config, out, training, init_from)
     say(f"image tokenizer: {out}   next: worldvla tokenize {paths[0]} --tokenizer {out} --out DIR")
 
 
@@ -670,7 +662,7 @@ def _run(verb: str, args: list[str]) -> int:
         raise ValueError(f"unknown verb {verb!r}; did you mean {', '.join(near)}? See `worldvla --help`")
     run, prog = VERBS[verb], f"worldvla {verb}"
     if verb == "train-tokenizer":
-        from worldvla.train.tokenizer import TABLETOP
+        from worldvla.train.image_tokenizer import TABLETOP
 
         run = partial(run, config=TABLETOP)
     elif verb in ("train", "config"):

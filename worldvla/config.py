@@ -7,6 +7,7 @@ annotations, and hold wherever a value comes from: a file, an option or a recipe
 import dataclasses
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -43,8 +44,8 @@ class Checked:
     """A dataclass whose values must fit their annotations; ValueError names the first that does not."""
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
-        check_values(type(self), vars(self), name.removesuffix("Config").lower() or "config")
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+        check_values(type(self), vars(self), name.removesuffix("_config"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,27 @@ class ImageTokenizerConfig(Checked):
     def factor(self) -> int:
         """Pixels of one code along a side."""
         return self.patch * 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTraining(Checked):
+    """How an image tokenizer is trained (train/image_tokenizer.py)."""
+
+    minutes: Positive = 12.0
+    """Budget."""
+    steps: Whole = 0
+    """Budget instead of minutes, if not 0; the result is then a function of the seed, on any machine."""
+    batch_size: Count = 32
+    """Frames of every view in a step."""
+    learning_rate: Positive = 2e-3
+    """At its highest; a fifth of it or less to train on from another tokenizer."""
+    foreground_weight: Amount = 4.0
+    """How much more a foreground pixel counts than the table."""
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    num_threads: Count = 2
+    max_frames: Count = 60_000
+    """Frames of a view that are read, about; drawn from all episodes."""
 
 
 @dataclass(frozen=True, kw_only=True)

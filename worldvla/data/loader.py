@@ -20,7 +20,7 @@ from worldvla.config import DataConfig, LayoutConfig
 from worldvla.data.sample import DTYPES, ROWS, SampleBuilder, Template
 from worldvla.data.store import EpisodeRow, TokenStore
 from worldvla.sim.suites import with_scene
-from worldvla.tokenizers.action import Statistics, compute_statistics, normalize, quantize
+from worldvla.tokenizers.action import Statistics, compute_statistics, quantize
 from worldvla.vocab import Vocab
 
 Mode = Literal["policy", "world"]
@@ -65,7 +65,7 @@ class FrameTable:
         actions, states = (
             np.concatenate([getattr(s, name) for s in stores]) for name in ("actions", "states")
         )
-        values = [normalize(c, statistics.action_low, statistics.action_high) for c in chunks]
+        values = [statistics.normalize_actions(c) for c in chunks]
         episodes = [e for store in stores for e in store.episodes]
         texts = np.array([prompted(e, scene_prefix) for e in episodes], dtype=object)
         lengths = [len(store) for store in stores]

@@ -50,14 +50,18 @@ class Statistics:
                         f"statistics of {name} dim {dim} must be finite with low < high, got {a} and {b}"
                     )
 
+    def normalize_actions(self, actions: np.ndarray) -> np.ndarray:
+        """Return physical actions (..., A) in [-1, 1], float64."""
+        return normalize(self._as_recorded(actions), self.action_low, self.action_high)
+
     def encode_actions(self, actions: np.ndarray) -> np.ndarray:
         """Return the codes of physical actions (..., A), int64 in 0..255."""
-        return quantize(normalize(actions, self.action_low, self.action_high))
+        return quantize(self.normalize_actions(actions))
 
     def encode_world_actions(self, actions: np.ndarray) -> np.ndarray:
         """Return the codes (..., A) of physical actions as the world model reads them, int64 in 0..255."""
         low, high = self.world_low or self.action_low, self.world_high or self.action_high
-        return quantize(normalize(actions, low, high))
+        return quantize(normalize(self._as_recorded(actions), low, high))
 
     def decode_actions(self, codes: np.ndarray) -> np.ndarray:
         """Return physical actions (..., A) float32, the centres of the bins of `codes`."""
@@ -65,11 +69,24 @@ class Statistics:
 
     def encode_states(self, states: np.ndarray) -> np.ndarray:
         """Return the codes of physical states (..., S), int64 in 0..255."""
-        return quantize(normalize(states, self.state_low, self.state_high))
+        return quantize(normalize(self._as_recorded(states), self.state_low, self.state_high))
 
     def decode_states(self, codes: np.ndarray) -> np.ndarray:
         """Return physical states (..., S) float32."""
         return denormalize(dequantize(codes), self.state_low, self.state_high).astype(np.float32)
+
+    def _as_recorded(self, values: np.ndarray) -> np.ndarray:
+        """Return float64. Under published ranges float32 becomes the decimal number that it stands for.
+
+        The published code bins the float64 numbers of LIBERO's files, and some lie on the edge of a bin but
+        for the last bits: -0.225 has code 50, the nearest float32, read as float64, 51. Our own ranges are
+        those of float32 data, which must not leave them.
+        """
+        values = np.asarray(values)
+        if self.kind != "published" or values.dtype != np.float32:
+            return values.astype(np.float64)
+        distinct, inverse = np.unique(values, return_inverse=True)  # demonstrations repeat a few values
+        return distinct.astype(str).astype(np.float64)[inverse].reshape(values.shape)
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict of JSON values; without a range of the world's own, where it has none."""
@@ -185,4 +202,4 @@ def dequantize(codes: Int[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     codes = np.asarray(codes)
     if codes.size and (codes.min() < 0 or codes.max() >= NUM_BIN_CODES):
         raise ValueError(f"bin codes must be in [0, {NUM_BIN_CODES}), got {codes.min()}..{codes.max()}")
-    return CENTRES[np.minimum(codes, len(CENTRES) - 1)]
+    return np.asarray(CENTRES[np.minimum(codes, len(CENTRES) - 1)])

@@ -11,7 +11,9 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -21,6 +23,11 @@ from torch import Tensor, nn
 
 from worldvla.config import ImageTokenizerConfig, from_json, to_json
 from worldvla.files import check_shapes, read_json, whole_file, write_json
+
+PUBLISHED_LEVELS = torch.from_numpy(np.arange(256) / 255.0 * 2 - 1).float()
+"""Grey level -> what the published encoder reads, computed in float64 as in WorldVLA's
+chameleon/image_tokenizer.py. Half of them differ from `to_pixels` in the last bit, which flips a few codes.
+"""
 
 
 def to_pixels(images_BYXC: UInt8[Tensor, "B Y X 3"]) -> Float[Tensor, "B 3 Y X"]:
@@ -202,8 +209,8 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(num_codes, embed_dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / num_codes, 1.0 / num_codes)
 
-    def codebook(self) -> Float[Tensor, "num_codes E"]:
-        return self.embedding.weight
+    def vectors(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape E"]:
+        return self.embedding(codes)
 
     @torch.no_grad()
     def codes(self, z_NE: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
@@ -239,10 +246,9 @@ class FiniteScalarQuantizer(nn.Module):
         bounded = torch.tanh(z_NE.float() + torch.atanh(offset / half)) * half - offset
         return bounded, bounded.detach().round() + levels // 2
 
-    def codebook(self) -> Float[Tensor, "num_codes E"]:
-        levels, place = self._table(torch.empty(0))
-        digits = torch.arange(math.prod(self.levels))[:, None] // place % levels
-        return digits / (levels // 2) - 1.0
+    def vectors(self, codes: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape E"]:
+        levels, place = self._table(codes)
+        return codes[..., None] // place % levels / (levels // 2) - 1.0
 
     @torch.no_grad()
     def codes(self, z_NE: Float[Tensor, "N E"]) -> Int[Tensor, " N"]:
@@ -272,10 +278,17 @@ class ImageTokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
         self.decoder: Decoder | None = Decoder(config)
         """None: published weights without one; frames become codes, codes no frames."""
+        self.ancestors: tuple[str, ...] = ()
+        """Digests of the tokenizers that this one goes on from: its codes mean about what theirs do."""
 
     @property
     def num_codes(self) -> int:
         return self.config.num_codes
+
+    @property
+    def grey_levels(self) -> Literal["float64", "float32"]:
+        """By which rule grey levels become pixels: float64 is the published one, float32 that of our own."""
+        return "float64" if self.config.quantizer == "vq" else "float32"
 
     def latents(self, pixels_BCYX: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B E R Q"]:
         """Return the encoder's vectors before quantising."""
@@ -300,7 +313,11 @@ class ImageTokenizer(nn.Module):
     def encode(self, images: UInt8[Tensor, "B Y X 3"]) -> Int[Tensor, "B R Q"]:
         """Return codes, int64 in [0, num_codes); always in float32."""
         with torch.autocast(images.device.type, enabled=False):
-            z = self.latents(to_pixels(images))
+            if self.grey_levels == "float64":
+                levels = PUBLISHED_LEVELS.to(images.device)[images.int()]
+                z = self.latents(rearrange(levels, "b y x c -> b c y x"))
+            else:
+                z = self.latents(to_pixels(images))
         codes = self.quantize.codes(rearrange(z, "b e r q -> (b r q) e"))
         return rearrange(codes, "(b r q) -> b r q", r=z.shape[2], q=z.shape[3])
 
@@ -311,20 +328,23 @@ class ImageTokenizer(nn.Module):
             raise ValueError(
                 f"codes {int(codes.min())} to {int(codes.max())}; this tokenizer has 0..{self.num_codes - 1}"
             )
-        vectors = F.embedding(codes.long(), self.codebook().to(codes.device))
+        vectors = self.quantize.vectors(codes.long())
         with torch.autocast(codes.device.type, enabled=False):
             return to_images(self.pixels(rearrange(vectors, "b r q e -> b e r q")))
 
     def codebook(self) -> Float[Tensor, "num_codes E"]:
         """Return the vector of every code, detached."""
-        return self.quantize.codebook().detach()
+        device = self.quant_conv.weight.device
+        return self.quantize.vectors(torch.arange(self.num_codes, device=device)).detach()
 
     def save(self, directory: Path | str) -> None:
-        """Write config.json and model.safetensors; each appears whole or not at all."""
+        """Write config.json, model.safetensors and, if there are ancestors, ancestors.json, each whole."""
         directory = Path(directory)
         with whole_file(directory / "model.safetensors") as scratch:
             save_file({name: value.contiguous() for name, value in self.state_dict().items()}, scratch)
         write_json(directory / "config.json", to_json(self.config), indent=2)
+        if self.ancestors:
+            write_json(directory / "ancestors.json", {"digests": self.ancestors})
 
     @classmethod
     def load(cls, directory: Path | str) -> "ImageTokenizer":
@@ -342,6 +362,7 @@ class ImageTokenizer(nn.Module):
         found, own = ({n: t.shape for n, t in table.items()} for table in (state, tokenizer.state_dict()))
         check_shapes(directory / "model.safetensors", found, own, "restore the one of this config.json")
         tokenizer.load_state_dict(state)
+        tokenizer.ancestors = _ancestors(directory)
         return tokenizer.eval().requires_grad_(False)
 
     def digest(self) -> str:
@@ -354,3 +375,11 @@ class ImageTokenizer(nn.Module):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _ancestors(directory: Path) -> tuple[str, ...]:
+    path, report = directory / "ancestors.json", directory / "report/report.json"
+    if path.is_file():
+        return tuple(read_json(path)["digests"])
+    # Tokenizers of earlier versions keep them in the report of their training.
+    return tuple(read_json(report).get("train", {}).get("init_from", ())) if report.is_file() else ()

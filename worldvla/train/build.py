@@ -20,7 +20,6 @@ from worldvla.tokenizers.action import Statistics, dequantize, normalize
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.train.metrics import ActionScale
-from worldvla.train.tokenizer import lineage
 from worldvla.vocab import NUM_BIN_CODES, Vocab, chameleon, compact
 
 
@@ -160,7 +159,7 @@ def action_scale(pieces: Pieces) -> ActionScale:
 def _check_codes(image: ImageTokenizer, tokenizer: str, source: Path) -> None:
     """Raise ValueError unless the codes mean, at least about, what they meant to the checkpoint `source`."""
     known, own = read_json(source / "manifest.json").get("image_tokenizer"), image.digest()
-    if known != own and known not in lineage(tokenizer):
+    if known != own and known not in image.ancestors:
         raise ValueError(
             f"train.init_from: {source} was trained on the codes of image tokenizer {known}, {tokenizer} is "
             f"{own}: use that one, or one trained on from it (worldvla train-tokenizer --init-from)"

@@ -7,7 +7,6 @@ With `lora.rank`, model.safetensors holds what is trained alone, and the manifes
 A directory appears under its name only when complete (written beside it, then renamed).
 """
 
-import json
 import os
 import re
 import shutil
@@ -21,14 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from worldvla.config import Config, to_json
-from worldvla.files import whole_folder, write_json
+from worldvla.config import Config, from_json, to_json
+from worldvla.files import read_json, whole_folder, write_json
 from worldvla.machine import provenance
 from worldvla.model.lora import stored
 from worldvla.model.weights import check_fit
 from worldvla.train.build import Pieces
 
-_RNG = "random_state"
 _ADAMW = ("exp_avg", "exp_avg_sq", "step")
 _FREE = ("num_threads", "log_every", "eval_every", "num_eval_batches", "save_every", "compile", "device")
 """Fields of TrainConfig that may change between the parts of a run."""
@@ -48,12 +46,14 @@ def save(
             write_json(scratch / "vocab.json", asdict(pieces.vocab))
             write_json(scratch / "statistics.json", pieces.statistics.to_json())
             pieces.text.save(scratch / "text.json")
-            shutil.copytree(pieces.config.tokenizer, scratch / "image_tokenizer")
+            pieces.image.save(scratch / "image_tokenizer")
             weights = {name: tensor.contiguous() for name, tensor in stored(model).items()}
             save_file(weights, scratch / "model.safetensors")
             save_file(_optimizer_tensors(model, optimizers), scratch / "trainer.safetensors")
             write_json(scratch / "trainer.json", dict(trainer))
             manifest = {**pieces.digests(), **provenance(), "step": trainer["step"]}
+            if pieces.base:  # where the weights are that low-rank updates belong to, seen from here
+                manifest["base_path"] = os.path.relpath(pieces.config.train.init_from, path)
             write_json(scratch / "manifest.json", manifest)
             for file in filter(Path.is_file, scratch.rglob("*")):
                 with file.open("rb") as opened:
@@ -66,8 +66,8 @@ def save(
 
 
 def resume(path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
-    """Load weights, optimiser and random state; return the loop's own state. Other data raises ValueError."""
-    manifest = json.loads((path / "manifest.json").read_text())
+    """Load weights and optimiser; return the loop's own state. Other data raises ValueError."""
+    manifest = read_json(path / "manifest.json")
     for name, digest in pieces.digests().items():
         if manifest.get(name) != digest:
             raise ValueError(
@@ -76,14 +76,13 @@ def resume(path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers)
             )
     load_weights(path, model)
     tensors = load_file(path / "trainer.safetensors")
-    torch.set_rng_state(tensors.pop(_RNG))
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         keys = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else _ADAMW
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             stored = {key: tensors[f"{key}.{names[id(parameter)]}"] for key in keys}
             optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in stored.items()}
-    return json.loads((path / "trainer.json").read_text())
+    return read_json(path / "trainer.json")
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -115,7 +114,8 @@ def check_config(run_dir: Path, config: Config) -> None:
     free = {f"train.{name}" for name in _FREE}
     if config.optim.learning_rate == config.optim.min_learning_rate:
         free.add("train.steps")  # a constant rate does not depend on it
-    old, new = _leaves(json.loads(path.read_text())), _leaves(json.loads(json.dumps(to_json(config))))
+    there = from_json(Config, read_json(path), str(path))  # an older version's, completed by the defaults
+    old, new = _leaves(to_json(there)), _leaves(to_json(config))
     differing = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     if bad := [key for key in differing if key not in free]:
         listed = ", ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in bad)
@@ -129,7 +129,7 @@ def check_config(run_dir: Path, config: Config) -> None:
 
 def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
     names = {id(p): name for name, p in model.named_parameters()}
-    tensors = {_RNG: torch.get_rng_state()}
+    tensors = {}
     for parameter, state in (item for optimizer in optimizers for item in optimizer.state.items()):
         for key, value in state.items():
             tensors[f"{key}.{names[id(parameter)]}"] = value.detach().contiguous()

@@ -26,7 +26,7 @@ from worldvla.data.loader import MODES
 from worldvla.machine import find_device
 from worldvla.model.action_head import ActionHead
 from worldvla.model.mask import additive_mask, dense_mask
-from worldvla.train import checkpoint, dist
+from worldvla.train import checkpoint, parallel
 from worldvla.train.build import Pieces, action_scale, build, build_model
 from worldvla.train.loss import Loss, Targets
 from worldvla.train.metrics import KINDS, Forward, Recorder, validate
@@ -74,7 +74,7 @@ class Trainer:
         self.pieces, self.config, self.run_dir, self.overfit = pieces, pieces.config, run_dir, overfit
         config = self.config.train
         self.device = find_device(config.device)
-        dist.start(self.device)
+        parallel.start(self.device, config)
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads)
         torch.manual_seed(config.seed)
@@ -92,7 +92,7 @@ class Trainer:
     def run(self) -> Outcome:
         config, state = self.config.train, self.state
         with (
-            Recorder(self.run_dir, state.step, config.steps, is_silent=dist.rank() > 0) as recorder,
+            Recorder(self.run_dir, state.step, config.steps, is_silent=parallel.rank() > 0) as recorder,
             _stop_requests() as is_stopping,
             self._prefetch() as fetch,
         ):
@@ -100,7 +100,7 @@ class Trainer:
             recorder.say(
                 f"{size:,} trained parameters, step {state.step} of {config.steps}, in {self.run_dir}"
             )
-            while state.step < config.steps and not dist.any_rank(is_stopping(), self.device):
+            while state.step < config.steps and not parallel.any_rank(is_stopping(), self.device):
                 started = time.perf_counter()
                 self._note(self.step(fetch(state.step)))
                 state.step += 1
@@ -124,12 +124,9 @@ class Trainer:
         if self.config.train.only_head:  # no dropout in what stays as it is
             for name, module in self.model.named_children():
                 module.train(name == "action_head")
-        if (
-            dist.num_ranks() > 1
-        ):  # dropout is then a function of (step, rank), and resuming needs no more than the step
-            torch.manual_seed(
-                (self.config.train.seed * 1_000_003 + self.state.step) * dist.num_ranks() + dist.rank()
-            )
+        # Dropout is a function of (step, rank): resuming needs no more than the step, on any device.
+        seed = self.config.train.seed * 1_000_003 + self.state.step
+        torch.manual_seed(seed * parallel.num_ranks() + parallel.rank())
         rate = learning_rate(self.state.step, self.config.train.steps, self.config.optim)
         values = self.backward(batches)
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip))
@@ -149,7 +146,7 @@ class Trainer:
     def backward(self, batches: list[Batch]) -> dict[str, float]:
         """Add the gradients of one step's loss, means over all micro-batches; return its parts."""
         totals = self.loss.totals([self.loss.targets(batch) for batch in batches])
-        batches = [own for batch in batches if len((own := dist.own_rows(batch)).ids_BT)]
+        batches = parallel.own_rows(batches)
         targets = [self.loss.targets(batch) for batch in batches]
         total, cross_entropies, errors = 0.0, [], []
         for batch, target in zip(batches, targets, strict=True):
@@ -163,21 +160,16 @@ class Trainer:
             value.backward()
             total += float(value.detach())
             cross_entropies.append(cross_entropy_P)
-        (total,) = dist.sum_gradients(self.model, total)
+        (total,) = parallel.sum_gradients(self.model, total)
         cross_entropy_P = torch.cat(cross_entropies)
         kind_P = torch.cat([target.kind_P for target in targets])
         per_kind = {f"{name}_loss": cross_entropy_P[kind_P == kind] for name, kind in KINDS.items()}
         per_kind |= {"head_l1": torch.cat(errors)} if errors else {}
-        return {
-            "loss": total,
-            **{name: float(values.mean()) for name, values in per_kind.items() if len(values)},
-        }
+        return {"loss": total} | {name: float(v.mean()) for name, v in per_kind.items() if len(v)}
 
     def save(self) -> Path:
         path = self.run_dir / "ckpt" / f"step_{self.state.step}"
-        if (
-            path.exists() or dist.rank() > 0
-        ):  # an interrupt right after a save, or a finished run started again
+        if path.exists() or parallel.rank() > 0:  # it exists when a finished run is started again
             return path
         checkpoint.save(path, self.pieces, self.model, self.optimizers, vars(self.state))
         checkpoint.prune(self.run_dir, NUM_KEPT, self.state.best_step)
@@ -202,7 +194,7 @@ class Trainer:
 
     def _validate(self, recorder: Recorder) -> None:
         is_without = self.config.data.val_fraction == 0 and not self.overfit  # nothing is held out
-        if dist.rank() > 0 or is_without:
+        if parallel.rank() > 0 or is_without:
             return
         self.model.eval()
         with self._autocast():

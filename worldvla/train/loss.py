@@ -7,10 +7,10 @@ actions of a chunk, A action dims.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from worldvla.batch import KIND_ACTION, KIND_PROMPT, Batch
@@ -76,12 +76,12 @@ class Loss:
 
     def targets(self, batch: Batch) -> Targets:
         """Return what of `batch` is supervised."""
-        found = Targets.of(batch)
+        every = Targets.of(batch)
         if self.config.supervise == "all":
-            return found
-        chosen_P = self._is_in(found, self.vocab.action) | self._is_in(found, self.vocab.image)
-        chosen = {name: getattr(found, name)[chosen_P] for name in ("positions_P", "ids_P", "kind_P")}
-        return replace(found, **chosen)
+            return every
+        is_chosen_P = self._is_in(every, self.vocab.action) | self._is_in(every, self.vocab.image)
+        columns = ("positions_P", "ids_P", "kind_P")
+        return replace(every, **{name: getattr(every, name)[is_chosen_P] for name in columns})
 
     @staticmethod
     def _is_in(targets: Targets, span: range) -> Tensor:
@@ -115,19 +115,18 @@ class Loss:
         `x_PD`: the hidden states at `targets.positions_P`.
         """
         weight_P = self.weights(targets, totals)
-        z_weight = self.config.z_weight / max(totals.supervised, 1)
-        action = self.vocab.action if self.smooth_CC is not None else None
+        z_weight, smooth_CC = self.config.z_weight / max(totals.supervised, 1), self.smooth_CC
+        action, image = self.vocab.action, self.vocab.image
         if self.config.supervise == "all":
-            return HeadLoss.apply(  # pyright: ignore[reportReturnType]
-                x_PD, head_VD, targets.ids_P, weight_P, z_weight, action, self.smooth_CC
-            )
+            smooth = None if smooth_CC is None else Smooth(action.start, smooth_CC)
+            return head_loss(x_PD, head_VD, targets.ids_P, weight_P, z_weight, smooth)
         total, cross_entropy_P = x_PD.new_zeros(()), torch.empty(len(targets), device=x_PD.device)
-        for span in (self.vocab.action, self.vocab.image):
+        smooth = None if smooth_CC is None else Smooth(0, smooth_CC)
+        for span, smooth_of_span in ((action, smooth), (image, None)):
             rows = self._is_in(targets, span).nonzero().squeeze(1)
-            inner = range(len(span)) if span == action else None
             ids_R, head_SD = targets.ids_P[rows] - span.start, head_VD[span.start : span.stop]
-            share, cross_entropy_P[rows] = HeadLoss.apply(  # pyright: ignore[reportGeneralTypeIssues]
-                x_PD[rows], head_SD, ids_R, weight_P[rows], z_weight, inner, self.smooth_CC
+            share, cross_entropy_P[rows] = head_loss(
+                x_PD[rows], head_SD, ids_R, weight_P[rows], z_weight, smooth_of_span
             )
             total = total + share
         return total, cross_entropy_P
@@ -151,31 +150,44 @@ def smoothing_matrix(num_codes: int, std: float) -> Tensor | None:
     return torch.softmax(-((code_C[:, None] - code_C) ** 2) / (2 * std**2), -1)
 
 
-def reference_loss(
-    logits_PV: Tensor,
-    ids_P: Tensor,
-    weight_P: Tensor,
+class Smooth(NamedTuple):
+    """Target distributions, (C, C), of the ids start .. start + C - 1; all other ids are one-hot."""
+
+    start: int
+    matrix_CC: Tensor
+
+    def rows(self, ids_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which rows (R, 1) have such a target, and its distribution (R, C)."""
+        code_R, num_codes = ids_R - self.start, len(self.matrix_CC)
+        is_smooth_R = (code_R >= 0) & (code_R < num_codes)
+        return is_smooth_R[:, None], self.matrix_CC.to(ids_R.device)[code_R.clamp(0, num_codes - 1)]
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + len(self.matrix_CC))
+
+
+def head_loss(
+    x_PD: Float[Tensor, "P D"],
+    head_VD: Float[Tensor, "V D"],
+    ids_P: Int[Tensor, " P"],
+    weight_P: Float[Tensor, " P"],
     z_weight: float,
-    action: range | None,
-    smooth_CC: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return sum(weight * cross-entropy) + z_weight * sum(logsumexp^2), and the cross-entropies."""
-    logits_PV = logits_PV.float()
-    lse_P = logits_PV.logsumexp(-1)
-    target_P = logits_PV.gather(1, ids_P[:, None])[:, 0]
-    if action is not None and smooth_CC is not None:
-        is_action_P = (ids_P >= action.start) & (ids_P < action.stop)
-        smooth_PC = smooth_CC[(ids_P - action.start).clamp(0, len(action) - 1)]
-        smooth_P = (logits_PV[:, action.start : action.stop] * smooth_PC).sum(-1)
-        target_P = torch.where(is_action_P, smooth_P, target_P)
-    cross_entropy_P = lse_P - target_P
-    return (weight_P * cross_entropy_P).sum() + z_weight * lse_P.square().sum(), cross_entropy_P.detach()
+    smooth: Smooth | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " P"]]:
+    """Return sum(weight * cross-entropy) + z_weight * sum(logsumexp^2), and each cross-entropy (no gradient).
+
+    Logits are made for a few rows at a time, and where a gradient is wanted it is taken at once: (P, V) never
+    exists.
+    """
+    has_gradient = torch.is_grad_enabled() and (x_PD.requires_grad or head_VD.requires_grad)
+    return _HeadLoss.apply(  # pyright: ignore[reportReturnType]
+        x_PD, head_VD, ids_P, weight_P, z_weight, smooth, has_gradient
+    )
 
 
-class HeadLoss(torch.autograd.Function):
-    """`reference_loss` of `x @ head.T` in chunks of rows, gradients taken at once: (P, V) never exists.
-
-    The gradient of a row's logits is softmax * (weight + 2 z_weight logsumexp) - weight * target
+class _HeadLoss(torch.autograd.Function):
+    """The gradient of a row's logits is softmax * (weight + 2 z_weight logsumexp) - weight * target
     distribution. The products run in autocast's type, softmax and sums in float32.
     """
 
@@ -187,35 +199,36 @@ class HeadLoss(torch.autograd.Function):
         ids_P: Tensor,
         weight_P: Tensor,
         z_weight: float,
-        action: range | None,
-        smooth_CC: Tensor | None,
+        smooth: Smooth | None,
+        has_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         device = x_PD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_PD.dtype
         with torch.autocast(device, enabled=False):
             x_low_PD, head_low_VD = x_PD.to(dtype), head_VD.to(dtype)
-            grad_x_PD = torch.empty_like(x_low_PD)
-            grad_head_VD = torch.zeros(head_VD.shape, dtype=torch.float32, device=x_PD.device)
-            cross_entropy_P = torch.empty(len(ids_P), device=x_PD.device)
-            lse_P = torch.empty(len(ids_P), device=x_PD.device)
+            grads = None
+            if has_gradient:
+                grads = torch.empty_like(x_low_PD), torch.zeros_like(head_VD, dtype=torch.float32)
+            cross_entropy_P, lse_P = torch.empty(2, len(ids_P), device=x_PD.device)
             num_rows = max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cpu"]) // head_VD.shape[0])
             for start in range(0, len(ids_P), num_rows):
                 rows = slice(start, start + num_rows)
                 logits_RV = (x_low_PD[rows] @ head_low_VD.T).float()
-                target = _TargetRows(ids_P[rows], weight_P[rows], action, smooth_CC)
-                expected_R = target.expected(logits_RV)
+                target_R = _target_logits(logits_RV, ids_P[rows], smooth)
                 top_R1 = logits_RV.amax(1, keepdim=True)
-                grad_RV = logits_RV.sub_(top_R1).exp_()
-                sum_R1 = grad_RV.sum(1, keepdim=True)
+                exp_RV = logits_RV.sub_(top_R1).exp_()
+                sum_R1 = exp_RV.sum(1, keepdim=True)
                 lse_R1 = top_R1 + sum_R1.log()
-                grad_RV.mul_((weight_P[rows, None] + 2 * z_weight * lse_R1) / sum_R1)
-                target.subtract(grad_RV)
-                grad_low_RV = grad_RV.to(dtype)
-                grad_x_PD[rows] = grad_low_RV @ head_low_VD
-                grad_head_VD += grad_low_RV.T @ x_low_PD[rows]
                 lse_P[rows] = lse_R1[:, 0]
-                cross_entropy_P[rows] = lse_R1[:, 0] - expected_R
-        ctx.save_for_backward(grad_x_PD.to(x_PD.dtype), grad_head_VD.to(head_VD.dtype))
+                cross_entropy_P[rows] = lse_R1[:, 0] - target_R
+                if grads is not None:
+                    grad_RV = exp_RV.mul_((weight_P[rows, None] + 2 * z_weight * lse_R1) / sum_R1)
+                    _subtract_targets(grad_RV, ids_P[rows], weight_P[rows, None].float(), smooth)
+                    grad_low_RV = grad_RV.to(dtype)
+                    grads[0][rows] = grad_low_RV @ head_low_VD
+                    grads[1].add_(grad_low_RV.T @ x_low_PD[rows])
+        if grads is not None:
+            ctx.save_for_backward(grads[0].to(x_PD.dtype), grads[1].to(head_VD.dtype))
         ctx.mark_non_differentiable(cross_entropy_P)
         return (weight_P * cross_entropy_P).sum() + z_weight * lse_P.square().sum(), cross_entropy_P
 
@@ -225,37 +238,19 @@ class HeadLoss(torch.autograd.Function):
         return grad_x_PD * grads[0], grad_head_VD * grads[0], None, None, None, None, None
 
 
-class _TargetRows:
-    """The target distributions of a few rows: one-hot, or smooth where the target is an action's bin."""
+def _target_logits(logits_RV: Tensor, ids_R: Tensor, smooth: Smooth | None) -> Tensor:
+    """Return the mean logit of each row under its target distribution."""
+    one_hot_R = logits_RV.gather(1, ids_R[:, None])[:, 0]
+    if smooth is None:
+        return one_hot_R
+    is_smooth_R1, target_RC = smooth.rows(ids_R)
+    return torch.where(is_smooth_R1[:, 0], (logits_RV[:, smooth.columns] * target_RC).sum(-1), one_hot_R)
 
-    def __init__(
-        self, ids_R: Tensor, weight_R: Tensor, action: range | None, smooth_CC: Tensor | None
-    ) -> None:
-        self.ids_R1 = ids_R[:, None]
-        self.weight_R1 = weight_R[:, None].float()
-        self.action = action
-        if action is None or smooth_CC is None:
-            self.smooth_AC = None
-            return
-        is_action_R = (ids_R >= action.start) & (ids_R < action.stop)
-        self.rows_A = is_action_R.nonzero().squeeze(1)
-        self.smooth_AC = smooth_CC.to(ids_R.device)[ids_R[self.rows_A] - action.start]
-        self.one_hot_weight_R1 = self.weight_R1 * ~is_action_R[:, None]
 
-    def expected(self, logits_RV: Tensor) -> Tensor:
-        """Return the mean logit of each row under its target distribution."""
-        expected_R = logits_RV.gather(1, self.ids_R1)[:, 0]
-        if self.smooth_AC is not None and self.action is not None:
-            logits_AC = logits_RV[self.rows_A, self.action.start : self.action.stop]
-            expected_R[self.rows_A] = (logits_AC * self.smooth_AC).sum(-1)
-        return expected_R
-
-    def subtract(self, grad_RV: Tensor) -> None:
-        """Take weight * distribution off each row, in place."""
-        if self.smooth_AC is None or self.action is None:
-            grad_RV.scatter_add_(1, self.ids_R1, -self.weight_R1)
-            return
-        grad_RV.scatter_add_(1, self.ids_R1, -self.one_hot_weight_R1)
-        columns_C = torch.arange(self.action.start, self.action.stop, device=grad_RV.device)
-        values_AC = -self.smooth_AC * self.weight_R1[self.rows_A]
-        grad_RV.index_put_((self.rows_A[:, None], columns_C), values_AC, accumulate=True)
+def _subtract_targets(grad_RV: Tensor, ids_R: Tensor, weight_R1: Tensor, smooth: Smooth | None) -> None:
+    """Take weight * target distribution off each row, in place."""
+    if smooth is not None:
+        is_smooth_R1, target_RC = smooth.rows(ids_R)
+        grad_RV[:, smooth.columns] -= target_RC * (weight_R1 * is_smooth_R1)
+        weight_R1 = weight_R1 * ~is_smooth_R1
+    grad_RV.scatter_add_(1, ids_R[:, None], -weight_R1)
