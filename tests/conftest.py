@@ -1,10 +1,22 @@
-"""Every test runs with a fixed seed, deterministic kernels and one thread, whatever its neighbours did."""
+"""Every test runs with a fixed seed, deterministic kernels and one thread, whatever its neighbours did; and
+with the annotations of shapes enforced (shapes.py).
+"""
 
 import numpy as np
 import pytest
+import shapes
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-shapes", action="store_true", help="do not check annotations of shapes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--no-shapes"):
+        shapes.install()
 
 
 @pytest.fixture(autouse=True)
