@@ -65,7 +65,7 @@ for suite in $SUITES; do
     worldvla eval "$MODEL" --suite "$suite" --episodes 10 --workers 2 --execute $EXECUTE --videos 0 --out "$RESULTS/states_0_9/$suite"
     worldvla compare "$RESULTS/states_0_9/$suite" "results/tabletop/first/$suite"
     worldvla eval random --suite "$suite" $STATES --videos 0 --out "$RESULTS/${suite}_random"
-    worldvla eval blind --demos "$OUT/demos/$suite" --suite "$suite" $STATES --videos 0 --out "$RESULTS/${suite}_blind"
+    worldvla eval open-loop --demos "$OUT/demos/$suite" --suite "$suite" $STATES --videos 0 --out "$RESULTS/${suite}_blind"
     worldvla eval expert --suite "$suite" --episodes 50 --videos 0 --out "$RESULTS/${suite}_expert"
 done
 for suite in $SUITES; do

@@ -53,7 +53,8 @@ class Forward(Actor):
 def roll(
     actor: Any, out: Path, episodes: int = 2, suite: str = "tabletop_object", videos: int = 0, **options: Any
 ) -> dict[str, Any]:
-    own = {name: options.pop(name) for name in ("tasks", "first", "seed") if name in options}
+    names = ("tasks", "first", "seed", "scene_prefix")
+    own = {name: options.pop(name) for name in names if name in options}
     settings = {"workers": 2, "make": make, "table": TABLE, **options}
     return evaluate(actor, Protocol(suite, episodes=episodes, videos=videos, **own), out, **settings)
 
@@ -75,6 +76,21 @@ def test_success_and_failure_are_told_apart(tmp_path: Path) -> None:
     assert {*keys.split(), "hardware", "seconds", "commit"} <= set(record)
     assert json.loads((tmp_path / "record.json").read_text()) == record
     assert record["protocol"]["executed"] == 3
+
+
+def test_the_scene_stands_before_the_instruction_and_in_the_record(tmp_path: Path) -> None:
+    class Listener(Forward):
+        def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
+            heard.update(query.observation["instruction"] for query in queries)
+            return super().act(queries)
+
+    heard: set[str] = set()
+    table = (Task("tabletop_object", 0, "STUDY_SCENE1_move_0", "move dot 0"),)
+    record = roll(Listener(), tmp_path, tasks=(0,), table=table, scene_prefix=True)
+    assert heard == {"STUDY SCENE1 move dot 0"} == {t["instruction"] for t in record["tasks"]}
+    assert record["protocol"]["scene_prefix"] is True
+    with pytest.raises(ValueError, match="scene_prefix"):
+        roll(Listener(), tmp_path, tasks=(0,), table=table)
 
 
 def test_a_crash_a_death_and_a_silence_are_one_error_each(tmp_path: Path) -> None:
@@ -258,6 +274,7 @@ def test_films_hold_every_step(tmp_path: Path) -> None:
         ({"first": 45, "episodes": 6}, "got 6 from 45 on"),
         ({"workers": -1}, "worker"),
         ({"tasks": (7,)}, "0 to 2"),
+        ({"scene_prefix": True}, "tabletop_object name no scene"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_starts(

@@ -318,6 +318,7 @@ def evaluate(
     tasks: Tasks = (),
     execute: int | None = None,
     demos: Path | None = None,
+    scene_prefix: bool = False,
     head: Literal["", "discrete", "continuous"] = "",
     videos: int = 1,
     seed: int = 0,
@@ -338,6 +339,8 @@ def evaluate(
             tell a policy that has learnt too little from one that does not generalise.
         execute: Replan interval: actions of each chunk that are executed. Default: all; of a server: 5.
         demos: Directory of demonstrations whose mean trajectory is executed open-loop.
+        scene_prefix: Begin instructions of libero_10 by their scene, as released checkpoints were trained
+            ("KITCHEN SCENE3 turn on ..."); published evaluations leave it out.
         head: Head of a checkpoint that acts. Default: discrete.
         videos: Filmed episodes of each task.
         device: Where a checkpoint computes. Default: cpu.
@@ -350,7 +353,7 @@ def evaluate(
     options = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
     actor = open_actor(checkpoint, suite, seed, **options)
     out = out or Path("out/eval") / _short(Path(checkpoint)) / suite
-    protocol = Protocol(suite, tasks, episodes, first, seed, videos)
+    protocol = Protocol(suite, tasks, episodes, first, seed, videos, scene_prefix)
     record = evaluate(actor, protocol, out, workers)
     page = write_page(out / "index.html", f"{record['checkpoint']['name']} on {suite}", evaluations=[out])
     low, high = record["wilson_95"]

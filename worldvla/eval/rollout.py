@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,8 @@ class Protocol:
     seed: int = 0
     videos: int = 1
     """Filmed episodes of each task, the first ones."""
+    scene_prefix: bool = False
+    """Instructions of LIBERO-10 begin with their scene, as its released checkpoints were trained."""
 
     def __post_init__(self) -> None:
         states = self.states
@@ -166,6 +168,16 @@ class Protocol:
         """Simulation is cheap: all environments step together, and films hold every step."""
         return self.simulator == "tabletop"
 
+    def choose(self, table: Sequence[Task]) -> list[Task]:
+        """Return the tasks of `table` that are run, with the instructions that the policy reads."""
+        tasks = choose(self.suite, table, self.tasks)
+        if not self.scene_prefix:
+            return tasks
+        prefixed = [replace(t, instruction=sim.with_scene(t.instruction, t.name)) for t in tasks]
+        if prefixed == tasks:
+            raise ValueError(f"scene_prefix: the tasks of {self.suite} name no scene, those of libero_10 do")
+        return prefixed
+
     def settings(self, actor: Actor, make: MakeEnv) -> Settings:
         """Return what the workers need to know: `actor` may see nothing, films need pictures all the same."""
         side = 64 if self.is_lockstep else 128
@@ -180,6 +192,7 @@ class Protocol:
             "history": actor.history,
             "workers": workers,
             **sim.protocol(self.suite, actor.views),
+            **({"scene_prefix": True} if self.scene_prefix else {}),
             **actor.describe(),
         }
 
@@ -191,6 +204,7 @@ class Protocol:
             "seed": self.seed,
             "checkpoint": {k: v for k, v in actor.identity().items() if k != "path"},
             "executed": actor.execute,
+            **({"scene_prefix": True} if self.scene_prefix else {}),
             **{k: v for k, v in actor.describe().items() if k == "head"},
             "commit": origin["commit"],
             "versions": origin["versions"],
@@ -215,7 +229,7 @@ def evaluate(
     if workers < 0:
         raise ValueError(f"expected at least one worker, or 0 for one a core, got {workers}")
     workers = workers or cores()
-    tasks = choose(protocol.suite, sim.tasks(protocol.suite) if table is None else table, protocol.tasks)
+    tasks = protocol.choose(sim.tasks(protocol.suite) if table is None else table)
     settings, name = protocol.settings(actor, make), f"{protocol.suite} by {actor.identity()['name']}"
     if make is sim.make:
         sim.check_drawing(protocol.suite, settings.views)

@@ -24,7 +24,7 @@ from worldvla.sim.protocol import Expert, Task
 PATIENCE_S = 600.0
 """A worker that gives no answer for so long is stopped. Making a LIBERO scene takes half a minute."""
 MakeEnv = Callable[..., Any]
-"""(task, views) -> environment; with fast_render=True too, where that is asked for."""
+"""(task, views) -> environment."""
 
 
 @dataclass(frozen=True)
