@@ -1,6 +1,6 @@
 """Draw docs/speed.svg from records of `paper.bench`: milliseconds by each way of decoding.
 
-Run: python -m paper.picture --speed RECORD.json... --out docs/speed.svg
+Run: python -m paper.picture --speed bench/decoding bench/decoding_bfloat16 --out docs/speed.svg
 """
 
 import argparse
@@ -12,18 +12,22 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from paper.records import Records
+
 INK, QUIET = "#22262b", "#767d87"
 COLORS = {"text": "#c9ced6", "state": "#bfa8d9", "image": "#8fbbe8", "action": "#f2a65a", "sep": "#8b929c"}
 
 
-def draw_speed(records: Sequence[Path]) -> Figure:
+def draw_speed(names: Sequence[str]) -> Figure:
     """One panel a size that a record of paper.bench holds (of several the last): milliseconds of a whole
     query, and of a frame, by each way of decoding.
     """
-    benches = [json.loads(path.read_text()).get("bench", {}) for path in records]
+    records = Records()
+    sources = [records.get(name) or json.loads(Path(name).read_text()) for name in names]
+    benches = [source.get("bench", {}) for source in sources]
     sizes = {size: value for b in benches for size, value in b.items() if "actions" in value}
     if not sizes:
-        raise SystemExit(f"no record of paper.bench among {[str(path) for path in records]}: run it first")
+        raise SystemExit(f"no record of paper.bench among {names}: run it first")
     sizes = dict(sorted(sizes.items(), key=lambda item: item[1]["parameters"]))
     figure, row = plt.subplots(1, len(sizes), figsize=(3.4 * len(sizes) + 1, 2.1), squeeze=False)
     for axes, (size, value) in zip(row[0], sizes.items(), strict=True):
@@ -47,7 +51,7 @@ def draw_speed(records: Sequence[Path]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs/speed.svg")
-    parser.add_argument("--speed", type=Path, nargs="+", help="records of paper.bench: draw these")
+    parser.add_argument("--speed", nargs="+", help="records of paper.bench: draw these")
     args = parser.parse_args()
     out: Path = args.out
     mpl.rcParams.update({"svg.hashsalt": "worldvla", "font.family": "DejaVu Sans"})

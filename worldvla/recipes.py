@@ -85,9 +85,7 @@ def tabletop() -> Config:
 def _dagger(rounds: int, init_from: str, steps: int, learning_rate: float, last_rate: float) -> Config:
     """`tabletop` trained on, from `init_from`, with the states that its predecessors visited."""
     base = tabletop()
-    names = [
-        f"{d}_{suite}" for d in ["store", "dagger1", "dagger2"][: rounds + 1] for suite in TABLETOP
-    ]
+    names = [f"{d}_{suite}" for d in ["store", "dagger1", "dagger2"][: rounds + 1] for suite in TABLETOP]
     return replace(
         base,
         name=f"tabletop_dagger{rounds}",
