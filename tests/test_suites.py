@@ -54,13 +54,12 @@ def test_every_row_knows_its_name_and_its_source():
 
 
 def test_record_says_how_episodes_start_and_are_seen():
-    said = sim.protocol("libero_goal_swap", {"agentview": (128, 96)}, fast_render=True)
+    said = sim.protocol("libero_goal_swap", {"agentview": (128, 96)})
     assert said == {
         "reset": sim.INITIAL_STATES,
         "settling": 10,
         "horizon": 300,
         "views": {"agentview": [128, 96]},
-        "fast_render": True,
     }
     assert sim.protocol("tabletop_long", {})["settling"] == 0
 
@@ -68,11 +67,6 @@ def test_record_says_how_episodes_start_and_are_seen():
 def test_unknown_suite_offers_the_nearest():
     with pytest.raises(ValueError, match="libero_goal_lan"):
         sim.suite("libero_goal_lang")
-
-
-def test_fast_render_is_refused_where_it_means_nothing():
-    with pytest.raises(ValueError, match="fast_render is a setting of LIBERO"):
-        sim.make(sim.tasks("tabletop_object")[0], {}, fast_render=True)
 
 
 def test_an_environment_is_one_call_away() -> None:

@@ -63,10 +63,7 @@ def load(
 
 
 def make(
-    task: "Task | str",
-    index: int = 0,
-    views: dict[str, tuple[int, int]] | None = None,
-    fast_render: bool = False,
+    task: "Task | str", index: int = 0, views: dict[str, tuple[int, int]] | None = None
 ) -> "gym.Env[Any, Any]":
     """Return an environment of a task, or of the task `index` of a suite: `make("tabletop_goal", 3)`.
 
@@ -85,7 +82,7 @@ def make(
                 f"{task} has {len(tasks)} tasks, got index {index}: expected 0..{len(tasks) - 1}"
             )
         task = tasks[index]
-    env, text = suites.make(task, views, fast_render), task.instruction
+    env, text = suites.make(task, views), task.instruction
     parts = {**env.observation_space, "instruction": gym.spaces.Text(len(text), charset=frozenset(text))}
     space = gym.spaces.Dict(parts)
     return gym.wrappers.TransformObservation(env, lambda seen: {**seen, "instruction": text}, space)

@@ -52,7 +52,7 @@ def _warn_of_versions(*suites: str) -> None:
     is_libero = any([suite(name).simulator == "libero" for name in suites])
     for check in doctor.check_versions() if is_libero else ():
         if check.status == "warning":
-            print(f"warning: {check.name} {check.found}   fix: {check.fix}", file=sys.stderr)
+            print(f"warning: {check.name} {check.detail}   fix: {check.fix}", file=sys.stderr)
 
 
 def _demonstrations(paths: Sequence[Path]) -> list[Path]:
@@ -567,7 +567,7 @@ def doctor(*, quick: bool = False, json: Path | None = None) -> int:
 
     Args:
         quick: Versions, machine and OpenGL alone: seconds.
-        json: File for the result. Default: out/doctor.json; with --quick: none.
+        json: File for the result. Default: one in the cache of the user, which records cite; with --quick: none.
     """
     from rich.console import Console
     from rich.text import Text
@@ -582,11 +582,11 @@ def doctor(*, quick: bool = False, json: Path | None = None) -> int:
         for check in doctor.examine(quick, status.update):
             checks.append(check)
             line = Text.assemble(
-                (f"{check.status:<8}", colours[check.status]), f"{check.name:<28}{check.found}"
+                (f"{check.status:<8}", colours[check.status]), f"{check.name:<28}{check.detail}"
             )
             console.print(line.append(f"   fix: {check.fix}" if check.fix else "", "bold"))
     report = doctor.report(checks, quick)
-    path = json or (None if quick else doctor.LAST)
+    path = json or (None if quick else doctor.last_run())
     if path is not None:
         write_json(path, report)
         console.print(f"written: {path}")

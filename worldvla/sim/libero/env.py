@@ -19,13 +19,13 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
 from worldvla.sim.libero import opengl
+from worldvla.sim.libero.render import CAMERAS, Cameras, lean_dynamics
 from worldvla.sim.protocol import (
     NUM_ACTION_DIMS,
     NUM_INITS,
@@ -37,8 +37,6 @@ from worldvla.sim.protocol import (
     spaces,
 )
 
-CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
-"""View -> camera of LIBERO. Both pictures are turned by 180 degrees, as published policies saw them."""
 DEFAULT_VIEWS = RULES["libero"].views
 SETTLE_STEPS = RULES["libero"].settling
 EVALUATION_SEED = 0
@@ -46,13 +44,6 @@ EVALUATION_SEED = 0
 PLACEMENT_ATTEMPTS = 100
 SAMPLED = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "snapshot")
 """Sensors that are read. The others, some thirty, are off: each would look at the clock every substep."""
-DRAWN = ("xpos", "xmat", "xipos", "ximat", "geom_xpos", "geom_xmat", "site_xpos", "site_xmat")
-DRAWN += ("cam_xpos", "cam_xmat", "light_xpos", "light_xdir")
-"""Fields of MuJoCo's data that a picture is drawn from."""
-HIDDEN_GROUP = 5
-"""A group of geoms that MuJoCo does not draw."""
-SIDES = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-"""Of a picture, outwards: x, y of the camera's frame, which looks along -z."""
 
 
 def tasks(suite: Suite) -> tuple[Task, ...]:
@@ -75,7 +66,6 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
     with "settle": 0 it stands as stored, before the settling steps.
 
     `views` maps a view to its (rows, columns); None: both at 256 x 256; empty: physics only, no OpenGL.
-    `fast_render` draws without multisampling, reflections and shadows: not the pictures that were published.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
@@ -85,7 +75,6 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         task: Task,
         horizon: int,
         views: dict[str, tuple[int, int]] | None = None,
-        fast_render: bool = False,
     ) -> None:
         self.views = dict(DEFAULT_VIEWS if views is None else views)
         if unknown := set(self.views) - set(CAMERAS):
@@ -93,10 +82,8 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         self.task = task
         self.horizon = horizon
         self.rendering = True
-        self.fast_render = fast_render
         opengl.choose(rendering=bool(self.views))
         wrapper = _load("libero.libero.envs.env_wrapper")
-        self._mujoco = _load("mujoco")  # at the top of the file it could fail, before MUJOCO_GL is tried
         self._to_axis_angle = _load("robosuite.utils.transform_utils").quat2axisangle
         self._no_placement: type[Exception] = _load("robosuite.utils.errors").RandomizationError
         self.inits = _initial_states(task)
@@ -116,7 +103,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         self.targets: tuple[str, ...] = tuple(dict.fromkeys(g[1] for g in goals if g[1] in things))
         """Movable objects the goal speaks of, in its order."""
         self.goals: tuple[tuple[str, ...], ...] = tuple(tuple(goal) for goal in goals)
-        self._snapshot: Any = None
+        self._cameras: Cameras | None = None
         self._compiled_places: Any = None
         self._sampled: dict[str, np.ndarray] = {}
         self._steps = 0
@@ -133,8 +120,6 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         drawn = None if stored else self._draw_state(index)
         with _seeded(EVALUATION_SEED):
             self._reset_world()
-        if self.fast_render and self.views:
-            self._simplify_pictures()
         self._sampled = self._control.set_init_state(self.inits[index] if drawn is None else drawn)
         for _ in range((options or {}).get("settle", SETTLE_STEPS)):
             self._advance(np.array(SETTLE_ACTION))
@@ -152,14 +137,16 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         return self._observe_if(), float(success), success, self._steps >= self.horizon and not success, info
 
     def close(self) -> None:
-        if self.world is None:
+        """Free the simulator and its OpenGL context, also after an error, and also twice."""
+        world, self.world, self._control, self._cameras = self.world, None, None, None
+        if world is None:
             return
-        context = self.world.sim._render_context_offscreen
-        self.world.close()
-        if context is not None:
-            context.gl_ctx.free()
-        self._snapshot = None
-        self.world = self._control = None
+        context = getattr(world.sim, "_render_context_offscreen", None)
+        try:
+            world.close()
+        finally:
+            if context is not None:
+                context.gl_ctx.free()
 
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._picture("agentview", self.views.get("agentview", DEFAULT_VIEWS["agentview"]))
@@ -265,7 +252,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
                 self._draw_world()
             self.world.hard_reset = False
             _close_before_opengl(self)
-            self._add_snapshot_sensor()
+            self._cameras = Cameras(self.world) if self.views else None
             for name, observable in self.world._observables.items():
                 observable.set_enabled(name in SAMPLED)
         gripper = self.world.robots[0].gripper
@@ -293,103 +280,13 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         raise RuntimeError(f"{self.task.name}: no collision-free placement in {PLACEMENT_ATTEMPTS} draws")
 
     def _advance(self, action: np.ndarray) -> None:
-        """Step. robosuite computes the forward dynamics three times a substep from one state: before the
-        controller looks, as it looks, and in the step. What follows from positions and velocities alone is
-        computed once here; the solver of contacts, which starts warm from where it was, as often as there.
-        """
-        sim, mujoco = self.world.sim, self._mujoco
-        model, data = sim.model._model, sim.data._data
-        is_current = False
-
-        def forward() -> None:
-            nonlocal is_current
-            done = mujoco.mjtStage.mjSTAGE_VEL if is_current else mujoco.mjtStage.mjSTAGE_NONE
-            mujoco.mj_forwardSkip(model, data, done, False)
-            is_current = True
-
-        def step() -> None:
-            nonlocal is_current
-            mujoco.mj_step2(model, data)
-            is_current = False
-
-        sim.forward, sim.step = forward, step  # of this simulation alone
-        try:
+        with lean_dynamics(self.world.sim):
             self._sampled = self.world.step(action)[0]
-        finally:
-            del sim.forward, sim.step
-
-    def _simplify_pictures(self) -> None:
-        """Take multisampling, shadows and reflections from this environment's own renderer."""
-        context = self.world.sim._render_context_offscreen
-        flags = self._mujoco.mjtRndFlag
-        context.scn.flags[[int(flags.mjRND_SHADOW), int(flags.mjRND_REFLECTION)]] = 0
-        if context.con.offSamples:  # its buffers know the number of samples from when they were made
-            context.gl_ctx.make_current()
-            context.model._model.vis.quality.offsamples = 0
-            context.con.free()
-            context._set_mujoco_context_and_buffers()
-
-    def _add_snapshot_sensor(self) -> None:
-        """Keep the simulator's data from the substep at which robosuite samples its observations.
-
-        That substep is not the last one of a step: a picture of the final data would be milliseconds off the
-        published observation. Cameras are drawn from this copy, whenever they are asked for.
-        """
-        observables = _load("robosuite.utils.observables")
-        if self.views:
-            self._snapshot = self._mujoco.MjData(self.world.sim.model._model)
-
-        @observables.sensor(modality="snapshot")
-        def copy_data(_cache: dict[str, Any]) -> np.ndarray:
-            for name in DRAWN if self.views else ():
-                getattr(self._snapshot, name)[:] = getattr(self.world.sim.data._data, name)
-            return np.zeros(1)
-
-        rate = self.world.control_freq
-        self.world.add_observable(observables.Observable("snapshot", copy_data, sampling_rate=rate))
 
     def _picture(self, view: str, size: tuple[int, int]) -> np.ndarray:
-        """Return one camera's uint8 (rows, columns, 3) at its own size, turned by 180 degrees."""
-        context = self.world.sim._render_context_offscreen
-        if context is None:
+        if self._cameras is None:
             raise ValueError("made without views, so it cannot render; pass views={'agentview': (256, 256)}")
-        context.gl_ctx.make_current()  # robosuite never does: a second environment would draw into the first
-        context.data = SimpleNamespace(_data=self._snapshot)
-        groups = self.world.sim.model.geom_group
-        before = groups.copy()
-        groups[self._out_of_sight(view, size)] = HIDDEN_GROUP
-        rows, columns = size
-        picture = self.world.sim.render(width=columns, height=rows, camera_name=CAMERAS[view])
-        groups[:] = before
-        # OpenGL starts at the bottom; upright now, and mirrored as published
-        return picture[::-1, ::-1].copy()
-
-    def _out_of_sight(self, view: str, size: tuple[int, int]) -> np.ndarray:
-        """Return which geoms, bool (geoms,), have a box wholly beyond one side of the picture or behind the
-        camera, and also of its image in each mirror that is seen: MuJoCo would draw them in vain.
-        """
-        model, seen = self.world.sim.model, self._snapshot
-        camera = model.camera_name2id(CAMERAS[view])
-        slope = np.tan(np.deg2rad(model.cam_fovy[camera]) / 2)
-        slopes = np.abs(SIDES) @ (slope * size[1] / size[0], slope)
-        outwards = np.vstack([np.column_stack([SIDES, slopes]), (0.0, 0.0, 1.0)])
-        outwards = outwards @ seen.cam_xmat[camera].reshape(3, 3).T
-        eye, turned = seen.cam_xpos[camera], seen.geom_xmat.reshape(-1, 3, 3)
-        middles = seen.geom_xpos + (turned @ model.geom_aabb[:, :3, None])[..., 0]
-
-        def beyond(eye: np.ndarray, outwards: np.ndarray) -> np.ndarray:
-            reach = np.abs(outwards @ turned) @ model.geom_aabb[:, 3:, None]
-            return ((middles - eye) @ outwards.T - reach[..., 0] > 1e-3).any(axis=1)
-
-        is_plane = model.geom_type == 0  # its box says nothing
-        hidden = beyond(eye, outwards) & ~is_plane
-        shines = (model.geom_matid >= 0) & (model.mat_reflectance[model.geom_matid] > 0)
-        for mirror in np.flatnonzero(shines & ~hidden & (is_plane | (model.geom_type == 6))):
-            up = turned[mirror, :, 2]
-            top = seen.geom_xpos[mirror] + up * model.geom_size[mirror, 2] * (not is_plane[mirror])
-            flip = np.eye(3) - 2 * np.outer(up, up)
-            hidden &= beyond(top + flip @ (eye - top), outwards @ flip)
-        return hidden
+        return self._cameras.picture(view, size)
 
 
 # -- ending -------------------------------------------------------------------------------------------------
