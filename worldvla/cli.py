@@ -567,7 +567,7 @@ def doctor(*, quick: bool = False, json: Path | None = None) -> int:
 
     Args:
         quick: Versions, machine and OpenGL alone: seconds.
-        json: File for the result. Default: one in the cache of the user, which records cite; with --quick: none.
+        json: File for the result. Default: one in the user's cache; with --quick: none.
     """
     from rich.console import Console
     from rich.text import Text
