@@ -134,6 +134,20 @@ def test_updates_belong_to_one_base(root: Path, tmp_path: Path) -> None:
         load(path)
 
 
+def test_updates_find_their_base_from_any_folder(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(root / "first/ckpt/step_4", tmp_path / "base")
+    config = lora_config(root)
+    config = replace(config, train=replace(config.train, init_from="base", steps=1))
+    monkeypatch.chdir(tmp_path)
+    train(config, Path("run"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    load(tmp_path / "run")
+    assert "base_path" not in load(export(tmp_path / "run", tmp_path / "plain")).manifest
+
+
 def test_updates_need_a_base_and_bfloat16_autocast(root: Path) -> None:
     with pytest.raises(ValueError, match=r"name it by train\.init_from"):
         build(replace(tiny_config(root), lora=LORA))

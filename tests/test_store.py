@@ -178,6 +178,9 @@ def test_tokenising_twice_encodes_once(demos: Path, tmp_path: Path):
     assert tokenizer.seen == 2 * len(first) == 2 * 4 * 9  # two views of four episodes of nine steps
     tokenize(demos.glob("*.hdf5"), tokenizer, out)
     assert tokenizer.seen == 2 * len(first)
+    tokenizer.grey_levels = "float64"  # codes by another rule are made again, and the store names the rule
+    again = tokenize(demos.glob("*.hdf5"), tokenizer, out)
+    assert (tokenizer.seen, again.manifest["grey_levels"]) == (4 * len(first), "float64")
     tokenize(demos.glob("*.hdf5"), PixelSums(name="other"), out)
     assert TokenStore.open(out).manifest["tokenizer"] == "other"
     write_episodes(demos / "task_1_demo.hdf5", [random_episode(4)], {})

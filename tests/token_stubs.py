@@ -20,6 +20,8 @@ class CountedWords:
 class PixelSums:
     """The code of a patch is the sum of its first pixel modulo `num_codes`; `seen` counts frames."""
 
+    grey_levels = "float32"
+
     def __init__(self, factor: int = 2, num_codes: int = 64, name: str = "stub") -> None:
         self.factor, self.num_codes, self.name, self.seen = factor, num_codes, name, 0
 

@@ -87,7 +87,13 @@ def meaning(ids: np.ndarray, builder: SampleBuilder) -> str:
 def show(sample: Sample, builder: SampleBuilder, title: str) -> Table:
     """Return the sample as a table, one line of `lines` each, its size and number of targets in the title."""
     title += f": {len(sample)} tokens, {int((sample.kind != KIND_PROMPT).sum())} of them targets"
-    table = Table(title=f"{title}, vocabulary {builder.vocab.name}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        title=f"{title}, vocabulary {builder.vocab.name}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
     for name in ("at", "ids", "kind", "chunk", "row", "col", "meaning"):
         table.add_column(name, justify="right" if name == "at" else "left", overflow="fold")
     for part in lines(sample, builder):

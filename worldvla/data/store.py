@@ -33,6 +33,8 @@ class FrameTokenizer(Protocol):
 
     @property
     def num_codes(self) -> int: ...
+    @property
+    def grey_levels(self) -> str: ...
     def encode(self, images: Tensor, /) -> Tensor: ...
     def digest(self) -> str: ...
 
@@ -165,7 +167,8 @@ def write_store(
         for episode in episodes:
             writer.add(episode)
             on_episode(episode)
-        writer.finish({"tokenizer": tokenizer.digest(), "num_codes": tokenizer.num_codes}, source or {})
+        made_by = {"tokenizer": tokenizer.digest(), "num_codes": tokenizer.num_codes}
+        writer.finish(made_by | {"grey_levels": tokenizer.grey_levels}, source or {})
     return path
 
 

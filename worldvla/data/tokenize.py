@@ -22,8 +22,11 @@ def tokenize(
     """
     files = sorted(set(files), key=lambda file: (file.name, str(file)))
     prints, manifest = [fingerprint(path) for path in files], read_manifest(out_dir)
-    made_of = (tokenizer.digest(), prints)
-    if manifest is None or (manifest["tokenizer"], manifest["source"].get("files")) != made_of:
+    made_of, earlier = (tokenizer.digest(), tokenizer.grey_levels, prints), None
+    if manifest is not None:  # before stores named the rule of grey levels, it was float32
+        rule = manifest.get("grey_levels", "float32")
+        earlier = manifest["tokenizer"], rule, manifest["source"].get("files")
+    if earlier != made_of:
         with progress_bar(transient=True) as progress:
             bar = progress.add_task("tokenize episodes", total=sum(count_episodes(path) for path in files))
             write_store(

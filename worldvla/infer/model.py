@@ -134,7 +134,7 @@ def load(
     layout = config.layout
     sizes = layout.num_rows, layout.num_cols, layout.action_shape
     transformer = empty_model(config.model, vocab.size, *sizes)
-    base = path if "base" not in manifest else _base(path, config, manifest["base"])
+    base = path if "base" not in manifest else _base(path, config, manifest)
     stored: torch.dtype = getattr(torch, read_json(base / "manifest.json").get("dtype", "float32"))
     weights = path / "model.safetensors"
     names = transformer.state_dict()
@@ -147,9 +147,15 @@ def load(
     return Model(path, config, vocab, builder, image.to(device), transformer, manifest, quantize)
 
 
-def _base(path: Path, config: Config, digest: str) -> Path:
-    """Return the checkpoint that the low-rank updates in `path` belong to; another one raises ValueError."""
-    base = Path(config.train.init_from)
+def _base(path: Path, config: Config, manifest: Mapping[str, Any]) -> Path:
+    """Return the checkpoint that the low-rank updates in `path` belong to; another one raises ValueError.
+
+    It stands where the manifest has it, seen from `path`, or where train.init_from named it.
+    """
+    digest, base = manifest["base"], Path(config.train.init_from)
+    beside = path.resolve() / manifest.get("base_path", ".")
+    if "base_path" in manifest and (beside / "manifest.json").is_file():
+        base = beside
     if not (base / "manifest.json").is_file():
         raise FileNotFoundError(
             f"{path} holds low-rank updates of {base}, which is not there: restore it, or export where it is"
@@ -172,8 +178,8 @@ def export(source: Path, out_dir: Path) -> Path:
             shutil.copyfile(source / name, scratch / name)
         save_file(model.transformer.state_dict(), scratch / "model.safetensors")
         if "base" in model.manifest:
-            base = read_json(Path(model.config.train.init_from) / "manifest.json")
-            plain = {k: v for k, v in model.manifest.items() if k != "base"}
+            base = read_json(_base(source, model.config, model.manifest) / "manifest.json")
+            plain = {k: v for k, v in model.manifest.items() if k not in ("base", "base_path")}
             plain |= {"dtype": base.get("dtype", "float32"), "merged_base": model.manifest["base"]}
             write_json(scratch / "manifest.json", plain)
         write_text(scratch / "README.md", _card(model, weights_digest(scratch)))

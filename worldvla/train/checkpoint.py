@@ -53,7 +53,9 @@ def save(
             write_json(scratch / "trainer.json", dict(trainer))
             manifest = {**pieces.digests(), **provenance(), "step": trainer["step"]}
             if pieces.base:  # where the weights are that low-rank updates belong to, seen from here
-                manifest["base_path"] = os.path.relpath(pieces.config.train.init_from, path)
+                manifest["base_path"] = os.path.relpath(
+                    Path(pieces.config.train.init_from).resolve(), path.resolve()
+                )
             write_json(scratch / "manifest.json", manifest)
             for file in filter(Path.is_file, scratch.rglob("*")):
                 with file.open("rb") as opened:
