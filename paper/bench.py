@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -45,9 +44,9 @@ from worldvla.config import LayoutConfig, ModelConfig
 from worldvla.data.sample import SampleBuilder
 from worldvla.infer.cache import Cache
 from worldvla.infer.decode import best_bin, decode_chunk, decode_frame
+from worldvla.infer.graphs import Runner
 from worldvla.infer.model import load
 from worldvla.infer.policy import Policy
-from worldvla.infer.replay import Replay
 from worldvla.infer.world import World
 from worldvla.machine import find_device, provenance
 from worldvla.model.mask import dense_mask
@@ -86,6 +85,7 @@ class Case:
     guess_BN: np.ndarray
     who: dict[str, Any]
     """What a record names as the model."""
+    runner: Runner
 
 
 class Words:
@@ -155,7 +155,9 @@ def simulation(seconds: float) -> dict[str, float]:
     return rates
 
 
-def case_of(size: str, checkpoint: Path, quantize: Any, device: str, dtype: torch.dtype) -> Case:
+def case_of(
+    size: str, checkpoint: Path, quantize: Any, device: str, dtype: torch.dtype, compiled: bool
+) -> Case:
     if size == "3m":
         loaded, task = load(checkpoint, device, dtype, quantize), tasks("tabletop_goal")[0]
         observation = make(task, loaded.view_sizes).reset(options={"init": 0})[0]
@@ -166,7 +168,8 @@ def case_of(size: str, checkpoint: Path, quantize: Any, device: str, dtype: torc
         frame = loaded.builder.split_views(codes)
         world_prompt = loaded.builder.world_prompt([frame], np.zeros(loaded.config.layout.num_action_dims))
         who = {key: value for key, value in loaded.identity().items() if key != "path"}
-        return Case(loaded.transformer, loaded.vocab, loaded.builder, prompt, world_prompt, codes[None], who)
+        runner, samples = Runner(loaded.transformer, compiled), (prompt, world_prompt)
+        return Case(loaded.transformer, loaded.vocab, loaded.builder, *samples, codes[None], who, runner)
     rng, vocab = np.random.default_rng(0), chameleon()
     builder = SampleBuilder(LayoutConfig(chunk=10), vocab, Words(), WORLDVLA)
     with torch.device(device):
@@ -183,22 +186,23 @@ def case_of(size: str, checkpoint: Path, quantize: Any, device: str, dtype: torc
         builder.world_prompt([(new,)], np.zeros(7)),
         new[None],
         {"name": "random weights"},
+        Runner(model, compiled),
     )
 
 
 def without_cache(case: Case) -> np.ndarray:
     """Return codes (K, A) of a loop that runs the whole sequence again for each token."""
-    tail, blocks_KA = case.builder.policy_tail(), case.builder.action_block_positions(0)
+    tail, blocks_UA = case.builder.policy_tail(), case.builder.action_block_positions(0)
     parts = [Batch.stack([sample], case.vocab.pad) for sample in (case.prompt, tail)]
     whole = Batch(**{n: torch.cat([getattr(p, n) for p in parts], 1) for n in vars(parts[0])})
     whole = whole.to(case.model.head.weight.device)
     start, span = len(case.prompt), case.vocab.action
-    for block in blocks_KA:
+    for block in blocks_UA:
         for position in block[1:-1] + start:
             places = [getattr(whole, name)[:, :position] for name in ("row_BT", "col_BT")]
             x_BTD = case.model(whole.ids_BT[:, :position], dense_mask(whole.chunk_BT[:, :position]), *places)
             whole.ids_BT[:, position] = best_bin(case.model.logits(x_BTD[:, -1], span)) + span.start
-    return whole.ids_BT[0, start + blocks_KA[:, 1:-1]].cpu().numpy() - span.start
+    return whole.ids_BT[0, start + blocks_UA[:, 1:-1]].cpu().numpy() - span.start
 
 
 def hugging_face(case: Case) -> tuple[Callable[[], object], torch.nn.Module] | str:
@@ -273,13 +277,13 @@ def kept_instruction(case: Case) -> dict[str, float]:
     images = [i for i in (case.vocab.bostate, case.vocab.boi) if i is not None]
     start = int(np.isin(case.prompt.ids, images).argmax())
     batch = Batch.stack([case.prompt], case.vocab.pad).to(device)
-    mask, cache = dense_mask(batch.chunk_BT), Cache(len(model.layers), length)
+    mask, cache = dense_mask(batch.chunk_BT), Cache(model.config, 1, length, model.head.weight)
     where = torch.arange(length, device=device)[None]
 
     def prefill(first: int) -> None:
-        cache.seek([first])
+        cache.place(slice(first, length), length)
         fields = (t[:, first:] for t in (batch.row_BT, batch.col_BT, where))
-        model(batch.ids_BT[:, first:], mask[:, :, first:], *fields, cache)
+        model(batch.ids_BT[:, first:], mask[:, :, first:], *fields, cache.layers)
 
     both = [[timed(partial(prefill, first), 0, 1)[0] for first in (0, start)] for _ in range(21)][1:]
     ratio = statistics.median(kept / whole for whole, kept in both)
@@ -289,15 +293,15 @@ def kept_instruction(case: Case) -> dict[str, float]:
 @torch.inference_mode()
 def decoding(case: Case, seconds: float, most: int, reached: dict[str, float]) -> dict[str, dict[str, Any]]:
     """Return way of decoding -> numbers; the ways that are ours are checked to give the same codes."""
-    model, tail, blocks_KA = case.model, case.builder.policy_tail(), case.builder.action_block_positions(0)
+    model, tail, blocks_UA = case.model, case.builder.policy_tail(), case.builder.action_block_positions(0)
 
-    def ours(together: bool, batch: int = 1) -> np.ndarray:
+    def ours(parallel: bool, batch: int = 1) -> np.ndarray:
         prompts = [case.prompt] * batch
-        return decode_chunk(model, case.vocab, prompts, tail, blocks_KA, together=together).codes_BKA[0]
+        return decode_chunk(case.runner, case.vocab, prompts, tail, blocks_UA, parallel=parallel).codes_BUA[0]
 
     def eager() -> np.ndarray:
-        with patch.object(Replay, "of", return_value=None):
-            return ours(True)
+        launched = Runner(model, recorded=False)
+        return decode_chunk(launched, case.vocab, [case.prompt], tail, blocks_UA).codes_BUA[0]
 
     peak = peak_mb(lambda: ours(True))
     theirs = hugging_face(case)
@@ -305,7 +309,7 @@ def decoding(case: Case, seconds: float, most: int, reached: dict[str, float]) -
         "side by side": (lambda: ours(True), model.norm, 3),
         "one by one": (lambda: ours(False), model.norm, 3),
         **({"side by side, no graphs": (eager, model.norm, 3)} if model.head.weight.is_cuda else {}),
-        "without cache": (lambda: without_cache(case), model.norm, 1 if len(blocks_KA) > 5 else 3),
+        "without cache": (lambda: without_cache(case), model.norm, 1 if len(blocks_UA) > 5 else 3),
     }
     if not isinstance(theirs, str):
         ways["transformers"] = (*theirs, 3)
@@ -322,7 +326,7 @@ def decoding(case: Case, seconds: float, most: int, reached: dict[str, float]) -
             "chunk_ms": chunk_ms,
             "chunk_ms_p95": float(np.quantile(times[:, 1], 0.95)),
             "query_ms": query_ms,
-            "actions_s": 1e3 * len(blocks_KA) / query_ms,
+            "actions_s": 1e3 * len(blocks_UA) / query_ms,
         } | ({} if model.head.weight.is_cuda else {"passes": passes})
         first = rows["side by side"]
         rows[name] |= {f"slower_{n}": rows[name][f"{n}_ms"] / first[f"{n}_ms"] for n in ("chunk", "query")}
@@ -348,14 +352,14 @@ def decoding(case: Case, seconds: float, most: int, reached: dict[str, float]) -
 
 def frames(case: Case, seconds: float) -> dict[str, float]:
     tail = case.builder.world_tail()
-    prompts, (model, vocab) = [case.world_prompt], (case.model, case.vocab)
-    plain, plain_stats = decode_frame(model, vocab, prompts, tail)
-    drafted, stats = decode_frame(model, vocab, prompts, tail, case.guess_BN)
+    prompts, (runner, vocab) = [case.world_prompt], (case.runner, case.vocab)
+    plain, plain_stats = decode_frame(runner, vocab, prompts, tail)
+    drafted, stats = decode_frame(runner, vocab, prompts, tail, case.guess_BN)
     same = float((plain == drafted).mean())
     assert same == 1 or stats.close + plain_stats.close, "drafts changed a code that was no near tie"
     least = 1 if plain.size > 100 else 3
-    plain_ms = timed(lambda: decode_frame(model, vocab, prompts, tail), seconds, least)
-    ms = timed(lambda: decode_frame(model, vocab, prompts, tail, case.guess_BN), seconds, least)
+    plain_ms = timed(lambda: decode_frame(runner, vocab, prompts, tail), seconds, least)
+    ms = timed(lambda: decode_frame(runner, vocab, prompts, tail, case.guess_BN), seconds, least)
     return {
         "ms_frame": statistics.median(ms),
         "ms_frame_plain": statistics.median(plain_ms),
@@ -397,9 +401,7 @@ def main() -> None:
     console = Console(stderr=True, width=150)
     for size in args.sizes:  # each is printed when it is done: what a stop leaves is not nothing
         table, ours = Table(*COLUMNS), Table(*OURS)
-        case = case_of(size, args.checkpoint, args.quantize, args.device, dtype)
-        if args.compile:
-            case.model.compile_blocks()
+        case = case_of(size, args.checkpoint, args.quantize, args.device, dtype, args.compile)
         rows, frame = decoding(case, args.seconds, args.batch, reached), frames(case, args.seconds)
         parameters = case.model.num_parameters()
         numbers[size] = {"parameters": parameters, "actions": rows, "frames": frame, "model": case.who}

@@ -15,7 +15,7 @@ from worldvla.batch import Batch, Sample
 from worldvla.data.loader import Loader
 from worldvla.data.store import TokenStore
 from worldvla.files import write_json
-from worldvla.infer.decode import best_bin, decode_actions
+from worldvla.infer.decode import best_bin, decode_chunk
 from worldvla.infer.model import Model, load
 from worldvla.machine import provenance
 from worldvla.model.mask import additive_mask, dense_mask
@@ -61,13 +61,13 @@ def chunk_codes(model: Model, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.
     """
     builder, vocab = model.builder, model.vocab
     lengths_B = (batch.kind_BT > 0).int().argmax(1)  # the first target ends the prompt
-    blocks_KA = builder.action_block_positions(0)[:, 1:-1]
-    where_BKA = lengths_B[:, None, None] + torch.from_numpy(blocks_KA)
+    blocks_UA = builder.action_block_positions(0)[:, 1:-1]
+    where_BUA = lengths_B[:, None, None] + torch.from_numpy(blocks_UA)
     rows_B11 = torch.arange(len(lengths_B))[:, None, None]
-    truth_BKA = batch.ids_BT[rows_B11, where_BKA] - vocab.action.start
+    truth_BUA = batch.ids_BT[rows_B11, where_BUA] - vocab.action.start
     mask = additive_mask(dense_mask(batch.chunk_BT), torch.float32)
     x_BTD: Tensor = model.transformer(batch.ids_BT, mask, batch.row_BT, batch.col_BT)
-    logits = model.transformer.logits(x_BTD[rows_B11, where_BKA - 1], vocab.action)
+    logits = model.transformer.logits(x_BTD[rows_B11, where_BUA - 1], vocab.action)
     names = {"ids": batch.ids_BT, "chunk": batch.chunk_BT, "kind": batch.kind_BT}
     names |= {"row": batch.row_BT, "col": batch.col_BT}
     prompts = [
@@ -75,8 +75,8 @@ def chunk_codes(model: Model, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.
         for b, length in enumerate(lengths_B.tolist())
     ]
     tail, blocks = builder.policy_tail(), builder.action_block_positions(0)
-    free = decode_actions(model.transformer, vocab, prompts, tail, blocks)
-    return truth_BKA.numpy(), best_bin(logits).numpy(), free
+    free = decode_chunk(model.runner, vocab, prompts, tail, blocks).codes_BUA
+    return truth_BUA.numpy(), best_bin(logits).numpy(), free
 
 
 def main(

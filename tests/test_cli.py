@@ -276,7 +276,7 @@ def test_an_evaluation_says_why_actions_were_decoded_one_by_one(capsys, tmp_path
     words = ("--suite", "tabletop_object", "--episodes", 1, "--tasks", 0, "--workers", 1, "--videos", 0)
     code, out, _ = _run(capsys, "eval", tmp_path / "step_0", *words, "--out", tmp_path / "eval")
     assert code == 0
-    why = "one by one: actions of a chunk see those before them (layout.selective_mask is off)"
+    why = "sequential: actions of a chunk see those before them (layout.selective_mask is off)"
     assert f"decoded {why}" in out
     assert json.loads((tmp_path / "eval/record.json").read_text())["protocol"]["decoding"] == why
     assert why in (tmp_path / "eval/index.html").read_text()

@@ -1,4 +1,4 @@
-"""Decoding with a cache, side by side and over ragged batches gives the ids of the slow way: one id at a
+"""Decoding with a cache, in parallel and over ragged batches gives the ids of the slow way: one id at a
 time, everything recomputed. Drawn actions follow the model's distribution.
 
 Run: pytest tests/test_decode.py
@@ -8,6 +8,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,17 +24,9 @@ import worldvla.vocab
 from worldvla.batch import KIND_IMAGE, Batch, Sample
 from worldvla.config import LayoutConfig, ModelConfig
 from worldvla.data.sample import SampleBuilder
-from worldvla.infer.cache import Cache
-from worldvla.infer.decode import (
-    CLOSE,
-    SIDE_BY_SIDE,
-    best_bin,
-    bin_scores,
-    chunk_path,
-    decode_actions,
-    decode_chunk,
-    decode_frame,
-)
+from worldvla.infer.decode import CLOSE, PARALLEL, Chunk, best_bin, bin_scores, chunk_path, verify
+from worldvla.infer.draft import FrameStats
+from worldvla.infer.graphs import Runner
 from worldvla.infer.model import Model, load
 from worldvla.infer.policy import Policy
 from worldvla.model.mask import dense_mask
@@ -56,6 +50,18 @@ INSTRUCTIONS = ("go", "lift the lid and go home", "open it")
 @pytest.fixture(scope="module")
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+def decode_chunk(model: Transformer, *args: Any, **options: Any) -> Chunk:
+    return decode.decode_chunk(Runner(model), *args, **options)
+
+
+def decode_actions(model: Transformer, *args: Any, **options: Any) -> np.ndarray:
+    return decode_chunk(model, *args, **options).codes_BUA
+
+
+def decode_frame(model: Transformer, *args: Any, **options: Any) -> tuple[np.ndarray, FrameStats]:
+    return decode.decode_frame(Runner(model), *args, **options)
 
 
 def build(
@@ -141,20 +147,16 @@ def test_plain_mask_makes_actions_depend_on_those_before(rng: np.random.Generato
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 25])
-def test_a_chunk_takes_seven_passes_and_holds_its_prompt_once(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
+def test_a_chunk_takes_seven_passes_and_holds_its_prompt_once(rng: np.random.Generator, chunk: int) -> None:
     """One pass an action dim, whatever K is; a cache of one row a prompt, as long as the sequence."""
     builder, model = build(rng, replace(LAYOUT, chunk=chunk))
-    passes, caches = [], []
-    monkeypatch.setattr(decode, "Cache", lambda *args: caches.append(Cache(*args)) or caches[-1])
-    model.norm.register_forward_hook(lambda *_: passes.append(1))
-    prompts, tail = policy_prompts(builder, rng), builder.policy_tail()
-    decode_actions(model, builder.vocab, prompts, tail, builder.action_block_positions(0))
+    passes, runner = [], Runner(model)
+    with patch.object(runner, "open", wraps=runner.open) as opened:
+        model.norm.register_forward_hook(lambda *_: passes.append(1))
+        prompts, tail = policy_prompts(builder, rng), builder.policy_tail()
+        decode.decode_chunk(runner, builder.vocab, prompts, tail, builder.action_block_positions(0))
     assert len(passes) == 7
-    (cache,) = caches
-    rooms = {tensor.shape[::2] for tensor in (*cache._keys, *cache._values)}
-    assert rooms == {(3, max(map(len, prompts)) + len(tail))}
+    opened.assert_called_once_with(3, max(map(len, prompts)) + len(tail))
 
 
 def test_images_equal_the_slow_way(rng: np.random.Generator) -> None:
@@ -181,7 +183,7 @@ def test_the_two_codes_of_the_last_bin_count_as_one() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("chunk", [1, 2, 5, 10, 25])
-def test_side_by_side_is_one_by_one(chunk: int, dtype: torch.dtype) -> None:
+def test_parallel_is_sequential(chunk: int, dtype: torch.dtype) -> None:
     """For any K, random models, ragged batches and both types. In bfloat16 an action may leave the slow way
     only where the slow way's own two best codes are nearly equal.
     """
@@ -196,26 +198,26 @@ def test_side_by_side_is_one_by_one(chunk: int, dtype: torch.dtype) -> None:
         builder.policy_tail(),
         builder.action_block_positions(0),
     )
-    assert chunk_path(tail, blocks) == SIDE_BY_SIDE
+    assert chunk_path(tail, blocks) == PARALLEL
     together = decode_actions(model, builder.vocab, prompts, tail, blocks)
     alone = decode_actions(model, builder.vocab, prompts[2:], tail, blocks)
-    in_turn = decode_chunk(model, builder.vocab, prompts, tail, blocks, together=False).codes_BKA
+    in_turn = decode_chunk(model, builder.vocab, prompts, tail, blocks, parallel=False).codes_BUA
     assert dtype == torch.bfloat16 or (in_turn == together).all()
     opens, differing = blocks[:, 1:-1].reshape(-1).tolist(), 0
     for row, prompt in enumerate(prompts):
         span = builder.vocab.action
         codes, margins = slow_with_margins(model, prompt, tail, span, opens, bins=True)
         for got in [together[row]] + ([alone[0]] if row == 2 else []):
-            is_wrong_KA = got != codes.reshape(chunk, -1)
-            first = [int(dims.argmax()) for dims in is_wrong_KA if dims.any()]
-            leads = margins.reshape(chunk, -1)[is_wrong_KA.any(1), first]
+            is_wrong_UA = got != codes.reshape(chunk, -1)
+            first = [int(dims.argmax()) for dims in is_wrong_UA if dims.any()]
+            leads = margins.reshape(chunk, -1)[is_wrong_UA.any(1), first]
             assert (leads < CLOSE[dtype]).all(), leads
             differing += len(first)
     assert differing == 0 or (dtype == torch.bfloat16 and differing <= 0.2 * 4 * chunk + 1)
 
 
 @pytest.mark.parametrize("change", ["causal", "same chunk", "chunk 0 inside"])
-def test_other_masks_are_decoded_one_by_one_and_say_so(rng: np.random.Generator, change: str) -> None:
+def test_other_masks_are_decoded_in_sequence_and_say_so(rng: np.random.Generator, change: str) -> None:
     builder, model = build(rng, replace(LAYOUT, selective_mask=change != "causal"))
     tail, blocks = builder.policy_tail(), builder.action_block_positions(0)
     chunk = tail.chunk.copy()
@@ -226,10 +228,10 @@ def test_other_masks_are_decoded_one_by_one_and_say_so(rng: np.random.Generator,
     tail = replace(tail, chunk=chunk)
     prompts = policy_prompts(builder, rng)
     found = decode_chunk(model, builder.vocab, prompts, tail, blocks)
-    assert found.path.startswith("one by one: actions of a chunk see those before them")
+    assert found.path.startswith("sequential: actions of a chunk see those before them")
     opens = blocks[:, 1:-1].reshape(-1).tolist()
     expected = [slow(model, p, tail, builder.vocab.action, opens, bins=True).reshape(3, 7) for p in prompts]
-    np.testing.assert_array_equal(found.codes_BKA, expected)
+    np.testing.assert_array_equal(found.codes_BUA, expected)
 
 
 def test_nothing_to_decode_is_one_line(rng: np.random.Generator) -> None:
@@ -238,7 +240,7 @@ def test_nothing_to_decode_is_one_line(rng: np.random.Generator) -> None:
     prompts = policy_prompts(builder, rng)
     with pytest.raises(ValueError, match="got no prompts, expected at least one"):
         decode_actions(model, builder.vocab, [], tail, blocks)
-    with pytest.raises(ValueError, match=r"got K = 0: raise layout\.chunk"):
+    with pytest.raises(ValueError, match=r"got U = 0: raise layout\.chunk"):
         decode_actions(model, builder.vocab, prompts, tail, blocks[:0])
     for temperature in (-1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match=r"must be 0 \(greedy\) or above and finite, got"):
@@ -269,12 +271,13 @@ def test_drawn_actions_follow_the_models_distribution(
     builder, model = _tiny(rng, layout)
     prompt = builder.policy_prompt("go", None, [(np.array([1, 0]),)])
     tail, blocks, span = builder.policy_tail(), builder.action_block_positions(0), builder.vocab.action
-    codes = decode_actions(model, builder.vocab, [prompt] * num, tail, blocks, temperature, seed=5)
+    seeds = range(num)
+    codes = decode_actions(model, builder.vocab, [prompt] * num, tail, blocks, temperature, seeds)
     assert codes.shape == (num, 2, 2)
     assert codes.max() == 2
 
     whole = Sample(**{f: np.concatenate([getattr(prompt, f), getattr(tail, f)]) for f in vars(tail)})
-    joint_KXY = np.ones((2, 3, 3))
+    joint_UXY = np.ones((2, 3, 3))
     for k, (x, y) in itertools.product(range(2), itertools.product(range(3), repeat=2)):
         for dim in range(2):
             batch = Batch.stack([whole], pad=1)
@@ -282,25 +285,23 @@ def test_drawn_actions_follow_the_models_distribution(
             with torch.no_grad():
                 hidden = model(batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT)
             scores = bin_scores(model.logits(hidden[0, len(prompt) + blocks[k, dim]], span))
-            joint_KXY[k, x, y] *= float((scores.detach() / temperature).softmax(-1)[(x, y)[dim]])
-    np.testing.assert_allclose(joint_KXY.sum((1, 2)), 1, atol=1e-5)
-    assert 0.5 < joint_KXY.max() / joint_KXY.mean() < 9
+            joint_UXY[k, x, y] *= float((scores.detach() / temperature).softmax(-1)[(x, y)[dim]])
+    np.testing.assert_allclose(joint_UXY.sum((1, 2)), 1, atol=1e-5)
+    assert 0.5 < joint_UXY.max() / joint_UXY.mean() < 9
     pair = codes[..., 0] * 3 + codes[..., 1]
     for k in range(2):
-        assert g_test(np.bincount(pair[:, k], minlength=9), joint_KXY[k].reshape(-1)) < 26.1  # p = 0.001
-    product = np.outer(joint_KXY[0], joint_KXY[1]).reshape(-1)
+        assert g_test(np.bincount(pair[:, k], minlength=9), joint_UXY[k].reshape(-1)) < 26.1  # p = 0.001
+    product = np.outer(joint_UXY[0], joint_UXY[1]).reshape(-1)
     both = np.bincount(pair[:, 0] * 9 + pair[:, 1], minlength=81)
     assert g_test(both, product) < 124.8  # 80 degrees of freedom, p = 0.001
-    again = decode_actions(model, builder.vocab, [prompt] * num, tail, blocks, temperature, seed=5)
+    again = decode_actions(model, builder.vocab, [prompt] * num, tail, blocks, temperature, seeds)
     np.testing.assert_array_equal(codes, again)
-    other = decode_actions(model, builder.vocab, [prompt] * num, tail, blocks, temperature, seed=6)
+    other = decode_actions(model, builder.vocab, [prompt] * num, tail, blocks, temperature, range(1, num + 1))
     assert (codes != other).any()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_one_by_one_draws_and_knows_what_side_by_side_does(
-    rng: np.random.Generator, temperature: float
-) -> None:
+def test_sequential_draws_and_knows_what_parallel_does(rng: np.random.Generator, temperature: float) -> None:
     builder, model = build(rng)
     with torch.no_grad():
         model.head.weight.mul_(0.1)
@@ -310,12 +311,12 @@ def test_one_by_one_draws_and_knows_what_side_by_side_does(
         builder.action_block_positions(0),
     )
     both = [
-        decode_chunk(model, builder.vocab, prompts, tail, blocks, temperature, seed=2, together=together)
-        for together in (True, False)
+        decode_chunk(model, builder.vocab, prompts, tail, blocks, temperature, seed=2, parallel=parallel)
+        for parallel in (True, False)
     ]
-    np.testing.assert_array_equal(both[0].codes_BKA, both[1].codes_BKA)
-    np.testing.assert_allclose(both[0].entropy_BKA, both[1].entropy_BKA, rtol=1e-4)
-    np.testing.assert_allclose(both[0].margin_BKA, both[1].margin_BKA, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(both[0].codes_BUA, both[1].codes_BUA)
+    np.testing.assert_allclose(both[0].entropy_BUA, both[1].entropy_BUA, rtol=1e-4)
+    np.testing.assert_allclose(both[0].margin_BUA, both[1].margin_BUA, rtol=1e-3, atol=1e-5)
 
 
 def _tiny(rng: np.random.Generator, layout: LayoutConfig) -> tuple[SampleBuilder, Transformer]:
@@ -341,15 +342,15 @@ def test_confidence_is_the_entropy_and_the_lead(rng: np.random.Generator) -> Non
     found = decode_chunk(model, builder.vocab, prompts, tail, blocks)
     whole = Sample(**{f: np.concatenate([getattr(prompts[0], f), getattr(tail, f)]) for f in vars(tail)})
     batch = Batch.stack([whole], pad=1)
-    batch.ids_BT[0, len(prompts[0]) + blocks[:, 1:-1]] = torch.from_numpy(found.codes_BKA[0]) + span.start
+    batch.ids_BT[0, len(prompts[0]) + blocks[:, 1:-1]] = torch.from_numpy(found.codes_BUA[0]) + span.start
     with torch.no_grad():
         hidden = model(batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT)
         p = bin_scores(model.logits(hidden[0, len(prompts[0]) + blocks[:, :-2]], span)).double().softmax(-1)
     entropy = -(p * p.log()).sum(-1)
     best = p.sort(-1).values
-    np.testing.assert_allclose(found.entropy_BKA[0], entropy, rtol=1e-4)
-    np.testing.assert_allclose(found.margin_BKA[0], best[..., -1] - best[..., -2], rtol=1e-3, atol=1e-6)
-    assert 0.1 < found.entropy_BKA.mean() < 5.5
+    np.testing.assert_allclose(found.entropy_BUA[0], entropy, rtol=1e-4)
+    np.testing.assert_allclose(found.margin_BUA[0], best[..., -1] - best[..., -2], rtol=1e-3, atol=1e-6)
+    assert 0.1 < found.entropy_BUA.mean() < 5.5
 
 
 def noisy_prompts(model: Model, rng: np.random.Generator, instructions: Sequence[str]) -> list[Sample]:
@@ -367,19 +368,19 @@ def noisy_prompts(model: Model, rng: np.random.Generator, instructions: Sequence
 def test_the_shipped_models_act_as_their_training_pass_says(name: str, rng: np.random.Generator) -> None:
     """One pass with gradients over the decoded sequence, no cache: each code is its best, near ties apart."""
     model = load(ASSETS / name)
-    tail, blocks_KA = model.builder.policy_tail(), model.builder.action_block_positions(0)
+    tail, blocks_UA = model.builder.policy_tail(), model.builder.action_block_positions(0)
     prompts = noisy_prompts(model, rng, ["pick up the milk", "pick up the milk and place it in the basket"])
     span = model.vocab.action
-    codes_BKA = decode_actions(model.transformer, model.vocab, prompts, tail, blocks_KA)
-    for prompt, codes_KA in zip(prompts, codes_BKA, strict=True):
+    codes_BUA = decode_actions(model.transformer, model.vocab, prompts, tail, blocks_UA)
+    for prompt, codes_UA in zip(prompts, codes_BUA, strict=True):
         whole = Sample(**{f: np.concatenate([getattr(prompt, f), getattr(tail, f)]) for f in vars(tail)})
-        dims_KA = len(prompt) + blocks_KA[:, 1:-1]
-        whole.ids[dims_KA] = codes_KA + span.start
+        dims_UA = len(prompt) + blocks_UA[:, 1:-1]
+        whole.ids[dims_UA] = codes_UA + span.start
         batch = Batch.stack([whole], model.vocab.pad)
         with torch.enable_grad():
             x = model.transformer(batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT)
-        scores = bin_scores(model.transformer.logits(x[0, dims_KA - 1], span)).detach()
-        chosen = scores.gather(-1, torch.from_numpy(codes_KA)[..., None])[..., 0]
+        scores = bin_scores(model.transformer.logits(x[0, dims_UA - 1], span)).detach()
+        chosen = scores.gather(-1, torch.from_numpy(codes_UA)[..., None])[..., 0]
         assert (scores.amax(-1) - chosen <= CLOSE[torch.float32] * scores.std(-1)).all()
 
 
@@ -387,24 +388,65 @@ def test_the_shipped_models_act_as_their_training_pass_says(name: str, rng: np.r
 def test_new_queries_are_not_compiled_anew(rng: np.random.Generator, part: str, most: int) -> None:
     """Under torch.compile, with no graph break: lengths that were not seen before need no new graph."""
     builder, model = build(rng)
-    tail, blocks_KA = builder.policy_tail(), builder.action_block_positions(0)
+    tail, blocks_UA = builder.policy_tail(), builder.action_block_positions(0)
     counter = torch._dynamo.testing.CompileCounter()
     frames = [frame(rng), frame(rng)]
     state = rng.uniform(-1, 1, 8)
     pairs = itertools.product(INSTRUCTIONS, (1, 2))
     prompts = [builder.policy_prompt(text, state, frames[:n]) for text, n in pairs]
     assert len({len(p) for p in prompts}) == len(prompts)
-    expected = [decode_actions(model, builder.vocab, [p], tail, blocks_KA) for p in prompts]
-    if part == "blocks":
-        model.compile_blocks(counter)
-    else:
+    expected = [decode_actions(model, builder.vocab, [p], tail, blocks_UA) for p in prompts]
+    runner = Runner(model, compiled=part == "blocks", backend=counter)
+    if part == "whole":
         model.forward = torch.compile(model.forward, backend=counter, fullgraph=True)
     graphs = []
     for prompt, codes in zip(prompts, expected, strict=True):
-        found = decode_actions(model, builder.vocab, [prompt], tail, blocks_KA)
-        np.testing.assert_array_equal(found, codes)
+        chunk = decode.decode_chunk(runner, builder.vocab, [prompt], tail, blocks_UA)
+        np.testing.assert_array_equal(chunk.codes_BUA, codes)
         graphs.append(counter.frame_count)
     torch._dynamo.reset()
-    assert graphs[1] == graphs[-1] <= most, (
-        graphs
-    )  # the first query's are of fixed lengths, the second's are open
+    # The first query's are of fixed lengths, the second's are open.
+    assert graphs[1] == graphs[-1] <= most, graphs
+
+
+def test_a_window_is_kept_up_to_its_first_wrong_guess() -> None:
+    guess, choice = torch.tensor([[7, 1, 2, 3, 4], [7, 1, 2, 3, 4]]), torch.tensor([[0, 1, 9, 3, 8]] * 2)
+    is_new = torch.tensor([[False, True, True, True, True], [False, False, False, True, False]])
+    is_kept, is_right = verify(guess, choice, is_new)
+    assert is_kept.int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 0, 1, 0]]
+    assert is_right.int().tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 1, 0]]
+
+
+def test_a_row_draws_what_it_draws_alone(rng: np.random.Generator) -> None:
+    """With its own seed or one for all; actions and frames."""
+    builder, model = build(rng)
+    with torch.no_grad():
+        model.head.weight.mul_(0.02)
+    world = [builder.world_prompt([frame(rng)], rng.uniform(-1, 1, 7)) for _ in range(3)]
+    policy = (policy_prompts(builder, rng), builder.policy_tail(), builder.action_block_positions(0))
+    draws = [
+        (decode_actions, *policy),
+        (lambda *args, **options: decode_frame(*args, **options)[0], world, builder.world_tail()),
+    ]
+    for draw, prompts, *rest in draws:
+        for seeds in (3, [5, 3, 8]):
+            together = draw(model, builder.vocab, prompts, *rest, temperature=1.0, seed=seeds)
+            for i, prompt in enumerate(prompts):
+                seed = seeds if isinstance(seeds, int) else seeds[i]
+                alone = draw(model, builder.vocab, [prompt], *rest, temperature=1.0, seed=seed)
+                np.testing.assert_array_equal(alone[0], together[i])
+        with pytest.raises(ValueError, match="3 rows need one seed or 3, got 2"):
+            draw(model, builder.vocab, prompts, *rest, temperature=1.0, seed=[1, 2])
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_scores_that_are_not_finite_are_refused(rng: np.random.Generator, broken: float) -> None:
+    builder, model = build(rng)
+    with torch.no_grad():
+        model.norm.weight[0] = broken
+    world = [builder.world_prompt([frame(rng)], rng.uniform(-1, 1, 7))]
+    prompts, blocks_UA = policy_prompts(builder, rng), builder.action_block_positions(0)
+    with pytest.raises(ValueError, match="scores are not finite"):
+        decode_frame(model, builder.vocab, world, builder.world_tail())
+    with pytest.raises(ValueError, match="scores are not finite"):
+        decode_actions(model, builder.vocab, prompts, builder.policy_tail(), blocks_UA)

@@ -4,6 +4,7 @@ computed again give the same gradients.
 pytest tests/test_lora.py
 """
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -134,18 +135,27 @@ def test_updates_belong_to_one_base(root: Path, tmp_path: Path) -> None:
         load(path)
 
 
-def test_updates_find_their_base_from_any_folder(
+def test_a_base_is_where_it_was_seen_from_the_checkpoint(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(root / "first/ckpt/step_4", tmp_path / "base")
-    config = lora_config(root)
-    config = replace(config, train=replace(config.train, init_from="base", steps=1))
-    monkeypatch.chdir(tmp_path)
-    train(config, Path("run"))
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    load(tmp_path / "run")
-    assert "base_path" not in load(export(tmp_path / "run", tmp_path / "plain")).manifest
+    """From any working directory, and after both have moved together."""
+    shutil.copytree(root / "first/ckpt/step_4", tmp_path / "old/base")
+    monkeypatch.chdir(tmp_path / "old")
+    config = lora_config(root, steps=1)
+    config = replace(config, train=replace(config.train, init_from="base"))
+    path = train(config, Path("run")).checkpoint.absolute()
+    monkeypatch.chdir("/")
+    assert load(path).transformer.num_parameters()
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    path = tmp_path / "new/run/ckpt/step_1"
+    assert load(path).transformer.num_parameters()
+    shutil.move(tmp_path / "new/base", tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="updates of base, which is not there"):
+        load(path)
+    manifest = json.loads((path / "manifest.json").read_text()) | {"base_path": "../../../../elsewhere"}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    exported = load(export(path, tmp_path / "plain"))
+    assert not {"base", "base_path"} & exported.manifest.keys()
 
 
 def test_updates_need_a_base_and_bfloat16_autocast(root: Path) -> None:

@@ -89,7 +89,7 @@ def test_predicate_on_plain_integers() -> None:
 def test_decoding_rows_equal_rows_of_the_whole_mask() -> None:
     chunk_BT = chunk_of(POLICY)
     whole = dense_mask(chunk_BT)
-    queries = torch.tensor([[8, 11, 14]])  # the second token of each action, side by side
+    queries = torch.tensor([[8, 11, 14]])  # the second token of each action, in parallel
     rows = dense_mask(chunk_BT[:, queries[0]], chunk_BT, queries)
     assert torch.equal(rows, whole[:, :, queries[0]])
 

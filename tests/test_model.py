@@ -30,20 +30,16 @@ def causal(ids_BT: Tensor) -> Tensor:
 
 
 class ListCache:
-    """The smallest cache: concatenation."""
+    """The smallest cache of a layer: concatenation."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.kept: tuple[Tensor, Tensor] | None = None
 
-    def room(self, layer: int) -> None:
-        """It has none of fixed size."""
-
-    def update(self, layer: int, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self.layers:
-            k_old, v_old = self.layers[layer]
-            k_BGSK, v_BGSK = torch.cat([k_old, k_BGSK], 2), torch.cat([v_old, v_BGSK], 2)
-        self.layers[layer] = (k_BGSK, v_BGSK)
-        return self.layers[layer]
+    def update(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = zip(self.kept, (k_BGTK, v_BGTK), strict=True) if self.kept else ((k_BGTK,), (v_BGTK,))
+        k_BGSK, v_BGSK = (torch.cat(pair, 2) for pair in pairs)
+        self.kept = k_BGSK, v_BGSK
+        return self.kept
 
 
 def reference_logits(model: Transformer, ids_T: Tensor) -> Tensor:
@@ -103,7 +99,7 @@ def test_cached_decoding_equals_the_whole_pass() -> None:
     model = build(MODEL)
     ids_BT, row_BT = torch.randint(0, V, (3, 12)), torch.randint(0, 5, (3, 12))
     whole = model(ids_BT, causal(ids_BT), row_BT, row_BT)
-    cache, parts = ListCache(), []
+    cache, parts = [ListCache() for _ in model.layers], []
     for start, stop in ((0, 7), (7, 8), (8, 12)):
         part, positions = slice(start, stop), torch.arange(start, stop)[None]
         mask = causal(ids_BT)[:1, :, part, :stop]
@@ -111,13 +107,13 @@ def test_cached_decoding_equals_the_whole_pass() -> None:
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 
-def test_actions_side_by_side_equal_one_after_another() -> None:
-    """The K actions of a chunk are independent: columns over the cached prompt give the same states."""
+def test_parallel_actions_equal_one_after_another() -> None:
+    """The U actions of a chunk are independent: columns over the cached prompt give the same states."""
     model = build()
     chunk_BT = torch.tensor([[0] * 6 + [1] * 4 + [2] * 4 + [3] * 4])
     ids_BT = torch.randint(0, V, chunk_BT.shape)
     whole = model(ids_BT, dense_mask(chunk_BT))
-    cache = ListCache()
+    cache = [ListCache() for _ in model.layers]
     model(ids_BT[:, :6], causal(ids_BT[:, :6]), cache=cache)
     seen = torch.arange(6)
     for column in range(4):

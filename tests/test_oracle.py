@@ -32,7 +32,8 @@ from torch import Tensor
 from worldvla.batch import KIND_IMAGE, KIND_PROMPT
 from worldvla.config import LayoutConfig, LossConfig
 from worldvla.infer.cache import Cache
-from worldvla.infer.decode import decode_actions, decode_frame
+from worldvla.infer.decode import decode_chunk, decode_frame
+from worldvla.infer.graphs import Runner
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
 from worldvla.published.names import open_release, published_names, published_tensors
@@ -148,7 +149,7 @@ def test_a_chunk_decodes_to_the_same_actions(ours: Transformer, theirs: Any, lay
     is_open = np.zeros(len(tail), dtype=bool)
     is_open[blocks[:, 1:-1]] = True
     expected = one_by_one(theirs, prompt.ids, tail.ids, is_open, VOCAB.action)
-    got = decode_actions(ours, VOCAB, [prompt], tail, blocks)
+    got = decode_chunk(Runner(ours), VOCAB, [prompt], tail, blocks).codes_BUA
     assert got.reshape(-1).tolist() == expected
     assert len(set(expected)) > 5
 
@@ -158,7 +159,7 @@ def test_an_image_decodes_to_the_same_codes(ours: Transformer, theirs: Any, layo
     rng, make = np.random.default_rng(2), builder(layout)
     prompt, tail = make.world_prompt([frame(layout, rng)], np.full(7, 0.1)), make.world_tail()
     expected = one_by_one(theirs, prompt.ids, tail.ids, tail.kind == KIND_IMAGE, VOCAB.image)
-    assert decode_frame(ours, VOCAB, [prompt], tail)[0][0].tolist() == expected
+    assert decode_frame(Runner(ours), VOCAB, [prompt], tail)[0][0].tolist() == expected
     assert len(set(expected)) > 5
 
 

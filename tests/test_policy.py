@@ -19,8 +19,6 @@ import torch
 from tiny_run import tiny_config, write_tiny
 
 import worldvla
-import worldvla.infer.decode as decode
-from worldvla.infer.cache import Cache
 from worldvla.infer.model import Model, export, load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
@@ -80,7 +78,7 @@ def test_a_run_directory_means_its_newest_checkpoint(checkpoint: Path, model: Mo
         load(checkpoint / "none")
 
 
-def test_a_batch_acts_like_its_observations_one_by_one(model: Model) -> None:
+def test_a_batch_acts_like_its_observations_alone(model: Model) -> None:
     observations = [observe(0), observe(1, 1), observe(2, 3)]
     actions = Policy(model).act(observations)
     assert actions.shape == (3, 3, 7)
@@ -144,7 +142,7 @@ def test_confidence_comes_with_the_same_actions(model: Model) -> None:
     one = policy.decide(observations[1])
     np.testing.assert_allclose(one.entropy, decision.entropy[1], rtol=1e-4)
     assert policy.decide([]).entropy.shape == (0, 3, 7)
-    assert policy.decoding == "side by side"
+    assert policy.decoding == "parallel"
 
 
 def test_drawn_actions_belong_to_their_seed(model: Model) -> None:
@@ -191,7 +189,8 @@ def test_long_rollouts_hold_no_more_than_short_ones(model: Model, monkeypatch: p
     """Tensors and arrays; of sixteen worlds, codes that were not let go would be 80 kB from step 10 to 60."""
     world, frames, rooms, held = World(model), [observe(i) for i in range(16)], set(), []
     arrays = [tracemalloc.DomainFilter(inclusive=True, domain=np.lib.tracemalloc_domain)]
-    monkeypatch.setattr(decode, "Cache", lambda *args: rooms.add(args) or Cache(*args))
+    opened = model.runner.open
+    monkeypatch.setattr(model.runner, "open", lambda *args: rooms.add(args) or opened(*args))
     world.reset({view: np.stack([f[view] for f in frames]) for view in model.view_sizes})
     tracemalloc.start()
     for t in range(60):
@@ -227,7 +226,7 @@ def test_world_feeds_its_own_codes_back(model: Model, monkeypatch: pytest.Monkey
     assert any((codes != before[view]).any() for view, codes in world.codes.items())
 
 
-def test_worlds_side_by_side_equal_worlds_alone(model: Model) -> None:
+def test_worlds_at_once_equal_worlds_alone(model: Model) -> None:
     world, alone = World(model), World(model)
     observations, actions = [observe(i) for i in range(3)], np.random.default_rng(1).uniform(-1, 1, (3, 7))
     world.reset({view: np.stack([o[view] for o in observations]) for view in ("agentview", "wrist")})

@@ -490,7 +490,7 @@ def test_a_served_checkpoint_acts_as_it_does_at_home(checkpoint: Path) -> None:
                 answer = ask(plain, {**keys, STATE_KEY: state.astype(np.float64), PROMPT_KEY: "do 1"})
     np.testing.assert_array_equal(answer["actions"], expected[1])
     assert (server["name"], server["step"], server["chunk"]) == ("tiny", 7, 3)
-    assert server["decoding"] == "side by side"
+    assert server["decoding"] == "parallel"
     assert server["digest"] == weights_digest(checkpoint)
 
 

@@ -359,7 +359,7 @@ def evaluate(
     low, high = record["wilson_95"]
     counts = f"{record['successes']}/{record['episodes']} (95% {low:.2f} to {high:.2f})"
     say(f"{suite}: {counts}, grasped {record['grasped']}, errors {record['errors']}")
-    if (decoding := record["protocol"].get("decoding", "")).startswith("one by one"):
+    if (decoding := record["protocol"].get("decoding", "")).startswith("sequential"):
         say(f"  decoded {decoding}")
     reasons = Counter(o["reason"] for o in record["outcomes"] if o["status"] == "error")
     for reason, times in reasons.most_common(3):

@@ -7,6 +7,7 @@ Dims: B batch, N codes of a frame over all views, Y and X pixels.
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from worldvla.config import Config, from_json
 from worldvla.data.sample import SampleBuilder
 from worldvla.files import check_shapes, read_json, whole_folder, write_json, write_text
+from worldvla.infer.graphs import Runner
 from worldvla.machine import available_memory
 from worldvla.model.lora import merged
 from worldvla.model.quantize import Form, num_bytes
@@ -27,9 +29,8 @@ from worldvla.model.weights import (
     assign,
     empty_model,
     find_checkpoint,
-    header,
     is_block_matrix,
-    read_tensor,
+    read_tensors,
     weights_digest,
 )
 from worldvla.published.hub import locate
@@ -39,8 +40,9 @@ from worldvla.tokenizers.text import TextTokenizer
 from worldvla.vocab import Vocab
 
 Quantize = Literal["", "int8", "int4"]
+WEIGHTS = "model.safetensors"
 CARD = Path(__file__).parents[1] / "assets/report/card.md"
-FILES = ("config.json", "model.safetensors", "vocab.json", "statistics.json", "text.json", "manifest.json")
+FILES = ("config.json", WEIGHTS, "vocab.json", "statistics.json", "text.json", "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Model:
         """View -> (rows, columns) in pixels of the images that the model reads."""
         factor, layout = self.image.config.factor, self.config.layout
         return {v: (r * factor, c * factor) for v, (r, c) in zip(layout.views, layout.grids, strict=True)}
+
+    @cached_property
+    def runner(self) -> Runner:
+        """What decodes with the transformer, and keeps its caches and recordings."""
+        return Runner(self.transformer)
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +114,7 @@ def load(
     What does not belong together raises ValueError. `dtype` of the transformer: by default float32, and of a
     converted release the type that it is stored in (bfloat16), as published code evaluates it. `quantize`:
     hold the linear layers of the blocks in 8 or 4 bits (model/quantize.py). Low-rank updates are merged into
-    their base, which train.init_from of their config.json names.
+    their base, which their manifest names.
     """
     path = find_checkpoint(locate(path))
     if missing := [name for name in FILES if not (path / name).is_file()]:
@@ -134,37 +141,36 @@ def load(
     layout = config.layout
     sizes = layout.num_rows, layout.num_cols, layout.action_shape
     transformer = empty_model(config.model, vocab.size, *sizes)
-    base = path if "base" not in manifest else _base(path, config, manifest)
-    stored: torch.dtype = getattr(torch, read_json(base / "manifest.json").get("dtype", "float32"))
-    weights = path / "model.safetensors"
-    names = transformer.state_dict()
-    if base == path:
-        tensors = ((name, read_tensor(weights, name)) for name in names)
-    else:
-        tensors = merged(names, weights, base / "model.safetensors", config.lora)
-    files = [base / "model.safetensors", weights]
-    _load_weights(files, tensors, transformer, device, dtype or stored, quantize or None)
+    base, weights = _base(path, config, manifest), path / WEIGHTS
+    stored: torch.dtype = getattr(torch, read_json((base or path) / "manifest.json").get("dtype", "float32"))
+    shapes, tensors = merged(weights, base / WEIGHTS, config.lora) if base else read_tensors(weights)
+    _load_weights(base or path, shapes, tensors, transformer, device, dtype or stored, quantize or None)
     return Model(path, config, vocab, builder, image.to(device), transformer, manifest, quantize)
 
 
-def _base(path: Path, config: Config, manifest: Mapping[str, Any]) -> Path:
-    """Return the checkpoint that the low-rank updates in `path` belong to; another one raises ValueError.
+def _base(path: Path, config: Config, manifest: Mapping[str, Any]) -> Path | None:
+    """Return the checkpoint that the low-rank updates in `path` belong to, None of a plain checkpoint.
 
-    It stands where the manifest has it, seen from `path`, or where train.init_from named it.
+    It is where the manifest says, seen from `path`; where it does not say, `train.init_from` is looked up in
+    every folder above. Other weights raise ValueError.
     """
-    digest, base = manifest["base"], Path(config.train.init_from)
-    beside = path.resolve() / manifest.get("base_path", ".")
-    if "base_path" in manifest and (beside / "manifest.json").is_file():
-        base = beside
-    if not (base / "manifest.json").is_file():
+    if "base" not in manifest:
+        return None
+    places = [path / manifest["base_path"]] if "base_path" in manifest else []
+    places += [folder / config.train.init_from for folder in path.absolute().parents]
+    bases = [p.resolve() for p in places if (p / "manifest.json").is_file()]
+    if not bases:
         raise FileNotFoundError(
-            f"{path} holds low-rank updates of {base}, which is not there: restore it, or export where it is"
+            f"{path} holds low-rank updates of {config.train.init_from}, which is not there: restore it, or "
+            "export where it is"
         )
-    if (found := weights_digest(base)) != digest:
-        raise ValueError(
-            f"{path} holds low-rank updates of weights {digest}, {base} has {found}: restore that checkpoint"
-        )
-    return base
+    for base in bases:
+        if weights_digest(base) == manifest["base"]:
+            return base
+    raise ValueError(
+        f"{path} holds low-rank updates of weights {manifest['base']}, {bases[0]} has "
+        f"{weights_digest(bases[0])}: restore that checkpoint"
+    )
 
 
 def export(source: Path, out_dir: Path) -> Path:
@@ -176,11 +182,11 @@ def export(source: Path, out_dir: Path) -> Path:
         (scratch / "image_tokenizer").mkdir()
         for name in (*FILES, "image_tokenizer/config.json", "image_tokenizer/model.safetensors"):
             shutil.copyfile(source / name, scratch / name)
-        save_file(model.transformer.state_dict(), scratch / "model.safetensors")
-        if "base" in model.manifest:
-            base = read_json(_base(source, model.config, model.manifest) / "manifest.json")
-            plain = {k: v for k, v in model.manifest.items() if k not in ("base", "base_path")}
-            plain |= {"dtype": base.get("dtype", "float32"), "merged_base": model.manifest["base"]}
+        save_file(model.transformer.state_dict(), scratch / WEIGHTS)
+        if base := _base(source, model.config, model.manifest):
+            plain = {k: v for k, v in model.manifest.items() if not k.startswith("base")}
+            dtype = read_json(base / "manifest.json").get("dtype", "float32")
+            plain |= {"dtype": dtype, "merged_base": model.manifest["base"]}
             write_json(scratch / "manifest.json", plain)
         write_text(scratch / "README.md", _card(model, weights_digest(scratch)))
     return out_dir
@@ -212,22 +218,20 @@ def _card(model: Model, weights: str) -> str:
 
 
 def _load_weights(
-    files: Sequence[Path],
-    weights: Iterable[tuple[str, Tensor]],
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    tensors: Iterable[tuple[str, Tensor]],
     model: Transformer,
     device: str,
     dtype: torch.dtype,
     form: Form | None,
 ) -> None:
-    """Put `weights` in place of `model`'s meta tensors, one by one; too little memory is said before.
+    """Put `tensors` in place of `model`'s meta tensors, one at a time.
 
-    `files`: whose names and shapes must be the model's; of the last one more may be there (low-rank updates).
+    Other names or `shapes` than the model's, and too little memory, raise ValueError before anything is read.
     """
-    path, apart = files
-    tensors, found = header(path)[0], header(apart)[0]
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors |= {name: shape for name, shape in found.items() if name in own}
-    check_shapes(path, tensors, own, "take config.json, vocab.json and weights of one checkpoint")
+    check_shapes(path / WEIGHTS, shapes, own, "take config.json, vocab.json and weights of one checkpoint")
     plain: Form = "float32" if dtype == torch.float32 else "bfloat16"
     sizes = [num_bytes(s, form if form and is_block_matrix(n, s) else plain) for n, s in own.items()]
     needed, free = sum(sizes) + (max(sizes) if device == "cpu" else 0), available_memory(device)
@@ -237,4 +241,4 @@ def _load_weights(
             f"{form or plain} and one tensor), {free / 1e9:.2f} GB are free: use a device with more"
             + ("" if form == "int4" else ", or fewer bits (dtype, quantize)")
         )
-    assign(model, weights, device, dtype, form)
+    assign(model, tensors, device, dtype, form)

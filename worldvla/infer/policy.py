@@ -1,4 +1,4 @@
-"""Observation -> the next K actions in physical units.
+"""Observation -> the next U actions in physical units.
 
 An observation is `{"<view>": uint8 (Y, X, 3), ..., "state": float32 (8,), "instruction": str}` as in
 sim/protocol.py, and for models with a history `"previous"`: image dicts of the steps before, oldest first
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from worldvla.batch import Sample
-from worldvla.infer.decode import chunk_path, decode_chunk, regress_chunk
+from worldvla.infer.decode import Seeds, chunk_path, decode_chunk, regress_chunk
 from worldvla.infer.model import Model
 from worldvla.tokenizers.action import denormalize
 
@@ -22,7 +22,7 @@ HEADS = ("discrete", "continuous")
 
 @dataclass(frozen=True)
 class Decision:
-    """Actions (K, 7) float32 and how sure the model is of each dim; with B in front for a list."""
+    """Actions (U, 7) float32 and how sure the model is of each dim; with B in front for a list."""
 
     actions: np.ndarray
     entropy: np.ndarray
@@ -47,24 +47,25 @@ class Policy:
             )
         self.model, self.head = model, head
         self._tail = model.builder.policy_tail()
-        self._blocks_KA = model.builder.action_block_positions(0)
+        self._blocks_UA = model.builder.action_block_positions(0)
 
     @property
     def decoding(self) -> str:
-        """`side by side`, or `one by one: ` and why the mask asks for it; `at once`: the continuous head."""
-        return "at once" if self.head == "continuous" else chunk_path(self._tail, self._blocks_KA)
+        """`parallel`, or `sequential: ` and why the mask asks for it; `at once`: the continuous head."""
+        return "at once" if self.head == "continuous" else chunk_path(self._tail, self._blocks_UA)
 
     def act(
-        self, observation: Observation | Sequence[Observation], temperature: float = 0.0, seed: int = 0
+        self, observation: Observation | Sequence[Observation], temperature: float = 0.0, seed: Seeds = 0
     ) -> np.ndarray:
-        """Return actions (K, 7) float32 of one observation, (B, K, 7) of a list of them.
+        """Return actions (U, 7) float32 of one observation, (B, U, 7) of a list of them.
 
-        The likeliest ones; with a `temperature` they are drawn, the same for the same seed.
+        The likeliest ones; with a `temperature` they are drawn, by one seed for all or by one an observation:
+        each draws what it would draw alone with its seed.
         """
         return self.decide(observation, temperature, seed).actions
 
     def decide(
-        self, observation: Observation | Sequence[Observation], temperature: float = 0.0, seed: int = 0
+        self, observation: Observation | Sequence[Observation], temperature: float = 0.0, seed: Seeds = 0
     ) -> Decision:
         """Return what `act` does, with the model's confidence, which costs nothing."""
         layout, statistics = self.model.config.layout, self.model.builder.statistics
@@ -85,16 +86,16 @@ class Policy:
             unknown = np.full_like(actions, np.nan)
             return Decision(np.clip(actions, low, high), unknown, unknown)
         chunk = decode_chunk(
-            self.model.transformer,
+            self.model.runner,
             self.model.vocab,
             self.prompts(observation),
             self._tail,
-            self._blocks_KA,
+            self._blocks_UA,
             temperature,
             seed,
         )
-        actions = np.clip(statistics.decode_actions(chunk.codes_BKA), low, high)
-        return Decision(actions, chunk.entropy_BKA, chunk.margin_BKA)
+        actions = np.clip(statistics.decode_actions(chunk.codes_BUA), low, high)
+        return Decision(actions, chunk.entropy_BUA, chunk.margin_BUA)
 
     def prompts(self, observations: Sequence[Observation]) -> list[Sample]:
         """Return the sequences that the model reads; bad input raises ValueError."""

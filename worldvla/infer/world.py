@@ -1,8 +1,8 @@
 """A frame and actions -> the frames that the model expects: a world model with the interface of an
 environment.
 
-Frames are dicts of views, uint8 (Y, X, 3), or (B, Y, X, 3) for B worlds side by side; a model of one view
-takes and gives the array itself. The codes that it generates are fed back as they are, never decoded and
+Frames are dicts of views, uint8 (Y, X, 3), or (B, Y, X, 3) for B worlds at once; a model of one view
+takes and returns the array itself. The codes that it generates are fed back as they are, never decoded and
 encoded again.
 """
 
@@ -79,9 +79,9 @@ class World:
             builder.world_prompt([builder.split_views(codes)], action)
             for codes, action in zip(codes_BN, actions_BA, strict=True)
         ]
-        draft_BN = codes_BN if self.speculative else None
+        guess_BN = codes_BN if self.speculative else None
         self._codes_BN, stats = decode_frame(
-            self.model.transformer, self.model.vocab, prompts, self._tail, draft_BN, self._window
+            self.model.runner, self.model.vocab, prompts, self._tail, guess_BN, self._window
         )
         self.stats.append(stats)
         return self.frame()

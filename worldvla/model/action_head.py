@@ -1,7 +1,7 @@
-"""Hidden states of a prompt -> the next K actions as numbers, all at once: RynnVLA-002's continuous head.
+"""Hidden states of a prompt -> the next U actions as numbers, all at once: RynnVLA-002's continuous head.
 
-Dims: B batch, S prompt positions, Q = K * A queries, N = S + Q, D width of the transformer, W width of the
-head, K actions of a chunk, A action dims.
+Dims: B batch, S prompt positions, Q = U * A queries, N = S + Q, D width of the transformer, W width of the
+head, U actions of a chunk, A action dims.
 
 One learned query an action dim joins the prompt's hidden states; a small bidirectional encoder without
 positions mixes them, and an MLP reads each action off its A queries (RynnVLA-002
@@ -91,7 +91,7 @@ class ActionHead(nn.Module):
             {"model": MLPResNet(num_dims * config.width, config.width, num_dims)}
         )
 
-    def forward(self, x_BSD: Float[Tensor, "B S D"], lengths_B: Int[Tensor, " B"]) -> Float[Tensor, "B K A"]:
+    def forward(self, x_BSD: Float[Tensor, "B S D"], lengths_B: Int[Tensor, " B"]) -> Float[Tensor, "B U A"]:
         """Return normalised actions; they aim at [-1, 1] but are not clipped.
 
         `x_BSD`: hidden states after the final norm, of which those from `lengths_B` on do not count.

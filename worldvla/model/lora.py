@@ -1,12 +1,12 @@
 """Low-rank updates of a frozen model: added for training, stored alone, merged when read (LoRA, 2106.09685).
 
     adapted = add_updates(model, config.lora, seed)           W stays, B A is trained
-    tensors = merged(names, adapters, base, config.lora)      W + alpha / rank * B A, plain names
+    shapes, tensors = merged(adapters, base, config.lora)     W + alpha / rank * B A, plain names
 
 The base is rounded to `lora.base` before the update is added, as in training: merged is what was trained.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -71,10 +71,17 @@ def refuse_updates(path: Path) -> None:
 
 
 def merged(
-    names: Iterable[str], adapters: Path, base: Path, config: LoraConfig
+    adapters: Path, base: Path, config: LoraConfig
+) -> tuple[dict[str, tuple[int, ...]], Iterator[tuple[str, Tensor]]]:
+    """Return what `read_tensors` does, of the plain model; matrices of blocks in float32."""
+    updates = header(adapters)[0]
+    shapes = header(base)[0] | {n: s for n, s in updates.items() if not n.endswith((".a", ".b"))}
+    return shapes, _merge(shapes, updates, adapters, base, config)
+
+
+def _merge(
+    names: Iterable[str], stored: Container[str], adapters: Path, base: Path, config: LoraConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of the plain model, one at a time; matrices of blocks in float32."""
-    stored = header(adapters)[0]
     for name in names:
         layer = name.removesuffix(".weight")
         if name in stored:

@@ -6,8 +6,8 @@ key positions, P kept positions, D width, H heads, G kv heads, K head dim, V voc
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +27,11 @@ BIN_FREQUENCIES = (1.0, 40.0)
 """Radians per unit in the Fourier features of bins: neighbouring bins (2 / 255 apart) are 98 % alike."""
 
 
-class KeyValueCache(Protocol):
-    """Keys and values of earlier positions (infer/cache.py)."""
+class LayerCache(Protocol):
+    """Keys and values of earlier positions of one layer (infer/cache.py)."""
 
-    def update(self, layer: int, k_BGSK: Tensor, v_BGSK: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new positions of one layer and return all that its queries attend over."""
-        ...
-
-    def room(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Return a layer's keys and values (B, G, S, K), and the rows (B, 1) and slots (B, T) of them that a
-        pass writes before it attends over all; None where `update` decides."""
+    def update(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the new positions; return all that their queries attend over, (B, G, S, K) each."""
         ...
 
 
@@ -51,17 +46,20 @@ class Attention(nn.Module):
         self.o = nn.Linear(self.num_heads * self.head_dim, config.width, bias=False)
         self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-5)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-5)
-        self.joined: Tensor | None = None
 
     def forward(self, x_BTD: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries (B, H, T, K), keys and values (B, G, T, K)."""
-        q_BTF, k_BTF, v_BTF = products(x_BTD, (self.q, self.k, self.v), self.joined)
+        q_BTF, k_BTF, v_BTF = self.project(x_BTD)
         q_BTHK = self.q_norm(q_BTF.unflatten(-1, (self.num_heads, self.head_dim)))
         k_BTGK = self.k_norm(k_BTF.unflatten(-1, (self.num_kv_heads, self.head_dim)))
         v_BTGK = v_BTF.unflatten(-1, (self.num_kv_heads, self.head_dim))
         q_BHTK = rotate(q_BTHK, rope).to(v_BTGK.dtype).transpose(1, 2)
         k_BGSK = rotate(k_BTGK, rope).to(v_BTGK.dtype).transpose(1, 2)
         return q_BHTK, k_BGSK, v_BTGK.transpose(1, 2)
+
+    def project(self, x_BTD: Tensor) -> Sequence[Tensor]:
+        """Return the products of q, k and v; infer/graphs.py has them in one."""
+        return self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
 
 
 class MLP(nn.Module):
@@ -70,11 +68,14 @@ class MLP(nn.Module):
         self.gate = nn.Linear(config.width, config.hidden, bias=False)
         self.up = nn.Linear(config.width, config.hidden, bias=False)
         self.down = nn.Linear(config.hidden, config.width, bias=False)
-        self.joined: Tensor | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate_BTF, up_BTF = products(x_BTD, (self.gate, self.up), self.joined)
+        gate_BTF, up_BTF = self.project(x_BTD)
         return self.down(F.silu(gate_BTF) * up_BTF)
+
+    def project(self, x_BTD: Tensor) -> Sequence[Tensor]:
+        """Return the products of gate and up; infer/graphs.py has them in one."""
+        return self.gate(x_BTD), self.up(x_BTD)
 
 
 class Block(nn.Module):
@@ -87,65 +88,21 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        rope: Tensor,
-        cache: KeyValueCache | None,
-        layer: int,
-        keep_P: Tensor | None,
+        self, x: Tensor, mask: Tensor | None, rope: Tensor, cache: LayerCache | None, keep_P: Tensor | None
     ) -> Tensor:
         """Return (B, T, D), or (P, D) with `keep_P`: only those flattened positions pass through the MLP."""
-        room = None if cache is None else cache.room(layer)
-        if room is not None:
-            return self.step(x, mask, rope, *room, keep_P)
-        q_BHTK, k_BGSK, v_BGSK = self.before(x, rope)
+        q_BHTK, k_BGSK, v_BGSK = self.attention(self.attention_norm(x), rope)
         if cache is not None:
-            k_BGSK, v_BGSK = cache.update(layer, k_BGSK, v_BGSK)
-        return self.after(x, attend(q_BHTK, k_BGSK, v_BGSK, mask), keep_P)
-
-    def before(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what attends: all of a block that comes before the cache."""
-        return self.attention(self.attention_norm(x), rope)
-
-    def after(self, x: Tensor, mixed_BHTK: Tensor, keep_P: Tensor | None) -> Tensor:
-        """Return the block's output, given what its heads have read."""
+            k_BGSK, v_BGSK = cache.update(k_BGSK, v_BGSK)
+        mixed_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask)
         x = x + self.dropout(self.attention.o(mixed_BHTK.transpose(1, 2).flatten(2)))
         if keep_P is not None:
             x = x.flatten(0, 1).index_select(0, keep_P)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
-    def step(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        rope: Tensor,
-        keys_BGSK: Tensor,
-        values_BGSK: Tensor,
-        rows_B1: Tensor,
-        slots_BT: Tensor,
-        keep_P: Tensor | None,
-    ) -> Tensor:
-        """`forward` over a cache of fixed room, in one piece."""
-        q_BHTK, k_BGTK, v_BGTK = Block.before(self, x, rope)
-        keys_BGSK[rows_B1, :, slots_BT] = k_BGTK.transpose(1, 2)
-        values_BGSK[rows_B1, :, slots_BT] = v_BGTK.transpose(1, 2)
-        return Block.after(self, x, attend(q_BHTK, keys_BGSK, values_BGSK, mask), keep_P)
-
-    def join(self) -> None:
-        """Lay the weights that read the same input side by side, parameters as views of them: two products in
-        place of five. Moving or converting the model afterwards is an error."""
-        for part, names in ((self.attention, ("q", "k", "v")), (self.mlp, ("gate", "up"))):
-            layers = [getattr(part, name) for name in names]
-            if all(type(layer) is nn.Linear for layer in layers):
-                part.joined = torch.cat([layer.weight.detach() for layer in layers])
-                sizes = [layer.out_features for layer in layers]
-                for layer, view in zip(layers, part.joined.split(sizes), strict=True):
-                    layer.weight.data = view
-
 
 class Transformer(nn.Module):
-    """`num_rows`, `num_cols`: sizes of the place tables, index 0 (no place) included. `action_shape`: (K, A)
+    """`num_rows`, `num_cols`: sizes of the place tables, index 0 (no place) included. `action_shape`: (U, A)
     of the continuous head, where the config has one; `forward` does not run it.
     """
 
@@ -179,46 +136,38 @@ class Transformer(nn.Module):
         row_BT: Int[Tensor, "B T"] | None = None,
         col_BT: Int[Tensor, "B T"] | None = None,
         positions_BT: Int[Tensor, "b T"] | None = None,
-        cache: KeyValueCache | None = None,
+        cache: Sequence[LayerCache] | None = None,
         keep_P: Int[Tensor, " P"] | None = None,
     ) -> Float[Tensor, "*any D"]:
         """Return hidden states after the final norm: (B, T, D), or (P, D) at flattened positions `keep_P`.
 
         `mask`: bool (True = may attend) or additive, broadcastable to (B, 1, T, S); None lets every query see
-        every key. With a `cache`, S counts the cached keys too. `positions_BT` (RoPE)
-        defaults to 0..T-1.
+        every key. With a `cache` (one a layer), S counts the cached keys too. `positions_BT` (RoPE) defaults
+        to 0..T-1.
         """
-        x_BTD = self.embed(ids_BT)
-        if self.row_embed is not None and self.col_embed is not None:
-            if row_BT is None or col_BT is None:
-                raise ValueError(
-                    "place_embedding needs row_BT and col_BT: pass zeros where there is no image code"
-                )
-            x_BTD = x_BTD + self.row_embed(row_BT) + self.col_embed(col_BT)
+        x_BTD = self.embed_ids(ids_BT, row_BT, col_BT)
         if positions_BT is None:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
-        dtype = compute_dtype(x_BTD)
-        rope = rope_table(
-            positions_BT, self.config.width // self.config.num_heads, self.config.rope_theta
-        ).to(dtype)
+        dtype, head_dim = compute_dtype(x_BTD), self.config.width // self.config.num_heads
+        rope = rope_table(positions_BT, head_dim, self.config.rope_theta).to(dtype)
         if mask is not None and mask.dtype == torch.bool:
             mask = additive_mask(mask, dtype)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            args = (x_BTD, mask, rope, cache, index, keep_P if index == last else None)
+            layer_cache = None if cache is None else cache[index]
+            args = (x_BTD, mask, rope, layer_cache, keep_P if index == last else None)
             is_kept = not (self.checkpoint_layers and torch.is_grad_enabled())
             x_BTD = layer(*args) if is_kept else checkpoint(layer, *args, use_reentrant=False)
         return self.norm(x_BTD)
 
-    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compile blocks for inference: whole over a cache of fixed room, else what they do before and after
-        it. The same numbers up to rounding, in fewer kernels, once for all blocks. The first passes take some
-        seconds."""
-        for block in self.layers:
-            assert isinstance(block, Block)
-            block.join()
-            for name in ("before", "after", "step"):
-                setattr(block, name, torch.compile(getattr(block, name), backend=backend, dynamic=True))
+    def embed_ids(self, ids_BT: Tensor, row_BT: Tensor | None, col_BT: Tensor | None) -> Tensor:
+        """Return (B, T, D): the vectors of ids, and of their places in an image where the model has them."""
+        x_BTD = self.embed(ids_BT)
+        if self.row_embed is None or self.col_embed is None:
+            return x_BTD
+        if row_BT is None or col_BT is None:
+            raise ValueError("place_embedding needs row_BT and col_BT: zeros where there is no image code")
+        return x_BTD + self.row_embed(row_BT) + self.col_embed(col_BT)
 
     def logits(self, x: Float[Tensor, "*any D"], ids: range | None = None) -> Float[Tensor, "*any V"]:
         """Return the head's scores of all ids, or only of those in `ids` (the rest is never computed)."""
@@ -295,14 +244,6 @@ class Transformer(nn.Module):
         matrices = sum(m.in_features * m.out_features for m in linear)
         scores_and_values = 2 * self.config.num_layers * self.config.width * num_keys
         return 2 * (num_positions * (matrices + scores_and_values) + num_logits * self.head.weight.numel())
-
-
-def products(x: Tensor, layers: Sequence[nn.Linear], joined: Tensor | None) -> Sequence[Tensor]:
-    """Return every layer's product with `x`; of weights that lie side by side (`Block.join`) in one, unless
-    gradients are asked for, which belong to the parameters."""
-    if joined is None or torch.is_grad_enabled():
-        return [layer(x) for layer in layers]
-    return F.linear(x, joined).split([layer.out_features for layer in layers], -1)
 
 
 def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ host holds the model and one tensor (docs/MODELS.md has the numbers).
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,12 @@ def read_tensor(path: Path, key: str) -> Tensor:
     """Return one tensor, a view of the file's map, which is released with it (so opened anew each time)."""
     with safe_open(path, "pt") as file:
         return file.get_tensor(key)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, tuple[int, ...]], Iterator[tuple[str, Tensor]]]:
+    """Return the shapes in a file by name, and names with tensors, which are read one at a time."""
+    shapes = header(path)[0]
+    return shapes, ((name, read_tensor(path, name)) for name in shapes)
 
 
 def header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:

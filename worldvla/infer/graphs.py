@@ -1,0 +1,220 @@
+"""How decoding runs a transformer: over a cache, and on a CUDA device as recorded graphs.
+
+The transformer stays as it is: what is cached, recorded, joined or compiled is held here. A pass over ten
+tokens is bound by reading the weights once, if the processor does not have to launch each of its kernels. For
+that, all shapes and addresses stay: the cache returns all of its slots, the mask hides those that are not
+written, and one cache serves query after query.
+Dims: B batch, T new positions, S slots of the cache, D width, F features of joined products.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldvla.infer.cache import Cache
+from worldvla.model.transformer import MLP, Attention, Block, Transformer
+
+ROUND = 64
+"""Fixed rooms have a multiple of this many slots: prompts of nearly the same length share their graphs."""
+KEPT, KEPT_BYTES = 32, 2**31
+"""Fixed rooms that a runner keeps, the last used ones: one for each number of rows and slots."""
+
+
+class Room:
+    """A query's cache, and the passes over it: of any shape, over the slots that are in use."""
+
+    def __init__(self, model: Transformer, batch: int, capacity: int) -> None:
+        self.model, self.cache = model, Cache(model.config, batch, capacity, model.embed.weight)
+        self.is_empty = True
+        """Whether the next pass is a query's first one."""
+
+    def reach(self, slots_BT: Tensor) -> int:
+        """Return how many slots a pass that writes `slots_BT` reads."""
+        return int(slots_BT.max()) + 1
+
+    def length(self, num_tokens: int) -> int:
+        """Return how many tokens a pass should have that needs `num_tokens`."""
+        return num_tokens
+
+    def run(self, fields: list[Tensor], mask: Tensor, slots_BT: Tensor, keep: int) -> Tensor:
+        """Return hidden states (B, `keep`, D) of the last of T new positions; they last until the next pass.
+
+        `fields`: ids, rows, columns and positions, (B, T) each; `mask`: bool (B, 1, T, S) over the slots in
+        reach.
+        """
+        self.is_empty = False
+        slots, length = slots_BT.cpu().numpy(), slots_BT.shape[1]
+        first = int(slots[0, 0])
+        is_slice = bool((slots - first == range(length)).all())  # which is written faster
+        self.cache.place(slice(first, first + length) if is_slice else slots_BT, mask.shape[-1])
+        return self._launch(self.model, fields, None if bool(mask.all()) else mask, keep)
+
+    def _launch(self, model: Transformer, fields: list[Tensor], mask: Tensor | None, keep: int) -> Tensor:
+        batch, length = fields[0].shape
+        keep_P = None
+        if keep < length:
+            starts_B1 = torch.arange(batch, device=fields[0].device)[:, None] * length
+            keep_P = (starts_B1 + torch.arange(length - keep, length, device=starts_B1.device)).reshape(-1)
+        return model(fields[0], mask, *fields[1:], self.cache.layers, keep_P).view(batch, keep, -1)
+
+
+class FixedRoom(Room):
+    """A cache that is used again and again, and passes that read all of it, one recording for each T."""
+
+    def __init__(
+        self, model: Transformer, batch: int, capacity: int, steps: Transformer, pool: Any = None
+    ) -> None:
+        """`steps`: what runs all passes but the first; `pool`: memory of what is computed inside recordings,
+        None to launch every pass."""
+        super().__init__(model, batch, capacity)
+        self.steps, self.pool = steps, pool
+        self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+
+    def reach(self, slots_BT: Tensor) -> int:  # noqa: ARG002
+        return self.cache.capacity
+
+    def length(self, num_tokens: int) -> int:
+        """Return one of few lengths, each of which is recorded once."""
+        if self.is_empty:
+            return num_tokens
+        return 1 << (num_tokens - 1).bit_length() if num_tokens <= 64 else -(-num_tokens // 64) * 64
+
+    def run(self, fields: list[Tensor], mask: Tensor, slots_BT: Tensor, keep: int) -> Tensor:
+        self.cache.place(slots_BT, self.cache.capacity)
+        if self.is_empty:  # prompts have too many lengths
+            self.is_empty = False
+            return self._launch(self.model, fields, mask, keep)
+        length, inputs = slots_BT.shape[1], [*fields, mask, slots_BT]
+        if self.pool is None:
+            return self._step(inputs)[:, -keep:]
+        with torch.cuda.device(mask.device):
+            if length not in self.recorded:
+                self.recorded[length] = self._record(inputs)
+            graph, fixed, x_BTD = self.recorded[length]
+            for target, source in zip(fixed, inputs, strict=True):
+                target.copy_(source)
+            graph.replay()
+        return x_BTD[:, -keep:]
+
+    def _step(self, inputs: list[Tensor]) -> Tensor:
+        *fields, mask, slots_BT = inputs
+        self.cache.place(slots_BT, self.cache.capacity)
+        return self._launch(self.steps, fields, mask, slots_BT.shape[1])
+
+    def _record(self, inputs: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        fixed = [t.clone() for t in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set themselves up outside a recording
+            for _ in range(2):
+                self._step(fixed)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+            x_BTD = self._step(fixed)
+        return graph, fixed, x_BTD
+
+
+class Runner:
+    """A transformer as decoding runs it, one query at a time. It may be moved or converted between queries:
+    what depends on where its weights lie is then made anew.
+
+    `compiled`: the blocks in few kernels, their products of one input in one; the same numbers up to
+    rounding, after some seconds of compiling. `fixed`: passes of fixed shape (default: compiled, or on CUDA).
+    `recorded`: off, passes of fixed shape are launched kernel by kernel.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        compiled: bool = False,
+        fixed: bool | None = None,
+        recorded: bool = True,
+        backend: str | Callable[..., Any] = "inductor",
+    ) -> None:
+        self.model, self.compiled, self.fixed = model, compiled, fixed
+        self.recorded, self.backend = recorded, backend
+        self.rooms: OrderedDict[tuple[int, int], FixedRoom] = OrderedDict()
+        self._steps, self._addresses, self._pool = model, None, None
+
+    def open(self, batch: int, longest: int) -> Room:
+        """Return an empty room for `batch` rows of at most `longest` positions."""
+        is_cuda = self.model.head.weight.is_cuda
+        if not (self.compiled or is_cuda if self.fixed is None else self.fixed):
+            return Room(self.model, batch, longest)
+        if self._addresses != _addresses(self.model):
+            self.rooms.clear()
+            self._steps = compiled(self.model, self.backend) if self.compiled else self.model
+            self._pool = torch.cuda.graph_pool_handle() if is_cuda and self.recorded else None
+            self._addresses = _addresses(self.model)
+        capacity = -(-longest // ROUND) * ROUND
+        room = self.rooms.pop((batch, capacity), None)
+        room = room or FixedRoom(self.model, batch, capacity, self._steps, self._pool)
+        self.rooms[batch, capacity] = room
+        while len(self.rooms) > 1 and (len(self.rooms) > KEPT or self._num_bytes() > KEPT_BYTES):
+            self.rooms.popitem(last=False)
+        room.cache.clear()
+        room.is_empty = True
+        return room
+
+    def _num_bytes(self) -> int:
+        return sum(room.cache.num_bytes for room in self.rooms.values())
+
+
+class JoinedAttention(Attention):
+    """Attention whose q, k and v are one product."""
+
+    def __init__(self, part: Attention) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(part.__dict__)
+        self.joined, self.sizes = _join(part.q, part.k, part.v)
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        return F.linear(x_BTD, self.joined).split(self.sizes, -1)
+
+
+class JoinedMLP(MLP):
+    """An MLP whose gate and up are one product."""
+
+    def __init__(self, part: MLP) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(part.__dict__)
+        self.joined, self.sizes = _join(part.gate, part.up)
+
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        return F.linear(x_BTD, self.joined).split(self.sizes, -1)
+
+
+def compiled(model: Transformer, backend: str | Callable[..., Any] = "inductor") -> Transformer:
+    """Return a twin of the model for inference, whose blocks are joined and compiled, once for all of them.
+
+    It shares all memory with the model, whose parameters become views of the joined weights.
+    """
+    shared = [*model.parameters(), *model.buffers(), *(m for m in model.children() if m is not model.layers)]
+    twin = copy.deepcopy(model, {id(part): part for part in shared})
+    for block in twin.layers:
+        assert isinstance(block, Block)
+        if all(type(layer) is nn.Linear for layer in (block.attention.q, block.mlp.gate)):
+            block.attention, block.mlp = JoinedAttention(block.attention), JoinedMLP(block.mlp)
+        block.compile(backend=backend, dynamic=True)
+    return twin
+
+
+def _join(*layers: nn.Linear) -> tuple[Tensor, list[int]]:
+    """Lay weights that read the same input in one piece of memory; return it and their sizes."""
+    sizes = [layer.out_features for layer in layers]
+    with torch.inference_mode(False):  # a model that decoded may be trained on
+        joined_FD = torch.cat([layer.weight.detach() for layer in layers])
+        for layer, view in zip(layers, joined_FD.split(sizes), strict=True):
+            layer.weight.data = view
+    return joined_FD, sizes
+
+
+def _addresses(model: Transformer) -> list[tuple[int, torch.dtype]]:
+    """Return where the weights lie: recordings hold it."""
+    return [(tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
