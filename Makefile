@@ -22,7 +22,8 @@ check: $(STAMP) docs
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	@echo "docs: open out/site/index.html"
+	! grep -rlE '(src|@import)[^>]*https?://' out/site --include=*.html  # nothing is loaded from elsewhere
+	@echo "docs: open out/site/index.html; with search: $(BIN)/python -m mkdocs serve"
 
 pictures: $(STAMP)
 	$(BIN)/python docs/pictures.py

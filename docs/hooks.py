@@ -43,31 +43,31 @@ def help_of(*words: str) -> str:
     from worldvla.cli import main
 
     out = io.StringIO()
-    settings = {"COLUMNS": "100", "NO_COLOR": "1"}
+    settings = {"COLUMNS": "84", "NO_COLOR": "1"}
     with patch.dict(os.environ, settings), contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         main([*words, "--help"])
     return re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()).strip()
 
 
-def verbs() -> dict[str, str]:
-    """Return verb -> the line that explains it, as `worldvla --help` lists them."""
-    return dict(re.findall(r"^  ([a-z][a-z-]+)\s{2,}(\S.*)$", help_of(), re.MULTILINE))
+def verbs() -> list[str]:
+    """Return the verbs in the order of `worldvla --help`."""
+    return re.findall(r"^  ([a-z][a-z-]+)\s{2,}\S", help_of(), re.MULTILINE)
 
 
 def commands() -> str:
     parts = []
-    for verb, line in verbs().items():
-        parts.append(f"## {verb}\n\n{line}\n\n```text\n{help_of(verb)}\n```\n")
+    for verb in verbs():
+        parts.append(f"## {verb}\n\n```text\n{help_of(verb)}\n```\n")
     return "\n".join(parts)
 
 
 def tree() -> str:
     """Return a table for each folder of the package: file, first sentence of its docstring."""
     rows: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "worldvla").rglob("*.py")):
+    for path in sorted((ROOT / "worldvla").rglob("*.py"), key=lambda p: (p.parent, p.name)):
         text = ast.get_docstring(ast.parse(path.read_text())) or ""
         if text:
-            sentence = re.split(r"(?<=[.:;])\s|\n\n", text, maxsplit=1)[0].rstrip(":;").replace("\n", " ")
+            sentence = re.split(r"(?<=\.)\s|\n\n", text, maxsplit=1)[0].rstrip(":").replace("\n", " ")
             folder = path.parent.relative_to(ROOT).as_posix() + "/"
             rows.setdefault(folder, []).append(f"| `{path.name}` | {escape(sentence)} |")
     return "\n".join(

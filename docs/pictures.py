@@ -148,7 +148,7 @@ def draw_masks() -> Figure:
     draw_mask(
         figure.add_axes((0.11, 0.03, 0.40, 0.80)),
         policy(),
-        "policy: the actions of a chunk are blind to each other",
+        "policy: no action attends to another one",
     )
     draw_mask(figure.add_axes((0.65, 0.12, 0.33, 0.68)), world(), "world model: causal")
     note = "a row attends to the coloured columns"
