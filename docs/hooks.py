@@ -90,8 +90,8 @@ FILLED = {"results": results, "snippet": snippet, "commands": commands, "tree": 
 def on_files(files: Files, config: Any) -> Files:
     for name, page in PAPERS.items():
         path = ROOT / "paper" / name
-        if path.exists():
-            files.append(File.generated(config, page, content=inside_site(path.read_text())))
+        text = (path if path.exists() else ROOT / "docs" / name).read_text()
+        files.append(File.generated(config, page, content=inside_site(text)))
     return files
 
 

@@ -73,7 +73,7 @@ def test_pages_that_the_sources_name_exist() -> None:
 
 def test_the_tree_of_the_readme_is_the_disk() -> None:
     """Every file and folder at the package's top is named; what is named below it exists."""
-    lines = re.search(r"```\nworldvla/\n(.*?)^\S", README, re.DOTALL | re.MULTILINE)
+    lines = re.search(r"^worldvla/\n(.*?)^\S", README, re.DOTALL | re.MULTILINE)
     assert lines, "README.md has no tree that starts with 'worldvla/'"
     top, folder = set(), ""
     for line in lines[1].splitlines():
