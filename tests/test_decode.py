@@ -160,9 +160,9 @@ def test_a_chunk_takes_seven_passes_and_holds_its_prompt_once(rng: np.random.Gen
 
 
 def test_images_equal_the_slow_way(rng: np.random.Generator) -> None:
-    builder, model = build(rng)
+    builder, model = build(rng, replace(LAYOUT, clip=2))
     prompts = [builder.world_prompt([frame(rng)], rng.uniform(-1, 1, 7)) for _ in range(2)]
-    prompts.append(builder.world_prompt([frame(rng), frame(rng)], rng.uniform(-1, 1, 7)))
+    prompts.append(builder.world_prompt([frame(rng), frame(rng)], rng.uniform(-1, 1, (2, 7))))
     tail = builder.world_tail()
     opens = np.flatnonzero(tail.kind == KIND_IMAGE).tolist()
     codes = decode_frame(model, builder.vocab, prompts, tail)[0]

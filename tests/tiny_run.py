@@ -59,16 +59,18 @@ def tiny_config(root: Path, **train: object) -> Config:
     )
 
 
-def write_tiny(root: Path) -> None:
+TOKENIZER = ImageTokenizerConfig(
+    channels=4, channel_mult=(1, 1), num_res_blocks=1, z_channels=4, embed_dim=4, num_codes=16
+)
+
+
+def write_tiny(root: Path, shape: ImageTokenizerConfig = TOKENIZER) -> None:
     """Write image_tokenizer/ and store/ under `root`, the same bytes every time.
 
     The store is as those that were written before episodes had keys: they train on with the same split.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        shape = ImageTokenizerConfig(
-            channels=4, channel_mult=(1, 1), num_res_blocks=1, z_channels=4, embed_dim=4, num_codes=16
-        )
         tokenizer = ImageTokenizer(shape)
     tokenizer.save(root / "image_tokenizer")
     rng = np.random.default_rng(0)

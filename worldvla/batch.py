@@ -48,7 +48,8 @@ class Batch:
     it harmless.
 
     value_BT: float32, of an action dim that is a target its value in [-1, 1] before it became a bin; NaN
-    elsewhere, and everywhere in a batch that was stacked from samples.
+    elsewhere, and everywhere in a batch that was stacked from samples. read_BT: ids as the model reads them,
+    where they differ from the right ones (train/corruption.py).
     """
 
     ids_BT: Tensor
@@ -57,6 +58,11 @@ class Batch:
     row_BT: Tensor
     col_BT: Tensor
     value_BT: Tensor
+    read_BT: Tensor = None  # pyright: ignore[reportAssignmentType]  # ids_BT
+
+    def __post_init__(self) -> None:
+        if self.read_BT is None:
+            object.__setattr__(self, "read_BT", self.ids_BT)
 
     @classmethod
     def stack(cls, samples: Sequence[Sample], pad: int, length: int | None = None) -> Self:

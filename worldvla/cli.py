@@ -383,6 +383,7 @@ def eval_world(
     horizons: tuple[int, ...] = (10,),
     shorter: bool = False,
     seed: int = 0,
+    temperature: float = 0.0,
     device: str = "cpu",
 ) -> None:
     """Let a checkpoint imagine held-out clips: PSNR and SSIM by step, beside copy and ceiling.
@@ -392,6 +393,7 @@ def eval_world(
         out: Directory of the record, videos and page.
         horizons: Steps of a clip; several: one set of clips each. The paper: 10 50.
         shorter: One clip an episode, from its first frame, of at most that many steps.
+        temperature: 0 takes the likeliest codes; more draws them.
     """
     from worldvla.data.episode import demonstration_files
     from worldvla.eval.page import write_page
@@ -405,6 +407,7 @@ def eval_world(
         horizons=horizons,
         shorter=shorter,
         seed=seed,
+        temperature=temperature,
         device=device,
     )
     page = write_page(out / "index.html", f"What {record['checkpoint']['name']} imagines", worlds=[out])

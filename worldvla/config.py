@@ -70,6 +70,9 @@ class ImageTokenizerConfig(Checked):
     num_codes: Annotated[int, Range(2, 2**24)] = 8192
     fsq_levels: tuple[Annotated[int, Range(2, 256)], ...] = ()
     """Levels of each FSQ dimension; their product is num_codes. Empty for VQ."""
+    context_widths: tuple[Count, ...] = ()
+    """Widths at 1/2, 1/4, 1/8 of a frame's side of a decoder that also reads a real frame of the same clip
+    and copies from it what stands still. Empty, as published: the VQGAN's, which reads codes alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +83,12 @@ class ImageTokenizerConfig(Checked):
                     f"fsq_levels {self.fsq_levels} give {product} codes of {len(self.fsq_levels)} dims, "
                     f"num_codes is {self.num_codes} and embed_dim {self.embed_dim}: make them agree"
                 )
-        elif self.fsq_levels:
+        if self.context_widths and (len(self.context_widths) != 3 or self.factor != 8):
+            raise ValueError(
+                f"context_widths {self.context_widths} with codes of {self.factor} pixels a side: expected "
+                "three widths and 8"
+            )
+        if self.quantizer != "fsq" and self.fsq_levels:
             raise ValueError(f"fsq_levels {self.fsq_levels} with quantizer 'vq': empty them or use 'fsq'")
 
     @property
@@ -102,7 +110,14 @@ class TokenizerTraining(Checked):
     learning_rate: Positive = 2e-3
     """At its highest; a fifth of it or less to train on from another tokenizer."""
     foreground_weight: Amount = 4.0
-    """How much more a foreground pixel counts than the table."""
+    """How much more a foreground pixel counts than the table; and, where the decoder reads a context frame, a
+    pixel that differs from it."""
+    nested: Share = 0.0
+    """Share of frames that are decoded from their first dims alone, any number of them: what matters most
+    then stands in the first dims, which a model of levels decides first."""
+    crop: Whole = 0
+    """Side of the square, in pixels, that larger frames are cut to, mostly around what moves; 0: none. Only
+    for codes that see their own cell alone (encoder "cell")."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     num_threads: Count = 2
@@ -120,6 +135,9 @@ class LayoutConfig(Checked):
     """Code rows and columns of each view."""
     history: Count = 2
     """M, frames of a policy sample; the first frame of an episode stands alone (WorldVLA: no padding)."""
+    clip: Count = 1
+    """C, frames that a world sample asks for one after the other, each after its action (published: 1). With
+    more, nearly every token is a target and a frame has up to C before it, in imagination too."""
     chunk: Count = 5
     """K, actions of a chunk."""
     state: bool = False
@@ -208,6 +226,12 @@ class ModelConfig(Checked):
     """On attention and MLP outputs before the residual add (published: 0.05)."""
     place_embedding: bool = False
     """Learned row and column embeddings on image codes (compact models)."""
+    code_levels: tuple[Count, ...] = ()
+    """Levels of the image tokenizer's FSQ dims, where image codes are embedded and predicted level by level
+    (model/codes.py). Empty, as published: a row of the embedding and of the head for each code."""
+    previous_code: bool = False
+    """A position that predicts an image code also reads the code at that place one frame before, so that what
+    stands still need not be searched for by attention."""
     codebook_init: bool = False
     """Start the embeddings of image codes from the tokenizer's codebook, those of bins from a curve."""
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -267,6 +291,8 @@ class DataConfig(Checked):
     """Share of world samples in the stream; 0 trains the policy alone, 1 the world model alone."""
     val_fraction: Share = 0.02
     """Share of episodes held out, by a hash of (store, episode); never trained on."""
+    corrupt: Share = 0.0
+    """Share of the image codes that a world sample reads wrong; the right ones stay its targets."""
     statistics: Literal["minmax", "quantile"] = "minmax"
     """Normalisation range of actions and states: minimum, maximum (published) or 1st, 99th percentile."""
     sequence_length: Count = 256
@@ -348,6 +374,13 @@ class Config(Checked):
             raise ValueError(
                 f"name is part of a path: expected one without / and leading dots, got {self.name!r}"
             )
+        if self.model.code_levels and (self.vocab != "compact" or self.loss.supervise != "decoded"):
+            raise ValueError(
+                "model.code_levels needs vocab 'compact' and loss.supervise 'decoded', got "
+                f"{self.vocab!r} and {self.loss.supervise!r}"
+            )
+        if self.model.previous_code and not self.model.code_levels:
+            raise ValueError("model.previous_code needs model.code_levels, got none")
         if self.model.head.num_layers and self.data.world_fraction == 1:
             raise ValueError(
                 "world_fraction 1 never trains the action head: lower it, or set model.head.num_layers 0"

@@ -107,17 +107,22 @@ def chameleon() -> Vocab:
     )
 
 
-def compact(num_image_codes: int, num_text: int) -> Vocab:
-    """Return a table for small models: specials, then text, image codes, action bins, state bins."""
+def compact(num_image_codes: int, num_text: int, image_last: bool = False) -> Vocab:
+    """Return a table for small models: specials, then text, image codes, action bins, state bins.
+
+    `image_last`: image codes after all others, for models that read them by their levels and keep no row of a
+    table for each (ModelConfig.code_levels).
+    """
     names = ("bos", "pad", "eos", "sep", "boi", "eoi", "boa", "eoa", "bostate", "eostate")
     specials = {name: index for index, name in enumerate(names)}
     text_start = len(names)
-    image_start = text_start + num_text
-    action_start = image_start + num_image_codes
+    after_text = text_start + num_text
+    action_start = after_text + (0 if image_last else num_image_codes)
     state_start = action_start + NUM_BIN_CODES
+    image_start = state_start + NUM_BIN_CODES if image_last else after_text
     return Vocab(
         name="compact",
-        size=state_start + NUM_BIN_CODES,
+        size=after_text + num_image_codes + 2 * NUM_BIN_CODES,
         **specials,
         text_start=text_start,
         num_text=num_text,

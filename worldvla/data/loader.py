@@ -85,7 +85,7 @@ class FrameTable:
     def template(self, frame: int, mode: Mode) -> Template:
         """Return the template of the frame's sample: at an episode's start a policy's holds fewer frames."""
         if mode == "world":
-            return self.builder.world_template()
+            return self.builder.world_template(self.builder.layout.clip)
         before = frame - int(self.starts_F[frame])
         count = min(before + 1, self.builder.layout.history)
         return self.builder.policy_template(self.instructions[frame], count)
@@ -102,7 +102,7 @@ class FrameTable:
             for i in range(local, local + len(template.images))
         )
         if mode == "world":
-            template.fill(table[0], images, self.actions_FA[frame])
+            template.fill(table[0], images, self.actions_FA[frame : frame + self.builder.layout.clip])
         else:
             state = None if self.states_FS is None else self.states_FS[frame]
             template.fill(table[0], images, self.chunks_FUA[frame], state)
@@ -113,7 +113,7 @@ class FrameTable:
         policy = [
             len(builder.policy_template(t, m + 1)) for t in texts for m in range(builder.layout.history)
         ]
-        return max(len(builder.world_template()), *policy)
+        return max(len(builder.world_template(builder.layout.clip)), *policy)
 
 
 class Loader:
@@ -136,7 +136,7 @@ class Loader:
         _, stops = frame_spans(stores)
         is_start = {
             "policy": np.concatenate([is_start for _, is_start in targets]),
-            "world": np.arange(len(stops)) + 1 < stops,
+            "world": np.arange(len(stops)) + builder.layout.clip < stops,
         }
         self._train = {mode: np.flatnonzero(is_start[mode] & ~held_out) for mode in MODES}
         rng = {mode: np.random.default_rng(VAL_SEED) for mode in MODES}

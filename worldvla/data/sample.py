@@ -1,7 +1,7 @@
 """Instruction, state, image codes, actions -> Sample: the only place that knows the order of a sequence.
 
 policy  bos text [STATE] IMG.. sep | ACT x K sep
-world   bos text IMG [ACT] sep | IMG(next) sep
+world   bos text IMG ([ACT] sep IMG(next)) x C sep      C = layout.clip, published: 1; only the first IMG is given
 IMG     boi [h w] (a row of codes [newline]) x R eoi     h, w and newlines only where the vocabulary has them
 ACT     boa a1..aA eoa        STATE  bostate s1..sS eostate
 
@@ -44,13 +44,13 @@ class Template:
     table: np.ndarray
     """(5, T) int64: ids, chunk, kind, row, col."""
     prompt: int
-    """Tokens of the prompt; position `prompt` is the first target."""
+    """Tokens before what decoding writes: the chunk, or the last frame."""
     state: np.ndarray
     """Positions of the state codes, (S,) or (0,)."""
     images: tuple[tuple[np.ndarray, ...], ...]
-    """Positions of the image codes, (N,) a frame and view; a world template's last frame is the next one."""
+    """Positions of the image codes, (N,) a frame and view; a world template's first frame is given."""
     actions: np.ndarray
-    """Positions of the action dims: (U, A); in a world template (1, A), or (0, A) without conditioning."""
+    """Positions of the action dims: (U, A); in a world template (C, A), or (0, A) without conditioning."""
 
     def __len__(self) -> int:
         return self.table.shape[1]
@@ -63,7 +63,7 @@ class Template:
         state: np.ndarray | None = None,
     ) -> None:
         """Write what is open into `ids` (T,), a copy of the table's first row. All are ids of the vocabulary:
-        `frames`, oldest first, (N,) a view; `actions` (U, A), or (A,) of a world sample; `state` (S,). What
+        `frames`, oldest first, (N,) a view; `actions` (U, A) or (C, A); `state` (S,). What
         is None and frames that are missing stay open."""
         for positions, frame in zip(self.images, frames, strict=False):
             for places, codes in zip(positions, frame, strict=True):
@@ -123,20 +123,21 @@ class SampleBuilder:
         actions = to_ids(self.statistics.encode_actions(actions_UA), self.vocab.action)
         return self._fill(template, frames, actions, self._state_ids(state))
 
-    def world_prompt(self, frames: Sequence[Sequence[np.ndarray]], action: np.ndarray | None) -> Sample:
-        """Return everything before the next frame; `action` (A,) is unused without conditioning."""
+    def world_prompt(self, frames: Sequence[Sequence[np.ndarray]], actions: np.ndarray | None) -> Sample:
+        """Return everything before the next frame: C frames, oldest first, and the action after each, (C, A) or (A,)
+        of one; unused without conditioning."""
         template = self.world_template(len(frames))
-        return self._fill(template, frames, self._action_ids(action), stop=template.prompt)
+        return self._fill(template, frames, self._action_ids(actions, len(frames)), stop=template.prompt)
 
     def world(
         self,
         frames: Sequence[Sequence[np.ndarray]],
-        action: np.ndarray | None,
+        actions: np.ndarray | None,
         next_frame: Sequence[np.ndarray],
     ) -> Sample:
-        """Return a world sample: frame(s) and action -> the next frame, all views."""
+        """Return a world sample: C frames, the action (C, A) after each, and the frame after the last."""
         template = self.world_template(len(frames))
-        return self._fill(template, [*frames, next_frame], self._action_ids(action))
+        return self._fill(template, [*frames, next_frame], self._action_ids(actions, len(frames)))
 
     def action_block_positions(self, prompt: int) -> np.ndarray:
         """Return the positions (K, A + 2) of each action's begin, dims and end after `prompt` tokens."""
@@ -169,9 +170,11 @@ class SampleBuilder:
         return self._templates[key]
 
     def world_template(self, num_frames: int = 1) -> Template:
-        """Return the template of a world sample, `num_frames` frames before the next one (published: 1)."""
-        if num_frames < 1:
-            raise ValueError(f"a world sample needs at least one frame, got {num_frames}")
+        """Return the template of a world sample with 1..C frames before the last one."""
+        if not 1 <= num_frames <= self.layout.clip:
+            raise ValueError(
+                f"a world sample holds 1..{self.layout.clip} frames before the last (layout.clip), got {num_frames}"
+            )
         key = (None, num_frames)
         if key not in self._templates:
             self._templates[key] = self._write_world(num_frames)
@@ -197,11 +200,14 @@ class SampleBuilder:
     def _write_world(self, num_frames: int) -> Template:
         layout, vocab, draft = self.layout, self.vocab, _Draft()
         self._write_text(draft, layout.world_prompt)
-        images = [self._write_frame(draft) for _ in range(num_frames)]
-        actions = [self._write_action(draft, 0)] if layout.action_conditioning else []
-        draft.add(vocab.sep)
-        prompt, draft.kind = len(draft), KIND_LAYOUT
-        images.append(self._write_frame(draft, KIND_IMAGE))
+        images, actions, prompt = [self._write_frame(draft)], [], 0
+        for _ in range(num_frames):
+            draft.kind = KIND_PROMPT
+            if layout.action_conditioning:
+                actions.append(self._write_action(draft, 0))
+            draft.add(vocab.sep)
+            prompt, draft.kind = len(draft), KIND_LAYOUT
+            images.append(self._write_frame(draft, KIND_IMAGE))
         draft.add(vocab.sep)
         positions = np.array(actions, dtype=np.int64).reshape(-1, layout.num_action_dims)
         return Template(draft.table(), prompt, np.zeros(0, dtype=np.int64), tuple(images), positions)
@@ -261,14 +267,14 @@ class SampleBuilder:
             )
         return to_ids(self.statistics.encode_states(state), self.vocab.state)
 
-    def _action_ids(self, action: np.ndarray | None) -> np.ndarray | None:
+    def _action_ids(self, actions: np.ndarray | None, number: int) -> np.ndarray | None:
         if not self.layout.action_conditioning:
             return None
-        if action is None:
-            raise ValueError(
-                f"the layout conditions on an action, got none: pass {self.layout.num_action_dims} values"
-            )
-        return to_ids(self.statistics.encode_world_actions(action), self.vocab.action)
+        expected = (number, self.layout.num_action_dims)
+        if actions is None or np.shape(actions := np.atleast_2d(actions)) != expected:
+            shape = "none" if actions is None else f"shape {np.shape(actions)}"
+            raise ValueError(f"a world sample of {number} frames needs actions of shape {expected}, got {shape}")
+        return to_ids(self.statistics.encode_world_actions(actions), self.vocab.action)
 
     def _frame_ids(self, frame: Sequence[np.ndarray]) -> list[np.ndarray]:
         views, sizes = self.layout.views, self.layout.codes_per_view

@@ -1,6 +1,6 @@
 """TokenStore: every frame's image codes beside actions and states, as memory-mapped arrays in one directory.
 
-codes_<view>.npy   uint16 (F, N), row-major codes of a view's grid
+codes_<view>.npy   uint16 or uint32 (F, N), row-major codes of a view's grid
 actions.npy        float32 (F, A)        states.npy  float32 (F, S)        is_expert.npy  bool (F,)
 expert_actions.npy float32 (F, K, A)     where the demonstrations hold the expert's answer to every state
 episodes.json      [{start, length, instruction, suite, task, init, seed, success, key}]
@@ -64,7 +64,7 @@ class TokenStore:
     manifest: dict[str, Any]
     episodes: tuple[EpisodeRow, ...]
     codes: dict[str, np.ndarray]
-    """View -> uint16 (F, N), row-major codes of the view's grid."""
+    """View -> uint16 or uint32 (F, N), row-major codes of the view's grid."""
     actions: np.ndarray
     states: np.ndarray
     is_expert: np.ndarray
@@ -95,7 +95,7 @@ class TokenStore:
             )
         num_frames = manifest["frames"]
         codes = {
-            view: _load(path, f"codes_{view}", np.uint16, (num_frames, rows * cols))
+            view: _load(path, f"codes_{view}", code_type(manifest["num_codes"]), (num_frames, rows * cols))
             for view, (rows, cols) in manifest["grids"].items()
         }
         actions = _load(path, "actions", np.float32, (num_frames, manifest["action_dims"]))
@@ -175,17 +175,23 @@ def write_store(
 def encode(
     images: np.ndarray, tokenizer: FrameTokenizer, batch_size: int = 64, device: torch.device | str = "cpu"
 ) -> np.ndarray:
-    """Return the codes (T, R, Q) uint16 of frames (T, Y, X, 3) uint8."""
+    """Return the codes (T, R, Q) of frames (T, Y, X, 3) uint8, uint16 or uint32 (`code_type`)."""
     parts = []
     with torch.inference_mode():
         for i in range(0, len(images), batch_size):
             batch = torch.from_numpy(np.ascontiguousarray(images[i : i + batch_size])).to(device)
             parts.append(tokenizer.encode(batch).cpu().numpy())
     codes = np.concatenate(parts)
-    limit = min(tokenizer.num_codes, np.iinfo(np.uint16).max + 1)
-    if codes.min() < 0 or codes.max() >= limit:
-        raise ValueError(f"the tokenizer gave codes {codes.min()}..{codes.max()}, expected [0, {limit})")
-    return codes.astype(np.uint16)
+    if codes.min() < 0 or codes.max() >= tokenizer.num_codes:
+        raise ValueError(
+            f"the tokenizer gave codes {codes.min()}..{codes.max()}, expected [0, {tokenizer.num_codes})"
+        )
+    return codes.astype(code_type(tokenizer.num_codes))
+
+
+def code_type(num_codes: int) -> type[np.generic]:
+    """Return the smallest type that a store keeps codes in: uint16, or uint32 of more than 65,536 codes."""
+    return np.uint16 if num_codes <= 2**16 else np.uint32
 
 
 class _Writer:

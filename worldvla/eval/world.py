@@ -75,20 +75,21 @@ def evaluate_world(
     shorter: bool = False,
     seed: int = 0,
     videos: int = 4,
+    temperature: float = 0.0,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Imagine `clips` clips of each horizon of the files `demos`; write record.json, videos/ and tokens.npz
     to `out`; return the record.
 
     `shorter`: one clip an episode, from its first frame, of at most that many steps. `videos`: filmed clips
-    of each horizon.
+    of each horizon. `temperature`: of the codes, as `World` has it.
     """
     model, sections = load(checkpoint, device), []
     sets = {horizon: choose(demos, clips, horizon, seed, shorter) for horizon in horizons}
     for chosen in sets.values():
         check(model, chosen)
     for horizon, chosen in sets.items():
-        imagined, stats = imagine(model, chosen, title=f"imagine {horizon} steps")
+        imagined, stats = imagine(model, chosen, title=f"imagine {horizon} steps", temperature=temperature)
         section = {"horizon": horizon, **score(chosen, {"model": imagined, **references(model, chosen)})}
         section["decoding"] = summary(stats, sum(model.config.layout.codes_per_view))
         section["clips"] = [clip.describe() for clip in chosen]
@@ -102,6 +103,7 @@ def evaluate_world(
         "protocol": {
             "start": "first frames of stored episodes" if shorter else "every horizon-th frame of an episode",
             "actions": "those of the episode",
+            "temperature": temperature,
             "views": {view: list(size) for view, size in model.view_sizes.items()},
             "metrics": "torchmetrics, per frame, RGB 0..255, mean over clips; PSNR at most 60 dB",
         },
@@ -165,6 +167,7 @@ def imagine(
     actions: Sequence[np.ndarray] = (),
     batch_size: int = 32,
     title: str = "imagine",
+    temperature: float = 0.0,
 ) -> tuple[list[Frames], list[list[FrameStats]]]:
     """Return the frames of every clip as the model imagines them, and what each step of a batch took.
 
@@ -174,7 +177,7 @@ def imagine(
     plans = [actions[i] if len(actions) else clip.actions for i, clip in enumerate(clips)]
     actions_NTA = np.stack([np.pad(plan, ((0, steps - len(plan)), (0, 0)), "edge") for plan in plans])
     frames: list[Frames] = []
-    stats, world = [], World(model)
+    stats, world = [], World(model, temperature=temperature)
     batches = [slice(i, i + batch_size) for i in range(0, len(clips), batch_size)]
     jobs = [(rows, t) for rows in batches for t in range(steps + 1)]
     film: list[Mapping[str, np.ndarray]] = []
@@ -200,9 +203,10 @@ def references(model: Model, clips: Sequence[Clip]) -> dict[str, list[Frames]]:
 
 
 def reconstruct(model: Model, images: np.ndarray) -> np.ndarray:
-    """Return frames (T, Y, X, 3) after encoding and decoding."""
-    codes = model.image.encode(torch.from_numpy(np.ascontiguousarray(images)).to(model.device))
-    return model.image.decode(codes).cpu().numpy()
+    """Return frames (T, Y, X, 3) after encoding and decoding; the first is the context, as in a clip."""
+    frames = torch.from_numpy(np.ascontiguousarray(images)).to(model.device)
+    codes = model.image.encode(frames)
+    return model.image.decode(codes, frames[:1].expand_as(frames)).cpu().numpy()
 
 
 def psnr(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:

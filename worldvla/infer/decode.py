@@ -26,7 +26,7 @@ from worldvla.batch import KIND_IMAGE, Batch, Sample
 from worldvla.infer.draft import FrameStats, Window
 from worldvla.infer.graphs import Room, Runner
 from worldvla.model.mask import dense_mask
-from worldvla.model.transformer import Transformer
+from worldvla.model.transformer import Transformer, previous_ids
 from worldvla.vocab import NUM_BIN_CODES, Vocab
 
 HIDDEN_POSITION = 2**30
@@ -160,8 +160,8 @@ def decode_frame(
             )
         stream.tail_BT[:, places_N] = torch.from_numpy(guess_BN).to(device) + vocab.image.start
     window = Window(fixed=1) if guess_BN is None else window or Window(device)
-    head_VD, stats = _head(runner.model, vocab.image), FrameStats(codes=batch * num_codes)
-    noise_BNV = _noise((num_codes, len(vocab.image)), batch, temperature, seed, device)
+    choose, stats = _Chooser(runner.model, vocab.image, temperature), FrameStats(codes=batch * num_codes)
+    noise_BN = _noise((num_codes, *choose.shape), batch, temperature, seed, device)
     rows_B1, done_B = torch.arange(batch, device=device)[:, None], np.zeros(batch, dtype=np.int64)
     while (done_B < num_codes).any():
         first_B, length = _next_window(open_N, done_B, window.width(num_codes), stream.room)
@@ -169,13 +169,12 @@ def decode_frame(
         where_BT = first_B1 + torch.arange(length, device=device)
         x_BTD, after_BT = stream.feed(where_BT, length), where_BT + 1
         nth_BT = nth_T[after_BT]
-        noise = None if noise_BNV is None else noise_BNV[rows_B1, nth_BT.clamp_min(0)]
-        scores_BTV = _disturbed(_scores(x_BTD, head_VD), temperature, noise)
-        choice_BT, is_new_BT = scores_BTV.argmax(-1) + vocab.image.start, nth_BT >= done_B1
+        noise = None if noise_BN is None else noise_BN[rows_B1, nth_BT.clamp_min(0)]
+        codes_BT, is_close_BT, is_finite_BT = choose(x_BTD, noise)
+        choice_BT, is_new_BT = codes_BT + vocab.image.start, nth_BT >= done_B1
         ids_BT = stream.tail_BT.gather(1, after_BT)
         is_kept_BT, is_right_BT = verify(ids_BT, choice_BT, is_new_BT)
         stream.tail_BT.scatter_(1, after_BT, torch.where(is_new_BT, choice_BT, ids_BT))
-        is_close_BT, is_finite_BT = _near_ties(scores_BTV, runner.model.head.weight.dtype)
         counts = (is_kept_BT, is_right_BT, is_kept_BT & is_close_BT, is_kept_BT & ~is_finite_BT)
         kept_B, right_B, close_B, broken_B = torch.stack(counts).sum(2).cpu().numpy()
         _check_finite(not broken_B.any())
@@ -235,6 +234,29 @@ def _scores(x_BTD: Tensor, head_VD: Tensor) -> Tensor:
     return F.linear(x_BTD.float(), head_VD)
 
 
+class _Chooser:
+    """Hidden states -> image codes: by one softmax over all codes, or level by level."""
+
+    def __init__(self, model: Transformer, image: range, temperature: float) -> None:
+        self.code_head, self.temperature, self.dtype = model.code_head, temperature, model.head.weight.dtype
+        self.head_VD = None if self.code_head is not None else _head(model, image)
+        levels = self.code_head.levels.sizes if self.code_head is not None else ()
+        self.shape = (len(levels), max(levels)) if levels else (len(image),)
+        """Scores of one code."""
+
+    def __call__(self, x_BTD: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes (B, T), and where rounding may have decided, and where the scores are finite."""
+        if self.head_VD is not None:
+            scores_BTV = _disturbed(_scores(x_BTD, self.head_VD), self.temperature, noise)
+            return scores_BTV.argmax(-1), *_near_ties(scores_BTV, self.dtype)
+        assert self.code_head is not None
+        noise_PEL = None if noise is None else noise.flatten(0, 1)
+        codes_P, lead_P = self.code_head.choose(x_BTD.flatten(0, 1), self.temperature, noise_PEL)
+        limit = CLOSE.get(self.dtype, CLOSE[torch.bfloat16])
+        shape = x_BTD.shape[:2]
+        return codes_P.view(shape), (lead_P < limit).view(shape), lead_P.isfinite().view(shape)
+
+
 def _noise(
     shape: tuple[int, ...], batch: int, temperature: float, seed: Seeds, device: torch.device
 ) -> Tensor | None:
@@ -291,6 +313,11 @@ class _Stream:
         names = ("ids_BT", "row_BT", "col_BT", "chunk_BT")
         whole = [torch.cat((getattr(prompt, n), getattr(after, n)), 1) for n in names]
         self.ids_BS, self.row_BS, self.col_BS, self.chunk_BS = (F.pad(t, (0, spare)) for t in whole)
+        self.previous = []
+        if runner.model.previous_in is not None:  # those of the tail stand in the prompt
+            if tail.row.any() and len({len(prompt) for prompt in prompts}) > 1:
+                raise ValueError("prompts of several lengths: give all worlds of a batch as many frames")
+            self.previous = [previous_ids(self.ids_BS, self.row_BS, self.col_BS)]
         self.tail_BT = self.ids_BS[:, self.longest : self.longest + len(tail)]
         """Ids of the tail: write decoded ones here."""
 
@@ -302,7 +329,7 @@ class _Stream:
         if self.room.is_empty:
             prompt_T = torch.arange(self.longest, device=where.device)
             slots_BT = torch.cat((prompt_T.expand(len(self.ids_BS), -1), slots_BT), 1)
-        tables = (self.ids_BS, self.row_BS, self.col_BS, self.positions_BS, self.chunk_BS)
+        tables = (self.ids_BS, self.row_BS, self.col_BS, self.positions_BS, *self.previous, self.chunk_BS)
         *fields, chunk_BT = (table.gather(1, slots_BT) for table in tables)
         reach = self.room.reach(slots_BT)
         keys = self.chunk_BS[:, :reach], fields[3], self.positions_BS[:, :reach]

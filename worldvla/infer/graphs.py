@@ -44,8 +44,8 @@ class Room:
     def run(self, fields: list[Tensor], mask: Tensor, slots_BT: Tensor, keep: int) -> Tensor:
         """Return hidden states (B, `keep`, D) of the last of T new positions; they last until the next pass.
 
-        `fields`: ids, rows, columns and positions, (B, T) each; `mask`: bool (B, 1, T, S) over the slots in
-        reach.
+        `fields`: ids, rows, columns, positions and, of models that read them, previous ids, (B, T) each;
+        `mask`: bool (B, 1, T, S) over the slots in reach.
         """
         self.is_empty = False
         slots, length = slots_BT.cpu().numpy(), slots_BT.shape[1]
@@ -60,7 +60,8 @@ class Room:
         if keep < length:
             starts_B1 = torch.arange(batch, device=fields[0].device)[:, None] * length
             keep_P = (starts_B1 + torch.arange(length - keep, length, device=starts_B1.device)).reshape(-1)
-        return model(fields[0], mask, *fields[1:], self.cache.layers, keep_P).view(batch, keep, -1)
+        x = model(fields[0], mask, *fields[1:], cache=self.cache.layers, keep_P=keep_P)
+        return x.view(batch, keep, -1)
 
 
 class FixedRoom(Room):

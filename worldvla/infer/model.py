@@ -93,10 +93,19 @@ class Model:
             columns.append(codes.flatten(1).cpu().numpy())
         return list(zip(*columns, strict=True))
 
-    def decode_frames(self, codes_BN: np.ndarray) -> dict[str, np.ndarray]:
-        """Return view -> images uint8 (B, Y, X, 3) of codes of all views in a row."""
-        grids = self.grids(codes_BN).items()
-        return {v: self.image.decode(torch.from_numpy(c).to(self.device)).cpu().numpy() for v, c in grids}
+    def decode_frames(
+        self, codes_BN: np.ndarray, context: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Return view -> images uint8 (B, Y, X, 3) of codes of all views in a row.
+
+        `context`: view -> real frames (B, Y, X, 3) of the same clips, which a decoder may copy from.
+        """
+        frames = {}
+        for view, codes in self.grids(codes_BN).items():
+            seen = None if context is None else torch.from_numpy(context[view]).to(self.device)
+            images = self.image.decode(torch.from_numpy(codes).to(self.device), seen)
+            frames[view] = images.cpu().numpy()
+        return frames
 
     def grids(self, codes_BN: np.ndarray) -> dict[str, np.ndarray]:
         """Return view -> codes (B, R, Q), rows and columns."""

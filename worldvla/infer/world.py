@@ -3,7 +3,8 @@ environment.
 
 Frames are dicts of views, uint8 (Y, X, 3), or (B, Y, X, 3) for B worlds at once; a model of one view
 takes and returns the array itself. The codes that it generates are fed back as they are, never decoded and
-encoded again.
+encoded again; a model of clips (layout.clip) reads as many of the last frames. The first frame stays the
+context of a decoder that copies what stands still.
 """
 
 from collections.abc import Mapping
@@ -20,24 +21,30 @@ Frame = np.ndarray | dict[str, np.ndarray]
 
 class World:
     """`speculative`: take this frame as a guess of the next one and verify it in a few passes; off: one
-    code a pass. The codes are the same, up to what docs/DECODING.md says of rounding.
+    code a pass. The codes are the same, up to what docs/DECODING.md says of rounding. `temperature`: 0 takes
+    the likeliest codes, more draws them, by a generator of `seed`.
     """
 
-    def __init__(self, model: Model, speculative: bool = True) -> None:
+    def __init__(
+        self, model: Model, speculative: bool = True, temperature: float = 0.0, seed: int = 0
+    ) -> None:
         self.model, self.speculative = model, speculative
+        self.temperature, self.seed = temperature, seed
         self.stats: list[FrameStats] = []
         """What each step since the last reset took."""
         self._window = Window(model.device)
         self._tail = model.builder.world_tail()
-        self._codes_BN: np.ndarray | None = None
+        self._codes: list[np.ndarray] = []
+        """Of the last frames, oldest first, (B, N)."""
+        self._actions: list[np.ndarray] = []
+        """Between them, (B, A)."""
+        self._context: dict[str, np.ndarray] = {}
         self._is_batch = self._is_dict = False
 
     @property
     def codes(self) -> dict[str, np.ndarray]:
         """View -> codes (B, R, Q) of the current frames."""
-        if self._codes_BN is None:
-            raise ValueError("the world has no frame yet: call reset(frame) first")
-        return self.model.grids(self._codes_BN)
+        return self.model.grids(self._current())
 
     def reset(self, frame: np.ndarray | Mapping[str, Any]) -> Frame:
         """Start from `frame` (an observation will do); return it as its codes show it."""
@@ -59,44 +66,62 @@ class World:
         else:
             frames = [frame]
         self.stats, self._window = [], Window(self.model.device)
-        self._codes_BN = np.stack([np.concatenate(codes) for codes in self.model.encode_frames(frames)])
+        self._codes = [np.stack([np.concatenate(codes) for codes in self.model.encode_frames(frames)])]
+        self._actions = []
+        self._context = {view: np.stack([np.asarray(f[view]) for f in frames]) for view in views}
         return self.frame()
 
     def step(self, action: np.ndarray) -> Frame:
         """Return the next frame after `action`, (7,) or (B, 7) in physical units; values outside the
         statistics' range are clipped.
         """
-        codes_BN = self._codes_BN
-        if codes_BN is None:
-            raise ValueError("the world has no frame yet: call reset(frame) first")
+        codes_BN = self._current()
         num_dims = self.model.config.layout.num_action_dims
         expected = (len(codes_BN), num_dims) if self._is_batch else (num_dims,)
         if np.shape(action) != expected:
             raise ValueError(f"the action must have shape {expected}, got {np.shape(action)}")
         actions_BA = np.asarray(action, dtype=np.float32).reshape(-1, num_dims)
-        builder = self.model.builder
+        clip, builder = self.model.config.layout.clip, self.model.builder
+        self._actions = [*self._actions, actions_BA][-clip:]
+        frames, actions = self._codes[-clip:], np.stack(self._actions, 1)
         prompts = [
-            builder.world_prompt([builder.split_views(codes)], action)
-            for codes, action in zip(codes_BN, actions_BA, strict=True)
+            builder.world_prompt([builder.split_views(codes_BN[row]) for codes_BN in frames], actions[row])
+            for row in range(len(actions))
         ]
-        guess_BN = codes_BN if self.speculative else None
-        self._codes_BN, stats = decode_frame(
-            self.model.runner, self.model.vocab, prompts, self._tail, guess_BN, self._window
+        seeds = [
+            self.seed + 1_000_003 * (len(self.stats) * len(prompts) + row) for row in range(len(prompts))
+        ]
+        next_BN, stats = decode_frame(
+            self.model.runner,
+            self.model.vocab,
+            prompts,
+            self._tail,
+            codes_BN if self.speculative else None,
+            self._window,
+            self.temperature,
+            seeds,
         )
+        self._codes = [*frames, next_BN]
         self.stats.append(stats)
         return self.frame()
 
     def keep(self, rows: np.ndarray) -> None:
         """Go on with these of the worlds alone: indices, or bool (B,)."""
-        if self._codes_BN is None or not self._is_batch:
+        if not self._codes or not self._is_batch:
             raise ValueError("only a batch of worlds can be thinned: call reset with stacked frames first")
-        self._codes_BN = self._codes_BN[rows]
+        self._codes = [codes_BN[rows] for codes_BN in self._codes]
+        self._actions = [actions_BA[rows] for actions_BA in self._actions]
+        self._context = {view: images[rows] for view, images in self._context.items()}
 
     def frame(self) -> Frame:
         """Return the current frame, decoded."""
-        if self._codes_BN is None:
-            raise ValueError("the world has no frame yet: call reset(frame) first")
-        frames = self.model.decode_frames(self._codes_BN)
+        frames = self.model.decode_frames(self._current(), self._context)
         if not self._is_batch:
             frames = {view: images[0] for view, images in frames.items()}
         return frames if self._is_dict else frames[self.model.config.layout.views[0]]
+
+    def _current(self) -> np.ndarray:
+        """Return the codes of the current frames, (B, N)."""
+        if not self._codes:
+            raise ValueError("the world has no frame yet: call reset(frame) first")
+        return self._codes[-1]

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from worldvla.config import ModelConfig
 from worldvla.model.action_head import ActionHead
+from worldvla.model.codes import CodeEmbedding, CodeHead
 from worldvla.model.mask import additive_mask
 from worldvla.model.quantize import Packed
 
@@ -104,6 +105,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """`num_rows`, `num_cols`: sizes of the place tables, index 0 (no place) included. `action_shape`: (U, A)
     of the continuous head, where the config has one; `forward` does not run it.
+
+    With config.code_levels image codes are the last ids; `embed` and `head` end before them.
     """
 
     def __init__(
@@ -119,13 +122,19 @@ class Transformer(nn.Module):
         self.vocab_size = vocab_size
         self.checkpoint_layers = False
         """Whether the backward pass computes each layer again instead of keeping what is inside it."""
-        self.embed = nn.Embedding(vocab_size, config.width)
+        levels = config.code_levels
+        self.first_code = vocab_size - math.prod(levels) if levels else vocab_size
+        """The first id that has no row of its own in `embed` and `head`."""
+        self.embed = nn.Embedding(self.first_code, config.width)
+        self.code_embed = CodeEmbedding(levels, config.width) if levels else None
+        self.previous_in = nn.Linear(config.width, config.width, bias=False) if config.previous_code else None
         has_places = config.place_embedding
         self.row_embed = nn.Embedding(num_rows, config.width, padding_idx=0) if has_places else None
         self.col_embed = nn.Embedding(num_cols, config.width, padding_idx=0) if has_places else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, vocab_size, bias=False)
+        self.head = nn.Linear(config.width, self.first_code, bias=False)
+        self.code_head = CodeHead(levels, config.width) if levels else None
         has_head = config.head.num_layers > 0
         self.action_head = ActionHead(config.head, config.width, *action_shape) if has_head else None
 
@@ -136,6 +145,7 @@ class Transformer(nn.Module):
         row_BT: Int[Tensor, "B T"] | None = None,
         col_BT: Int[Tensor, "B T"] | None = None,
         positions_BT: Int[Tensor, "b T"] | None = None,
+        previous_BT: Int[Tensor, "B T"] | None = None,
         cache: Sequence[LayerCache] | None = None,
         keep_P: Int[Tensor, " P"] | None = None,
     ) -> Float[Tensor, "*any D"]:
@@ -143,9 +153,9 @@ class Transformer(nn.Module):
 
         `mask`: bool (True = may attend) or additive, broadcastable to (B, 1, T, S); None lets every query see
         every key. With a `cache` (one a layer), S counts the cached keys too. `positions_BT` (RoPE) defaults
-        to 0..T-1.
+        to 0..T-1. `previous_BT`: see `previous_ids`; only of a model with previous_code.
         """
-        x_BTD = self.embed_ids(ids_BT, row_BT, col_BT)
+        x_BTD = self.embed_ids(ids_BT, row_BT, col_BT, previous_BT)
         if positions_BT is None:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
         dtype, head_dim = compute_dtype(x_BTD), self.config.width // self.config.num_heads
@@ -160,14 +170,33 @@ class Transformer(nn.Module):
             x_BTD = layer(*args) if is_kept else checkpoint(layer, *args, use_reentrant=False)
         return self.norm(x_BTD)
 
-    def embed_ids(self, ids_BT: Tensor, row_BT: Tensor | None, col_BT: Tensor | None) -> Tensor:
+    def embed_ids(
+        self,
+        ids_BT: Tensor,
+        row_BT: Tensor | None,
+        col_BT: Tensor | None,
+        previous_BT: Tensor | None = None,
+    ) -> Tensor:
         """Return (B, T, D): the vectors of ids, and of their places in an image where the model has them."""
-        x_BTD = self.embed(ids_BT)
+        if self.code_embed is None:
+            x_BTD = self.embed(ids_BT)
+        else:
+            is_code_BT1 = (ids_BT >= self.first_code)[..., None]
+            other_BTD = self.embed(ids_BT.masked_fill(is_code_BT1[..., 0], 0))
+            x_BTD = torch.where(is_code_BT1, self._embed_codes(ids_BT).to(other_BTD.dtype), other_BTD)
+        if self.previous_in is not None and previous_BT is not None:
+            old_BTD = self.previous_in(self._embed_codes(previous_BT))
+            x_BTD = x_BTD + old_BTD * (previous_BT >= self.first_code)[..., None]
         if self.row_embed is None or self.col_embed is None:
             return x_BTD
         if row_BT is None or col_BT is None:
             raise ValueError("place_embedding needs row_BT and col_BT: zeros where there is no image code")
         return x_BTD + self.row_embed(row_BT) + self.col_embed(col_BT)
+
+    def _embed_codes(self, ids_BT: Tensor) -> Tensor:
+        """Return vectors (B, T, D) of image codes; of other ids those of code 0."""
+        assert self.code_embed is not None
+        return self.code_embed((ids_BT - self.first_code).clamp_min(0))
 
     def logits(self, x: Float[Tensor, "*any D"], ids: range | None = None) -> Float[Tensor, "*any V"]:
         """Return the head's scores of all ids, or only of those in `ids` (the rest is never computed)."""
@@ -183,8 +212,11 @@ class Transformer(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         branch_scale = (2 * self.config.num_layers) ** -0.5
+        for module in (self.code_embed, self.code_head):
+            if module is not None:
+                module.init_weights(generator)
         for name, parameter in self.named_parameters():
-            if name.startswith("action_head."):
+            if name.startswith(("action_head.", "code_")):
                 continue
             if "norm" in name:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
@@ -205,23 +237,26 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_codebook(
-        self, codebook: Float[Tensor, "N E"], image: range, bins: Sequence[range], seed: int = 0
+        self, codebook: Float[Tensor, "N E"] | None, image: range, bins: Sequence[range], seed: int = 0
     ) -> None:
         """Start like things alike, in the embedding and in the head.
 
         Ids of `image` get a random projection of their codebook vectors; ids of each range in `bins` get
         random Fourier features of the value of their bin, so that neighbouring bins start with nearly the
-        same embedding and logit.
+        same embedding and logit. Without a codebook image codes stay as they are.
         """
-        if len(codebook) != len(image):
+        if codebook is not None and len(codebook) != len(image):
             raise ValueError(
                 f"the codebook has {len(codebook)} codes, the vocabulary {len(image)}: use one tokenizer"
             )
         generator = torch.Generator().manual_seed(seed)
         width = self.config.width
-        codebook = codebook.float().cpu()
-        codes_ND = (codebook - codebook.mean(0)) @ torch.randn(codebook.shape[1], width, generator=generator)
-        tables = [(image, codes_ND)] + [(span, _bin_features(len(span), width, generator)) for span in bins]
+        tables = []
+        if codebook is not None:
+            codebook = codebook.float().cpu()
+            directions_ED = torch.randn(codebook.shape[1], width, generator=generator)
+            tables.append((image, (codebook - codebook.mean(0)) @ directions_ED))
+        tables += [(span, _bin_features(len(span), width, generator)) for span in bins]
         for span, features_ND in tables:
             features_ND = features_ND / features_ND.std().clamp_min(1e-8)
             self.embed.weight[span.start : span.stop] = (features_ND * EMBED_STD).to(self.embed.weight)
@@ -244,6 +279,24 @@ class Transformer(nn.Module):
         matrices = sum(m.in_features * m.out_features for m in linear)
         scores_and_values = 2 * self.config.num_layers * self.config.width * num_keys
         return 2 * (num_positions * (matrices + scores_and_values) + num_logits * self.head.weight.numel())
+
+
+def previous_ids(ids_BT: Tensor, row_BT: Tensor, col_BT: Tensor) -> Tensor:
+    """Return (B, T): before each image code, the id at its place one frame earlier; 0 where there is none.
+
+    The frames of a sequence stand at equal distances, the same in every row.
+    """
+    place_T = (row_BT[0] << 16) + col_BT[0]
+    images_N = place_T.nonzero()[:, 0]
+    previous_BT = torch.zeros_like(ids_BT)
+    again = (place_T == place_T[images_N[0]]).nonzero()[:, 0] if len(images_N) else images_N
+    if len(again) < 2:
+        return previous_BT
+    stride = int(again[1] - again[0])
+    is_same_BT = (row_BT[:, stride:] == row_BT[:, :-stride]) & (col_BT[:, stride:] == col_BT[:, :-stride])
+    is_same_BT &= row_BT[:, stride:] > 0
+    previous_BT[:, stride - 1 : -1] = ids_BT[:, :-stride].masked_fill(~is_same_BT, 0)
+    return previous_BT
 
 
 def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None) -> Tensor:

@@ -201,6 +201,44 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.patch)
 
 
+class ContextDecoder(nn.Module):
+    """Codes' vectors and a real frame of the same clip -> pixels: each is copied from that frame or painted.
+
+    What stands still is crisp whatever the codes hold. `widths`: at 1/2, 1/4 and 1/8 of the side.
+    """
+
+    def __init__(self, embed_dim: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        half, quarter, eighth = widths
+        self.conv_in = nn.Conv2d(embed_dim, eighth, 3, padding=1)
+        self.context_in = nn.Conv2d(3 * 4, half, 3, padding=1)
+        self.context = nn.ModuleList(ResnetBlock(width, width) for width in widths)
+        self.context_down = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths)
+        )
+        joined = [(2 * eighth, eighth), (eighth + quarter, quarter), (quarter + half, half)]
+        self.up = nn.ModuleList(nn.ModuleList((ResnetBlock(a, b), ResnetBlock(b, b))) for a, b in joined)
+        self.norm_out = _norm(half)
+        self.conv_out = nn.Conv2d(half, 4 * 4, 3, padding=1)
+
+    def forward(
+        self, vectors: Float[Tensor, "B E R Q"], context: Float[Tensor, "B 3 Y X"]
+    ) -> Float[Tensor, "B 3 Y X"]:
+        features = [self.context[0](self.context_in(F.pixel_unshuffle(context, 2)))]
+        for down, block in zip(self.context_down, list(self.context)[1:], strict=True):
+            features.append(block(down(features[-1])))
+        x = self.conv_in(vectors)
+        for level, seen in zip(self.up, reversed(features), strict=True):
+            if level is not self.up[0]:
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = torch.cat((x, seen), 1)
+            for block in level:  # pyright: ignore[reportGeneralTypeIssues]
+                x = block(x)
+        out = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), 2)
+        copied = torch.sigmoid(out[:, 3:])
+        return copied * context + (1 - copied) * out[:, :3]
+
+
 class VectorQuantizer(nn.Module):
     """Nearest of `num_codes` learned vectors, searched in float32 (half precision flips codes)."""
 
@@ -276,7 +314,11 @@ class ImageTokenizer(nn.Module):
         else:
             self.quantize = VectorQuantizer(config.num_codes, config.embed_dim)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
-        self.decoder: Decoder | None = Decoder(config)
+        self.decoder: Decoder | ContextDecoder | None = (
+            ContextDecoder(config.z_channels, config.context_widths)
+            if config.context_widths
+            else Decoder(config)
+        )
         """None: published weights without one; frames become codes, codes no frames."""
         self.ancestors: tuple[str, ...] = ()
         """Digests of the tokenizers that this one goes on from: its codes mean about what theirs do."""
@@ -300,18 +342,32 @@ class ImageTokenizer(nn.Module):
             )
         return self.quant_conv(self.encoder(pixels_BCYX))
 
-    def pixels(self, vectors_BERQ: Float[Tensor, "B E R Q"]) -> Float[Tensor, "B 3 Y X"]:
-        """Return the decoder's picture of quantised vectors, nominally in [-1, 1]."""
+    def pixels(
+        self, vectors_BERQ: Float[Tensor, "B E R Q"], context: Float[Tensor, "B 3 Y X"] | None = None
+    ) -> Float[Tensor, "B 3 Y X"]:
+        """Return the decoder's picture of quantised vectors, nominally in [-1, 1]. `context`: a frame of the
+        same clip in [-1, 1], for a decoder that reads one; grey where there is none."""
         if self.decoder is None:
             raise ValueError(
                 "this image tokenizer has no decoder, so codes cannot be shown: convert with the published "
                 "vqgan.ckpt (--tokenizer)"
             )
-        return self.decoder(self.post_quant_conv(vectors_BERQ))
+        vectors = self.post_quant_conv(vectors_BERQ)
+        if isinstance(self.decoder, Decoder):
+            return self.decoder(vectors)
+        if context is None:
+            rows, cols = (side * self.config.factor for side in vectors.shape[2:])
+            context = vectors.new_zeros(len(vectors), 3, rows, cols)
+        return self.decoder(vectors, context)
 
     @torch.no_grad()
     def encode(self, images: UInt8[Tensor, "B Y X 3"]) -> Int[Tensor, "B R Q"]:
         """Return codes, int64 in [0, num_codes); always in float32."""
+        if self.config.encoder == "cell":
+            return self._encode_cells(images)
+        return self._encode(images)
+
+    def _encode(self, images: UInt8[Tensor, "B Y X 3"]) -> Int[Tensor, "B R Q"]:
         with torch.autocast(images.device.type, enabled=False):
             if self.grey_levels == "float64":
                 levels = PUBLISHED_LEVELS.to(images.device)[images.int()]
@@ -321,16 +377,31 @@ class ImageTokenizer(nn.Module):
         codes = self.quantize.codes(rearrange(z, "b e r q -> (b r q) e"))
         return rearrange(codes, "(b r q) -> b r q", r=z.shape[2], q=z.shape[3])
 
+    def _encode_cells(self, images: UInt8[Tensor, "B Y X 3"]) -> Int[Tensor, "B R Q"]:
+        """Encode cells that differ from the same cell of the frame before; the others have its code."""
+        side = self.config.factor
+        if images.shape[1] % side or images.shape[2] % side:
+            return self._encode(images)  # which says what is wrong
+        cells = rearrange(images, "b (r y) (q x) c -> (r q) b y x c", y=side, x=side)
+        is_new_NB = torch.ones(cells.shape[:2], dtype=torch.bool, device=images.device)
+        is_new_NB[:, 1:] = (cells[:, 1:] != cells[:, :-1]).flatten(2).any(-1)
+        codes = self._encode(cells[is_new_NB]).flatten()
+        codes_NB = codes[is_new_NB.flatten().cumsum(0) - 1].view_as(is_new_NB)
+        return rearrange(codes_NB, "(r q) b -> b r q", r=images.shape[1] // side)
+
     @torch.no_grad()
-    def decode(self, codes: Int[Tensor, "B R Q"]) -> UInt8[Tensor, "B Y X 3"]:
-        """Return the frames that codes stand for."""
+    def decode(
+        self, codes: Int[Tensor, "B R Q"], context: UInt8[Tensor, "B Y X 3"] | None = None
+    ) -> UInt8[Tensor, "B Y X 3"]:
+        """Return the frames that codes stand for. `context`: see `pixels`."""
         if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.num_codes):
             raise ValueError(
                 f"codes {int(codes.min())} to {int(codes.max())}; this tokenizer has 0..{self.num_codes - 1}"
             )
         vectors = self.quantize.vectors(codes.long())
         with torch.autocast(codes.device.type, enabled=False):
-            return to_images(self.pixels(rearrange(vectors, "b r q e -> b e r q")))
+            pixels = None if context is None else to_pixels(context)
+            return to_images(self.pixels(rearrange(vectors, "b r q e -> b e r q"), pixels))
 
     def codebook(self) -> Float[Tensor, "num_codes E"]:
         """Return the vector of every code, detached."""
@@ -368,8 +439,9 @@ class ImageTokenizer(nn.Module):
     def digest(self) -> str:
         """Return 16 hex digits that change with any weight or setting."""
         settings = to_json(self.config)
-        if self.config.encoder == "vqgan":  # the only one when the first digests were written down
-            del settings["encoder"]
+        for name, first in (("encoder", "vqgan"), ("context_widths", ())):  # as when digests began
+            if settings[name] == first:
+                del settings[name]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(name.encode())

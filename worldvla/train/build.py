@@ -1,6 +1,7 @@
 """Config -> what a run is made of: text tokenizer, statistics, vocabulary, sample builder, loader, model."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,14 @@ def build(config: Config) -> Pieces:
     else:
         text = _text(config, stores)
         statistics = store_statistics(stores, config.data)
-    vocab = chameleon() if config.vocab == "chameleon" else compact(image.num_codes, text.size)
+    levels = config.model.code_levels
+    if levels and levels != image.config.fsq_levels:
+        raise ValueError(
+            f"model.code_levels {levels} are not the fsq_levels {image.config.fsq_levels} of "
+            f"{config.tokenizer}"
+        )
+    compact_vocab = partial(compact, image.num_codes, text.size, image_last=bool(levels))
+    vocab = chameleon() if config.vocab == "chameleon" else compact_vocab()
     builder = SampleBuilder(config.layout, vocab, text, statistics)
     loader = Loader(stores, builder, config.data, config.train.batch_size, config.train.seed)
     base = weights_digest(source) if lora.rank else ""
@@ -93,8 +101,8 @@ def build_model(pieces: Pieces) -> Transformer:
     model = Transformer(config.model, *sizes)
     model.init_weights(config.train.seed)
     if config.model.codebook_init:
-        codebook, bins = pieces.image.codebook().detach(), [vocab.action, vocab.state]
-        model.init_codebook(codebook, vocab.image, bins, config.train.seed)
+        codebook = None if config.model.code_levels else pieces.image.codebook()
+        model.init_codebook(codebook, vocab.image, [vocab.action, vocab.state], config.train.seed)
     model.checkpoint_layers = config.train.checkpoint_layers
     return model
 

@@ -35,17 +35,19 @@ from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_images, to_pixels
 
 TABLETOP = ImageTokenizerConfig(
-    channels=48,
+    channels=128,
     channel_mult=(1, 2),
+    encoder="cell",
     patch=4,
-    num_res_blocks=1,
-    z_channels=64,
-    embed_dim=4,
+    num_res_blocks=2,
+    z_channels=8,
+    embed_dim=8,
     quantizer="fsq",
-    num_codes=4096,
-    fsq_levels=(8, 8, 8, 8),
+    num_codes=8**8,
+    fsq_levels=(8,) * 8,
+    context_widths=(48, 80, 128),
 )
-"""64x64 and 32x32 pixels to 8x8 and 4x4 codes. At equal steps FSQ beat VQ of as many codes by about 1 dB."""
+"""64x64 and 32x32 pixels to 8x8 and 4x4 codes of eight dims; what stands still keeps its codes."""
 CONTRAST = 0.3
 """Difference to the background, of a range of 2, from which a pixel counts fully as foreground."""
 METRIC_STEPS = 50
@@ -63,6 +65,9 @@ class Frames:
     """Frames of the last episode of each file, never trained on."""
     background: Float[Tensor, "3 Y X"] | None
     """The median frame in [-1, 1]; None for a camera that moves."""
+    first_train: Int[Tensor, " N"] | None = None
+    """Of each frame the first one of its episode: a context comes from between the two. None: of no use."""
+    first_val: Int[Tensor, " M"] | None = None
 
 
 def load_frames(
@@ -75,24 +80,32 @@ def load_frames(
     rng = np.random.default_rng(seed)
     train: dict[str, list[np.ndarray]] = {}
     val: dict[str, list[np.ndarray]] = {}
+    first: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     with progress_bar() as progress:
         bar = progress.add_task("reading frames", total=sum(map(len, lengths)))
         for path, of_file in zip(paths, lengths, strict=True):
             for number, episode in enumerate(read_episodes(path), start=1):
                 keep = np.flatnonzero(rng.random(len(episode)) < share)
-                into = val if number == len(of_file) > 1 else train
+                is_val = number == len(of_file) > 1
+                into, starts = (val, first["val"]) if is_val else (train, first["train"])
+                starts.append(np.full(len(keep), sum(map(len, starts))))
                 for view, images in episode.images.items():
                     into.setdefault(view, []).append(images[keep])
                 progress.advance(bar)
     if not train:
         raise ValueError("no episode files: give the HDF5 files that `worldvla collect` writes")
+    first_train, first_val = (
+        torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *first[part]])) for part in ("train", "val")
+    )
     frames = []
     for view in sorted(train):
         if len({a.shape[1:] for a in train[view] + val.get(view, [])}) > 1:
             raise ValueError(f"view {view} has frames of several sizes; collect with one size a view")
         images = torch.from_numpy(np.concatenate(train[view]))
         held_out = torch.from_numpy(np.concatenate(val[view])) if view in val else images[:64]
-        frames.append(Frames(view, images, held_out, _background(images, rng)))
+        is_own = view in val
+        starts = first_val if is_own else first_train[: len(held_out)]
+        frames.append(Frames(view, images, held_out, _background(images, rng), first_train, starts))
     return frames
 
 
@@ -158,7 +171,7 @@ class TokenizerTrainer:
         self, tokenizer: ImageTokenizer, views: Sequence[Frames], out_dir: Path, training: TokenizerTraining
     ) -> None:
         self.tokenizer, self.views, self.out_dir, self.training = tokenizer, views, out_dir, training
-        self.weights = dict(tokenizer.named_parameters())
+        self.weights = dict(tokenizer.to(memory_format=torch.channels_last).named_parameters())
         self.optimizer = torch.optim.AdamW(
             self.weights.values(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
         )
@@ -223,9 +236,8 @@ class TokenizerTrainer:
         losses, codes = [], []
         for frames in self.views:
             rows = torch.randint(len(frames.train), (self.training.batch_size,), generator=self.generator)
-            pixels = to_pixels(frames.train[rows])
-            weight = 1.0 + self.training.foreground_weight * foreground(pixels, frames.background)
-            loss, codes_N = self._reconstruct(pixels, weight)
+            pixels, context, weight = self._cut(*self._draw(frames, rows))
+            loss, codes_N = self._reconstruct(pixels, context, weight)
             loss.backward()
             losses.append(loss.detach())
             codes.append(codes_N)
@@ -233,15 +245,64 @@ class TokenizerTrainer:
         self.optimizer.step()
         return losses, torch.cat(codes)
 
+    def _draw(self, frames: Frames, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return pixels, context and weight of frames; the context is an earlier frame of its episode."""
+        pixels = to_pixels(frames.train[rows])
+        is_weighty = foreground(pixels, frames.background)
+        if not self.tokenizer.config.context_widths or frames.first_train is None:
+            return pixels, None, 1.0 + self.training.foreground_weight * is_weighty
+        first = frames.first_train[rows]
+        share = torch.rand(len(rows), generator=self.generator)
+        context = to_pixels(frames.train[first + (share * (rows - first + 1)).long()])
+        is_new = (pixels - context).abs().amax(1, keepdim=True) / CONTRAST
+        return (
+            pixels,
+            context,
+            1.0 + self.training.foreground_weight * torch.maximum(is_weighty, is_new.clamp(max=1)),
+        )
+
+    def _cut(
+        self, pixels: Tensor, context: Tensor | None, weight: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return squares of `crop` pixels of every frame, drawn by the weight inside them."""
+        crop, cell, rows, cols = self.training.crop, self.tokenizer.config.factor, *pixels.shape[2:]
+        if not crop or max(rows, cols) <= crop:
+            return pixels, context, weight
+        heat = F.avg_pool2d(weight, crop, cell)
+        noise = torch.rand(heat.shape, generator=self.generator) * heat.amax((1, 2, 3), keepdim=True)
+        places = (heat + noise).flatten(1).argmax(1).tolist()
+        corners = [(cell * (p // heat.shape[3]), cell * (p % heat.shape[3])) for p in places]
+
+        def cut(images: Tensor) -> Tensor:
+            squares = [
+                image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners, strict=True)
+            ]
+            return torch.stack(squares)
+
+        return cut(pixels), None if context is None else cut(context), cut(weight)
+
     def _reconstruct(
-        self, pixels: Float[Tensor, "B 3 Y X"], weight: Float[Tensor, "B 1 Y X"]
+        self,
+        pixels: Float[Tensor, "B 3 Y X"],
+        context: Float[Tensor, "B 3 Y X"] | None,
+        weight: Float[Tensor, "B 1 Y X"],
     ) -> tuple[Tensor, Int[Tensor, " N"]]:
         """Encode, quantise, decode and compare; return the loss and the codes."""
-        tokenizer = self.tokenizer
+        tokenizer, num_dims = self.tokenizer, len(self.tokenizer.config.fsq_levels)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if context is not None:  # without one in a tenth, so that codes can be shown alone too
+            context = context * (torch.rand(len(context), 1, 1, 1, generator=self.generator) > 0.1)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.training.dtype == "bfloat16"):
             z = tokenizer.latents(pixels)
             vectors, codes = tokenizer.quantize(rearrange(z, "b e r q -> (b r q) e").float())
-            guess = tokenizer.pixels(rearrange(vectors, "(b r q) e -> b e r q", r=z.shape[2], q=z.shape[3]))
+            vectors = rearrange(vectors, "(b r q) e -> b e r q", r=z.shape[2], q=z.shape[3])
+            if self.training.nested:
+                draws = torch.rand(2, len(pixels), generator=self.generator)
+                num_kept = torch.where(
+                    draws[0] < self.training.nested, (draws[1] * num_dims).ceil(), num_dims
+                )
+                vectors = vectors * (torch.arange(num_dims) < num_kept[:, None])[..., None, None]
+            guess = tokenizer.pixels(vectors, context)
         error = (guess.float() - pixels).abs()
         return ((error + error.square()) * weight).mean() / weight.mean(), codes
 
@@ -256,7 +317,8 @@ class TokenizerTrainer:
             tensors |= {f"{key}.{name}": v for key, v in self.optimizer.state[parameter].items()}
         progress = {**self.identity, "step": self.num_steps, "seconds": self.seconds}
         with whole_folder(self.out_dir / "training") as scratch:
-            save_file(tensors | {"generator": self.generator.get_state()}, scratch / "state.safetensors")
+            packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(packed | {"generator": self.generator.get_state()}, scratch / "state.safetensors")
             write_json(scratch / "state.json", progress)
 
     def _resume(self) -> bool:
@@ -285,9 +347,10 @@ class TokenizerTrainer:
 
 def code_use(codes: Int[Tensor, "..."], config: ImageTokenizerConfig) -> dict[str, float]:
     """Return the share of codes that occur, and the perplexity (exp of the entropy: equally likely codes)."""
-    share = torch.bincount(codes.flatten(), minlength=config.num_codes).float() / codes.numel()
-    entropy = -(share * share.clamp(min=1e-12).log()).sum()
-    return {"used": (share > 0).float().mean().item(), "perplexity": entropy.exp().item()}
+    counts = codes.flatten().unique(return_counts=True)[1]
+    share = counts / codes.numel()
+    entropy = -(share * share.log()).sum()
+    return {"used": len(counts) / config.num_codes, "perplexity": entropy.exp().item()}
 
 
 def _psnr(error: Tensor, weight: Tensor) -> float:
@@ -304,7 +367,11 @@ def report(
     for frames in views:
         images = frames.val[torch.linspace(0, len(frames.val) - 1, min(max_frames, len(frames.val))).long()]
         codes = torch.cat([tokenizer.encode(part) for part in images.split(64)])
-        guesses = torch.cat([tokenizer.decode(part) for part in codes.split(64)])
+        chosen = torch.linspace(0, len(frames.val) - 1, len(images)).long()
+        context = None if frames.first_val is None else frames.val[frames.first_val[chosen]]
+        seen = [None] * len(codes.split(64)) if context is None else context.split(64)
+        parts = zip(codes.split(64), seen, strict=True)
+        guesses = torch.cat([tokenizer.decode(part, frame) for part, frame in parts])
         pixels = to_pixels(images)
         error = ((to_pixels(guesses) - pixels) / 2).square().mean(dim=1, keepdim=True)
         numbers = {"psnr": _psnr(error, torch.ones_like(error))}

@@ -14,20 +14,22 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from worldvla.batch import KIND_ACTION, Batch
+from worldvla.batch import KIND_ACTION, KIND_IMAGE, Batch
 from worldvla.config import Config
 from worldvla.data.loader import MODES
 from worldvla.machine import find_device
 from worldvla.model.action_head import ActionHead
 from worldvla.model.mask import additive_mask, dense_mask
+from worldvla.model.transformer import previous_ids
 from worldvla.train import checkpoint, parallel
 from worldvla.train.build import Pieces, action_scale, build, build_model
+from worldvla.train.corruption import corrupted
 from worldvla.train.loss import Loss, Targets
 from worldvla.train.metrics import KINDS, Forward, Recorder, validate
 from worldvla.train.optim import build_optimizers, learning_rate
@@ -87,7 +89,8 @@ class Trainer:
         hidden, head = torch.compile(self.model) if config.compile else self.model, self.model.action_head
         if config.compile and head is not None:
             head.compile()
-        self.forward = make_forward(hidden, config.dtype, head, config.only_head)
+        reads_previous = self.config.model.previous_code
+        self.forward = make_forward(hidden, config.dtype, head, config.only_head, reads_previous)
 
     def run(self) -> Outcome:
         config, state = self.config.train, self.state
@@ -152,7 +155,9 @@ class Trainer:
         for batch, target in zip(batches, targets, strict=True):
             with self._autocast():
                 x_PD, actions_BUA = self.forward(batch, target)
-                value, cross_entropy_P = self.loss(x_PD, self.model.head.weight, target, totals)
+                value, cross_entropy_P = self.loss(
+                    x_PD, self.model.head.weight, target, totals, self.model.code_head
+                )
                 if actions_BUA is not None:
                     share, error_BUA = self.loss.of_actions(actions_BUA, target, totals)
                     value = value + share
@@ -178,7 +183,15 @@ class Trainer:
     def _batches(self, step: int) -> list[Batch]:
         num = self.config.train.accumulation
         indices = [0] * num if self.overfit else range(step * num, (step + 1) * num)
-        return [part.to(self.device) for i in indices for part in self.pieces.loader.batch(i)]
+        return [self._read(part, i).to(self.device) for i in indices for part in self.pieces.loader.batch(i)]
+
+    def _read(self, batch: Batch, index: int) -> Batch:
+        """Return the batch, of world samples with some of the codes that the model reads wrong."""
+        if not self.config.data.corrupt or not (batch.kind_BT == KIND_IMAGE).any():
+            return batch
+        generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + index)
+        levels, share = self.config.model.code_levels, self.config.data.corrupt
+        return replace(batch, read_BT=corrupted(batch, self.pieces.vocab, levels, share, generator))
 
     @contextmanager
     def _prefetch(self) -> Iterator[Callable[[int], list[Batch]]]:
@@ -235,7 +248,11 @@ def is_due(step: int, every: int) -> bool:
 
 
 def make_forward(
-    model: Callable[..., Tensor], dtype: str, head: ActionHead | None, only_head: bool = False
+    model: Callable[..., Tensor],
+    dtype: str,
+    head: ActionHead | None,
+    only_head: bool = False,
+    reads_previous: bool = False,
 ) -> Forward:
     """Return batch -> hidden states at its targets, and the head's actions where there is a head and a policy
     sample; the mask is built once for all layers.
@@ -244,7 +261,9 @@ def make_forward(
 
     def forward(batch: Batch, targets: Targets) -> tuple[Tensor, Tensor | None]:
         mask = additive_mask(dense_mask(batch.chunk_BT), mask_dtype)
-        inputs = batch.ids_BT, mask, batch.row_BT, batch.col_BT
+        inputs = [batch.read_BT, mask, batch.row_BT, batch.col_BT]
+        if reads_previous:
+            inputs += [None, previous_ids(batch.read_BT, batch.row_BT, batch.col_BT)]
         is_action_BT = batch.kind_BT == KIND_ACTION
         rows = is_action_BT.any(1).nonzero().squeeze(1) if head is not None else ()
         if head is None or not len(rows):

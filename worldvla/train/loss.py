@@ -15,6 +15,7 @@ from torch import Tensor
 
 from worldvla.batch import KIND_ACTION, KIND_PROMPT, Batch
 from worldvla.config import LossConfig
+from worldvla.model.codes import CodeHead
 from worldvla.vocab import Vocab
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
@@ -108,11 +109,17 @@ class Loss:
         return torch.where(is_action_P, 1.0 / max(totals.action, 1), world_weight)
 
     def __call__(
-        self, x_PD: Float[Tensor, "P D"], head_VD: Float[Tensor, "V D"], targets: Targets, totals: Totals
+        self,
+        x_PD: Float[Tensor, "P D"],
+        head_VD: Float[Tensor, "V D"],
+        targets: Targets,
+        totals: Totals,
+        code_head: CodeHead | None = None,
     ) -> tuple[Tensor, Float[Tensor, " P"]]:
         """Return this micro-batch's share of the loss, and the cross-entropy of each target (no gradient).
 
-        `x_PD`: the hidden states at `targets.positions_P`.
+        `x_PD`: the hidden states at `targets.positions_P`. `code_head`: what predicts image codes level by
+        level, in place of rows of `head_VD`.
         """
         weight_P = self.weights(targets, totals)
         z_weight, smooth_CC = self.config.z_weight / max(totals.supervised, 1), self.smooth_CC
@@ -124,6 +131,10 @@ class Loss:
         smooth = None if smooth_CC is None else Smooth(0, smooth_CC)
         for span, smooth_of_span in ((action, smooth), (image, None)):
             rows = self._is_in(targets, span).nonzero().squeeze(1)
+            if code_head is not None and span == image:
+                nats_R = code_head.cross_entropy(x_PD[rows], targets.ids_P[rows] - span.start)
+                total, cross_entropy_P[rows] = total + (weight_P[rows] * nats_R).sum(), nats_R.detach()
+                continue
             ids_R, head_SD = targets.ids_P[rows] - span.start, head_VD[span.start : span.stop]
             share, cross_entropy_P[rows] = head_loss(
                 x_PD[rows], head_SD, ids_R, weight_P[rows], z_weight, smooth_of_span

@@ -110,7 +110,8 @@ def validate(
     for batch in batches:
         targets = loss.targets(batch)
         x_PD, actions_BUA = forward(batch, targets)
-        value, cross_entropy_P = loss(x_PD, model.head.weight, targets, loss.totals([targets]))
+        totals_of = loss.totals([targets])
+        value, cross_entropy_P = loss(x_PD, model.head.weight, targets, totals_of, model.code_head)
         if actions_BUA is not None:
             share, error_BUA = loss.of_actions(actions_BUA, targets, loss.totals([targets]))
             value = value + share
@@ -136,7 +137,10 @@ def greedy(
     out: dict[str, Tensor] = {}
     is_image_P = targets.kind_P == KIND_IMAGE
     if is_image_P.any():
-        guess_P = model.logits(x_PD[is_image_P], vocab.image).argmax(-1)
+        if model.code_head is not None:
+            guess_P, _ = model.code_head.choose(x_PD[is_image_P])
+        else:
+            guess_P = model.logits(x_PD[is_image_P], vocab.image).argmax(-1)
         out["image_accuracy"] = guess_P == targets.ids_P[is_image_P] - vocab.image.start
     is_bin_P = (targets.ids_P >= vocab.action.start) & (targets.ids_P < vocab.action.stop)
     if is_bin_P.any():

@@ -1,0 +1,118 @@
+"""A trained model -> one with another image tokenizer and more layers, to train on from.
+
+What it knows of acting stays about as it is.
+
+    python -m paper.grow OLD NEW_CONFIG.json --demos out/world/demos --out out/tabletop/grown
+
+New layers stand between the old ones, with branches that end in zeros. The embedding of the new codes is
+fitted to that of the old codes of the same cells, which both tokenizers must share.
+"""
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+import worldvla
+from worldvla.config import Config, from_json
+from worldvla.data.episode import demonstration_files, read_episodes
+from worldvla.data.sample import SampleBuilder
+from worldvla.model.transformer import Transformer
+from worldvla.tokenizers.image import ImageTokenizer
+from worldvla.train import checkpoint
+from worldvla.train.build import Pieces
+from worldvla.vocab import compact
+
+
+def grow(
+    old: Path, config_file: Path, demos: Path, out: Path, episodes: int = 400, steps: int = 3000
+) -> None:
+    """Write the checkpoint `out`; `config_file` is the new model's whole config (`worldvla config NAME`)."""
+    source = worldvla.load(str(old)).model
+    config = from_json(Config, json.loads(config_file.read_text()), str(config_file))
+    image = ImageTokenizer.load(config.tokenizer)
+    text = source.builder.text
+    vocab = compact(image.num_codes, text.size, image_last=True)
+    layout = config.layout
+    model = Transformer(config.model, vocab.size, layout.num_rows, layout.num_cols, layout.action_shape)
+    model.init_weights(config.train.seed)
+    _copy(source.transformer, model, source.vocab, vocab)
+    pairs = _pairs(source, image, demos, episodes)
+    error = _fit(model, source.transformer.embed.weight[source.vocab.image.start :], pairs, steps)
+    builder = SampleBuilder(layout, vocab, text, source.builder.statistics)
+    config = replace(config, train=replace(config.train, init_from=""))
+    pieces = Pieces(config, image, text, source.builder.statistics, vocab, builder, None)  # pyright: ignore
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"step": torch.zeros(())}
+    checkpoint.save(out, pieces, model, [], {"step": 0})
+    print(f"{out}: {model.num_parameters():,} parameters; embeddings fitted to {error:.3f} of their variance")
+
+
+@torch.no_grad()
+def _copy(old: Transformer, new: Transformer, old_vocab, vocab) -> None:
+    spots = np.linspace(0, len(new.layers) - 1, len(old.layers)).round().astype(int).tolist()
+    for index, layer in enumerate(new.layers):
+        if index in spots:
+            layer.load_state_dict(old.layers[spots.index(index)].state_dict())
+        else:
+            layer.attention.o.weight.zero_()
+            layer.mlp.down.weight.zero_()
+    for name in ("bos", "pad", "eos", "sep", "boi", "eoi", "boa", "eoa", "bostate", "eostate"):
+        assert getattr(vocab, name) == getattr(old_vocab, name)
+    for span in ("text", "action", "state"):
+        there, here = getattr(old_vocab, span), getattr(vocab, span)
+        first = slice(0, here.start) if span == "text" else slice(here.start, here.stop)
+        origin = slice(0, there.stop) if span == "text" else slice(there.start, there.stop)
+        if span == "text":
+            first = slice(0, here.stop)
+        for table in ("embed", "head"):
+            getattr(new, table).weight[first] = getattr(old, table).weight[origin]
+    new.row_embed.weight.copy_(old.row_embed.weight)
+    new.col_embed.weight.copy_(old.col_embed.weight)
+    new.norm.weight.copy_(old.norm.weight)
+
+
+@torch.no_grad()
+def _pairs(source, image: ImageTokenizer, demos: Path, episodes: int) -> torch.Tensor:
+    """Return (P, 2): the old and the new code of the same cell, each pair once."""
+    files = demonstration_files([demos])
+    random.Random(0).shuffle(files)
+    pairs, count = [], 0
+    for file in files:
+        for episode in read_episodes(file):
+            for images in episode.images.values():
+                some = torch.from_numpy(np.ascontiguousarray(images[::3]))
+                pairs.append(
+                    torch.stack([source.image.encode(some).flatten(), image.encode(some).flatten()], 1)
+                )
+            count += 1
+            if count % 10 == 0:
+                break
+        if count >= episodes:
+            break
+    return torch.cat(pairs).unique(dim=0)
+
+
+def _fit(model: Transformer, targets_ND: torch.Tensor, pairs_P2: torch.Tensor, steps: int) -> float:
+    """Fit the code embedding; return the error's share of the variance on the last pairs."""
+    embed = model.code_embed
+    optimizer = torch.optim.AdamW(embed.parameters(), lr=3e-3, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    targets_ND = targets_ND.detach()
+    for step in range(steps):
+        rows = torch.randint(len(pairs_P2), (2048,), generator=generator)
+        error = (embed(pairs_P2[rows, 1]) - targets_ND[pairs_P2[rows, 0]]).square().mean()
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / steps) + 1e-5
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    return float(error.detach() / targets_ND[pairs_P2[:, 0]].var(0).mean())
+
+
+if __name__ == "__main__":
+    tyro.cli(grow)

@@ -1,0 +1,186 @@
+"""World samples of several frames, image codes by levels: training and imagination read the same sequence,
+guessing changes nothing, wrong inputs never become targets.
+
+python -m pytest tests/test_clips.py
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny_run import tiny_config, write_tiny
+from worldvla.batch import KIND_IMAGE, Batch
+from worldvla.config import Config, ImageTokenizerConfig
+from worldvla.data.store import code_type
+from worldvla.infer.model import load
+from worldvla.infer.world import World
+from worldvla.model.mask import dense_mask
+from worldvla.model.transformer import previous_ids
+from worldvla.tokenizers.image import ImageTokenizer
+from worldvla.train.build import build, build_model
+from worldvla.train.corruption import corrupted
+from worldvla.train.loop import train
+
+CELLS = ImageTokenizerConfig(
+    channels=4,
+    channel_mult=(1, 1),
+    encoder="cell",
+    num_res_blocks=1,
+    z_channels=4,
+    embed_dim=2,
+    quantizer="fsq",
+    num_codes=16,
+    fsq_levels=(4, 4),
+)
+
+
+def clip_config(root: Path) -> Config:
+    base = tiny_config(root, steps=4)
+    return replace(
+        base,
+        layout=replace(base.layout, clip=2, history=1),
+        model=replace(base.model, code_levels=(4, 4), previous_code=True),
+        loss=replace(base.loss, supervise="decoded"),
+        data=replace(base.data, sequence_length=120, corrupt=0.2, world_fraction=0.5),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("clips")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        write_tiny(root, CELLS)
+        yield train(clip_config(root), root / "run").checkpoint
+
+
+def world_batch(config: Config) -> Batch:
+    return build(config).loader.val_batch(0, "world")
+
+
+def test_a_clip_is_a_frame_then_actions_and_frames_by_turns(trained: Path) -> None:
+    config = load(trained).config
+    pieces = build(config)
+    template = pieces.builder.world_template(2)
+    assert len(template.images) == 3
+    assert template.actions.shape == (2, 7)
+    kinds = template.table[2]
+    targets = np.concatenate([np.concatenate(views) for views in template.images[1:]])
+    np.testing.assert_array_equal(np.flatnonzero(kinds == KIND_IMAGE), targets)
+    one = pieces.builder.world_template(1)
+    np.testing.assert_array_equal(one.table[:, :-1], template.table[:, : len(one) - 1])
+
+
+def test_the_previous_code_stands_before_each_target(trained: Path) -> None:
+    config = load(trained).config
+    batch, template = world_batch(config), build(config).builder.world_template(2)
+    previous = previous_ids(batch.ids_BT, batch.row_BT, batch.col_BT)
+    frames = [np.concatenate(views) for views in template.images]
+    expected = torch.zeros_like(previous)
+    for old, new in pairwise(frames):
+        expected[:, new - 1] = batch.ids_BT[:, old]
+    assert torch.equal(previous, expected)
+
+
+def test_wrong_codes_are_read_and_right_ones_predicted(trained: Path) -> None:
+    pieces = build(load(trained).config)
+    batch = world_batch(pieces.config)
+    read = corrupted(batch, pieces.vocab, (4, 4), 0.4, torch.Generator().manual_seed(0))
+    is_wrong = read != batch.ids_BT
+    assert 0.05 < is_wrong[batch.row_BT > 0].float().mean() < 0.6
+    assert not is_wrong[batch.row_BT == 0].any()
+    assert ((read >= pieces.vocab.image.start) == (batch.row_BT > 0)).all()
+    again = corrupted(batch, pieces.vocab, (4, 4), 0.4, torch.Generator().manual_seed(0))
+    assert torch.equal(read, again)
+    clean = corrupted(batch, pieces.vocab, (4, 4), 0.0, torch.Generator().manual_seed(0))
+    assert torch.equal(clean, batch.ids_BT)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guessing_changes_no_code_and_history_is_that_of_training(trained: Path, temperature: float) -> None:
+    """Imagine with a guess and without; then feed what was imagined through the uncached model as a training
+    sample: its greedy choices are the imagined codes."""
+    model = load(trained)
+    rng = np.random.default_rng(0)
+    frame = {v: rng.integers(0, 256, (*s, 3), dtype=np.uint8) for v, s in model.view_sizes.items()}
+    actions = rng.uniform(-1, 1, (3, 7)).astype(np.float32)
+    runs = []
+    for speculative in (True, False):
+        world = World(model, speculative, temperature)
+        world.reset(frame)
+        codes = [np.concatenate([c.reshape(-1) for c in world.codes.values()])]
+        for action in actions:
+            world.step(action)
+            codes.append(np.concatenate([c.reshape(-1) for c in world.codes.values()]))
+        runs.append(np.array(codes))
+    np.testing.assert_array_equal(*runs)
+    if temperature:
+        return
+    builder, transformer = model.builder, model.transformer
+    split = [builder.split_views(codes) for codes in runs[0]]
+    batch = Batch.stack([builder.world(split[1:3], actions[1:3], split[3])], model.vocab.pad)
+    places = batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT
+    previous = previous_ids(batch.ids_BT, batch.row_BT, batch.col_BT)
+    with torch.no_grad():
+        x_BTD = transformer(*places, None, previous)
+    last = np.concatenate(builder.world_template(2).images[2])
+    assert transformer.code_head is not None
+    chosen, _ = transformer.code_head.choose(x_BTD[0, last - 1])
+    np.testing.assert_array_equal(chosen, runs[0][3])
+
+
+def test_training_learns_a_batch_of_clips(tmp_path: Path) -> None:
+    write_tiny(tmp_path, CELLS)
+    config = clip_config(tmp_path)
+    config = replace(
+        config,
+        train=replace(config.train, steps=120),
+        optim=replace(config.optim, learning_rate=1e-2, min_learning_rate=1e-3),
+        data=replace(config.data, corrupt=0.0, world_fraction=1.0),
+    )
+    train(config, tmp_path / "run", overfit=True)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [row["image_loss"] for row in rows if row["event"] == "train"]
+    assert losses[-1] < 0.2 * losses[0], losses
+
+
+def test_more_codes_than_two_bytes_hold_are_stored_in_four() -> None:
+    assert code_type(65_536) is np.uint16
+    assert code_type(65_537) is np.uint32
+
+
+def test_a_cell_that_stands_still_is_encoded_once_and_the_same() -> None:
+    rng, tokenizer = np.random.default_rng(1), ImageTokenizer(CELLS).eval()
+    frames = np.repeat(rng.integers(0, 256, (1, 6, 6, 3), dtype=np.uint8), 5, axis=0)
+    frames[2:, :2, :2] = 7
+    frames[4, 4:, 4:] = 200
+    images = torch.from_numpy(frames)
+    assert torch.equal(tokenizer.encode(images), torch.cat([tokenizer.encode(one[None]) for one in images]))
+
+
+def test_a_context_decoder_copies_what_it_may() -> None:
+    rng = np.random.default_rng(2)
+    shape = replace(CELLS, patch=4, channel_mult=(1, 2), context_widths=(4, 4, 4))
+    tokenizer = ImageTokenizer(shape).eval()
+    images = torch.from_numpy(rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8))
+    codes = tokenizer.encode(images)
+    tokenizer.decoder.conv_out.bias.data[12:] = 50.0  # pyright: ignore
+    assert torch.equal(tokenizer.decode(codes, images), images)
+    assert tokenizer.decode(codes).unique().tolist() == [128]
+    with pytest.raises(ValueError, match="three widths"):
+        replace(shape, context_widths=(4, 4))
+
+
+def test_levels_that_are_not_the_tokenizers_are_refused(trained: Path) -> None:
+    config = load(trained).config
+    with pytest.raises(ValueError, match="fsq_levels"):
+        build(replace(config, model=replace(config.model, code_levels=(2, 8))))
+    with pytest.raises(ValueError, match="supervise"):
+        replace(config, loss=replace(config.loss, supervise="all"))
+    assert build_model(build(config)).num_parameters() > 0
