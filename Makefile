@@ -22,7 +22,7 @@ check: $(STAMP) docs
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
-	! grep -rlE '(src|@import)[^>]*https?://' out/site --include=*.html  # nothing is loaded from elsewhere
+	! grep -rlE '(src|@import)[^>]*https?:/{2}' out/site --include=*.html  # nothing is loaded from elsewhere
 	@echo "docs: open out/site/index.html; with search: $(BIN)/python -m mkdocs serve"
 
 pictures: $(STAMP)
