@@ -263,7 +263,7 @@ def frame_spans(stores: Sequence[TokenStore]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def policy_targets(store: TokenStore, chunk: int, pad: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the chunk (F, K, A) of every frame, and which frames (F,) a policy may learn from.
+    """Return the chunk (F, U, A) of every frame, and which frames (F,) a policy may learn from.
 
     With the expert's answers in the store, those, for every frame. Without, the actions that were executed: a
     chunk counts if all of it was the expert's and, unless `pad` repeats the last one, inside the episode.

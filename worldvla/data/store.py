@@ -2,7 +2,7 @@
 
 codes_<view>.npy   uint16 or uint32 (F, N), row-major codes of a view's grid
 actions.npy        float32 (F, A)        states.npy  float32 (F, S)        is_expert.npy  bool (F,)
-expert_actions.npy float32 (F, K, A)     where the demonstrations hold the expert's answer to every state
+expert_actions.npy float32 (F, U, A)     where the demonstrations hold the expert's answer to every state
 episodes.json      [{start, length, instruction, suite, task, init, seed, success, key}]
 manifest.json      format, digest of the image tokenizer, counts, grids, source files; `kept`, the share of a
                    view's codes that the next frame keeps: the fewer, the less a world model can copy
@@ -69,7 +69,7 @@ class TokenStore:
     states: np.ndarray
     is_expert: np.ndarray
     expert_actions: np.ndarray | None = None
-    """float32 (F, K, A), the expert's next K actions from each frame on; None: not in the demonstrations."""
+    """float32 (F, U, A), the expert's next U actions from each frame on; None: not in the demonstrations."""
 
     def __len__(self) -> int:
         return len(self.actions)
