@@ -4,14 +4,20 @@ Run: pytest tests/test_paper.py
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from paper import run
+from paper.ablations import ROWS, config_of
 from paper.records import Records, paired, read_folder, write
 from paper.tables import ROOT, TABLES, effect, fill
+from worldvla.config import Config, from_json
 from worldvla.eval.compare import compare
 from worldvla.eval.stats import Pairs, count
+from worldvla.recipes import recipe
 
 
 def record(won: str) -> dict:
@@ -78,3 +84,71 @@ def test_records_are_small() -> None:
     files = list((ROOT / "paper/records").iterdir())
     assert len(files) < 60
     assert sum(path.stat().st_size for path in files) < 3e6
+
+
+@pytest.mark.parametrize(
+    ("recipe_name", "shipped"),
+    [("tabletop_dagger2", "tabletop"), ("libero_object_spatial_drawer", "libero")],
+)
+def test_recipes_of_the_shipped_models_give_their_configs(recipe_name: str, shipped: str) -> None:
+    made = from_json(Config, json.loads((ROOT / f"worldvla/assets/{shipped}/config.json").read_text()))
+    config = recipe(recipe_name)
+    machine = {name: getattr(made.train, name) for name in ("device", "num_threads", "compile")}
+    assert replace(config, train=replace(config.train, **machine)) == made
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_differ_from_full_in_what_they_say(row: str) -> None:
+    config, full = config_of(row), config_of("full")
+    batch, share = config.train.batch_size, config.data.world_fraction
+    assert batch * share in (0, 64)
+    assert batch * (1 - share) in (0, 96)
+    assert config.optim == full.optim
+    assert replace(config.loss, image_weight=full.loss.image_weight) == full.loss
+    assert replace(config.model, head=full.model.head) == full.model
+    assert (config.model.head != full.model.head) == row.startswith("head")
+    assert config.train.only_head == bool(config.train.init_from) == (row == "head_after")
+    assert config.train.steps == (5_000 if row == "world_long" else full.train.steps)
+
+
+def test_configs_of_records_are_those_of_their_rows() -> None:
+    """A record of a row was trained with what the row says now (fields that were added later aside)."""
+    records = Records()
+    for row in ROWS:
+        if made := records.get(f"tables/{row}_0/train"):
+            config = from_json(Config, made["config"])
+            expected = config_of(row)
+            machine = {name: getattr(config.train, name) for name in ("device", "num_threads", "compile")}
+            assert replace(expected, train=replace(expected.train, **machine)) == config, row
+
+
+def test_a_run_skips_what_is_done_and_trains_before_what_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls: list[str] = []
+
+    def fake(command: Sequence[str], threads: int | None = None) -> None:
+        assert threads in (None, 1)
+        words = " ".join(command)
+        calls.append(words.split(" -m ", 1)[1])
+        if "paper.ablations" in words:
+            out = Path(command[command.index("--out") + 1])
+            out.mkdir(parents=True)
+            lines = ({"event": "train", "train_seconds": 36.0}, {"event": "val", "loss": 1.0})
+            (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            (out / "config.json").write_text("{}")
+
+    monkeypatch.setattr(run, "call", fake)
+    run.main(("head_after", "world"))
+    trained = [words.split("paper.ablations ")[1].split()[0] for words in calls if "paper.ablations" in words]
+    assert trained == ["world", "chunk", "head_after"]
+    evaluated = [words for words in calls if words.startswith("worldvla eval ")]
+    assert len(evaluated) == 4
+    assert all("out/tables/head_after_0" in words and "--head continuous" in words for words in evaluated)
+    assert json.loads((tmp_path / "out/paper/tables/world_0/train.json").read_text())["hours"] == 0.01
+    calls.clear()
+    run.main(("head_after", "world"))
+    assert not [words for words in calls if " eval " in words or "ablations" in words]
+    with pytest.raises(SystemExit, match="unknown nothing: expected action"):
+        run.main(("nothing",))

@@ -36,10 +36,12 @@ from worldvla.model.mask import dense_mask
 from worldvla.published.convert import convert, convert_back
 from worldvla.published.names import RELEASES, open_release, published_names
 from worldvla.published.tokenizers import load_image_tokenizer
-from worldvla.recipes import RECIPES, libero
+from worldvla.recipes import RECIPES, published
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA
 from worldvla.train.loop import train
 from worldvla.vocab import chameleon
+
+TEMPLATE = published("libero_256")
 
 FORMS = [
     ("chameleon", 1, True),
@@ -74,7 +76,13 @@ def test_every_layout_round_trips(
     suite = "libero_10" if RELEASES[release].chunks else ""
     without_head = release == "rynnvla_action_world_512"
     remarks = convert(
-        tmp_path / "theirs", tmp_path / "ours", release, libero(), suite, tokenizer, without_head
+        tmp_path / "theirs",
+        tmp_path / "ours",
+        release,
+        TEMPLATE,
+        suite,
+        tokenizer,
+        without_head,
     )
     assert ("not used" in " ".join(remarks)) == without_head
     model = load(tmp_path / "ours")
@@ -108,7 +116,14 @@ def test_a_released_head_answers_as_torchs_own_modules_do(
     quantize: Any, tmp_path: Path, tokenizer: Path
 ) -> None:
     given = write_release(tmp_path / "theirs", head=5)
-    convert(tmp_path / "theirs", tmp_path / "ours", "rynnvla_256", libero(), "libero_goal", tokenizer)
+    convert(
+        tmp_path / "theirs",
+        tmp_path / "ours",
+        "rynnvla_256",
+        TEMPLATE,
+        "libero_goal",
+        tokenizer,
+    )
     model = load(tmp_path / "ours", dtype=torch.float32, quantize=quantize)
     restated = RynnHead(5).eval()
     restated.load_state_dict(
@@ -228,7 +243,7 @@ def test_loading_takes_the_model_and_less_than_one_shard(tmp_path: Path, tokeniz
     config = replace(MODEL, num_layers=4, width=128, hidden=8192)
     state = write_release(tmp_path / "theirs", config=config, shards=2, state=transformer_state(config))
     shard = max(p.stat().st_size for p in (tmp_path / "theirs").glob("*.safetensors"))
-    convert(tmp_path / "theirs", tmp_path / "ours", "chameleon", libero(), "", tokenizer)
+    convert(tmp_path / "theirs", tmp_path / "ours", "chameleon", TEMPLATE, "", tokenizer)
     size = sum(v.nbytes for v in state.values())
     image = (tmp_path / "ours/image_tokenizer/model.safetensors").stat().st_size
 
@@ -330,7 +345,7 @@ def test_a_downloaded_release_is_converted_evaluated_and_trained_on(
 def test_a_converted_release_acts_in_libero(release: str, head: str, tmp_path: Path, tokenizer: Path) -> None:
     """Ten steps of a real episode: pictures, state, prompt, mask and range are those of the release."""
     write_release(tmp_path / "theirs", head=5 if head == "continuous" else 0)
-    convert(tmp_path / "theirs", tmp_path / "ours", release, libero(), "libero_goal", tokenizer)
+    convert(tmp_path / "theirs", tmp_path / "ours", release, TEMPLATE, "libero_goal", tokenizer)
     actor = ModelActor(str(tmp_path / "ours"), head=head)
     protocol = Protocol("libero_goal", (0,), episodes=1, videos=0)
     record = evaluate(actor, protocol, tmp_path / "eval", 1, make=make_brief)
@@ -390,7 +405,7 @@ def test_the_base_model_brings_its_own_tokenizer(tmp_path: Path) -> None:
     write_release(tmp_path / "base", image=True)
     write_tokenizer(tmp_path / "other", text="tokenizer.json")
     shutil.copy(tmp_path / "other/tokenizer.json", tmp_path / "base")
-    remarks = convert(tmp_path / "base", tmp_path / "ours", "chameleon", libero())
+    remarks = convert(tmp_path / "base", tmp_path / "ours", "chameleon", TEMPLATE)
     assert "no decoder" in remarks[0]
     model = load(tmp_path / "ours")
     expected = {k: v.bfloat16().float() for k, v in image_state(decoder=False).items()}

@@ -23,9 +23,11 @@ from worldvla.published.convert import convert, convert_back
 from worldvla.published.hub import locate
 from worldvla.published.names import open_release
 from worldvla.published.tokenizers import check_text, load_image_tokenizer, verify_checksums
-from worldvla.recipes import libero
+from worldvla.recipes import published
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.vocab import chameleon
+
+TEMPLATE = published("libero_256")
 
 LAYER = "model.layers.1."
 
@@ -122,7 +124,7 @@ def test_what_is_not_as_published_is_said(tmp_path: Path) -> None:
     write_release(tmp_path / "theirs")
     write_tokenizer(tmp_path / "tokenizer")
     where = tmp_path / "theirs", tmp_path / "ours"
-    told = convert(*where, "rynnvla_256", libero(), "libero_goal", tmp_path / "tokenizer")
+    told = convert(*where, "rynnvla_256", TEMPLATE, "libero_goal", tmp_path / "tokenizer")
     assert any(
         "no action_head.* keys, which RynnVLA-002's training adds: the bins alone act" in t for t in told
     )
@@ -131,7 +133,7 @@ def test_what_is_not_as_published_is_said(tmp_path: Path) -> None:
     with (tmp_path / "tokenizer/checklist.chk").open("w") as file:
         file.write(f"{'0' * 32}  vqgan.ckpt\n")
     with pytest.raises(ValueError, match=r"vqgan\.ckpt has checksum .* says 0+: download it again"):
-        convert(*where, "rynnvla_256", libero(), "libero_goal", tmp_path / "tokenizer")
+        convert(*where, "rynnvla_256", TEMPLATE, "libero_goal", tmp_path / "tokenizer")
 
 
 def test_heads_that_differ_in_their_norm_are_refused(tmp_path: Path) -> None:
@@ -233,7 +235,14 @@ def test_too_little_memory_is_said_with_the_sum(
 ) -> None:
     write_release(tmp_path / "theirs")
     write_tokenizer(tmp_path / "tokenizer")
-    convert(tmp_path / "theirs", tmp_path / "ours", "chameleon", libero(), "", tmp_path / "tokenizer")
+    convert(
+        tmp_path / "theirs",
+        tmp_path / "ours",
+        "chameleon",
+        TEMPLATE,
+        "",
+        tmp_path / "tokenizer",
+    )
     free = loading.available_memory("cpu")
     assert free is None or free > 10_000_000
     monkeypatch.setattr(loading, "available_memory", lambda _: 12_000_000)
@@ -276,7 +285,7 @@ def test_what_convert_needs_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "full/precious").touch()
     write_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="holds something else"):
-        convert(theirs, tmp_path / "full", "chameleon", libero(), "", tmp_path / "tokenizer")
+        convert(theirs, tmp_path / "full", "chameleon", TEMPLATE, "", tmp_path / "tokenizer")
     assert (tmp_path / "full/precious").exists()
 
 

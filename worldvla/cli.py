@@ -498,13 +498,15 @@ def convert(
         like: With --back, of a checkpoint that was trained on: the converted one that it came from.
     """
     from worldvla.published.convert import convert, convert_back
-    from worldvla.recipes import libero
+    from worldvla.recipes import published
 
     if back:
         convert_back(Path(source), out, like)
         say(f"published layout: {out}")
         return
-    for remark in convert(source, out, release, libero(), suite, tokenizer, without_action_head):
+    for remark in convert(
+        source, out, release, published("libero_256"), suite, tokenizer, without_action_head
+    ):
         say(remark)
     say(f"model: {out}   next: worldvla eval {out} --suite {suite or 'SUITE'}")
 

@@ -7,7 +7,6 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from worldvla.config import (
     Config,
@@ -29,11 +28,10 @@ LIBERO_FRAMES = {
 }
 """Frames of each suite's demonstrations without no-ops, as LeRobot's libero_*_image state them (other
 regenerations differ by a few percent): they turn epochs into steps."""
-LIBERO_SUITES = tuple(LIBERO_FRAMES)
 
 
 def tabletop() -> Config:
-    """The shipped small model: four tabletop suites, two views, two to three million parameters."""
+    """The shipped small model: four tabletop suites, two views, 3.7 million parameters."""
     return Config(
         name="tabletop",
         vocab="compact",
@@ -82,27 +80,21 @@ def tabletop() -> Config:
     )
 
 
-def _dagger(rounds: int, init_from: str, steps: int, learning_rate: float, last_rate: float) -> Config:
-    """`tabletop` trained on, from `init_from`, with the states that its predecessors visited."""
+def dagger(rounds: int) -> Config:
+    """`tabletop`, trained on with the expert's labels on the states that its versions visited (DAgger).
+
+    After two rounds it is the shipped model; `runs/tabletop.sh` has the whole of it.
+    """
     base = tabletop()
     names = [f"{d}_{suite}" for d in ["store", "dagger1", "dagger2"][: rounds + 1] for suite in TABLETOP]
+    steps, last_rate, init_from = ((1_500, 3e-4, "first"), (3_800, 1e-5, "second"))[rounds - 1]
     return replace(
         base,
         name=f"tabletop_dagger{rounds}",
-        optim=replace(base.optim, learning_rate=learning_rate, min_learning_rate=last_rate, warmup_steps=100),
+        optim=replace(base.optim, learning_rate=5e-4, min_learning_rate=last_rate, warmup_steps=100),
         data=replace(base.data, stores=tuple(f"out/tabletop/{name}" for name in names)),
-        train=replace(base.train, steps=steps, batch_size=64, init_from=init_from),
+        train=replace(base.train, steps=steps, batch_size=64, init_from=f"out/tabletop/{init_from}"),
     )
-
-
-def tabletop_dagger1() -> Config:
-    """`tabletop` with the expert's labels on the states that its first version visited."""
-    return _dagger(1, "out/tabletop/first", 1_500, 5e-4, 3e-4)
-
-
-def tabletop_dagger2() -> Config:
-    """`tabletop_dagger1` with the states that it visited: the shipped small model."""
-    return _dagger(2, "out/tabletop/second", 3_800, 5e-4, 1e-5)
 
 
 def tabletop_pilot() -> Config:
@@ -140,308 +132,119 @@ def debug() -> Config:
     )
 
 
-def libero_object() -> Config:
-    """libero_object from scripted demonstrations: 128 and 64 pixels at 16 a code, wrist and state.
-
-    `runs/libero_object.sh` makes the stores. For a GPU: --train.device cuda --train.batch-size 256.
-    """
-    base = tabletop()
-    return replace(
-        base,
-        name="libero_object",
-        tokenizer="out/libero_object/image_tokenizer",
-        model=replace(base.model, num_layers=5),
-        loss=replace(base.loss, supervise="decoded"),
-        optim=replace(base.optim, min_learning_rate=1e-4),
-        data=replace(base.data, stores=("out/libero_object/store",)),
-        train=replace(base.train, steps=2_200, batch_size=64, eval_every=550, save_every=550),
-    )
-
-
-def libero_object_front() -> Config:
-    """`libero_object` as the paper sees it: the front view alone, no state; the same data, half the steps."""
-    base = libero_object()
-    layout = replace(base.layout, views=("agentview",), grids=((8, 8),), state=False)
-    train = replace(base.train, steps=1_100)
-    return replace(base, name="libero_object_front", layout=layout, train=train)
-
-
-def _published(name: str, release: str, suite: str, init_from: str) -> Config:
-    """The published 7B on a LIBERO suite: what all scripts share; layout and K are the release's."""
-    from worldvla.published.names import RELEASES  # imports torch: not before a recipe is asked for
-
-    layout = replace(RELEASES[release].layout, chunk=RELEASES[release].chunks.get(suite, 5))
-    return Config(
-        name=f"{name}_{suite.removeprefix('libero_')}",
-        vocab="chameleon",
-        num_text=65_536,
-        tokenizer=f"{init_from}/image_tokenizer",
-        layout=layout,
-        model=ModelConfig(
-            num_layers=32, width=4096, num_heads=32, num_kv_heads=32, hidden=11008, dropout=0.05
-        ),
-        loss=LossConfig(reduction="published"),
-        optim=OptimConfig(learning_rate=5e-6, min_learning_rate=5e-6, weight_decay=0.1, clip=4.0),
-        data=DataConfig(
-            stores=(f"data/libero/{name}_{suite.removeprefix('libero_')}",),
-            world_fraction=0.5,
-            val_fraction=0.0,  # the results are of training on every split
-            sequence_length=layout.longest,
-        ),
-        train=TrainConfig(
-            steps=1,
-            batch_size=1,
-            dtype="bfloat16",
-            device="cuda",
-            checkpoint_layers=True,
-            eval_every=2_000,
-            save_every=2_000,
-            init_from=init_from,
-        ),
-    )
-
-
-def _epochs(config: Config, suite: str, batch_size: int) -> Config:
-    """40 epochs, 0.01 of one for warm-up, as published; a frame is a policy sample and a world sample."""
-    num_samples = LIBERO_FRAMES[suite] * (1 if config.data.world_fraction == 1 else 2)
-    epoch = num_samples // batch_size
-    return replace(
-        config,
-        optim=replace(config.optim, warmup_steps=max(1, epoch // 100)),
-        train=replace(config.train, steps=40 * epoch, batch_size=batch_size),
-    )
-
-
-def libero(suite: str = "libero_goal", pixels: int = 256) -> Config:
-    """WorldVLA from Chameleon (WorldVLA exps_256_all/*.sh, exps_512_all/*.sh, pretrain_ck.py)."""
-    config = _published(f"libero_{pixels}", f"worldvla_{pixels}", suite, "out/models/chameleon")
-    num_gpus = 2 if (suite, pixels) == ("libero_goal", 256) else 4
-    return _epochs(config, suite, 8 * num_gpus)
-
-
-def rynnvla(suite: str = "libero_goal", is_world: bool = False) -> Config:
-    """RynnVLA-002 (its pretokenised training scripts), on from the released weights: discrete actions and a
-    continuous head, with state and wrist camera, at 256 pixels, or the world model alone at 512."""
-    name = "rynnvla_world_512" if is_world else "rynnvla_256"
-    weights = name if is_world else f"{name}_{suite.removeprefix('libero_')}"
-    config = _published(name, name, suite, f"out/models/{weights}")
-    special = {"libero_goal": (5e-6, 0.15, 0.08), "libero_10": (8e-6, 0.18, 0.1)}
-    rate, decay, dropout = special["libero_goal"] if is_world else special.get(suite, (5e-6, 0.1, 0.05))
-    config = replace(
-        config,
-        data=replace(config.data, world_fraction=1.0 if is_world else 0.5),
-        model=replace(config.model, dropout=dropout, head=HeadConfig(num_layers=0 if is_world else 2)),
-        optim=replace(config.optim, learning_rate=rate, min_learning_rate=rate, weight_decay=decay),
-    )
-    return _epochs(config, suite, 8 * 8)
-
-
-POLICY_BATCH, WORLD_BATCH, LIBERO_WORLD_BATCH = 96, 64, 24
-"""Samples a step of each kind in every row below that has the kind: rows differ in nothing else."""
-ABLATIONS: dict[str, dict[str, Any]] = {
-    # Table 3, in its order. `action` is the OpenVLA-style baseline too: one frame, one action, no world.
-    "action": {"chunk": 1, "world": False},
-    "action_world": {"chunk": 1},
-    "chunk_causal": {"selective_mask": False, "world": False},
-    "chunk": {"world": False},
-    "full": {},
-    # The paper's weight of the image tokens, 0.04, starves the world model of a small policy from nothing.
-    "full_even": {"image_weight": 1.0},
-    # History, resolution.
-    "history2": {"history": 2},
-    "history4": {"history": 4},
-    "action_history2": {"history": 2, "chunk": 1},
-    "action_history4": {"history": 4, "chunk": 1},
-    "low": {"grids": ((4, 4), (2, 2))},
-    # Table 2, the world model alone.
-    "world": {"policy": False},
-    "world_long": {"policy": False, "steps": 5_000},
-    "world_no_action": {"policy": False, "action_conditioning": False},
-    # Chunk length, beside action (1), chunk and chunk_causal (5).
-    "chunk2": {"chunk": 2, "world": False},
-    "chunk2_causal": {"chunk": 2, "selective_mask": False, "world": False},
-    "full2": {"chunk": 2},
-    "full2_even": {"chunk": 2, "image_weight": 1.0},
-    "chunk10": {"chunk": 10, "world": False},
-    "chunk10_causal": {"chunk": 10, "selective_mask": False, "world": False},
-    # Beside chunk: a continuous action head next to the bins.
-    "head": {"head": HeadConfig(num_layers=2, width=128, hidden=512), "world": False},
-    # The same head, trained alone on the trunk of chunk.
-    "head_after": {"head": HeadConfig(num_layers=2, width=128, hidden=512), "world": False, "after": "chunk"},
-}
-"""Row -> what differs from `full`: a field of the layout, the head, the weight of image tokens, the steps,
-the row whose weights it leaves as they are, or which kind of samples is left out."""
-
-
-def pilot(row: str, libero: bool = False) -> Config:
-    """A row of the paper's tables at small size: 3.7 M parameters on the four tabletop suites; or, on
-    libero_object and libero_spatial together, 8.8 M.
-
-    2,000 steps of 96 policy samples and, where the row has them, 64 world samples (LIBERO: 24), by Muon:
-    minutes on a GPU, half an hour to an hour on two cores. `runs/tables.sh` makes the stores,
-    whose labels hold ten actions (LIBERO: five), and trains the seeds.
-    """
-    base, layout = libero_object() if libero else tabletop(), dict(ABLATIONS[row])
-    policy = POLICY_BATCH * layout.pop("policy", True)
-    world = (LIBERO_WORLD_BATCH if libero else WORLD_BATCH) * layout.pop("world", True)
-    head, alpha = layout.pop("head", HeadConfig()), layout.pop("image_weight", base.loss.image_weight)
-    steps, after = layout.pop("steps", 2_000), layout.pop("after", "")
-    root = "out/tables_libero" if libero else "out/tables_low" if row == "low" else "out/tables"
-    suites = ("libero_object", "libero_spatial") if libero else TABLETOP
-    length = {2: 320, 4: 480}.get(layout.get("history", 1), 256)
-    share, batch_size = world / (policy + world), policy + world
-    train = replace(base.train, steps=steps, batch_size=batch_size, eval_every=500, save_every=1_000)
-    if after:
-        train = replace(train, init_from=f"{root}/{after}_0", only_head=True)
-    return replace(
-        base,
-        name=f"libero_pilot_{row}" if libero else f"pilot_{row}",
-        tokenizer=f"{root}/image_tokenizer",
-        layout=replace(base.layout, **layout),
-        model=replace(base.model, num_heads=3, num_kv_heads=3, head=head),
-        loss=replace(base.loss, supervise="decoded", image_weight=alpha),
-        optim=replace(base.optim, method="muon", learning_rate=3e-3, min_learning_rate=5e-5),
-        data=replace(
-            base.data,
-            stores=tuple(f"{root}/store_{suite}" for suite in suites),
-            world_fraction=share,
-            sequence_length=length,
-        ),
-        train=train,
-    )
-
-
-def libero_object_spatial() -> Config:
-    """One model for both suites on two cores: `libero_pilot_full`, shorter, with a continuous head.
-
-    `runs/libero_object_spatial.sh`; the stores are those of the tables.
-    """
-    base = pilot("full", libero=True)
-    return replace(
-        base,
-        name="libero_object_spatial",
-        model=replace(base.model, head=ABLATIONS["head"]["head"]),
-        train=replace(base.train, steps=1_500, save_every=500),
-    )
-
-
 def libero_object_spatial_long() -> Config:
-    """The shipped LIBERO model: for a GPU, bins alone, 4.4 times the samples, 240 more demonstrations."""
-    base = pilot("full", libero=True)
-    stores = (*base.data.stores, "out/libero_object_spatial/store_more")
+    """libero_object and libero_spatial in one model, for a GPU: 128 and 64 pixels at 16 a code, by Muon.
+
+    `runs/libero.sh` makes the stores; the shipped LIBERO model is this one, then `.._drawer`.
+    """
+    base, root = tabletop(), "out/tables_libero"
+    names = ("tables_libero/store_libero_object", "tables_libero/store_libero_spatial")
+    stores = tuple(f"out/{name}" for name in (*names, "libero_object_spatial/store_more"))
     return replace(
         base,
         name="libero_object_spatial_long",
-        data=replace(base.data, stores=stores),
-        train=replace(
-            base.train, steps=2_500, batch_size=320, eval_every=1_300, save_every=1_300, dtype="bfloat16"
-        ),
+        tokenizer=f"{root}/image_tokenizer",
+        model=replace(base.model, num_layers=5, num_heads=3, num_kv_heads=3),
+        loss=replace(base.loss, supervise="decoded"),
+        optim=replace(base.optim, method="muon", learning_rate=3e-3),
+        data=replace(base.data, stores=stores, world_fraction=0.2),
+        train=replace(base.train, steps=2_500, batch_size=320, eval_every=1_300, save_every=1_300),
     )
 
 
 def libero_object_spatial_drawer() -> Config:
-    """`libero_object_spatial_long`, on, on two cores, with more of the one task that it failed: the bowl in
-    the drawer (libero_spatial, task 4), whose expert has since found an easier grip; every frame of it twice.
-    """
+    """`libero_object_spatial_long`, trained on on two cores with more of the one task that it failed: the
+    bowl in the drawer (libero_spatial, task 4), every frame of it twice. The shipped LIBERO model."""
     base, root = libero_object_spatial_long(), "out/libero_object_spatial"
+    train = replace(base.train, steps=1_500, batch_size=120, eval_every=500, save_every=500)
     return replace(
         base,
         name="libero_object_spatial_drawer",
         optim=replace(base.optim, learning_rate=1e-3, warmup_steps=50),
         data=replace(base.data, stores=(*base.data.stores, *(f"{root}/store_drawer",) * 2)),
-        train=replace(
-            pilot("full", libero=True).train, steps=1_500, save_every=500, init_from=f"{root}/model_long"
+        train=replace(train, init_from=f"{root}/model_long"),
+    )
+
+
+def published(family: str, suite: str = "libero_goal") -> Config:
+    """The published 7B on a LIBERO suite, with the layout and chunk of its release: 40 epochs.
+
+    `family`: libero_256 and libero_512, WorldVLA from Chameleon (WorldVLA exps_256_all/*.sh,
+    exps_512_all/*.sh, pretrain_ck.py); rynnvla_256, RynnVLA-002 with a continuous head, state and wrist
+    camera, and rynnvla_world_512, its world model alone, both from released weights (pretokenised scripts).
+    """
+    from worldvla.published.names import RELEASES  # imports torch: not before a recipe is asked for
+
+    name = f"{family}_{suite.removeprefix('libero_')}"
+    release = RELEASES[family.replace("libero", "worldvla")]
+    layout = replace(release.layout, chunk=release.chunks.get(suite, 5))
+    is_world, is_rynnvla = family == "rynnvla_world_512", family.startswith("rynnvla")
+    weights = "chameleon" if not is_rynnvla else family if is_world else name
+    rate, decay, dropout, num_gpus = 5e-6, 0.1, 0.05, 4
+    if is_rynnvla:
+        special = {"libero_goal": (5e-6, 0.15, 0.08), "libero_10": (8e-6, 0.18, 0.1)}
+        rate, decay, dropout = special.get("libero_goal" if is_world else suite, (rate, decay, dropout))
+        num_gpus = 8
+    elif name == "libero_256_goal":
+        num_gpus = 2
+    batch_size = 8 * num_gpus
+    epoch = LIBERO_FRAMES[suite] * (1 if is_world else 2) // batch_size  # a policy and a world sample a frame
+    return Config(
+        name=name,
+        vocab="chameleon",
+        num_text=65_536,
+        tokenizer=f"out/models/{weights}/image_tokenizer",
+        layout=layout,
+        model=ModelConfig(
+            num_layers=32,
+            width=4096,
+            num_heads=32,
+            num_kv_heads=32,
+            hidden=11008,
+            dropout=dropout,
+            head=HeadConfig(num_layers=2 if family == "rynnvla_256" else 0),
+        ),
+        loss=LossConfig(reduction="published"),
+        optim=OptimConfig(
+            learning_rate=rate,
+            min_learning_rate=rate,
+            weight_decay=decay,
+            clip=4.0,
+            warmup_steps=max(1, epoch // 100),
+        ),
+        data=DataConfig(
+            stores=(f"data/libero/{name}",),
+            world_fraction=1.0 if is_world else 0.5,
+            val_fraction=0.0,  # the results are of training on every split
+            sequence_length=layout.longest,
+        ),
+        train=TrainConfig(
+            steps=40 * epoch,
+            batch_size=batch_size,
+            dtype="bfloat16",
+            device="cuda",
+            checkpoint_layers=True,
+            eval_every=2_000,
+            save_every=2_000,
+            init_from=f"out/models/{weights}",
         ),
     )
 
 
-def libero_all() -> Config:
-    """The four suites, for a GPU: `libero_object_spatial_long`, more steps, a tokenizer of all suites'
-    frames, libero_goal and libero_10 in its data (nine tasks of it: no expert does the microwave's)."""
-    base, root = libero_object_spatial_long(), "out/libero_all"
-    names = ("object", "spatial", "more", "drawer", "goal", "10")
-    return replace(
-        base,
-        name="libero_all",
-        tokenizer=f"{root}/image_tokenizer",
-        data=replace(base.data, stores=tuple(f"{root}/store_{name}" for name in names)),
-        train=replace(base.train, steps=4_000, eval_every=2_000, save_every=2_000),
-    )
-
-
-def libero_goal() -> Config:
-    """libero_goal alone on two cores: `libero_pilot_full`, shorter, with the tokenizer of `libero_all`."""
-    base, every = pilot("full", libero=True), libero_all()
-    return replace(
-        base,
-        name="libero_goal",
-        tokenizer=every.tokenizer,
-        data=replace(base.data, stores=("out/libero_all/store_goal",)),
-        train=replace(base.train, steps=1_500, save_every=500),
-    )
-
-
-def libero_10() -> Config:
-    """`libero_goal`, on with libero_10 alone (nine of its tasks, eight demonstrations each), on two cores."""
-    base, init_from = libero_goal(), "out/libero_object_spatial/model_goal"
-    return replace(
-        base,
-        name="libero_10",
-        optim=replace(base.optim, learning_rate=1e-3, warmup_steps=50),
-        data=replace(base.data, stores=("out/libero_all/store_10",)),
-        train=replace(base.train, steps=800, save_every=400, init_from=init_from),
-    )
-
-
-def libero_all_front() -> Config:
-    """`libero_all` as the paper sees it: the front view alone (there: two frames), no state."""
-    base = libero_all()
-    layout = replace(base.layout, views=("agentview",), grids=((8, 8),), state=False)
-    return replace(base, name="libero_all_front", layout=layout)
-
-
-def libero_object_spatial_head() -> Config:
-    """A continuous head alone, on `libero_object_spatial_drawer` and its data; the bins stay as they are."""
-    base, row = libero_object_spatial_drawer(), pilot("head_after", libero=True)
-    init_from = "out/libero_object_spatial/model_drawer"
-    return replace(
-        base,
-        name="libero_object_spatial_head",
-        model=row.model,
-        optim=row.optim,
-        data=replace(base.data, world_fraction=0.0),
-        train=replace(row.train, init_from=init_from),
-    )
-
-
 RECIPES: dict[str, Callable[[], Config]] = {
-    f.__name__: f
-    for f in (
-        tabletop,
-        tabletop_dagger1,
-        tabletop_dagger2,
-        tabletop_pilot,
-        debug,
-        libero_object,
-        libero_object_front,
-        libero_object_spatial,
-        libero_object_spatial_long,
-        libero_object_spatial_drawer,
-        libero_all,
-        libero_all_front,
-        libero_goal,
-        libero_10,
-        libero_object_spatial_head,
-    )
+    "tabletop": tabletop,
+    "tabletop_dagger1": partial(dagger, 1),
+    "tabletop_dagger2": partial(dagger, 2),
+    "tabletop_pilot": tabletop_pilot,
+    "debug": debug,
+    "libero_object_spatial_long": libero_object_spatial_long,
+    "libero_object_spatial_drawer": libero_object_spatial_drawer,
 }
-for _suite in LIBERO_SUITES:
-    _name = _suite.removeprefix("libero_")
-    RECIPES[f"libero_256_{_name}"] = partial(libero, _suite, 256)
-    RECIPES[f"libero_512_{_name}"] = partial(libero, _suite, 512)
-    RECIPES[f"rynnvla_256_{_name}"] = partial(rynnvla, _suite)
-    RECIPES[f"rynnvla_world_512_{_name}"] = partial(rynnvla, _suite, True)
-RECIPES |= {f"pilot_{row}": partial(pilot, row) for row in ABLATIONS}
-RECIPES |= {f"libero_pilot_{row}": partial(pilot, row, True) for row in ABLATIONS}
+RECIPES |= {
+    f"{family}_{suite.removeprefix('libero_')}": partial(published, family, suite)
+    for family in ("libero_256", "libero_512", "rynnvla_256", "rynnvla_world_512")
+    for suite in LIBERO_FRAMES
+}
 
 
 def recipe(name: str) -> Config:
