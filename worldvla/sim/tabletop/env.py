@@ -33,9 +33,9 @@ _FOOTPRINT = {"basket": world.BASKET_HALF, "cabinet": world.CABINET_HALF[:2], "b
 
 
 class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
-    """One task. Deterministic: the same init and actions give the same bytes. `options={"init": i}`: 0 to
-    49 are the fixed
-    evaluation states, any larger i another state of the same distribution (demonstrations use those)."""
+    """One task. Deterministic: the same init and actions give the same bytes. `options={"init": i}`: 0 to 49
+    are the fixed evaluation states, any larger i another state of the same distribution (demonstrations use
+    those)."""
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
 
@@ -63,8 +63,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._steps = 0
         self.observation_space, self.action_space = spaces(self.views)
 
-    # -- gymnasium
-    # ------------------------------------------------------------------------------------------------
+    # -- gymnasium ------------------------------------------------------------------------------------------
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -114,8 +113,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
     def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._cameras["agentview"].render(self.data)
 
-    # -- the simulator protocol
-    # -----------------------------------------------------------------------------------
+    # -- the simulator protocol -----------------------------------------------------------------------------
 
     def observe(self) -> dict[str, Any]:
         """Return images (uint8) and state (8,) float32: position (m), axis-angle (rad), finger joints (m)."""
@@ -157,8 +155,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
             next((g for g in self.scene.goals if not self.holds(g)), self.scene.goals[-1])
         )
 
-    # -- state, goals
-    # ---------------------------------------------------------------------------------------------
+    # -- state, goals ---------------------------------------------------------------------------------------
 
     def grip_position(self) -> np.ndarray:
         return self.data.site_xpos[self._grip].copy()
@@ -231,8 +228,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
             )
         return bool(np.hypot(x, y) < world.PLATE_RADIUS and bottom < 0.02)
 
-    # -- internals
-    # ------------------------------------------------------------------------------------------------
+    # -- internals ------------------------------------------------------------------------------------------
 
     def _info(self) -> dict[str, Any]:
         held = any(g.thing and self.touching(g.thing) == 3 for g in self.scene.goals)

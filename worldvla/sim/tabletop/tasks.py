@@ -1,10 +1,9 @@
 """The four tabletop suites as one declarative table: which things stand where, what is said, what must hold
 at the end.
 
-Coordinates are metres on the table: x to the right and y away in the agentview picture, z = 0 on the
-surface. Every movable
-thing is jittered by up to `JITTER` an axis around its slot, every fixture by `FIXTURE_JITTER`, as LIBERO
-varies its regions.
+Coordinates are metres on the table: x to the right and y away in the agentview picture, z = 0 on the surface.
+Every movable thing is jittered by up to `JITTER` an axis around its slot, every fixture by `FIXTURE_JITTER`,
+as LIBERO varies its regions.
 """
 
 from dataclasses import dataclass
@@ -33,9 +32,8 @@ Place = tuple[float, float]
 class Goal:
     """A predicate on the simulator's state.
 
-    in, on: `thing` rests in or on fixture `where`, not held. open, closed: the cabinet's drawer. pressed:
-    the button has been
-    pressed (it stays lit). push: `thing` lies in the zone.
+    in, on: `thing` rests in or on fixture `where`, not held. open, closed: the cabinet's drawer. pressed: the
+    button has been pressed (it stays lit). push: `thing` lies in the zone.
     """
 
     verb: Literal["in", "on", "open", "closed", "pressed", "push"]
