@@ -516,6 +516,11 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    insecure: bool = False,
+    certificate: Path | None = None,
+    key_file: Path | None = None,
+    max_batch: int = 16,
+    max_connections: int = 1000,
     resize: bool = False,
     head: Literal["discrete", "continuous"] = "discrete",
     device: str = "cpu",
@@ -524,12 +529,17 @@ def serve(
     """Serve a checkpoint to any openpi client; clients must send the key WORLDVLA_API_KEY, where that is set.
 
     Args:
-        host: Address to listen at; 0.0.0.0: every network, set WORLDVLA_API_KEY then.
+        host: Address to listen at; 0.0.0.0: every network, which needs WORLDVLA_API_KEY.
         port: 0: any free port.
+        insecure: Let other machines in without a key.
+        certificate: PEM file of a TLS certificate: clients then say wss://.
+        key_file: PEM file of the certificate's private key.
+        max_batch: Requests of different clients that are answered together.
+        max_connections: Clients at a time; further ones are told to come again later.
         resize: Resize pictures of another size, with black borders, instead of refusing them.
         head: Head that acts: the continuous one only of a model that has it.
     """
-    from worldvla.serve.server import serve_checkpoint
+    from worldvla.serve.server import Limits, serve_checkpoint
 
     serve_checkpoint(
         checkpoint,
@@ -539,6 +549,10 @@ def serve(
         quantize=quantize,
         host=host,
         port=port,
+        insecure=insecure,
+        certificate=certificate,
+        key_file=key_file,
+        limits=Limits(max_batch=max_batch, max_connections=max_connections),
         api_key=os.environ.get("WORLDVLA_API_KEY", ""),
         on_start=lambda at: say(f"serving at {at}   next: worldvla eval websocket://{at} --suite SUITE"),
     )

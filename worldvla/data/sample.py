@@ -25,6 +25,8 @@ from worldvla.vocab import Vocab, to_ids
 ROWS = tuple(f.name for f in fields(Sample))
 """Rows of a template's table, in the order of Sample's fields: ids first."""
 DTYPES = {"ids": np.int64, "chunk": np.int16, "kind": np.uint8, "row": np.int16, "col": np.int16}
+MAX_TEMPLATES = 1024
+"""Templates that a builder keeps, the last written: a server reads texts without end."""
 CODES_PER_GRID_PATCH = 2
 """A grid count is in patches of 32 pixels, a code covers 16 (WorldVLA data/item_processor.py:260-300)."""
 
@@ -167,6 +169,8 @@ class SampleBuilder:
         key = (instruction, num_frames)
         if key not in self._templates:
             self._templates[key] = self._write_policy(instruction, num_frames)
+            while len(self._templates) > MAX_TEMPLATES:
+                del self._templates[next(iter(self._templates))]
         return self._templates[key]
 
     def world_template(self, num_frames: int = 1) -> Template:

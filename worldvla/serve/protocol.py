@@ -5,9 +5,10 @@
 
 The keys of an array's map are bytes, its data are in C order (openpi-client msgpack_numpy.py). There is no
 pickle: arrays of objects, records and complex numbers are refused on both sides. Decoded arrays are
-read-only.
+read-only. Runs in Python 3.10, with NumPy and msgpack alone.
 """
 
+import itertools
 import math
 import re
 from typing import Any
@@ -17,10 +18,14 @@ import numpy as np
 
 PORT = 8000
 MAX_BYTES = 16 * 2**20
-"""Longest message, bytes: ten pictures of 512 x 512 and room to spare."""
+"""Longest message that a client takes, bytes; a server's limit follows from the pictures that it reads."""
+MAX_ITEMS, MAX_TEXT = 65_536, 2**20
+"""Default bounds of `unpack`: lists and maps of a message, entries of each; bytes of a text."""
 IMAGE_KEYS = {"agentview": "observation/image", "wrist": "observation/wrist_image"}
 """View -> openpi's name of its picture."""
 STATE_KEY, PROMPT_KEY = "observation/state", "prompt"
+HISTORY_KEY, DEADLINE_KEY = "previous", "deadline_ms"
+"""Ours: pictures of the steps just before, oldest first; ms from a request's arrival to its answer."""
 REFUSED_KINDS = "OVc"
 
 
@@ -30,13 +35,25 @@ def pack(message: Any) -> bytes:
     return data
 
 
-def unpack(data: bytes | str) -> Any:
-    """Return the message in a frame; a text frame, or bytes that are no message, raises ValueError."""
+def unpack(data: bytes | str, max_items: int = MAX_ITEMS, max_text: int = MAX_TEXT) -> Any:
+    """Return the message in a frame; a text frame, or bytes that are no message, raises ValueError.
+
+    Its work is bounded: at most `max_items` lists and maps, entries in each of them, and `max_text` bytes in
+    a text, refused by the length that they declare, before anything of that size is made.
+    """
     if isinstance(data, str):
         raise ValueError(f"a message must be a binary msgpack frame, got text {data[:40]!r}")
+    containers = itertools.count(1)
+
+    def counted(value: Any) -> Any:
+        if next(containers) > max_items:
+            raise ValueError(f"more than {max_items} lists and maps")
+        return _decode(value) if isinstance(value, dict) else value
+
+    bounds = {"max_array_len": max_items, "max_map_len": max_items, "max_str_len": max_text, "max_ext_len": 0}
     try:
-        return msgpack.unpackb(data, object_hook=_decode)
-    except (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException) as error:
+        return msgpack.unpackb(data, object_hook=counted, list_hook=counted, **bounds)
+    except (ValueError, TypeError, KeyError, OverflowError, MemoryError, msgpack.UnpackException) as error:
         raise ValueError(
             f"not a msgpack message of openpi's protocol ({type(error).__name__}: {error})"
         ) from None

@@ -1,10 +1,14 @@
 """A policy behind openpi's websocket protocol: openpi's clients drive it, and `worldvla eval websocket://...`.
 
-    serve_checkpoint("worldvla/assets/tabletop", on_start=print)
+    serve_checkpoint("tabletop", on_start=print)
 
-The server speaks first, one frame of metadata; then each request, an observation, gets one answer, `actions`
-float32 (K, 7) and `server_timing` (ms). Whatever fails is one line in a text frame, and the connection is
-closed (1011); the server goes on. `GET /healthz` answers OK.
+The server speaks first, one frame of metadata; then each request, an observation, gets one answer: `actions`
+float32 (K, 7) and `server_timing`. Whatever fails is one line in a text frame, and the connection is closed
+(1011); a missed deadline leaves it open. `GET /healthz` says whether inference still answers, `/metrics` has
+counts, queue and latency for Prometheus.
+
+One client cannot stop the others. Every length is bounded before it costs work, a connection has one request
+at a time, what is slow or silent is closed, and requests of all clients are answered in batches.
 """
 
 import asyncio
@@ -12,44 +16,95 @@ import contextlib
 import hmac
 import http
 import importlib.metadata
+import ipaddress
 import logging
+import math
+import signal
+import ssl
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import Server, ServerConnection
 from websockets.asyncio.server import serve as listen
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
-from worldvla.serve.image import resize_with_pad
-from worldvla.serve.protocol import IMAGE_KEYS, MAX_BYTES, PORT, PROMPT_KEY, STATE_KEY, pack, unpack
+from worldvla.serve.batcher import SECONDS, Answer, Batcher, Histogram, LateError, Observation
+from worldvla.serve.image import MAX_PIXELS, as_uint8, resize_with_pad
+from worldvla.serve.protocol import (
+    DEADLINE_KEY,
+    HISTORY_KEY,
+    IMAGE_KEYS,
+    PORT,
+    PROMPT_KEY,
+    STATE_KEY,
+    pack,
+    unpack,
+)
 
-NUM_STATE_DIMS = 8
-MAX_SESSIONS = 256
-"""Sessions of one connection whose frames are kept; the one that was silent for longest is forgotten."""
+PICTURE_ITEM_BYTES = 4
+"""A colour of a picture: float32 is the widest that clients send."""
+MESSAGE_BYTES, MESSAGE_ITEMS, MESSAGE_TEXT = 2**20, 256, 2**16
+"""Bytes of a message beside its pictures, so many that a picture of the wrong size still gets a hint; lists
+and maps of a message, and entries in each; bytes of a text."""
+MAX_PROMPT = 4096
+"""Letters of a prompt, whatever the tokenizer could take."""
+MAX_UNSENT, MAX_LINE = 2**20, 500
+"""Bytes that wait for a client that does not read; letters of an error."""
 log = logging.getLogger(__name__)
-Frame = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
     """What is served."""
 
-    act: Callable[[dict[str, Any]], np.ndarray]
-    """Observation, as `Policy.act` takes it, -> actions (K, 7)."""
+    act: Callable[[Sequence[Observation]], np.ndarray]
+    """Observations, as `Policy.act` takes them, -> actions (B, K, 7)."""
     views: Mapping[str, tuple[int, int]]
     """View -> (rows, columns) in pixels that it reads."""
+    check: Callable[[Observation], Any] = id
+    """Raises ValueError for an observation that `act` would refuse; in another thread than `act`."""
+    num_state_dims: int = 8
+    """0: it reads no state."""
     history: int = 1
+    max_prompt: int = MAX_PROMPT
+    """Letters of the longest prompt."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     resize: bool = False
     """Resize pictures of another size instead of refusing them."""
+
+    @property
+    def max_bytes(self) -> int:
+        """Longest message, bytes: all pictures of a request, as floats, and a margin."""
+        pixels = sum(MAX_PIXELS if self.resize else math.prod(size) for size in self.views.values())
+        return 3 * pixels * PICTURE_ITEM_BYTES * self.history + MESSAGE_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the server puts up with. Times in seconds."""
+
+    max_connections: int = 1000
+    max_batch: int = 16
+    """Requests that are answered together."""
+    wait_s: float = 0.005
+    """Longest wait of a request for company, while nothing else runs."""
+    handshake_s: float = 10.0
+    idle_s: float = 600.0
+    """Longest silence between an answer and the next request."""
+    send_s: float = 20.0
+    """Longest wait for a client that does not read its answer."""
+    stall_s: float = 120.0
+    """A batch that takes longer makes /healthz say so."""
+    stop_s: float = 30.0
+    """After SIGTERM, for what runs to finish."""
 
 
 def serve_checkpoint(
@@ -63,25 +118,28 @@ def serve_checkpoint(
 ) -> None:
     """Serve a checkpoint until interrupted; `options` as of `serve`, `head` as of `Model.policy`."""
     from worldvla.infer.model import load
-    from worldvla.infer.policy import Policy
+    from worldvla.serve.exact import BatchedPolicy
 
     model = load(checkpoint, device, quantize=quantize)
     layout = model.config.layout
-    policy = Policy(model, head)
+    policy = BatchedPolicy(model, head)
     metadata = {
         **{key: value for key, value in model.identity().items() if key != "path"},
         "quantize": quantize,
         "chunk": layout.chunk,
         "history": layout.history,
         "head": head,
-        "decoding": policy.decoding,
+        "decoding": policy.alone.decoding,
         "views": {view: list(size) for view, size in model.view_sizes.items()},
         "worldvla": importlib.metadata.version("worldvla"),
     }
     served = Served(
         act=policy.act,
+        check=policy.check,
         views=model.view_sizes,
+        num_state_dims=layout.num_state_dims if layout.state else 0,
         history=layout.history,
+        max_prompt=min(policy.max_prompt, MAX_PROMPT),
         metadata=metadata,
         resize=resize,
     )
@@ -94,87 +152,236 @@ async def serve(
     host: str = "127.0.0.1",
     port: int = PORT,
     api_key: str = "",
+    insecure: bool = False,
+    certificate: Path | None = None,
+    key_file: Path | None = None,
+    limits: Limits | None = None,
     on_start: Callable[[str], Any] = log.info,
 ) -> None:
-    """Answer until cancelled; `on_start` is told the address, for port 0 that of a free port.
+    """Answer until cancelled or SIGTERM, which lets what runs finish and closes connections (1001).
 
-    One thread infers for all connections, and the event loop goes on answering pings and /healthz meanwhile.
+    `on_start` gets the address, for port 0 that of a free port. Other machines are let in with an `api_key`
+    alone, or `insecure`. `certificate`, `key_file`: PEM files, for wss://.
     """
+    if not (api_key or insecure or _is_loopback(host)):
+        raise ValueError(
+            f"whoever reaches {host or 'this machine'} could drive the robot: set the environment variable "
+            "WORLDVLA_API_KEY, or --insecure"
+        )
+    limits = limits or Limits()
+    serving = _Serving(served, api_key, limits)
+    stop = asyncio.Event()
+    tasks = [asyncio.create_task(serving.batcher.run()), asyncio.create_task(serving.watch())]
+    try:
+        async with listen(
+            serving.converse,
+            host,
+            port,
+            process_request=serving.admit,
+            origins=[None],  # a browser says where its page is from; no page of ours asks
+            compression=None,
+            max_size=served.max_bytes,
+            max_queue=1,
+            open_timeout=limits.handshake_s,
+            close_timeout=2,
+            ssl=_tls(certificate, key_file),
+        ) as server:
+            if threading.current_thread() is threading.main_thread():
+                asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+            on_start(f"{host}:{server.sockets[0].getsockname()[1]}")
+            await stop.wait()
+            await serving.stop(server)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        serving.readers.shutdown()
 
-    def admit(connection: ServerConnection, request: Request) -> Response | None:
-        if request.path == "/healthz":
-            return connection.respond(http.HTTPStatus.OK, "OK\n")
-        given = request.headers.get("Authorization", "").encode()
-        if api_key and not hmac.compare_digest(given, f"Api-Key {api_key}".encode()):
-            return connection.respond(
-                http.HTTPStatus.UNAUTHORIZED,
-                "send the header 'Authorization: Api-Key KEY' with the server's key\n",
-            )
+
+class _Serving:
+    """One server's connections."""
+
+    def __init__(self, served: Served, api_key: str, limits: Limits) -> None:
+        self.served, self.api_key, self.limits = served, api_key, limits
+        self.batcher = Batcher(served.act, limits.max_batch, limits.wait_s)
+        self.readers = ThreadPoolExecutor(1, "reader")
+        self.connections: set[ServerConnection] = set()
+        self.running = 0
+        """Requests between their arrival and the end of their answer."""
+        self.is_stopping = False
+        self.outcomes = dict.fromkeys(("answered", "refused", "failed", "late", "left"), 0)
+        self.turned_away = dict.fromkeys(("key", "full"), 0)
+        self.request_s = Histogram(SECONDS)
+
+    def admit(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Answer plain HTTP, and let in whom there is room for; None: a websocket may open."""
+        path = request.path.partition("?")[0]
+        if path == "/healthz":
+            trouble = self.trouble()
+            status = http.HTTPStatus.SERVICE_UNAVAILABLE if trouble else http.HTTPStatus.OK
+            return connection.respond(status, f"{trouble or 'OK'}\n")
+        keys = request.headers.get_all("Authorization") or [""]
+        expected, sent = f"Api-Key {self.api_key}".encode(), keys[0].encode(errors="replace")
+        if self.api_key and not hmac.compare_digest(sent, expected):
+            self.turned_away["key"] += 1
+            line = "send the header 'Authorization: Api-Key KEY' with the server's key\n"
+            return connection.respond(http.HTTPStatus.UNAUTHORIZED, line)
+        if path == "/metrics":
+            response = connection.respond(http.HTTPStatus.OK, self.metrics())
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "text/plain; version=0.0.4; charset=utf-8"
+            return response
+        if self.is_stopping or len(self.connections) >= self.limits.max_connections:
+            self.turned_away["full"] += 1
+            line = f"{len(self.connections)} clients are connected, no more are let in: come again later\n"
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, line)
         return None
 
-    with ThreadPoolExecutor(1) as thread:
+    def trouble(self) -> str:
+        """Return why requests are not answered; empty while they are."""
+        if self.is_stopping:
+            return "the server stops"
+        if self.batcher.busy_s > self.limits.stall_s:
+            return f"inference has not answered for {self.batcher.busy_s:.0f} s"
+        failures = self.batcher.failures
+        return f"inference failed {failures} times in succession" if failures >= 3 else ""
 
-        async def answer(connection: ServerConnection) -> None:
-            await _answer(connection, served, thread)
+    def metrics(self) -> str:
+        """Return the counts in Prometheus' text format."""
+        lines = ["# TYPE worldvla_requests_total counter"]
+        lines += [f'worldvla_requests_total{{outcome="{k}"}} {n}' for k, n in self.outcomes.items()]
+        lines += ["# TYPE worldvla_turned_away_total counter"]
+        lines += [f'worldvla_turned_away_total{{reason="{k}"}} {n}' for k, n in self.turned_away.items()]
+        for name, value in (("connections", len(self.connections)), ("waiting_requests", len(self.batcher))):
+            lines += [f"# TYPE worldvla_{name} gauge", f"worldvla_{name} {value}"]
+        lines += self.batcher.sizes.lines("worldvla_batch_size")
+        lines += self.batcher.queue_s.lines("worldvla_queue_seconds")
+        lines += self.request_s.lines("worldvla_request_seconds")
+        return "\n".join(lines) + "\n"
 
-        options: dict[str, Any] = {"process_request": admit, "compression": None, "max_size": MAX_BYTES}
-        async with listen(answer, host, port, **options) as server:
-            on_start(f"{host}:{server.sockets[0].getsockname()[1]}")
-            await server.serve_forever()
+    async def watch(self) -> None:
+        """Drop clients that let answers, to pings too, pile up unread."""
+        while True:
+            await asyncio.sleep(1)
+            for connection in list(self.connections):
+                if connection.transport.get_write_buffer_size() > MAX_UNSENT:
+                    connection.transport.abort()
 
+    async def stop(self, server: Server) -> None:
+        """Let what runs finish, then close every connection."""
+        self.is_stopping = True
+        until = time.monotonic() + self.limits.stop_s
+        while self.running and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        server.close(code=CloseCode.GOING_AWAY, reason="the server stops")
+        await server.wait_closed()
 
-async def _answer(connection: ServerConnection, served: Served, thread: ThreadPoolExecutor) -> None:
-    """Answer one client until it leaves or an error ends the conversation."""
-    sessions: dict[str, deque[Frame]] = {}
-    previous_ms: float | None = None
-    try:
-        await connection.send(pack(dict(served.metadata)))
-        async for data in connection:
-            start = time.monotonic()
-            observation = read_observation(data, served, sessions)
-            actions = await asyncio.get_running_loop().run_in_executor(thread, served.act, observation)
-            timing = {"infer_ms": (time.monotonic() - start) * 1000}
-            if previous_ms is not None:
-                timing["prev_total_ms"] = previous_ms
-            await connection.send(pack({"actions": actions, "server_timing": timing}))
-            previous_ms = (time.monotonic() - start) * 1000
-    except ConnectionClosed:
-        return
-    except Exception as error:  # the process boundary: the client gets one line, the others their answers
+    async def converse(self, connection: ServerConnection) -> None:
+        """Answer one client, one request at a time, until it leaves or an error ends the conversation."""
+        self.connections.add(connection)
+        has_asked = False
+        try:
+            await self._send(connection, pack(dict(self.served.metadata)))
+            timing: dict[str, float] = {}
+            while not self.is_stopping:
+                try:
+                    async with asyncio.timeout(self.limits.idle_s):
+                        data = await connection.recv()
+                except TimeoutError:
+                    line = f"no request in {self.limits.idle_s:g} s: connect again"
+                    await connection.close(CloseCode.GOING_AWAY, line)
+                    return
+                self.batcher.active += not has_asked
+                has_asked, self.running = True, self.running + 1
+                try:
+                    timing = await self._reply(connection, data, timing)
+                finally:
+                    self.running -= 1
+            await connection.close(CloseCode.GOING_AWAY, "the server stops")
+        except ConnectionClosed:
+            return
+        except Exception as error:  # the process boundary: its client gets one line, the others their answers
+            await self._fail(connection, error)
+        finally:
+            self.connections.discard(connection)
+            self.batcher.active -= has_asked
+
+    async def _reply(
+        self, connection: ServerConnection, data: bytes | str, before: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Answer one request; return its timing, of which the next answer tells the total."""
+        start = time.monotonic()
+        loop = asyncio.get_running_loop()
+        observation, patience_s = await loop.run_in_executor(self.readers, read_request, data, self.served)
+        try:
+            work = self.batcher.ask(observation, start + patience_s)
+            answer = await self._unless_it_leaves(connection, work)
+        except LateError as error:
+            self.outcomes["late"] += 1
+            await self._send(connection, str(error))
+            return {}
+        timing = {
+            "infer_ms": 1000 * answer.infer_s,
+            "queue_ms": 1000 * answer.queue_s,
+            "batch": answer.batch,
+            **({"prev_total_ms": before["total_ms"]} if before else {}),
+        }
+        await self._send(connection, pack({"actions": answer.actions, "server_timing": timing}))
+        total_s = time.monotonic() - start
+        self.request_s.add(total_s)
+        self.outcomes["answered"] += 1
+        return {"total_ms": 1000 * total_s}
+
+    async def _unless_it_leaves(self, connection: ServerConnection, work: Awaitable[Answer]) -> Answer:
+        """Return the answer; if its client leaves meanwhile, drop the work and raise ConnectionClosed."""
+        answer, gone = asyncio.ensure_future(work), asyncio.ensure_future(connection.wait_closed())
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            self.outcomes["left"] += 1
+            raise connection.protocol.close_exc
+        finally:
+            answer.cancel()
+            gone.cancel()
+
+    async def _send(self, connection: ServerConnection, message: bytes | str) -> None:
+        """Send, or drop a client that does not read."""
+        try:
+            async with asyncio.timeout(self.limits.send_s):
+                await connection.send(message)
+        except TimeoutError:
+            connection.transport.abort()
+            await connection.wait_closed()
+
+    async def _fail(self, connection: ServerConnection, error: Exception) -> None:
         is_ours = not isinstance(error, ValueError)
-        log.warning("%s: %s", connection.remote_address, error, exc_info=is_ours)
+        self.outcomes["failed" if is_ours else "refused"] += 1
         line = " ".join(f"{type(error).__name__ + ': ' if is_ours else ''}{error}".split())
+        line = line if len(line) <= MAX_LINE else line[: MAX_LINE - 3] + "..."
+        log.warning("%s: %s", connection.remote_address, line, exc_info=error if is_ours else None)
         with contextlib.suppress(ConnectionClosed):
-            await connection.send(line)
+            await self._send(connection, line)
             await connection.close(CloseCode.INTERNAL_ERROR, "the frame before says why")
 
 
-def read_observation(data: bytes | str, served: Served, sessions: dict[str, deque[Frame]]) -> dict[str, Any]:
-    """Return the observation in a request, as `Policy.act` takes it; a bad request raises ValueError.
+def read_request(data: bytes | str, served: Served) -> tuple[Observation, float]:
+    """Return the observation in a request, as `Policy.act` takes it, and the seconds that an answer may take
+    (infinity: any time); a bad request raises ValueError. Keys are openpi's or ours.
 
-    Keys are openpi's or ours. For a policy with a history the frames just before come with the request
-    (`previous`), or else are those of the earlier requests of its session: `session_id` tells sessions of one
-    connection apart, `reset` begins one anew.
+    A policy with a history wants the pictures of the steps just before (`previous`): those of the requests
+    before would be as many steps apart as the client executes actions, where training had one.
     """
-    message = unpack(data)
+    message = unpack(data, MESSAGE_ITEMS, MESSAGE_TEXT)
     if not isinstance(message, dict):
         raise ValueError(f"a request must be a map, got {type(message).__name__}")
-    frame = _frame(message, served)
-    observation = {**frame, "instruction": _text(message), **_state(message)}
+    observation: Observation = {**_frame(message, served), "instruction": _prompt(message, served)}
+    if served.num_state_dims:
+        observation["state"] = _state(message, served.num_state_dims)
     if served.history > 1:
-        session = str(message.get("session_id", ""))
-        seen = sessions.pop(session, None)  # the newest goes last
-        if seen is None or message.get("reset"):
-            seen = deque(maxlen=served.history - 1)
-        sessions[session] = seen
-        if len(sessions) > MAX_SESSIONS:
-            del sessions[next(iter(sessions))]
-        given = message.get("previous")
-        if given is not None and not (isinstance(given, list) and all(isinstance(f, dict) for f in given)):
-            raise ValueError(f"previous must be a list of maps of pictures, got {type(given).__name__}")
-        observation["previous"] = list(seen) if given is None else [_frame(f, served) for f in given]
-        seen.append(frame)
-    return observation
+        observation["previous"] = _previous(message, served)
+    served.check(observation)
+    return observation, _patience_s(message)
 
 
 def _pick(message: Mapping[str, Any], *keys: str) -> Any:
@@ -186,39 +393,89 @@ def _pick(message: Mapping[str, Any], *keys: str) -> Any:
     )
 
 
-def _frame(message: Mapping[str, Any], served: Served) -> Frame:
+def _frame(message: Mapping[str, Any], served: Served) -> dict[str, np.ndarray]:
     frame = {}
     for view, size in served.views.items():
         key = IMAGE_KEYS.get(view, view)
-        image = _pick(message, key, view)
-        is_image = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3
-        if is_image and image.shape[2] == 3 and image.size and served.resize:
-            image = resize_with_pad(image, *size)
-        if not is_image or image.shape != (*size, 3):
-            got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        try:
+            image = as_uint8(_pick(message, key, view))
+        except ValueError as error:
+            raise ValueError(f"{key} must be a picture of {size[0]} x {size[1]} pixels, {error}") from None
+        rows, cols = image.shape[:2]
+        if (rows, cols) != size and not served.resize:
             raise ValueError(
-                f"{key} must be a uint8 array of shape {(*size, 3)}, got {got}: "
+                f"{key} must be a picture of {size[0]} x {size[1]} pixels, got {rows} x {cols}: "
                 "render it at that size, or start the server with --resize"
             )
-        frame[view] = image
+        if rows * cols > max(MAX_PIXELS, math.prod(size)):
+            raise ValueError(f"{key} has {rows} x {cols} pixels, at most {MAX_PIXELS} are read: send fewer")
+        frame[view] = resize_with_pad(image, *size)
     return frame
 
 
-def _text(message: Mapping[str, Any]) -> str:
+def _prompt(message: Mapping[str, Any], served: Served) -> str:
     text = _pick(message, PROMPT_KEY, "instruction")
     if not isinstance(text, str) or not text:
-        raise ValueError(f"{PROMPT_KEY} must be a text that is not empty, got {text!r}")
+        raise ValueError(f"{PROMPT_KEY} must be a text that is not empty, got {text!r:.60}")
+    if len(text) > served.max_prompt:
+        raise ValueError(
+            f"{PROMPT_KEY} has {len(text)} letters, expected at most {served.max_prompt}: shorten it"
+        )
     return text
 
 
-def _state(message: Mapping[str, Any]) -> Frame:
-    """Return the state, float32 (8,), under our name; nothing where there is none."""
-    state = message.get(STATE_KEY, message.get("state"))
-    if state is None:
-        return {}
-    if not isinstance(state, np.ndarray) or state.shape != (NUM_STATE_DIMS,) or state.dtype.kind != "f":
+def _state(message: Mapping[str, Any], num_dims: int) -> np.ndarray:
+    """Return the state, float32 (S,); openpi's clients send float64, its server takes integers and lists."""
+    value = _pick(message, STATE_KEY, "state")
+    is_plain = isinstance(value, list) and all(type(x) in (int, float) for x in value)
+    state = np.array(value, dtype=np.float64) if is_plain else value
+    if not isinstance(state, np.ndarray) or state.shape != (num_dims,) or state.dtype.kind not in "fiu":
         got = f"{state.dtype} {state.shape}" if isinstance(state, np.ndarray) else type(state).__name__
-        raise ValueError(f"{STATE_KEY} must be a float array of shape ({NUM_STATE_DIMS},), got {got}")
-    if not np.isfinite(state).all():
+        raise ValueError(f"{STATE_KEY} must be {num_dims} numbers of shape ({num_dims},), got {got}")
+    if not (np.abs(state) <= np.finfo(np.float32).max).all():  # NaN too
         raise ValueError(f"{STATE_KEY} must be finite, got {state.tolist()}")
-    return {"state": state.astype(np.float32)}  # openpi's client sends float64
+    return state.astype(np.float32)
+
+
+def _previous(message: Mapping[str, Any], served: Served) -> list[dict[str, np.ndarray]]:
+    frames = message.get(HISTORY_KEY)
+    if frames is None:
+        raise ValueError(
+            f"this policy reads {served.history} frames, one step apart: send those just before as "
+            f"{HISTORY_KEY!r}, a list of maps of pictures, oldest first, empty at an episode's first step; "
+            "or serve a model with layout.history 1"
+        )
+    if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
+        raise ValueError(f"{HISTORY_KEY} must be a list of maps of pictures, got {type(frames).__name__}")
+    return [_frame(frame, served) for frame in frames[max(0, len(frames) - served.history + 1) :]]
+
+
+def _patience_s(message: Mapping[str, Any]) -> float:
+    value = message.get(DEADLINE_KEY)
+    if value is None:
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not value > 0:
+        raise ValueError(f"{DEADLINE_KEY} must be milliseconds above 0, got {value!r:.60}")
+    return float(value) / 1000
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, or nothing: every network
+        return False
+
+
+def _tls(certificate: Path | None, key_file: Path | None) -> ssl.SSLContext | None:
+    if certificate is None and key_file is None:
+        return None
+    if certificate is None or key_file is None:
+        raise ValueError("TLS needs both --certificate and --key-file, PEM files")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key_file)
+    except OSError as error:  # ssl.SSLError is one
+        raise ValueError(
+            f"no TLS by {certificate} and {key_file} ({error}): give PEM files that belong together"
+        ) from None
+    return context
