@@ -83,6 +83,9 @@ def make(
             )
         task = tasks[index]
     env, text = suites.make(task, views), task.instruction
-    parts = {**env.observation_space, "instruction": gym.spaces.Text(len(text), charset=frozenset(text))}
+    seen: Any = env.observation_space
+    parts = {**seen, "instruction": gym.spaces.Text(len(text), charset=frozenset(text))}
     space = gym.spaces.Dict(parts)
-    return gym.wrappers.TransformObservation(env, lambda seen: {**seen, "instruction": text}, space)
+    return gym.wrappers.TransformObservation(
+        env, lambda observation: {**observation, "instruction": text}, space
+    )
