@@ -272,7 +272,7 @@ class LossConfig(Checked):
 class OptimConfig(Checked):
     method: Literal["adamw", "muon"] = "adamw"
     """muon: for the linear layers inside the transformer, AdamW for the rest. A small model that starts from
-    nothing learns in half the steps (paper/LOG.md); published weights go on as they were trained, by AdamW."""
+    nothing learns in half the steps (paper/LOG.md); published weights go on with AdamW, as trained."""
     learning_rate: Amount = 5e-6
     min_learning_rate: Amount = 5e-6
     """Reached at the last step by a cosine; equal to learning_rate: constant."""
