@@ -45,3 +45,19 @@ for suite in $SUITES; do    # initial states 10 to 19 of each task: none of them
     worldvla collect "$suite" --out $OUT/held_out/"$suite" --episodes 1 --seed 9 --tasks 0 3
 done
 worldvla eval-world $OUT/model --demos $OUT/held_out --clips 8 --horizons 30 --shorter
+
+# The world model: data in which grasps slip and things are pushed, codes of eight dims, then both kinds of samples.
+for suite in $SUITES; do
+    worldvla collect "$suite" --out $OUT/world/"$suite" --kind world --episodes 75 --policy $OUT/model --seed 20
+    worldvla collect "$suite" --out $OUT/visited/"$suite" --policy $OUT/model --episodes 24 --seed 11 --label 5 --execute 3
+    worldvla collect "$suite" --out $OUT/expert/"$suite" --episodes 12 --seed 12 --label 5
+done
+[ -e $OUT/levels/report ] || worldvla train-tokenizer $OUT/world --levels --out $OUT/levels --steps 2500
+for suite in $SUITES; do
+    for kind in world visited expert; do
+        worldvla tokenize $OUT/$kind/"$suite" --tokenizer $OUT/levels --out $OUT/levels_${kind}_"$suite"
+    done
+done
+worldvla config tabletop_world > $OUT/tabletop_world.json
+[ -e $OUT/grown ] || python -m paper.grow --old $OUT/model --config-file $OUT/tabletop_world.json --demos $OUT/world --out $OUT/grown
+train tabletop_world $OUT/world_model

@@ -14,6 +14,7 @@ import textwrap
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -231,6 +232,7 @@ def train_tokenizer(
     *,
     out: Path,
     config: ImageTokenizerConfig,
+    levels: bool = False,
     minutes: float = 12.0,
     steps: int = 0,
     seed: int = 0,
@@ -241,6 +243,8 @@ def train_tokenizer(
 
     Args:
         out: Directory of the tokenizer.
+        levels: Codes for a model that predicts them level by level, and a decoder that copies what stands
+            still from a frame of the clip, in place of --config.
         minutes: Budget; steps, if given, replace it.
         steps: With a number of steps the result is a function of the seed, whatever the machine's speed.
         init_from: Directory of an image tokenizer of the same --config to go on from: its codes keep about
@@ -248,9 +252,11 @@ def train_tokenizer(
         learning_rate: At its highest; a fifth of it or less beside --init-from.
     """
     from worldvla.data.episode import demonstration_files
-    from worldvla.train.image_tokenizer import train_tokenizer
+    from worldvla.train.image_tokenizer import LEVELS, train_tokenizer
 
     training = TokenizerTraining(minutes=minutes, steps=steps, seed=seed, learning_rate=learning_rate)
+    if levels:
+        config, training = LEVELS, replace(training, nested=0.3, crop=32)
     train_tokenizer(demonstration_files(paths), config, out, training, init_from)
     say(f"image tokenizer: {out}   next: worldvla tokenize {paths[0]} --tokenizer {out} --out DIR")
 

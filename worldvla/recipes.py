@@ -97,6 +97,32 @@ def dagger(rounds: int) -> Config:
     )
 
 
+def tabletop_world() -> Config:
+    """`tabletop_dagger2` on the codes of a better image tokenizer (paper/grow.py), trained on as a world model
+    of clips, beside the policy. Needs the stores of `collect --kind world`."""
+    base = dagger(2)
+    names = [f"{kind}_{suite}" for kind in ("world", "visited", "expert") for suite in TABLETOP]
+    return replace(
+        base,
+        name="tabletop_world",
+        tokenizer="out/tabletop/levels",
+        layout=replace(base.layout, clip=3),
+        model=replace(base.model, code_levels=(8,) * 8, previous_code=True, dropout=0.0),
+        loss=replace(base.loss, image_weight=0.5, supervise="decoded"),
+        optim=OptimConfig(
+            method="muon", learning_rate=1.5e-3, min_learning_rate=2e-5, weight_decay=0.02, clip=1.0
+        ),
+        data=replace(
+            base.data,
+            stores=tuple(f"out/tabletop/levels_{name}" for name in names),
+            world_fraction=0.75,
+            corrupt=0.05,
+            sequence_length=400,
+        ),
+        train=replace(base.train, steps=1_800, batch_size=32, init_from="out/tabletop/grown"),
+    )
+
+
 def tabletop_pilot() -> Config:
     """The pilot of `tabletop` on one suite: at least 70 % on unseen initial states before a longer run."""
     base = tabletop()
@@ -235,6 +261,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop": tabletop,
     "tabletop_dagger1": partial(dagger, 1),
     "tabletop_dagger2": partial(dagger, 2),
+    "tabletop_world": tabletop_world,
     "tabletop_pilot": tabletop_pilot,
     "debug": debug,
     "libero_object_spatial_long": libero_object_spatial_long,
