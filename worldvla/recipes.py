@@ -98,8 +98,8 @@ def dagger(rounds: int) -> Config:
 
 
 def tabletop_world() -> Config:
-    """`tabletop_dagger2` on the codes of a better image tokenizer (paper/grow.py), trained on as a world model
-    of clips, beside the policy. Needs the stores of `collect --kind world`."""
+    """`tabletop_dagger2` on the codes of a better image tokenizer (paper/grow.py), trained on as a world
+    model of clips, beside the policy. Needs the stores of `collect --kind world`."""
     base = dagger(2)
     names = [f"{kind}_{suite}" for kind in ("world", "visited", "expert") for suite in TABLETOP]
     return replace(

@@ -64,8 +64,8 @@ keeps its codes, and is copied from a frame of the clip."""
 CONTRAST = 0.3
 """Difference to the background, of a range of 2, from which a pixel counts fully as foreground."""
 VIVID = 0.45, 0.5
-"""Difference between a pixel's channels, of a range of 2, from which its colour counts, and over which it comes
-to count fully. Without, a purple ball in the hand becomes teal: few pixels of a frame are coloured."""
+"""Difference between a pixel's channels, of a range of 2, from which its colour counts, and over which it
+comes to count fully. Without, a purple ball in the hand becomes teal: few pixels of a frame are coloured."""
 METRIC_STEPS = 50
 """Steps between rows of metrics.jsonl, after each of which the run may be saved."""
 SAVE_SECONDS = 60.0
