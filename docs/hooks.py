@@ -89,8 +89,7 @@ FILLED = {"results": results, "snippet": snippet, "commands": commands, "tree": 
 
 def on_files(files: Files, config: Any) -> Files:
     for name, page in PAPERS.items():
-        path = ROOT / "paper" / name
-        text = (path if path.exists() else ROOT / "docs" / name).read_text()
+        text = (ROOT / "paper" / name).read_text()
         files.append(File.generated(config, page, content=inside_site(text)))
     return files
 
