@@ -18,7 +18,7 @@ from tests.tiny_run import tiny_config, write_tiny
 from worldvla.batch import KIND_IMAGE, Batch
 from worldvla.config import Config, ImageTokenizerConfig
 from worldvla.data.store import code_type
-from worldvla.infer.model import load
+from worldvla.infer.model import export, load
 from worldvla.infer.world import World
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import previous_ids
@@ -175,6 +175,15 @@ def test_a_context_decoder_copies_what_it_may() -> None:
     assert tokenizer.decode(codes).unique().tolist() == [128]
     with pytest.raises(ValueError, match="three widths"):
         replace(shape, context_widths=(4, 4))
+
+
+def test_an_export_in_half_precision_loads_and_is_smaller(trained: Path, tmp_path: Path) -> None:
+    whole, small = export(trained, tmp_path / "whole"), export(trained, tmp_path / "small", half=True)
+    sizes = [(path / "image_tokenizer/model.safetensors").stat().st_size for path in (whole, small)]
+    assert sizes[1] < sizes[0]
+    rounded = load(small).image
+    assert rounded.ancestors == (load(whole).image.digest(),)
+    assert all(torch.equal(p, p.half().float()) for p in rounded.parameters())
 
 
 def test_levels_that_are_not_the_tokenizers_are_refused(trained: Path) -> None:

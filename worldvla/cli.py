@@ -472,11 +472,15 @@ def rank(
     say(f"rank correlation {spearman['value']} (95 % {spearman['interval_95']})   record: {out}/record.json")
 
 
-def export(checkpoint: Positional[Checkpoint], *, out: Path) -> None:
-    """Copy a checkpoint without its training state, weights in bfloat16: what is shipped and served."""
+def export(checkpoint: Positional[Checkpoint], *, out: Path, half: bool = False) -> None:
+    """Copy a checkpoint without its training state, weights in bfloat16: what is shipped and served.
+
+    Args:
+        half: Round the image tokenizer to half precision too, which changes a few codes.
+    """
     from worldvla.infer.model import export
 
-    say(f"model: {export(checkpoint, out)}   next: worldvla eval {out} --suite SUITE")
+    say(f"model: {export(checkpoint, out, half)}   next: worldvla eval {out} --suite SUITE")
 
 
 def convert(

@@ -182,9 +182,12 @@ def _base(path: Path, config: Config, manifest: Mapping[str, Any]) -> Path | Non
     )
 
 
-def export(source: Path, out_dir: Path) -> Path:
+def export(source: Path, out_dir: Path, half: bool = False) -> Path:
     """Copy what acting and imagining need, the transformer's weights in bfloat16, and write a model card for
-    the hub; atomic. About a sixth of a checkpoint's size. Low-rank updates are merged: it is a plain one."""
+    the hub; atomic. About a sixth of a checkpoint's size. Low-rank updates are merged: it is a plain one.
+
+    `half`: the image tokenizer is rounded to half precision too, which changes a few codes.
+    """
     model = load(source, dtype=torch.bfloat16)  # whole and consistent, or an error
     source = model.path
     with whole_folder(out_dir) as scratch:
@@ -192,11 +195,16 @@ def export(source: Path, out_dir: Path) -> Path:
         for name in (*FILES, "image_tokenizer/config.json", "image_tokenizer/model.safetensors"):
             shutil.copyfile(source / name, scratch / name)
         save_file(model.transformer.state_dict(), scratch / WEIGHTS)
+        manifest = dict(model.manifest)
+        if half:
+            rounded = model.image.round_to_half()
+            rounded.save(scratch / "image_tokenizer")
+            manifest["image_tokenizer"] = rounded.digest()
         if base := _base(source, model.config, model.manifest):
-            plain = {k: v for k, v in model.manifest.items() if not k.startswith("base")}
+            manifest = {k: v for k, v in manifest.items() if not k.startswith("base")}
             dtype = read_json(base / "manifest.json").get("dtype", "float32")
-            plain |= {"dtype": dtype, "merged_base": model.manifest["base"]}
-            write_json(scratch / "manifest.json", plain)
+            manifest |= {"dtype": dtype, "merged_base": model.manifest["base"]}
+        write_json(scratch / "manifest.json", manifest)
         write_text(scratch / "README.md", _card(model, weights_digest(scratch)))
     return out_dir
 

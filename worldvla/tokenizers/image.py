@@ -409,13 +409,26 @@ class ImageTokenizer(nn.Module):
         return self.quantize.vectors(torch.arange(self.num_codes, device=device)).detach()
 
     def save(self, directory: Path | str) -> None:
-        """Write config.json, model.safetensors and, if there are ancestors, ancestors.json, each whole."""
+        """Write config.json, model.safetensors and, if there are ancestors, ancestors.json, each whole.
+
+        Weights that half precision holds exactly are stored in it.
+        """
         directory = Path(directory)
         with whole_file(directory / "model.safetensors") as scratch:
-            save_file({name: value.contiguous() for name, value in self.state_dict().items()}, scratch)
+            tensors = {name: _narrow(value).contiguous() for name, value in self.state_dict().items()}
+            save_file(tensors, scratch)
         write_json(directory / "config.json", to_json(self.config), indent=2)
         if self.ancestors:
             write_json(directory / "ancestors.json", {"digests": self.ancestors})
+
+    @torch.no_grad()
+    def round_to_half(self) -> "ImageTokenizer":
+        """Round the weights to what half precision holds, so that files have half the size. A few codes
+        change: so does the digest, and the old one becomes an ancestor."""
+        self.ancestors = (self.digest(), *self.ancestors)
+        for parameter in self.parameters():
+            parameter.copy_(parameter.half().float())
+        return self
 
     @classmethod
     def load(cls, directory: Path | str) -> "ImageTokenizer":
@@ -447,6 +460,11 @@ class ImageTokenizer(nn.Module):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _narrow(value: Tensor) -> Tensor:
+    half = value.half()
+    return half if torch.equal(half.float(), value) else value
 
 
 def _ancestors(directory: Path) -> tuple[str, ...]:
