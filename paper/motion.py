@@ -4,8 +4,7 @@ A small network reads x, y, z of the executed action off two real frames, in uni
 frames it is then asked the same. Trained on demonstrations that are not among the clips.
 """
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,40 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldvla.data.episode import Episode
+from worldvla.eval.judge import Towers
 from worldvla.progress import progress_bar
 
 NUM_DIMS = 3
 """Leading action dims that are read: x, y, z."""
-STEPS, BATCH, RATE, WIDTH = 600, 64, 2e-3, 24
-
-
-class Towers(nn.Module):
-    """Pictures of every view, `channels` deep -> (B, num_out)."""
-
-    def __init__(self, views: Sequence[str], channels: int, num_out: int) -> None:
-        super().__init__()
-        self.views = list(views)
-        widths = [channels, WIDTH, 2 * WIDTH, 4 * WIDTH]
-        self.towers = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    layer
-                    for i, o in pairwise(widths)
-                    for layer in (nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())
-                ),
-                nn.AdaptiveAvgPool2d(4),
-                nn.Flatten(),
-            )
-            for _ in self.views
-        )
-        self.head = nn.Sequential(
-            nn.Linear(16 * widths[-1] * len(self.views), 128), nn.ReLU(), nn.Linear(128, num_out)
-        )
-
-    def forward(self, pictures: Mapping[str, Tensor]) -> Tensor:
-        """`pictures`: view -> float (B, channels, Y, X) in [-1, 1]."""
-        parts = [tower(pictures[v]) for v, tower in zip(self.views, self.towers, strict=True)]
-        return self.head(torch.cat(parts, 1))
+STEPS, BATCH, RATE = 600, 64, 2e-3
 
 
 class Inverse(nn.Module):
