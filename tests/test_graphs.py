@@ -119,7 +119,7 @@ def test_joined_and_compiled_blocks_change_no_action_and_no_model() -> None:
     query.weight.data.zero_()  # pyright: ignore
     attention = runner._steps.layers[0].attention  # pyright: ignore[reportAttributeAccessIssue]
     assert isinstance(attention, JoinedAttention)
-    assert not attention.joined[: query.out_features].any(), "weights that are loaded afterwards count"  # pyright: ignore
+    assert not attention.joined_FD[: query.out_features].any(), "weights that are loaded afterwards count"  # pyright: ignore
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")

@@ -74,7 +74,7 @@ def test_a_run_directory_means_its_newest_checkpoint(checkpoint: Path, model: Mo
     assert model.view_sizes == {"agentview": (6, 6), "wrist": (4, 4)}
     with pytest.raises(FileNotFoundError, match="ckpt/step_N"):
         load(checkpoint.parent)
-    with pytest.raises(FileNotFoundError, match="no directory"):
+    with pytest.raises(FileNotFoundError, match="no folder"):
         load(checkpoint / "none")
 
 

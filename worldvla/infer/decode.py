@@ -1,7 +1,7 @@
 """Prompts -> action codes or image codes: structure forced, scores taken over one modality only.
 
-Dims: B batch, T positions fed at once, S slots of the cache, G actions decoded in parallel, U actions of a
-chunk, A action dims, N open codes of a frame, V scores of one code.
+Dims: B batch, T positions fed at once, S slots of the cache, F fields of a slot, G actions decoded in
+parallel, U actions of a chunk, A action dims, N open codes of a frame, V scores of one code.
 
 The mask makes the U actions of a chunk independent given the prompt, and structure is never sampled, so their
 positions are known before any is decoded: block u token j stands at P + (A + 2)(u - 1) + j. All U are decoded
@@ -303,34 +303,39 @@ class _Stream:
         prompt = Batch.stack(prompts, pad).to(device)
         after = Batch.stack([tail] * len(prompts), pad).to(device)
         self.longest = prompt.ids_BT.shape[1]
+        self.is_causal = not tail.chunk.any() and min(len(p) for p in prompts) == self.longest
         self.room = runner.open(len(prompts), self.longest + len(tail))
         lengths_B1 = torch.tensor([[len(p)] for p in prompts], device=device)
         counting_T = torch.arange(self.room.cache.capacity, device=device)
-        self.positions_BS = lengths_B1 + counting_T - self.longest  # of the tail
+        positions_BS = lengths_B1 + counting_T - self.longest  # of the tail
         of_prompt = counting_T[: self.longest].expand_as(prompt.ids_BT)
-        self.positions_BS[:, : self.longest] = of_prompt.masked_fill(of_prompt >= lengths_B1, HIDDEN_POSITION)
+        positions_BS[:, : self.longest] = of_prompt.masked_fill(of_prompt >= lengths_B1, HIDDEN_POSITION)
         spare = self.room.cache.capacity - self.longest - len(tail)
         names = ("ids_BT", "row_BT", "col_BT", "chunk_BT")
         whole = [torch.cat((getattr(prompt, n), getattr(after, n)), 1) for n in names]
-        self.ids_BS, self.row_BS, self.col_BS, self.chunk_BS = (F.pad(t, (0, spare)) for t in whole)
-        self.previous = []
+        ids, row, col, chunk = (F.pad(t, (0, spare)) for t in whole)
+        previous = []
         if runner.model.previous_in is not None:  # those of the tail stand in the prompt
             if tail.row.any() and len({len(prompt) for prompt in prompts}) > 1:
                 raise ValueError("prompts of several lengths: give all worlds of a batch as many frames")
-            self.previous = [previous_ids(self.ids_BS, self.row_BS, self.col_BS)]
-        self.tail_BT = self.ids_BS[:, self.longest : self.longest + len(tail)]
+            previous = [previous_ids(ids, row, col)]
+        self.table_FBS = torch.stack((ids, row, col, positions_BS, *previous, chunk))
+        """The fields of every slot."""
+        self.tail_BT = self.table_FBS[0, :, self.longest : self.longest + len(tail)]
         """Ids of the tail: write decoded ones here."""
+        self.rows_B1 = torch.arange(len(prompts), device=device)[:, None]
 
     def feed(self, where: Tensor, keep: int) -> Tensor:
         """Feed the tail's tokens at `where`, (T,) or (B, T), the first time after the prompts; return hidden
         states (B, keep, D) of the last.
         """
-        slots_BT = (where + self.longest).expand(len(self.ids_BS), -1)
+        slots_BT = (where + self.longest).expand(len(self.rows_B1), -1)
         if self.room.is_empty:
             prompt_T = torch.arange(self.longest, device=where.device)
-            slots_BT = torch.cat((prompt_T.expand(len(self.ids_BS), -1), slots_BT), 1)
-        tables = (self.ids_BS, self.row_BS, self.col_BS, self.positions_BS, *self.previous, self.chunk_BS)
-        *fields, chunk_BT = (table.gather(1, slots_BT) for table in tables)
-        reach = self.room.reach(slots_BT)
-        keys = self.chunk_BS[:, :reach], fields[3], self.positions_BS[:, :reach]
-        return self.room.run(fields, dense_mask(chunk_BT, *keys), slots_BT, keep)
+            slots_BT = torch.cat((prompt_T.expand(len(slots_BT), -1), slots_BT), 1)
+        *fields, chunk_BT = self.table_FBS[:, self.rows_B1, slots_BT].unbind()
+        reach, mask = self.room.seek(slots_BT), None
+        if not (self.is_causal and self.room.in_turn and slots_BT.shape[1] == 1):
+            keys = self.table_FBS[:, :, :reach]
+            mask = dense_mask(chunk_BT, keys[-1], fields[3], keys[3])
+        return self.room.run(fields, mask, slots_BT, keep)

@@ -1,6 +1,6 @@
 """How many codes of a guessed frame one pass checks, and what guessing has brought."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,14 +53,6 @@ class Window:
     def update(self, gain: int) -> None:
         """Learn that the last pass gave `gain` codes."""
         self.gain += MEMORY * (gain - self.gain)
-
-
-def in_words(found: Mapping[str, Any]) -> str:
-    """Return a `summary` as one line."""
-    passes = ", ".join(f"{n:g}" for n in found["passes"])
-    right = [f"{100 * share:.0f}" for share in found["acceptance"] if share is not None]
-    guesses = f"; guesses right, %: {', '.join(right)}" if right else "; no guesses"
-    return f"passes a frame of {found['codes']} codes, by step: {passes}{guesses}"
 
 
 def summary(rollouts: Sequence[Sequence[FrameStats]], codes: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,27 +33,29 @@ class Room:
         self.model, self.cache = model, Cache(model.config, batch, capacity, model.embed.weight)
         self.is_empty = True
         """Whether the next pass is a query's first one."""
+        self.in_turn = False
+        """Whether the next pass writes to the last slots that it reads, the same of all rows."""
 
-    def reach(self, slots_BT: Tensor) -> int:
-        """Return how many slots a pass that writes `slots_BT` reads."""
-        return int(slots_BT.max()) + 1
+    def seek(self, slots_BT: Tensor) -> int:
+        """Let the next pass write to these slots; return how many slots it reads."""
+        slots, length = slots_BT.cpu().numpy(), slots_BT.shape[1]
+        first, reach = int(slots[0, 0]), int(slots.max()) + 1
+        self.in_turn = bool((slots == np.arange(first, first + length)).all())  # a slice is written faster
+        self.cache.place(slice(first, reach) if self.in_turn else slots_BT, reach)
+        return reach
 
     def length(self, num_tokens: int) -> int:
         """Return how many tokens a pass should have that needs `num_tokens`."""
         return num_tokens
 
-    def run(self, fields: list[Tensor], mask: Tensor, slots_BT: Tensor, keep: int) -> Tensor:
+    def run(self, fields: list[Tensor], mask: Tensor | None, slots_BT: Tensor, keep: int) -> Tensor:  # noqa: ARG002
         """Return hidden states (B, `keep`, D) of the last of T new positions; they last until the next pass.
 
         `fields`: ids, rows, columns, positions and, of models that read them, previous ids, (B, T) each;
-        `mask`: bool (B, 1, T, S) over the slots in reach.
+        `mask`: bool (B, 1, T, S) over the slots that are read, None where each position sees them all.
         """
         self.is_empty = False
-        slots, length = slots_BT.cpu().numpy(), slots_BT.shape[1]
-        first = int(slots[0, 0])
-        is_slice = bool((slots - first == range(length)).all())  # which is written faster
-        self.cache.place(slice(first, first + length) if is_slice else slots_BT, mask.shape[-1])
-        return self._launch(self.model, fields, None if bool(mask.all()) else mask, keep)
+        return self._launch(self.model, fields, mask, keep)
 
     def _launch(self, model: Transformer, fields: list[Tensor], mask: Tensor | None, keep: int) -> Tensor:
         batch, length = fields[0].shape
@@ -76,7 +79,8 @@ class FixedRoom(Room):
         self.steps, self.pool = steps, pool
         self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
 
-    def reach(self, slots_BT: Tensor) -> int:  # noqa: ARG002
+    def seek(self, slots_BT: Tensor) -> int:
+        self.cache.place(slots_BT, self.cache.capacity)
         return self.cache.capacity
 
     def length(self, num_tokens: int) -> int:
@@ -85,8 +89,8 @@ class FixedRoom(Room):
             return num_tokens
         return 1 << (num_tokens - 1).bit_length() if num_tokens <= 64 else -(-num_tokens // 64) * 64
 
-    def run(self, fields: list[Tensor], mask: Tensor, slots_BT: Tensor, keep: int) -> Tensor:
-        self.cache.place(slots_BT, self.cache.capacity)
+    def run(self, fields: list[Tensor], mask: Tensor | None, slots_BT: Tensor, keep: int) -> Tensor:
+        assert mask is not None, "what is not written must be hidden"
         if self.is_empty:  # prompts have too many lengths
             self.is_empty = False
             return self._launch(self.model, fields, mask, keep)
@@ -104,7 +108,7 @@ class FixedRoom(Room):
 
     def _step(self, inputs: list[Tensor]) -> Tensor:
         *fields, mask, slots_BT = inputs
-        self.cache.place(slots_BT, self.cache.capacity)
+        self.seek(slots_BT)
         return self._launch(self.steps, fields, mask, slots_BT.shape[1])
 
     def _record(self, inputs: list[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
@@ -167,28 +171,28 @@ class Runner:
         return sum(room.cache.num_bytes for room in self.rooms.values())
 
 
-class JoinedAttention(Attention):
-    """Attention whose q, k and v are one product."""
+class _Joined(nn.Module):
+    """A part of a block whose `layers` read the same input: one product in place of several."""
 
-    def __init__(self, part: Attention) -> None:
-        nn.Module.__init__(self)
+    def __init__(self, part: nn.Module, *layers: nn.Linear) -> None:
+        nn.Module.__init__(self)  # not the part's own, whose weights are there already
         self.__dict__.update(part.__dict__)
-        self.joined, self.sizes = _join(part.q, part.k, part.v)
+        self.sizes = [layer.out_features for layer in layers]
+        with torch.inference_mode(False):  # a model that decoded may be trained on
+            self.joined_FD = torch.cat([layer.weight.detach() for layer in layers])
+            for layer, view_FD in zip(layers, self.joined_FD.split(self.sizes), strict=True):
+                layer.weight.data = view_FD
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(x_BTD, self.joined).split(self.sizes, -1)
+        return F.linear(x_BTD, self.joined_FD).split(self.sizes, -1)
 
 
-class JoinedMLP(MLP):
-    """An MLP whose gate and up are one product."""
+class JoinedAttention(_Joined, Attention):
+    pass
 
-    def __init__(self, part: MLP) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(part.__dict__)
-        self.joined, self.sizes = _join(part.gate, part.up)
 
-    def project(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(x_BTD, self.joined).split(self.sizes, -1)
+class JoinedMLP(_Joined, MLP):
+    pass
 
 
 def compiled(model: Transformer, backend: str | Callable[..., Any] = "inductor") -> Transformer:
@@ -200,20 +204,12 @@ def compiled(model: Transformer, backend: str | Callable[..., Any] = "inductor")
     twin = copy.deepcopy(model, {id(part): part for part in shared})
     for block in twin.layers:
         assert isinstance(block, Block)
-        if all(type(layer) is nn.Linear for layer in (block.attention.q, block.mlp.gate)):
-            block.attention, block.mlp = JoinedAttention(block.attention), JoinedMLP(block.mlp)
+        attention, mlp = block.attention, block.mlp
+        if type(attention.q) is type(mlp.gate) is nn.Linear:
+            block.attention = JoinedAttention(attention, attention.q, attention.k, attention.v)
+            block.mlp = JoinedMLP(mlp, mlp.gate, mlp.up)
         block.compile(backend=backend, dynamic=True)
     return twin
-
-
-def _join(*layers: nn.Linear) -> tuple[Tensor, list[int]]:
-    """Lay weights that read the same input in one piece of memory; return it and their sizes."""
-    sizes = [layer.out_features for layer in layers]
-    with torch.inference_mode(False):  # a model that decoded may be trained on
-        joined_FD = torch.cat([layer.weight.detach() for layer in layers])
-        for layer, view in zip(layers, joined_FD.split(sizes), strict=True):
-            layer.weight.data = view
-    return joined_FD, sizes
 
 
 def _addresses(model: Transformer) -> list[tuple[int, torch.dtype]]:
