@@ -30,7 +30,7 @@ from worldvla.infer.model import Model, load
 from worldvla.infer.policy import Policy
 from worldvla.serve.protocol import MAX_BYTES, pack, unpack
 
-NUM_OBSERVATIONS = 64
+NUM_OBSERVATIONS = 16
 PING = b"\x89\xfd" + bytes(4 + 125)  # masked by zeros
 OPTIONS: dict[str, Any] = {"compression": None, "max_size": MAX_BYTES, "proxy": None}
 

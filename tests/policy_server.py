@@ -20,7 +20,8 @@ from worldvla.serve.server import Limits, Served, serve
 
 def act(observations: Sequence[dict[str, Any]], settings: dict[str, Any]) -> np.ndarray:
     """Move right by 0.2; the first action's other dims are the first pixels of the frames it was shown."""
-    return np.stack([_act(observation, settings) for observation in observations])
+    wanted = [o for o in observations if o["instruction"] != "lose"]
+    return np.stack([np.zeros((5, 7)), *(_act(o, settings) for o in wanted)])[1:]
 
 
 def _act(observation: dict[str, Any], settings: dict[str, Any]) -> np.ndarray:

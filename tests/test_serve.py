@@ -111,6 +111,7 @@ def test_the_server_speaks_first_and_answers_both_vocabularies(right: str) -> No
         (b"\xc1", "not a msgpack message"),
         ("hello", "binary msgpack frame"),
         (request(prompt="raise"), "RuntimeError: the policy fell off"),
+        (request(prompt="lose"), "RuntimeError: 0 answers to 1 requests"),
     ],
     ids=repr,
 )

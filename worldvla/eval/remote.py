@@ -1,9 +1,8 @@
 """A policy behind openpi's websocket protocol as an actor: `worldvla eval websocket://HOST:PORT`.
 
 One connection, one request an environment. Requests hold openpi's LIBERO keys (pictures uint8, state float32
-(8,), prompt) and three that plain servers ignore: `session_id`, the episode; `reset`, True at its first step;
-and where the server's metadata name a `history` above 1, `previous`, the pictures of the steps just before.
-No torch here.
+(8,), prompt), and where the server's metadata name a `history` above 1, `previous`, the pictures of the steps
+just before. No torch here.
 """
 
 import contextlib
@@ -158,8 +157,6 @@ class RemoteActor(Actor):
             **self._pictures(observation),
             STATE_KEY: np.asarray(observation["state"], dtype=np.float32),
             PROMPT_KEY: observation["instruction"],
-            "session_id": f"{query.task.suite}/{query.task.index}/{query.init}",
-            "reset": query.step == 0,
         }
         if self.history > 1:
             message["previous"] = [self._pictures(frame) for frame in observation["previous"]]

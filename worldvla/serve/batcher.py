@@ -154,7 +154,10 @@ class Batcher:
     def _compute(self, observations: Sequence[Observation]) -> list[np.ndarray | Exception]:
         """Return each one's actions, or what went wrong: what breaks a batch is asked again one by one."""
         try:
-            return list(self.act(observations))
+            answers = list(self.act(observations))
+            if len(answers) != len(observations):
+                raise RuntimeError(f"{len(answers)} answers to {len(observations)} requests")
+            return answers
         except Exception as error:  # goes to its client
             if len(observations) == 1:
                 return [error]

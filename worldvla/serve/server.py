@@ -69,7 +69,7 @@ class Served:
     """Observations, as `Policy.act` takes them, -> actions (B, K, 7)."""
     views: Mapping[str, tuple[int, int]]
     """View -> (rows, columns) in pixels that it reads."""
-    check: Callable[[Observation], Any] = id
+    check: Callable[[Observation], None] | None = None
     """Raises ValueError for an observation that `act` would refuse; in another thread than `act`."""
     num_state_dims: int = 8
     """0: it reads no state."""
@@ -171,7 +171,7 @@ async def serve(
     limits = limits or Limits()
     serving = _Serving(served, api_key, limits)
     stop = asyncio.Event()
-    tasks = [asyncio.create_task(serving.batcher.run()), asyncio.create_task(serving.watch())]
+    tasks = [asyncio.create_task(work) for work in (serving.batcher.run(), serving.watch(), stop.wait())]
     try:
         async with listen(
             serving.converse,
@@ -189,8 +189,10 @@ async def serve(
             if threading.current_thread() is threading.main_thread():
                 asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
             on_start(f"{host}:{server.sockets[0].getsockname()[1]}")
-            await stop.wait()
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             await serving.stop(server)
+            for task in done:
+                task.result()  # none but that of `stop` ends, unless it broke
     finally:
         for task in tasks:
             task.cancel()
@@ -380,7 +382,8 @@ def read_request(data: bytes | str, served: Served) -> tuple[Observation, float]
         observation["state"] = _state(message, served.num_state_dims)
     if served.history > 1:
         observation["previous"] = _previous(message, served)
-    served.check(observation)
+    if served.check is not None:
+        served.check(observation)
     return observation, _patience_s(message)
 
 
