@@ -261,6 +261,37 @@ def train_tokenizer(
     say(f"image tokenizer: {out}   next: worldvla tokenize {paths[0]} --tokenizer {out} --out DIR")
 
 
+def train_reader(
+    paths: Positional[Demos],
+    *,
+    tokenizer: Path,
+    out: Path,
+    frames: int = 15_000,
+    steps: int = 2_000,
+    seed: int = 0,
+) -> None:
+    """Train the reader of frames by which eval-world says where the imagined hand is; minutes on one core.
+
+    Args:
+        tokenizer: Directory of the image tokenizer: half of the frames are seen through it.
+        out: File of its weights, reader.safetensors beside a checkpoint say; its errors stand beside it.
+        frames: Frames to train on and to hold out, about.
+    """
+    from worldvla.data.episode import demonstration_files
+    from worldvla.eval.reader import train_reader
+    from worldvla.tokenizers.image import ImageTokenizer
+
+    files, image = demonstration_files(paths), ImageTokenizer.load(tokenizer)
+    errors = train_reader(files, image, out, frames=frames, steps=steps, seed=seed)
+    for kind, name in {"real": "real frames", "shown": "through the tokenizer"}.items():
+        e = errors[kind]
+        say(
+            f"{name}: hand {e['hand_median_cm']:.2f} cm (90th percentile {e['hand_p90_cm']:.2f}), opening "
+            f"{e['opening_median_mm']:.1f} mm, holding read rightly in {e['holds_right']:.1%}"
+        )
+    say(f"reader: {out}   next: worldvla eval-world CHECKPOINT --demos DIR --reader {out}")
+
+
 def tokenize(
     paths: Positional[Demos],
     *,
@@ -390,9 +421,10 @@ def eval_world(
     shorter: bool = False,
     seed: int = 0,
     temperature: float = 0.0,
+    reader: Path | None = None,
     device: str = "cpu",
 ) -> None:
-    """Let a checkpoint imagine held-out clips: PSNR and SSIM by step, beside copy and ceiling.
+    """Let a checkpoint imagine held-out clips: PSNR and the hand's error by step, beside copy and ceiling.
 
     Args:
         demos: HDF5 files with first frames, actions and the truth, or directories of them; not trained on.
@@ -400,6 +432,7 @@ def eval_world(
         horizons: Steps of a clip; several: one set of clips each. The paper: 10 50.
         shorter: One clip an episode, from its first frame, of at most that many steps.
         temperature: 0 takes the likeliest codes; more draws them.
+        reader: What reads the hand off frames. Default: reader.safetensors beside the checkpoint, if there.
     """
     from worldvla.data.episode import demonstration_files
     from worldvla.eval.page import write_page
@@ -414,6 +447,7 @@ def eval_world(
         shorter=shorter,
         seed=seed,
         temperature=temperature,
+        reader=reader,
         device=device,
     )
     page = write_page(out / "index.html", f"What {record['checkpoint']['name']} imagines", worlds=[out])
@@ -421,6 +455,11 @@ def eval_world(
         for view, kinds in section["views"].items():
             last = ", ".join(f"{kind} {scores['psnr'][-1]:.1f}" for kind, scores in kinds.items())
             say(f"{view}, PSNR at step {section['steps'][-1]}: {last} dB")
+        if "hand" in section:
+            last = ", ".join(
+                f"{kind} {error['median_cm'][-1]:.1f}" for kind, error in section["hand"].items()
+            )
+            say(f"the hand's error at step {section['steps'][-1]}, median: {last} cm")
     say(f"imagined videos: {page}")
 
 
@@ -661,6 +700,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "replay": replay,
     "regenerate": regenerate,
     "train-tokenizer": train_tokenizer,
+    "train-reader": train_reader,
     "tokenize": tokenize,
     "train": train,
     "eval": evaluate,

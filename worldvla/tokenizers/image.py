@@ -403,6 +403,12 @@ class ImageTokenizer(nn.Module):
             pixels = None if context is None else to_pixels(context)
             return to_images(self.pixels(rearrange(vectors, "b r q e -> b e r q"), pixels))
 
+    def reconstruct(self, images: np.ndarray) -> np.ndarray:
+        """Return frames of one clip, uint8 (B, Y, X, 3), after encoding and decoding; the first is the context
+        of all."""
+        frames = torch.from_numpy(np.ascontiguousarray(images)).to(self.quant_conv.weight.device)
+        return self.decode(self.encode(frames), frames[:1].expand_as(frames)).cpu().numpy()
+
     def codebook(self) -> Float[Tensor, "num_codes E"]:
         """Return the vector of every code, detached."""
         device = self.quant_conv.weight.device
