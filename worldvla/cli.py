@@ -23,6 +23,7 @@ import tyro
 from tyro.conf import Positional
 
 from worldvla.config import Config, ImageTokenizerConfig, TokenizerTraining, to_json
+from worldvla.files import one_line, only_writer
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 Demos = Annotated[tuple[Path, ...], tyro.conf.arg(help="HDF5 files, or directories of them.")]
@@ -257,7 +258,8 @@ def train_tokenizer(
     training = TokenizerTraining(minutes=minutes, steps=steps, seed=seed, learning_rate=learning_rate)
     if levels:
         config, training = LEVELS, replace(training, nested=0.3, crop=32)
-    train_tokenizer(demonstration_files(paths), config, out, training, init_from)
+    with only_writer(out):
+        train_tokenizer(demonstration_files(paths), config, out, training, init_from)
     say(f"image tokenizer: {out}   next: worldvla tokenize {paths[0]} --tokenizer {out} --out DIR")
 
 
@@ -299,8 +301,9 @@ def tokenize(
     out: Path,
     regenerate: tuple[str, ...] = (),
     workers: Workers = 0,
+    skip_bad: bool = False,
 ) -> None:
-    """Encode every frame once into a TokenStore.
+    """Encode every frame once into a TokenStore. All files are checked before anything is encoded.
 
     Args:
         paths: HDF5 files, or directories of them. `worldvla replay` says whether pictures are upright; here
@@ -309,6 +312,8 @@ def tokenize(
         out: Directory of the store.
         regenerate: Cameras as NAME=ROWSxCOLUMNS: first execute and render the demonstrations again at these
             sizes, into OUT.demos (see `worldvla regenerate`).
+        skip_bad: Go on without demonstrations that are damaged, have no steps or no actions of LIBERO's
+            controller; the store's manifest names them.
     """
     from worldvla.data.episode import demonstration_files
     from worldvla.data.tokenize import tokenize
@@ -318,7 +323,9 @@ def tokenize(
         demos = out.with_name(out.name + ".demos")
         VERBS["regenerate"](paths, out=demos, views=regenerate, workers=workers)
         paths = (demos,)
-    store = tokenize(demonstration_files(paths), ImageTokenizer.load(tokenizer), out)
+    store = tokenize(demonstration_files(paths), ImageTokenizer.load(tokenizer), out, skip_bad=skip_bad)
+    if skipped := store.manifest["source"].get("skipped"):
+        say(f"left out: {skipped['count']} with faults, named in {out}/manifest.json")
     kept = (f"{share:.0%} of the codes of {view}" for view, share in store.manifest.get("kept", {}).items())
     say(f"the next frame keeps {', '.join(kept)}")
     say(f"tokens: {out}   next: worldvla train RECIPE --data.stores {out}")
@@ -782,5 +789,5 @@ def main(args: Sequence[str] | None = None) -> int:
         message, code = f"{str(error).splitlines()[0]}: {fix}", EXIT_BAD_INPUT
     if show_traceback:
         traceback.print_exc()
-    print(f"worldvla {words[0]}: " + " ".join(message.split()), file=sys.stderr)
+    print(one_line(f"worldvla {words[0]}: {message}", 2000), file=sys.stderr)
     return code

@@ -25,12 +25,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from worldvla.config import ImageTokenizerConfig, TokenizerTraining, to_json
 from worldvla.data.episode import read_episodes
-from worldvla.files import read_json, whole_file, whole_folder, write_json, write_text
+from worldvla.files import (
+    load_tensors,
+    read_json,
+    save_tensors,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_images, to_pixels
 
@@ -331,8 +338,8 @@ class TokenizerTrainer:
             tensors |= {f"{key}.{name}": v for key, v in self.optimizer.state[parameter].items()}
         progress = {**self.identity, "step": self.num_steps, "seconds": self.seconds}
         with whole_folder(self.out_dir / "training") as scratch:
-            packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(packed | {"generator": self.generator.get_state()}, scratch / "state.safetensors")
+            packed = tensors | {"generator": self.generator.get_state()}
+            save_tensors(scratch / "state.safetensors", packed)
             write_json(scratch / "state.json", progress)
 
     def _resume(self) -> bool:
@@ -340,7 +347,7 @@ class TokenizerTrainer:
         path = self.out_dir / "training"
         if not (path / "state.json").is_file():
             return False
-        state, tensors = read_json(path / "state.json"), load_file(path / "state.safetensors")
+        state, tensors = read_json(path / "state.json"), load_tensors(path / "state.safetensors")
         self._refuse_other(state)
         self.num_steps, self.seconds = state["step"], state["seconds"]
         self.generator.set_state(tensors["generator"])
