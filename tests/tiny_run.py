@@ -119,6 +119,7 @@ def joined(parts: list[Batch], pad: int) -> Batch:
                     for p in parts
                 ]
             )
-            for name in vars(parts[0])
+            for name, tensor in vars(parts[0]).items()
+            if tensor is not None
         }
     )

@@ -197,7 +197,7 @@ class Trainer:
             return batch
         generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + index)
         levels, share = self.config.model.code_levels, self.config.data.corrupt
-        return replace(batch, read_BT=corrupted(batch, self.pieces.vocab, levels, share, generator))
+        return replace(batch, wrong_BT=corrupted(batch, self.pieces.vocab, levels, share, generator))
 
     @contextmanager
     def _prefetch(self) -> Iterator[Callable[[int], list[Batch]]]:
