@@ -10,10 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from worldvla.config import Config, LayoutConfig, from_json, to_json
-from worldvla.files import read_json, save_tensors, whole_folder, write_digests, write_json
+from worldvla.files import read_json, whole_folder, write_json
 from worldvla.model.lora import refuse_updates
 from worldvla.model.weights import INDEX, find_checkpoint, header, read_tensor
 from worldvla.published.hub import locate
@@ -101,10 +103,9 @@ def convert(
         write_json(scratch / FACTS, way_back)
         text.save(scratch / "text.json")
         image.save(scratch / "image_tokenizer")
-        save_tensors(scratch / "model.safetensors", dict(released.tensors()))
+        _save(dict(released.tensors()), scratch / "model.safetensors")
         if aside:
-            save_tensors(scratch / ASIDE, aside)
-        write_digests(scratch)
+            _save(aside, scratch / ASIDE)
     return [*lines, *_remarks(released, image, facts)]
 
 
@@ -139,7 +140,7 @@ def convert_back(source: Path, out_dir: Path, like: Path | None = None) -> None:
             tensors: dict[str, Tensor] = dict(published_tensors(mine, facts["norm_rows"], facts["dtypes"]))
             tensors |= {k: read_tensor(template / ASIDE, k) for k in keys if k not in ours}
             total += sum(t.nbytes for t in tensors.values())
-            save_tensors(scratch / shard, tensors)
+            _save(tensors, scratch / shard)
         write_json(scratch / "config.json", facts["config"])
         if len(shards) > 1:
             write_json(scratch / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
@@ -213,3 +214,10 @@ def _refuse(out_dir: Path, mark: str = "") -> None:
     """Raise ValueError if `out_dir` holds anything but a result of ours, which has the file `mark`."""
     if out_dir.exists() and not (out_dir / mark).is_file() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} exists and holds something else: choose another --out, or remove it")
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}; free some space, then repeat the command") from None
