@@ -194,7 +194,8 @@ def without_cache(case: Case) -> np.ndarray:
     """Return codes (K, A) of a loop that runs the whole sequence again for each token."""
     tail, blocks_UA = case.builder.policy_tail(), case.builder.action_block_positions(0)
     parts = [Batch.stack([sample], case.vocab.pad) for sample in (case.prompt, tail)]
-    whole = Batch(**{n: torch.cat([getattr(p, n) for p in parts], 1) for n in vars(parts[0])})
+    names = [name for name, tensor in vars(parts[0]).items() if tensor is not None]
+    whole = Batch(**{n: torch.cat([getattr(p, n) for p in parts], 1) for n in names})
     whole = whole.to(case.model.head.weight.device)
     start, span = len(case.prompt), case.vocab.action
     for block in blocks_UA:
@@ -283,7 +284,7 @@ def kept_instruction(case: Case) -> dict[str, float]:
     def prefill(first: int) -> None:
         cache.place(slice(first, length), length)
         fields = (t[:, first:] for t in (batch.row_BT, batch.col_BT, where))
-        model(batch.ids_BT[:, first:], mask[:, :, first:], *fields, cache.layers)
+        model(batch.ids_BT[:, first:], mask[:, :, first:], *fields, cache=cache.layers)
 
     both = [[timed(partial(prefill, first), 0, 1)[0] for first in (0, start)] for _ in range(21)][1:]
     ratio = statistics.median(kept / whole for whole, kept in both)

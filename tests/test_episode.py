@@ -51,7 +51,7 @@ def _foreign(path: Path, episode: Episode, *, made_by: str) -> None:
         assert isinstance(data, h5py.Group)
         demo = data["demo_0"]
         assert isinstance(demo, h5py.Group)
-        for name in ("init", "seed", "suite", "task", "instruction"):
+        for name in ("init", "seed", "suite", "task", "instruction", "sha256"):
             del demo.attrs[name]
         del demo["is_expert"]
         demo["obs/joint_states"] = np.zeros((len(episode), 7))
@@ -143,6 +143,8 @@ def _truncate(path: Path) -> None:
 def _change(name: str, value: np.ndarray | None):
     def edit(path: Path) -> None:
         with h5py.File(path, "r+") as file:
+            for demo in file["data"].values() if name.count("/") > 1 else ():  # as files without digests
+                del demo.attrs["sha256"]
             del file[name]
             if value is not None:
                 file[name] = value
@@ -155,6 +157,31 @@ def _retell(path: Path) -> None:
         file["data"].attrs["problem_info"] = "{"
 
 
+def _elsewhere(path: Path) -> None:
+    write_episodes(path.with_name("other.hdf5"), [_episode()], {})
+    _change("data/demo_0/actions", None)(path)
+    with h5py.File(path, "r+") as file:
+        file["data/demo_0/actions"] = h5py.ExternalLink("other.hdf5", "data/demo_0/actions")
+
+
+def _outside(path: Path) -> None:
+    _change("data/demo_0/actions", None)(path)
+    with h5py.File(path, "r+") as file:
+        file.create_dataset("data/demo_0/actions", (5, 7), "f8", external=[(path.name, 0, 280)])
+
+
+def _huge(path: Path) -> None:
+    _change("data/demo_0/obs/agentview_rgb", None)(path)
+    shape, chunks = (14, 150_000, 150_000, 3), (1, 100, 100, 3)
+    with h5py.File(path, "r+") as file:
+        file.create_dataset("data/demo_0/obs/agentview_rgb", shape, "u1", chunks=chunks)
+
+
+def _flip(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file["data/demo_0/actions"][3, 1] += 1e-3  # pyright: ignore[reportIndexIssue, reportOperatorIssue]
+
+
 NAN = np.zeros((5, 7))
 NAN[3, 2] = np.nan
 
@@ -162,19 +189,23 @@ NAN[3, 2] = np.nan
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (_truncate, "truncated or no HDF5"),
-        (lambda path: path.write_text("hello"), "truncated or no HDF5"),
+        (_truncate, "no HDF5 file; is it truncated"),
+        (lambda path: path.write_text("hello"), "no HDF5 file; is it truncated"),
         (_change("data", None), "no group 'data', only"),
         (_change("data", np.zeros(3)), "no group 'data', only"),
         (_change("data/demo_0", None), "holds no demonstrations"),
-        (_change("data/demo_0/actions", None), r"demo_0: missing \['actions'\]"),
-        (_change("data/demo_0/obs", None), "demo_0: missing .*obs/ee_pos"),
+        (_change("data/demo_0/actions", None), r"demo_0 is damaged.*missing \['actions'\]"),
+        (_change("data/demo_0/obs", None), "demo_0 is damaged.*missing .*obs/ee_pos"),
         (
             _change("data/demo_0/actions", np.zeros((5, 6))),
             "actions must be float32 5 x 7, got float32 5 x 6",
         ),
         (_change("data/demo_0/actions", np.zeros((4, 7))), "different lengths.*'actions': 4, 'states': 5"),
         (_change("data/demo_0/actions", NAN), "actions is not finite at step 3"),
+        (_elsewhere, "actions is a link to another file"),
+        (_outside, "actions is no dataset of this file"),
+        (_huge, r"\(14, 150000, 150000, 3\) takes 945 GB, 0 bytes are stored"),
+        (_flip, r"demo_0 is damaged.*actions not as they were written \(SHA-256\)"),
         (
             _change("data/demo_0/obs/agentview_rgb", np.zeros((5, 8, 6, 3))),
             "uint8 5 x any x any x 3, got float64",
@@ -184,8 +215,8 @@ NAN[3, 2] = np.nan
             _change("data/demo_0/obs/ee_pos", np.zeros((5, 4))),
             "states must be float32 5 x 8, got float32 5 x 9",
         ),
-        (_change("data/demo_0/is_expert", np.zeros(4, np.bool_)), "is_expert must be bool 5, got bool 4"),
-        (_retell, "problem_info of data is no JSON"),
+        (_change("data/demo_0/is_expert", np.zeros(4, np.bool_)), "different lengths.*.is_expert.: 4"),
+        (_retell, "problem_info of data is damaged or no JSON"),
     ],
 )
 def test_bad_files_give_one_clear_line(tmp_path, break_it, message):

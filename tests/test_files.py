@@ -4,12 +4,24 @@ Run: pytest tests/test_files.py
 """
 
 import shutil
+import subprocess
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from worldvla.files import check_shapes, read_json, whole_file, whole_folder, write_json
+from worldvla.files import (
+    check_digests,
+    check_shapes,
+    only_writer,
+    read_json,
+    reading,
+    whole_file,
+    whole_folder,
+    write_digests,
+    write_json,
+)
 from worldvla.machine import commit
 
 
@@ -52,6 +64,70 @@ def test_a_folder_replaces_the_old_one_and_what_a_kill_left(tmp_path: Path) -> N
             (scratch / name).touch()
     assert names(tmp_path / "store") == {"b"}
     assert names(tmp_path) == {"store", neighbour.name}
+
+
+def test_a_killed_replacement_brings_the_old_folder_back(tmp_path: Path) -> None:
+    (tmp_path / ".store.0123abcd.old.tmp").mkdir()
+    (tmp_path / ".store.0123abcd.old.tmp/a").touch()
+    (tmp_path / ".store.0123abcd.tmp").mkdir()
+    with pytest.raises(OSError, match="full"):
+        fail(whole_folder(tmp_path / "store"))
+    assert names(tmp_path) == {"store"}
+    assert names(tmp_path / "store") == {"a"}
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from worldvla.files import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_writer_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "ckpt").mkdir(parents=True)
+    (folder / "ckpt/.step_4.0123abcd.tmp").touch()
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match=rf"is being written by process {holder.pid} on .* since "):
+            fail(whole_folder(folder))
+        holder.kill()
+    with only_writer(folder), whole_folder(folder / "ckpt/step_4"):
+        assert names(folder / "ckpt") >= {".step_4.lock"}
+    assert names(tmp_path) == {"run"}
+    assert names(folder / "ckpt") == {"step_4"}
+
+
+def test_digests_name_what_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("manifest.json", "a.json", "image/b.json"):
+        write_json(tmp_path / name, {"n": 1})
+    check_digests(tmp_path)
+    assert "before digests" in caplog.text
+    write_digests(tmp_path)
+    write_digests(tmp_path)
+    check_digests(tmp_path)
+    manifest = read_json(tmp_path / "manifest.json")
+    write_json(tmp_path / "image/b.json", {"n": 2})
+    check_digests(tmp_path, ["a.json"])
+    with pytest.raises(ValueError, match=r"image/b\.json is not as it was written"):
+        check_digests(tmp_path)
+    write_json(tmp_path / "manifest.json", manifest | {"n": 2})
+    with pytest.raises(ValueError, match=r"manifest\.json is not as it was written"):
+        check_digests(tmp_path, [])
+
+
+def test_errors_are_one_readable_line(tmp_path: Path) -> None:
+    def read() -> None:
+        with reading(tmp_path / "a", "list"):
+            raise RuntimeError("first\n" + "x" * 1_000_000)
+
+    with pytest.raises(ValueError, match=r"a is damaged or no list .first x+ ... x+.: restore") as caught:
+        read()
+    assert len(str(caught.value)) < 700
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])

@@ -99,6 +99,7 @@ def same(a: Sequence[Batch], b: Sequence[Batch]) -> bool:
         np.array_equal(getattr(x, n), getattr(y, n), equal_nan=True)
         for x, y in zip(a, b, strict=True)
         for n in vars(x)
+        if getattr(x, n) is not None
     )
 
 
@@ -122,7 +123,7 @@ def test_longer_samples_are_cut_where_that_is_asked_for(stores: list[TokenStore]
     cut = make(stores, replace(data, truncate=True)).batch(0)
     assert max(part.ids_BT.shape[1] for part in whole) == longest
     for part, got in zip(whole, cut, strict=True):
-        assert same([Batch(**{n: tensor[:, : longest - 5] for n, tensor in vars(part).items()})], [got])
+        assert same([part.map(lambda tensor: tensor[:, : longest - 5])], [got])
 
 
 def test_instructions_can_begin_with_the_scene(tmp_path: Path):

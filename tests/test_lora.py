@@ -16,6 +16,7 @@ from tiny_run import tiny_config, write_tiny
 
 from worldvla.batch import Batch
 from worldvla.config import Config, HeadConfig, LoraConfig
+from worldvla.files import write_digests
 from worldvla.infer.model import export, load
 from worldvla.model.transformer import Transformer
 from worldvla.published.convert import convert_back
@@ -126,6 +127,7 @@ def test_updates_belong_to_one_base(root: Path, tmp_path: Path) -> None:
         convert_back(path, tmp_path / "back", like=root / "first")
     weights = {k: v + 1 for k, v in load_file(tmp_path / "base/model.safetensors").items()}
     save_file(weights, tmp_path / "base/model.safetensors")
+    write_digests(tmp_path / "base")
     with pytest.raises(ValueError, match="restore that checkpoint"):
         load(path)
     with pytest.raises(ValueError, match=r"cannot resume .* its base is"):
@@ -154,6 +156,7 @@ def test_a_base_is_where_it_was_seen_from_the_checkpoint(
         load(path)
     manifest = json.loads((path / "manifest.json").read_text()) | {"base_path": "../../../../elsewhere"}
     (path / "manifest.json").write_text(json.dumps(manifest))
+    write_digests(path)
     exported = load(export(path, tmp_path / "plain"))
     assert not {"base", "base_path"} & exported.manifest.keys()
 

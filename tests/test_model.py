@@ -103,7 +103,7 @@ def test_cached_decoding_equals_the_whole_pass() -> None:
     for start, stop in ((0, 7), (7, 8), (8, 12)):
         part, positions = slice(start, stop), torch.arange(start, stop)[None]
         mask = causal(ids_BT)[:1, :, part, :stop]
-        parts.append(model(ids_BT[:, part], mask, row_BT[:, part], row_BT[:, part], positions, cache))
+        parts.append(model(ids_BT[:, part], mask, row_BT[:, part], row_BT[:, part], positions, cache=cache))
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
 
 

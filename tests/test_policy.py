@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_run import tiny_config, write_tiny
 
 import worldvla
+from worldvla.files import load_tensors, write_digests
 from worldvla.infer.model import Model, export, load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
@@ -269,6 +271,9 @@ def test_a_foreign_piece_is_refused(checkpoint: Path, tmp_path: Path, name: str)
         data["model"]["merges"] = data["model"]["merges"][:-1]
         data["model"]["vocab"].popitem()
     (copy / f"{name}.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=f"{name}.json is not as it was written"):
+        load(copy)
+    write_digests(copy)
     with pytest.raises(ValueError, match=f"{name} has digest"):
         load(copy)
 
@@ -277,8 +282,15 @@ def test_damaged_checkpoints_are_one_line(checkpoint: Path, tmp_path: Path) -> N
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     weights = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(ValueError, match="truncated or damaged"):
+    with pytest.raises(ValueError, match=r"model.safetensors is not as it was written \(SHA-256"):
         load(copy)
+    write_digests(copy)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or no safetensors file"):
+        load(copy)
+    tensors = load_file(checkpoint / "model.safetensors") | {"head.weight": torch.tensor([np.nan])}
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(ValueError, match=r"head\.weight holds numbers that are not finite"):
+        load_tensors(copy / "model.safetensors")
     (copy / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest.json is damaged"):
         load(copy)
@@ -290,6 +302,7 @@ def test_damaged_checkpoints_are_one_line(checkpoint: Path, tmp_path: Path) -> N
 def test_an_exported_model_is_smaller_and_acts_alike(checkpoint: Path, model: Model, tmp_path: Path) -> None:
     exported = load(export(checkpoint, tmp_path / "shipped"))
     assert not (exported.path / "trainer.safetensors").exists()
+    assert len({f.stat().st_mode for f in exported.path.rglob("*") if f.is_file()}) == 1, "the umask's"
     card = (exported.path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: worldvla\n")
     assert f"weights {exported.identity()['digest']}, image tokenizer {model.image.digest()}" in card

@@ -212,8 +212,8 @@ def test_no_package_index_is_hard_wired():
 
 
 def test_console_script_exists():
-    from worldvla.cli import main
+    from worldvla.__main__ import main
 
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"worldvla": "worldvla.cli:main"}
+    assert scripts == {"worldvla": "worldvla.__main__:main"}
     assert callable(main)

@@ -18,6 +18,7 @@ from worldvla.config import ImageTokenizerConfig
 from worldvla.data.episode import Episode, demonstration_files, write_episodes
 from worldvla.data.store import TokenStore, write_store
 from worldvla.data.tokenize import tokenize
+from worldvla.files import read_json, write_digests, write_json
 from worldvla.tokenizers.image import ImageTokenizer
 
 EPISODES = [random_episode(seed, length=5 + seed) for seed in range(4)]
@@ -133,6 +134,7 @@ def test_damage_is_one_line(store: Path, name: str, damage: str):
 
 def test_arrays_must_match_the_manifest(store: Path):
     np.save(store / "actions.npy", np.load(store / "actions.npy")[:-1])
+    write_digests(store)
     with pytest.raises(ValueError, match="by the manifest"):
         TokenStore.open(store)
 
@@ -140,8 +142,26 @@ def test_arrays_must_match_the_manifest(store: Path):
 def test_episodes_must_cover_the_frames(store: Path):
     rows = json.loads((store / "episodes.json").read_text())
     (store / "episodes.json").write_text(json.dumps(rows[:-1]))
+    write_digests(store)
     with pytest.raises(ValueError, match="does not cover"):
         TokenStore.open(store)
+
+
+@pytest.mark.parametrize("is_protected", [True, False])
+def test_a_changed_array_never_opens(store: Path, is_protected: bool):
+    """As a flipped bit in an action and codes outside the codebook were read before there were digests."""
+    for name, value, message in (("codes_agentview", 64, "holds 64"), ("actions", np.nan, "frame 3")):
+        before = (store / f"{name}.npy").read_bytes()
+        array = np.load(store / f"{name}.npy", mmap_mode="r+")
+        array[3, 1] = value
+        array.flush()
+        if not is_protected:
+            manifest = read_json(store / "manifest.json")
+            write_json(store / "manifest.json", {k: v for k, v in manifest.items() if k != "sha256"})
+        with pytest.raises(ValueError, match="SHA-256" if is_protected else message):
+            TokenStore.open(store)
+        (store / f"{name}.npy").write_bytes(before)
+    assert len(TokenStore.open(store)) == sum(map(len, EPISODES))
 
 
 def test_no_store_at_all(tmp_path: Path):

@@ -22,6 +22,7 @@ from tiny_run import joined, tiny_config, write_tiny
 
 from worldvla.batch import Batch
 from worldvla.config import Config, LoraConfig, OptimConfig, from_json
+from worldvla.files import write_digests
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train import checkpoint, parallel
 from worldvla.train.build import build
@@ -140,7 +141,7 @@ def test_nothing_is_left_of_a_save_that_failed(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
     with pytest.raises(OSError, match=r"cannot save .*No space left.*free some space"):
         train(tiny_config(root), tmp_path / "run")
     assert list((tmp_path / "run/ckpt").iterdir()) == []
@@ -167,6 +168,7 @@ def test_changed_data_is_refused_on_resume(root: Path, tmp_path: Path) -> None:
     train(config, tmp_path / "run")
     actions = np.load(tmp_path / "data/store/actions.npy")
     np.save(tmp_path / "data/store/actions.npy", actions * 0.5)
+    write_digests(tmp_path / "data/store")
     with pytest.raises(ValueError, match=r"its statistics is .* restore them"):
         train(config, tmp_path / "run")
 
@@ -194,6 +196,7 @@ def test_init_from_wants_the_codes_that_the_weights_know(root: Path, tmp_path: P
     tokenizer.save(config.tokenizer)
     manifest = tmp_path / "data/store/manifest.json"
     manifest.write_text(manifest.read_text().replace(known, tokenizer.digest()))
+    write_digests(tmp_path / "data/store")
     with pytest.raises(ValueError, match=rf"codes of image tokenizer {known}, .*train-tokenizer --init-from"):
         build(config)
     tokenizer.ancestors = (known,)
@@ -235,10 +238,7 @@ def test_accumulation_equals_one_big_batch(root: Path, tmp_path: Path) -> None:
     trainer = Trainer(build(tiny_config(root)), tmp_path / "run")
     parts = trainer.pieces.loader.batch(0)
     whole = joined(parts, trainer.pieces.vocab.pad)
-    uneven = [
-        Batch(**{name: tensor[rows] for name, tensor in vars(whole).items()})
-        for rows in (slice(0, 1), slice(1, 4))
-    ]
+    uneven = [whole.map(lambda tensor, rows=rows: tensor[rows]) for rows in (slice(0, 1), slice(1, 4))]
     results = []
     for batches in ([whole], uneven, parts):
         values = trainer.backward(batches)

@@ -26,7 +26,7 @@ from worldvla.eval.world import (
     evaluate_world,
     imagine,
     psnr,
-    reconstruct,
+    psnr_changed,
     references,
     score,
     ssim,
@@ -69,6 +69,15 @@ def test_psnr_is_the_formula() -> None:
     assert psnr(grey, black).tolist() == pytest.approx([20 * np.log10(5), 60.0])
 
 
+def test_psnr_of_what_changed_leaves_the_rest_out() -> None:
+    first, real = (torch.zeros((4, 4, 3), dtype=torch.uint8), torch.zeros((2, 4, 4, 3), dtype=torch.uint8))
+    real[0, :2] = 100
+    guess = real + 51  # wrong everywhere, by a fifth of the range
+    guess[:, :1] = real[:, :1]
+    half = 20 * np.log10(5) + 10 * np.log10(2)  # of the two rows that changed, one is perfect
+    assert psnr_changed(guess, real, first).tolist() == pytest.approx([half, np.nan], nan_ok=True)
+
+
 def test_scores_are_those_of_earlier_records() -> None:
     """Values of our own PSNR and SSIM in float64, by which the records of before torchmetrics were made."""
     a, noise = pictures(2, (2, 32, 40, 3)), pictures(3, (2, 32, 40, 3))
@@ -88,7 +97,7 @@ def test_clips_start_at_the_truth_and_end_where_it_does(root: Path) -> None:
         assert clip.steps == min(4, len(clip.episode) - 1)
         for view, images in clip.episode.images.items():
             np.testing.assert_array_equal(clip.real[view], images[: clip.steps + 1])
-            np.testing.assert_array_equal(kinds["ceiling"][i][view], reconstruct(model, clip.real[view]))
+            np.testing.assert_array_equal(kinds["ceiling"][i][view], model.image.reconstruct(clip.real[view]))
             assert (kinds["copy"][i][view] == images[0]).all()
             assert frames[i][view].shape == clip.real[view].shape
             np.testing.assert_array_equal(frames[i][view][0], kinds["ceiling"][i][view][0])
@@ -149,7 +158,9 @@ def test_the_record_and_its_page_are_complete(root: Path, tmp_path: Path) -> Non
         assert set(kinds) == {"model", "copy", "ceiling"}
         assert all(len(kinds[kind][name]) == steps for kind in kinds for name in ("psnr", "ssim"))
         assert section["decoding"]["codes"] == 13
-        assert all((tmp_path / clip["video"]).stat().st_size for clip in section["clips"])
+        assert all(
+            (tmp_path / clip[what]).stat().st_size for clip in section["clips"] for what in ("video", "strip")
+        )
     page = write_page(tmp_path / "index.html", "A", worlds=[tmp_path]).read_text()
     assert all(word in page for word in ("Imagination", "difference", "ceiling", "first frame"))
 

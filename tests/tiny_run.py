@@ -20,6 +20,7 @@ from worldvla.config import (
 )
 from worldvla.data.episode import Episode
 from worldvla.data.store import write_store
+from worldvla.files import write_digests
 from worldvla.tokenizers.image import ImageTokenizer
 
 MODEL = ModelConfig(
@@ -78,6 +79,7 @@ def write_tiny(root: Path, shape: ImageTokenizerConfig = TOKENIZER) -> None:
     rows = json.loads((root / "store/episodes.json").read_text())
     old = ("start", "length", "instruction", "suite", "task", "init", "seed")
     (root / "store/episodes.json").write_text(json.dumps([{name: row[name] for name in old} for row in rows]))
+    write_digests(root / "store")
 
 
 def _episode(rng: np.random.Generator, index: int, length: int = 8) -> Episode:
@@ -117,6 +119,7 @@ def joined(parts: list[Batch], pad: int) -> Batch:
                     for p in parts
                 ]
             )
-            for name in vars(parts[0])
+            for name, tensor in vars(parts[0]).items()
+            if tensor is not None
         }
     )

@@ -2,7 +2,16 @@
 
 import sys
 
-from worldvla.cli import main
+
+def main() -> int:
+    """Run the command line; Ctrl-C while it is being imported is one line, too."""
+    try:
+        from worldvla.cli import main
+    except KeyboardInterrupt:
+        print("worldvla: interrupted", file=sys.stderr)
+        return 130
+    return main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,6 @@
 """Sample and Batch: the contract between the data side and the model. The model sees nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -48,8 +48,8 @@ class Batch:
     it harmless.
 
     value_BT: float32, of an action dim that is a target its value in [-1, 1] before it became a bin; NaN
-    elsewhere, and everywhere in a batch that was stacked from samples. read_BT: ids as the model reads them,
-    where they differ from the right ones (train/corruption.py).
+    elsewhere, and everywhere in a batch that was stacked from samples. wrong_BT: ids as the model reads them,
+    some of them wrong (train/corruption.py); None: the right ones.
     """
 
     ids_BT: Tensor
@@ -58,11 +58,12 @@ class Batch:
     row_BT: Tensor
     col_BT: Tensor
     value_BT: Tensor
-    read_BT: Tensor = None  # pyright: ignore[reportAssignmentType]  # ids_BT
+    wrong_BT: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        if self.read_BT is None:
-            object.__setattr__(self, "read_BT", self.ids_BT)
+    @property
+    def read_BT(self) -> Tensor:
+        """Ids as the model reads them."""
+        return self.ids_BT if self.wrong_BT is None else self.wrong_BT
 
     @classmethod
     def stack(cls, samples: Sequence[Sample], pad: int, length: int | None = None) -> Self:
@@ -82,4 +83,9 @@ class Batch:
         return cls(**out, value_BT=torch.full((len(samples), length), torch.nan))
 
     def to(self, device: torch.device | str) -> Self:
-        return type(self)(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a batch of the changed tensors, such as some of the rows: `batch.map(lambda t: t[rows])`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return type(self)(**{name: change(t) for name, t in tensors.items() if t is not None})

@@ -17,27 +17,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from worldvla.config import Config, ImageTokenizerConfig, TokenizerTraining, to_json
-
-if TYPE_CHECKING:
-    from worldvla.data.sources.source import Source
+from worldvla.files import one_line, only_writer
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 Demos = Annotated[tuple[Path, ...], tyro.conf.arg(help="HDF5 files, or directories of them.")]
-Data = Annotated[
-    tuple[Path, ...], tyro.conf.arg(help="HDF5 files, directories of them, or one LeRobot data set.")
-]
-CameraNames = Annotated[
-    tuple[str, ...],
-    tyro.conf.arg(
-        help="Of a LeRobot data set VIEW=FEATURE of each camera. Default: a guess, which is printed."
-    ),
-]
 Checkpoint = Annotated[Path, tyro.conf.arg(help="A checkpoint, or a run directory (its newest checkpoint).")]
 Recipe = Annotated[Config, tyro.conf.arg(name="")]
 Tasks = Annotated[tuple[int, ...], tyro.conf.arg(help="Indices of the tasks; empty: all.")]
@@ -75,32 +64,6 @@ def _demonstrations(paths: Sequence[Path]) -> list[Path]:
     files = demonstration_files(paths)
     _warn_of_versions(*{next(read_episodes(path, images=False)).suite for path in files})
     return files
-
-
-def _other_format(
-    paths: Sequence[Path], camera: Sequence[str] = (), action: str = "", state: str = ""
-) -> "Source | None":
-    """Open a data set of another format than LIBERO's HDF5 and say what is guessed; None: it is HDF5."""
-    from worldvla.data.sources import kind_of, open_source
-    from worldvla.data.sources.source import Names
-
-    if all(kind_of(path) == "hdf5" for path in paths):
-        if camera or action or state:
-            raise ValueError(
-                "--camera, --action and --state: names are fixed in LIBERO's HDF5 files, leave them out"
-            )
-        return None
-    if len(paths) > 1:
-        raise ValueError(f"{len(paths)} paths, and a LeRobot data set among them: give it alone")
-    if wrong := [text for text in camera if not all(text.partition("="))]:
-        raise ValueError(
-            f"bad camera {wrong[0]!r}: expected VIEW=FEATURE, such as agentview=observation.images.top"
-        )
-    views = {view: name for view, _, name in (text.partition("=") for text in camera)}
-    source = open_source(paths[0], Names(views, action, state))
-    for guess in source.guesses:
-        say(f"guess: {guess}")
-    return source
 
 
 def _views(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -266,10 +229,9 @@ def regenerate(
 
 
 def train_tokenizer(
-    paths: Positional[Data],
+    paths: Positional[Demos],
     *,
     out: Path,
-    camera: CameraNames = (),
     config: ImageTokenizerConfig,
     levels: bool = False,
     minutes: float = 12.0,
@@ -296,51 +258,74 @@ def train_tokenizer(
     training = TokenizerTraining(minutes=minutes, steps=steps, seed=seed, learning_rate=learning_rate)
     if levels:
         config, training = LEVELS, replace(training, nested=0.3, crop=32)
-    source = _other_format(paths, camera)
-    files = demonstration_files(paths) if source is None else [source]
-    train_tokenizer(files, config, out, training, init_from)
+    with only_writer(out):
+        train_tokenizer(demonstration_files(paths), config, out, training, init_from)
     say(f"image tokenizer: {out}   next: worldvla tokenize {paths[0]} --tokenizer {out} --out DIR")
 
 
-def tokenize(
-    paths: Positional[Data],
+def train_reader(
+    paths: Positional[Demos],
     *,
     tokenizer: Path,
     out: Path,
-    camera: CameraNames = (),
-    action: str = "",
-    state: str = "",
-    regenerate: tuple[str, ...] = (),
-    workers: Workers = 0,
+    frames: int = 15_000,
+    steps: int = 2_000,
+    seed: int = 0,
 ) -> None:
-    """Encode every frame once into a TokenStore.
+    """Train the reader of frames by which eval-world says where the imagined hand is; minutes on one core.
 
     Args:
-        paths: HDF5 files, directories of them, or one LeRobot data set (v3.0, v2.1; see `worldvla inspect`).
-            `worldvla replay` says whether pictures are upright; here they are taken as they are.
-        tokenizer: Directory of the image tokenizer.
-        out: Directory of the store.
-        action: Feature of a LeRobot data set that holds the actions. Default: action.
-        state: Feature that holds the states. Default: observation.state.
-        regenerate: Cameras as NAME=ROWSxCOLUMNS: first execute and render the demonstrations again at these
-            sizes, into OUT.demos (see `worldvla regenerate`).
+        tokenizer: Directory of the image tokenizer: half of the frames are seen through it.
+        out: File of its weights, reader.safetensors beside a checkpoint say; its errors stand beside it.
+        frames: Frames to train on and to hold out, about.
     """
     from worldvla.data.episode import demonstration_files
-    from worldvla.data.tokenize import tokenize, tokenize_source
+    from worldvla.eval.reader import train_reader
     from worldvla.tokenizers.image import ImageTokenizer
 
-    source = _other_format(paths, camera, action, state)
+    files, image = demonstration_files(paths), ImageTokenizer.load(tokenizer)
+    errors = train_reader(files, image, out, frames=frames, steps=steps, seed=seed)
+    for kind, name in {"real": "real frames", "shown": "through the tokenizer"}.items():
+        e = errors[kind]
+        say(
+            f"{name}: hand {e['hand_median_cm']:.2f} cm (90th percentile {e['hand_p90_cm']:.2f}), opening "
+            f"{e['opening_median_mm']:.1f} mm, holding read rightly in {e['holds_right']:.1%}"
+        )
+    say(f"reader: {out}   next: worldvla eval-world CHECKPOINT --demos DIR --reader {out}")
+
+
+def tokenize(
+    paths: Positional[Demos],
+    *,
+    tokenizer: Path,
+    out: Path,
+    regenerate: tuple[str, ...] = (),
+    workers: Workers = 0,
+    skip_bad: bool = False,
+) -> None:
+    """Encode every frame once into a TokenStore. All files are checked before anything is encoded.
+
+    Args:
+        paths: HDF5 files, or directories of them. `worldvla replay` says whether pictures are upright; here
+            they are taken as they are.
+        tokenizer: Directory of the image tokenizer.
+        out: Directory of the store.
+        regenerate: Cameras as NAME=ROWSxCOLUMNS: first execute and render the demonstrations again at these
+            sizes, into OUT.demos (see `worldvla regenerate`).
+        skip_bad: Go on without demonstrations that are damaged, have no steps or no actions of LIBERO's
+            controller; the store's manifest names them.
+    """
+    from worldvla.data.episode import demonstration_files
+    from worldvla.data.tokenize import tokenize
+    from worldvla.tokenizers.image import ImageTokenizer
+
     if regenerate:
-        if source is not None:
-            raise ValueError(f"--regenerate: {source.kind} holds no simulator states: leave it out")
         demos = out.with_name(out.name + ".demos")
         VERBS["regenerate"](paths, out=demos, views=regenerate, workers=workers)
         paths = (demos,)
-    encoder = ImageTokenizer.load(tokenizer)
-    if source is None:
-        store = tokenize(demonstration_files(paths), encoder, out)
-    else:
-        store = tokenize_source(source, encoder, out)
+    store = tokenize(demonstration_files(paths), ImageTokenizer.load(tokenizer), out, skip_bad=skip_bad)
+    if skipped := store.manifest["source"].get("skipped"):
+        say(f"left out: {skipped['count']} with faults, named in {out}/manifest.json")
     kept = (f"{share:.0%} of the codes of {view}" for view, share in store.manifest.get("kept", {}).items())
     say(f"the next frame keeps {', '.join(kept)}")
     say(f"tokens: {out}   next: worldvla train RECIPE --data.stores {out}")
@@ -443,9 +428,10 @@ def eval_world(
     shorter: bool = False,
     seed: int = 0,
     temperature: float = 0.0,
+    reader: Path | None = None,
     device: str = "cpu",
 ) -> None:
-    """Let a checkpoint imagine held-out clips: PSNR and SSIM by step, beside copy and ceiling.
+    """Let a checkpoint imagine held-out clips: PSNR and the hand's error by step, beside copy and ceiling.
 
     Args:
         demos: HDF5 files with first frames, actions and the truth, or directories of them; not trained on.
@@ -453,6 +439,7 @@ def eval_world(
         horizons: Steps of a clip; several: one set of clips each. The paper: 10 50.
         shorter: One clip an episode, from its first frame, of at most that many steps.
         temperature: 0 takes the likeliest codes; more draws them.
+        reader: What reads the hand off frames. Default: reader.safetensors beside the checkpoint, if there.
     """
     from worldvla.data.episode import demonstration_files
     from worldvla.eval.page import write_page
@@ -467,6 +454,7 @@ def eval_world(
         shorter=shorter,
         seed=seed,
         temperature=temperature,
+        reader=reader,
         device=device,
     )
     page = write_page(out / "index.html", f"What {record['checkpoint']['name']} imagines", worlds=[out])
@@ -474,6 +462,11 @@ def eval_world(
         for view, kinds in section["views"].items():
             last = ", ".join(f"{kind} {scores['psnr'][-1]:.1f}" for kind, scores in kinds.items())
             say(f"{view}, PSNR at step {section['steps'][-1]}: {last} dB")
+        if "hand" in section:
+            last = ", ".join(
+                f"{kind} {error['median_cm'][-1]:.1f}" for kind, error in section["hand"].items()
+            )
+            say(f"the hand's error at step {section['steps'][-1]}, median: {last} cm")
     say(f"imagined videos: {page}")
 
 
@@ -714,6 +707,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "replay": replay,
     "regenerate": regenerate,
     "train-tokenizer": train_tokenizer,
+    "train-reader": train_reader,
     "tokenize": tokenize,
     "train": train,
     "eval": evaluate,
@@ -795,5 +789,5 @@ def main(args: Sequence[str] | None = None) -> int:
         message, code = f"{str(error).splitlines()[0]}: {fix}", EXIT_BAD_INPUT
     if show_traceback:
         traceback.print_exc()
-    print(f"worldvla {words[0]}: " + " ".join(message.split()), file=sys.stderr)
+    print(one_line(f"worldvla {words[0]}: {message}", 2000), file=sys.stderr)
     return code

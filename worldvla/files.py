@@ -1,17 +1,61 @@
-"""What lies on disk: files and folders that appear whole or not at all, JSON, tensors that fit.
+"""What lies on disk: files and folders that appear whole or not at all, JSON, tensors that fit, digests.
 
 What is written stands under a scratch name of its own, so that two processes that write the same file never
-meet; a failure leaves nothing behind.
+meet; a failure leaves nothing behind. What is read is what was written, or an error of one line.
 """
 
+import fcntl
 import glob
+import hashlib
 import json
+import logging
+import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LONGEST = 400
+"""Letters of an error's message that are shown, about: more is no line."""
+MANIFEST = "manifest.json"
+PROTECTED = (".json", ".npy", ".safetensors")
+"""Endings of the files of a folder that its manifest has digests of."""
+_SCRATCH = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}(?P<old>\.old)?\.tmp")
+_held: set[Path] = set()
+"""The folders that this process writes."""
+
+
+def one_line(error: object, longest: int = LONGEST) -> str:
+    """Return what an error says, or a text, on one line of about `longest` letters at most."""
+    text = " ".join((str(error) or type(error).__name__)[: 10 * longest].split())
+    return text if len(text) <= longest else f"{text[: 3 * longest // 4]} ... {text[-longest // 4 :]}"
+
+
+class Damaged(ValueError):
+    """A file does not hold what it should; the message is one line with its path."""
+
+
+@contextmanager
+def reading(path: Path | str, what: str, fix: str = "restore it or make it again") -> Iterator[None]:
+    """Turn whatever a library raises on a damaged file in the block into `Damaged`, one line."""
+    try:
+        yield
+    except (Damaged, FileNotFoundError, PermissionError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # Rust's panics are no Exception
+        reason = one_line(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        raise Damaged(f"{path} is damaged or no {what} ({reason}): {fix}") from None
+
+
+# -- whole files and folders ---------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -20,7 +64,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        scratch.touch()
+        mode = scratch.stat().st_mode  # what the umask gives; safetensors makes it 0600
         yield scratch
+        scratch.chmod(mode)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -30,21 +77,92 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give an empty scratch folder, which replaces `path` after the block; on an error it is gone.
 
-    A folder has one writer at a time: what a killed one left behind is removed.
+    It has one writer at a time (`only_writer`). A kill between the two renames leaves the old folder and the
+    new one under scratch names; the next writer brings the old one back.
     """
-    for left_over in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 8}*.tmp"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    old = scratch.with_suffix(".old.tmp")
+    with only_writer(path):
+        scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        old = scratch.with_suffix(".old.tmp")
+        try:
+            scratch.mkdir(parents=True)
+            yield scratch
+            if path.exists():
+                path.rename(old)
+            scratch.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Write `folder` alone: another process that does raises BlockingIOError, which says who it is.
+
+    The lock is flock's on `.NAME.lock` beside the folder, so that a dead holder holds nothing; a file system
+    without it has none. What killed writers left is removed first.
+    """
+    folder = folder.absolute()
+    if folder in _held:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f".{folder.name}.lock")
+    descriptor = _lock(lock, folder)
+    _held.add(folder)
     try:
-        scratch.mkdir(parents=True)
-        yield scratch
-        if path.exists():
-            path.rename(old)
-        scratch.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        sweep(folder.parent, folder.name)
+        for inside in [folder, *folder.glob("*/")] if folder.is_dir() else ():
+            sweep(inside)
+        yield
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _held.remove(folder)
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(lock: Path, folder: Path) -> int:
+    """Return an open descriptor of the file `lock`, held by this process."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = one_line(os.read(descriptor, LONGEST).decode(errors="replace") or "another process")
+            os.close(descriptor)
+            raise BlockingIOError(
+                f"{folder} is being written by {holder}: wait until it ends, or choose another folder"
+            ) from None
+        except OSError:  # a network's file system may have no locks
+            return descriptor
+        try:
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                break
+        except FileNotFoundError:  # its last holder removed it in between
+            pass
+        os.close(descriptor)
+    words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.truncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename} since {since} ({words})".encode())
+    return descriptor
+
+
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove what killed writers left in `folder` (of the entry `name` alone, where one is given).
+
+    Of a folder that was being replaced and is not there, the old one comes back.
+    """
+    for left_over in folder.glob(f".{glob.escape(name) if name else '*'}.*.tmp"):
+        match = _SCRATCH.fullmatch(left_over.name)
+        if match is None or match["name"] != (name or match["name"]):
+            continue
+        target = folder / match["name"]
+        if match["old"] and not target.exists():
+            left_over.rename(target)
+        elif left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,13 +176,97 @@ def write_json(path: Path, data: Any, indent: int = 1) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a JSON file holds; anything else raises ValueError."""
-    try:
+    with reading(path, "JSON", "restore it or download it again"):
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it or download it again") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} is damaged (no JSON object): restore it or download it again")
+        if not isinstance(data, dict):
+            raise ValueError("no JSON object")
     return data
+
+
+# -- digests -------------------------------------------------------------------------------------------------
+
+
+def write_digests(folder: Path) -> None:
+    """Put the SHA-256 of every JSON file, array and safetensors file below `folder` into its manifest, and
+    that of the manifest itself, without this entry. The last thing that is written into a folder."""
+    manifest = {k: v for k, v in read_json(folder / MANIFEST).items() if k != "sha256"}
+    paths = sorted(p for p in folder.rglob("*") if p.suffix in PROTECTED and p.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    digests = {n: sha256(p) for n, p in names.items() if n != MANIFEST and not re.search(r"(^|/)\.", n)}
+    digests[MANIFEST] = _of_manifest(manifest | {"sha256": digests})
+    write_json(folder / MANIFEST, manifest | {"sha256": digests})
+
+
+def check_digests(folder: Path, names: Collection[str] | None = None) -> None:
+    """Raise ValueError unless the manifest and the files `names` (default: all) are as they were written.
+
+    A folder from before there were digests is taken as it is, with a remark.
+    """
+    manifest = read_json(folder / MANIFEST)
+    digests = manifest.get("sha256")
+    if digests is None:
+        logging.getLogger("worldvla").warning("%s is from before digests: its files are not checked", folder)
+        return
+    if not isinstance(digests, dict) or digests.get(MANIFEST) != _of_manifest(manifest):
+        raise Damaged(f"{folder / MANIFEST} is not as it was written (SHA-256): copy the folder again")
+    for name, digest in digests.items():
+        if name != MANIFEST and (names is None or name in names):
+            try:
+                got = sha256(folder / name)
+            except FileNotFoundError:
+                raise Damaged(f"{folder / name} is missing: copy the folder again") from None
+            if got != digest:
+                raise Damaged(
+                    f"{folder / name} is not as it was written (SHA-256 {got[:16]}, in {MANIFEST} "
+                    f"{digest[:16]}): copy the folder again"
+                )
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, 64 hex digits, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _of_manifest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest without its own digest, whatever the order of its keys."""
+    digests = {name: digest for name, digest in manifest["sha256"].items() if name != MANIFEST}
+    text = json.dumps({**manifest, "sha256": digests}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# -- tensors -------------------------------------------------------------------------------------------------
+
+
+def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Write a safetensors file, whole; a number that is not finite raises ValueError, a full disk OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    with whole_file(path) as scratch:
+        try:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, scratch, {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path}: {one_line(error)}; free some space, then repeat") from None
+
+
+def load_tensors(path: Path) -> "dict[str, Tensor]":
+    """Return all tensors of a safetensors file; a damaged one raises ValueError."""
+    from safetensors.torch import load_file
+
+    with reading(path, "safetensors file", "restore it or download it again"):
+        tensors = load_file(path)
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return tensors
+
+
+def check_finite(path: Path, name: str, tensor: "Tensor") -> None:
+    """Raise ValueError if a tensor holds NaN or an infinity: it is neither written nor read."""
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ValueError(f"{path}: {name} holds numbers that are not finite: take an earlier checkpoint")
 
 
 def check_shapes(

@@ -12,9 +12,12 @@ import importlib.metadata
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +27,7 @@ import numpy as np
 
 from worldvla.data.drivers import WORLD_MIX, Act, Driven, Driver, Labeller, Perturbed, world_driver
 from worldvla.data.episode import Episode, facts, read_episodes, write_episodes
-from worldvla.files import write_text
+from worldvla.files import only_writer, write_text
 from worldvla.machine import cores
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
@@ -162,7 +165,8 @@ def work_off(jobs: Sequence[Job], workers: int, title: str) -> Iterator[Job]:
     As many attempts are on their way as episodes are missing, always the lowest numbers not tried yet: which
     attempts are made does not depend on which ends first.
     """
-    pool = ProcessPoolExecutor(workers or cores(), multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers or cores(), spawn, initializer=end_with_parent)
     pending: dict[Future[bool], Job] = {}
     untried: dict[Path, Iterator[int]] = {}
     try:
@@ -189,6 +193,13 @@ def work_off(jobs: Sequence[Job], workers: int, title: str) -> Iterator[Job]:
         pool.shutdown(cancel_futures=True)
 
 
+def end_with_parent() -> None:
+    """End this worker when the process that started it does, however that ends."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def _attempt(job: Job, number: int) -> bool:
     """Make an attempt, leave its part and return its success; an error closes this process's environments."""
     try:
@@ -203,17 +214,19 @@ def _attempt(job: Job, number: int) -> bool:
     return episode is not None
 
 
-def guard(path: Path, arguments: dict[str, Any]) -> None:
-    """Refuse to mix demonstrations made with different arguments in one directory."""
+@contextmanager
+def guard(path: Path, arguments: dict[str, Any]) -> Iterator[None]:
+    """Write the directory of `path` alone, and refuse demonstrations made with other arguments in it."""
     text = json.dumps(arguments, sort_keys=True)
-    if path.exists():
-        if path.read_text() != text:
+    with only_writer(path.parent):
+        if not path.exists():
+            write_text(path, text)
+        if (there := path.read_text()) != text:
             raise ValueError(
-                f"{path.parent} holds demonstrations made with {path.read_text()}, asked for {text}: "
+                f"{path.parent} holds demonstrations made with {there}, asked for {text}: "
                 "choose another directory"
             )
-        return
-    write_text(path, text)
+        yield
 
 
 # -- collection ----------------------------------------------------------------------------------------------
@@ -301,16 +314,16 @@ def collect(
     arguments |= {"policy": policy_name, "execute": execute if policy else 0}
     arguments |= {"noise": 0.0 if policy or kind == "world" else noise}  # what is applied
     arguments |= {"kind": kind, "mix": WORLD_MIX} if kind == "world" else {}
-    guard(out_dir / "collect.json", arguments)
-    paths = {task: out_dir / f"{task.name}_demo.hdf5" for task in chosen}
-    most = episodes if kind == "world" else 2 * episodes + MAX_FAILED
-    jobs = []
-    for task in chosen:
-        attempt = _Attempt(kind, task, views, seed, noise, label, policy, execute, make, expert)
-        jobs.append(Job(paths[task], attempt, episodes, most, out_dir / f".{task.name}.parts"))
-    for job in work_off([job for job in jobs if not job.path.exists()], workers, f"collect {suite}"):
-        _finish(job, next(task for task in chosen if paths[task] == job.path), arguments)
-    return {task.name: _counts(path) for task, path in paths.items()}
+    with guard(out_dir / "collect.json", arguments):
+        paths = {task: out_dir / f"{task.name}_demo.hdf5" for task in chosen}
+        most = episodes if kind == "world" else 2 * episodes + MAX_FAILED
+        jobs = []
+        for task in chosen:
+            attempt = _Attempt(kind, task, views, seed, noise, label, policy, execute, make, expert)
+            jobs.append(Job(paths[task], attempt, episodes, most, out_dir / f".{task.name}.parts"))
+        for job in work_off([job for job in jobs if not job.path.exists()], workers, f"collect {suite}"):
+            _finish(job, next(task for task in chosen if paths[task] == job.path), arguments)
+        return {task.name: _counts(path) for task, path in paths.items()}
 
 
 def _finish(job: Job, task: Task, arguments: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from worldvla.files import whole_file
+from worldvla.files import Damaged, reading, sha256, whole_file
 from worldvla.sim.protocol import NUM_ACTION_DIMS, NUM_STATE_DIMS
 from worldvla.sim.suites import SUITES
 
@@ -33,6 +33,10 @@ VIEW_KEYS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
 SUFFIXES = (".hdf5", ".h5")
 CHUNK = 16
 """Frames compressed together. Fewer make the files larger and slower to read."""
+MAX_BYTES = 2**32
+"""Bytes of a dataset, at most: an episode of 10,000 steps with pictures of 256 x 256 pixels has half."""
+MAX_COMPRESSION = 1100
+"""Bytes that one byte in the file can stand for, at most; deflate's limit is 1032."""
 OPTIONAL = ("expert_actions", "contact", "moving")
 """Datasets that some episodes have."""
 _STATE_KEYS = {"obs/ee_pos": 3, "obs/ee_ori": 3, "obs/gripper_states": 2}
@@ -47,13 +51,13 @@ class Episode:
     suite: str
     task: str
     actions: np.ndarray
-    """(T, A) float32, as executed; of our simulators A = 7, in [-1, 1]."""
+    """(T, 7) float32 in [-1, 1], as executed."""
     states: np.ndarray
-    """(T, S) float32; of our simulators S = 8: position (m), axis-angle (rad), finger joints (m)."""
+    """(T, 8) float32: position (m), axis-angle (rad), finger joints (m)."""
     images: dict[str, np.ndarray]
     """view -> (T, Y, X, 3) uint8. Empty when read without images."""
     sim_states: np.ndarray
-    """(T, any) float64: the simulator before each action; of a real robot (T, 0)."""
+    """(T, S) float64: the simulator before each action."""
     is_expert: np.ndarray
     """(T,) bool. False: a perturbation was executed; context and world-model data, never a policy target."""
     init: int
@@ -61,7 +65,7 @@ class Episode:
     seed: int
     """Seed of the collection; -1: unknown."""
     expert_actions: np.ndarray | None = None
-    """(T, U, A) float32: what the expert does in the U steps from each visited state on, whoever drove. None:
+    """(T, U, 7) float32: what the expert does in the U steps from each visited state on, whoever drove. None:
     not asked."""
     success: bool = True
     """Whether the task was done at some step."""
@@ -75,17 +79,13 @@ class Episode:
         if not length:
             raise ValueError(f"episode of {self.task} has no steps")
         shapes: dict[str, tuple[np.ndarray, Any, tuple[int | None, ...]]] = {
-            "actions": (self.actions, np.float32, (length, None)),
-            "states": (self.states, np.float32, (length, None)),
+            "actions": (self.actions, np.float32, (length, NUM_ACTION_DIMS)),
+            "states": (self.states, np.float32, (length, NUM_STATE_DIMS)),
             "sim_states": (self.sim_states, np.float64, (length, None)),
             "is_expert": (self.is_expert, np.bool_, (length,)),
         }
         if self.expert_actions is not None:
-            shapes["expert_actions"] = (
-                self.expert_actions,
-                np.float32,
-                (length, None, self.actions.shape[-1]),
-            )
+            shapes["expert_actions"] = (self.expert_actions, np.float32, (length, None, NUM_ACTION_DIMS))
         flags = {"contact": self.contact, "moving": self.moving}
         shapes |= {name: (array, np.bool_, (length,)) for name, array in flags.items() if array is not None}
         shapes |= {f"images[{v}]": (a, np.uint8, (length, None, None, 3)) for v, a in self.images.items()}
@@ -100,26 +100,13 @@ class Episode:
                     f"got {array.dtype} {' x '.join(map(str, array.shape))}"
                 )
             if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
-                raise ValueError(f"episode of {self.task}: {name} is not finite at step {_first_bad(array)}")
+                raise ValueError(f"episode of {self.task}: {name} is not finite at step {first_bad(array)}")
 
     def __len__(self) -> int:
         return len(self.actions)
 
 
-def _check_dims(episode: Episode) -> Episode:
-    """Return the episode if it has the sizes of LIBERO's layout, which are those of our simulators."""
-    sizes = {"actions": (episode.actions, NUM_ACTION_DIMS), "states": (episode.states, NUM_STATE_DIMS)}
-    for name, (array, dims) in sizes.items():
-        if array.shape[1] != dims:
-            shape = " x ".join(map(str, array.shape))
-            wanted = f"{name} must be float32 {len(array)} x {dims}"
-            raise ValueError(
-                f"episode of {episode.task}: {wanted}, got float32 {shape}: LIBERO's HDF5 layout"
-            )
-    return episode
-
-
-def _first_bad(array: np.ndarray) -> int:
+def first_bad(array: np.ndarray) -> int:
     return int(np.argwhere(~np.isfinite(array))[0, 0])
 
 
@@ -163,6 +150,7 @@ def write_episodes(path: Path, episodes: Iterable[Episode], env_args: dict[str, 
             data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
             data.attrs["env_args"] = json.dumps(env_args)
             data.attrs["num_demos"] = count
+            data.attrs["sha256"] = _digest([f"demo_{i}" for i in range(count)])
             data.attrs["total"] = total
             data.attrs.update(flags)
         if disk.failure:
@@ -180,7 +168,6 @@ def _count_flags(episode: Episode) -> Counter[str]:
 
 
 def _write_demo(group: h5py.Group, episode: Episode) -> None:
-    _check_dims(episode)
     length = len(episode)
     group.attrs.update(
         num_samples=length,
@@ -214,6 +201,10 @@ def _write_demo(group: h5py.Group, episode: Episode) -> None:
         name = f"obs/{VIEW_KEYS.get(view, f'{view}_rgb')}"
         chunks = (min(length, CHUNK), *images.shape[1:])
         group.create_dataset(name, data=images, chunks=chunks, compression="gzip", compression_opts=1)
+        columns[name] = images
+    digests = {name: _digest(array) for name, array in columns.items()}
+    digests[""] = _digest(_facts(group, {"instruction": "", "suite": "", "task": ""}))
+    group.attrs["sha256"] = json.dumps(digests)
 
 
 def read_episodes(path: Path, images: bool = True) -> Iterator[Episode]:
@@ -222,47 +213,50 @@ def read_episodes(path: Path, images: bool = True) -> Iterator[Episode]:
     Whatever the file, observation t is the one before action t and pictures are upright. A file that is
     truncated, foreign or incomplete raises a one-line ValueError. `images=False` skips the cameras.
     """
+    for _, episode in read_demos(path, images):
+        if isinstance(episode, Damaged):
+            raise episode
+        yield episode
+
+
+def read_demos(path: Path, images: bool = True) -> Iterator[tuple[str, Episode | Damaged]]:
+    """Yield name and episode of every demo, as `read_episodes` does; of a damaged one what is wrong."""
     path = Path(path)
-    try:
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: expected an HDF5 file of demonstrations")
+    with reading(path, "HDF5 file; is it truncated?"):
         file = h5py.File(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no {path}: expected an HDF5 file of demonstrations") from None
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is truncated or no HDF5 file ({reason}): make it again") from None
     with file:
-        data = file.get("data")
-        if not isinstance(data, h5py.Group):
-            raise ValueError(f"{path} has no group 'data', only {sorted(file)}: expected LIBERO's layout")
-        names = [str(name) for name in data if re.fullmatch(r"demo_\d+", str(name))]
-        names.sort(key=lambda name: int(name.removeprefix("demo_")))
-        if not names:
-            raise ValueError(f"{path} holds no demonstrations (data/demo_0, ...): make it again")
-        told = _provenance(path, data)
+        with reading(path, "file in LIBERO's layout"):
+            data = _at(file, "data")
+            if not isinstance(data, h5py.Group):
+                raise ValueError(f"it has no group 'data', only {sorted(file)[:10]}")
+            names = [str(name) for name in data if re.fullmatch(r"demo_\d+", str(name))]
+            names.sort(key=lambda name: int(name.removeprefix("demo_")))
+            if not names:
+                raise ValueError("it holds no demonstrations (data/demo_0, ...)")
+            if data.attrs.get("sha256", _digest(names)) != _digest(names):
+                raise ValueError(f"of its {data.attrs['num_demos']} demonstrations {len(names)} are there")
+            told = _provenance(path, data)
         for name in names:
             try:
-                episode = _read_demo(data[name], told, images)  # pyright: ignore[reportArgumentType]
-            except (IndexError, KeyError, OSError, TypeError, ValueError) as error:
-                reason = " ".join(str(error.args[0] if error.args else error).split())
-                raise ValueError(f"{path}: data/{name}: {reason}") from None
-            yield episode
+                with reading(f"{path}: data/{name}", "demonstration"):
+                    episode = _read_demo(_at(data, name), told, images)
+            except Damaged as damaged:
+                episode = damaged
+            yield name, episode
 
 
 def count_episodes(path: Path) -> int:
     """Return the number of episodes in a file without reading them."""
-    try:
-        with h5py.File(path) as file:
-            return len(file["data"])  # pyright: ignore[reportArgumentType]
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            f"{path} is truncated or no robomimic file ({error}): expected a group 'data' with demonstrations"
-        ) from None
+    with reading(path, "robomimic file"), h5py.File(path) as file:
+        return len(_at(file, "data"))
 
 
 def facts(path: Path) -> dict[str, Any]:
     """Return the `env_args` that a file of ours was written with, its num_demos and its total of steps; of
     world data also `shares`: of the frames with contact, with a moving thing, of an episode that fails."""
-    with h5py.File(path) as file:
+    with reading(path, "file of ours"), h5py.File(path) as file:
         attrs: Any = file["data"].attrs
         counts: dict[str, Any] = {name: int(attrs[name]) for name in ("num_demos", "total")}
         noted = {name: int(attrs[name]) for name in ("contact", "moving", "failure") if name in attrs}
@@ -271,10 +265,8 @@ def facts(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(path: Path) -> dict[str, str | int]:
-    """Return name, bytes and the start of the SHA-256 of a file (about 1 GB a second)."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest[:16]}
+    """Return name, bytes and the start of the SHA-256 of a file."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)[:16]}
 
 
 def demonstration_files(paths: Sequence[Path]) -> list[Path]:
@@ -310,46 +302,100 @@ def _provenance(path: Path, data: h5py.Group) -> dict[str, str]:
         suite, task = bddl.parent.name, bddl.stem
     instruction = re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
     if "problem_info" in data.attrs:
-        try:
+        with reading(f"{path}: attribute problem_info of data", "JSON with a language_instruction"):
             told = json.loads(str(data.attrs["problem_info"]))["language_instruction"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: attribute problem_info of data is no JSON with a language_instruction ({error})"
-            ) from None
         instruction = "".join(told).strip('"')  # LIBERO's are quoted, and some are lists of letters
     return {"instruction": instruction, "suite": suite, "task": task}
 
 
+def _at(group: Any, name: str) -> Any:
+    """Return what stands at `name` below `group`, None for nothing. What another file holds is refused."""
+    for part in name.split("/"):
+        links = group.id.links if isinstance(group, h5py.Group) else None
+        if links is None or not part or not links.exists(part.encode()):
+            return None
+        kind = links.get_info(part.encode()).type
+        if kind == h5py.h5l.TYPE_SOFT:
+            target = links.get_val(part.encode()).decode()
+            group = _at(group.file if target.startswith("/") else group, target.strip("/"))
+        elif kind == h5py.h5l.TYPE_HARD:
+            group = group[part]
+        else:
+            raise ValueError(f"{name} is a link to another file: expected the data themselves")
+    return group
+
+
+def _array(group: h5py.Group, name: str) -> np.ndarray:
+    """Read a dataset that is in the file itself and about as large as it says it is."""
+    dataset = _at(group, name)
+    if not isinstance(dataset, h5py.Dataset) or dataset.external or dataset.is_virtual:
+        raise ValueError(f"{name} is no dataset of this file: expected the data themselves")
+    stored = min(dataset.id.get_storage_size(), Path(group.file.filename).stat().st_size)
+    if dataset.nbytes > min(MAX_BYTES, MAX_COMPRESSION * stored):
+        raise ValueError(
+            f"{name} of shape {dataset.shape} takes {dataset.nbytes / 1e9:.3g} GB, {stored} bytes are stored "
+            f"of it: expected at most {MAX_BYTES / 1e9:.1f} GB, and them in the file"
+        )
+    array = np.asarray(dataset)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name.removeprefix('obs/')} is not finite at step {first_bad(array)}")
+    return array
+
+
+def _digest(*parts: Any) -> str:
+    """Return the start of the SHA-256 of arrays, with their types and shapes, and JSON values."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype.str} {part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+        else:
+            digest.update(json.dumps(part).encode())
+    return digest.hexdigest()[:16]
+
+
 def _read_demo(group: h5py.Group, told: dict[str, str], images: bool) -> Episode:
-    views = {view: f"obs/{key}" for view, key in VIEW_KEYS.items() if images and f"obs/{key}" in group}
+    if not isinstance(group, h5py.Group):
+        raise ValueError("no group")
+    views = {view: f"obs/{key}" for view, key in VIEW_KEYS.items() if images and _at(group, f"obs/{key}")}
     wanted = ["actions", "states", *_STATE_KEYS, *views.values()]
-    if missing := [name for name in wanted if name not in group]:
+    wanted += [name for name in ("is_expert", *OPTIONAL) if _at(group, name)]
+    digests: dict[str, str] = json.loads(group.attrs.get("sha256", "{}"))
+    pictures = {f"obs/{key}" for key in VIEW_KEYS.values()}
+    wanted += [name for name in digests.keys() - set(wanted) - {""} if images or name not in pictures]
+    if missing := [name for name in wanted if _at(group, name) is None]:
         raise ValueError(f"missing {missing}; expected LIBERO's HDF5 layout")
     if images and not views:
         raise ValueError(f"no pictures; expected obs/{' or obs/'.join(VIEW_KEYS.values())}")
-    read = {name: np.asarray(group[name]) for name in wanted}
+    read = {name: _array(group, name) for name in wanted}
+    if changed := [name for name in read if name in digests and digests[name] != _digest(read[name])]:
+        raise ValueError(f"{', '.join(changed)} not as they were written (SHA-256)")
     lengths = {name: len(array) for name, array in read.items() if array.ndim}
     if len(lengths) < len(read) or len(set(lengths.values())) > 1:
         raise ValueError(f"datasets of different lengths: {lengths}")
-    length = lengths["actions"]
-    ours = "suite" in group.attrs
+    facts = _facts(group, told)
+    if digests and digests.get("") != _digest(facts):
+        raise ValueError("attributes not as they were written (SHA-256)")
+    ours = bool(digests) or "suite" in group.attrs
     after = not ours and "init_state" in group.attrs  # only create_dataset.py writes it
     acts, sees = (slice(1, None), slice(None, -1)) if after else (slice(None), slice(None))
-    is_expert = np.asarray(group["is_expert"]) if "is_expert" in group else np.ones(length, dtype=np.bool_)
+    is_expert = read.get("is_expert", np.ones(lengths["actions"], dtype=np.bool_))
     frames = {view: read[name][sees] for view, name in views.items()}
-    return _check_dims(
-        Episode(
-            instruction=str(group.attrs.get("instruction", told["instruction"])),
-            suite=str(group.attrs.get("suite", told["suite"])),
-            task=str(group.attrs.get("task", told["task"])),
-            actions=read["actions"][acts].astype(np.float32),
-            states=np.concatenate([read[name][sees] for name in _STATE_KEYS], axis=1).astype(np.float32),
-            images=frames if ours else {view: a[:, ::-1, ::-1].copy() for view, a in frames.items()},
-            sim_states=read["states"][acts].astype(np.float64),
-            is_expert=is_expert[acts],
-            init=int(group.attrs.get("init", -1)),
-            seed=int(group.attrs.get("seed", -1)),
-            success=bool(group.attrs.get("success", True)),
-            **{name: np.asarray(group[name])[acts] for name in OPTIONAL if name in group},
-        )
+    del facts["demo"]
+    return Episode(
+        **facts,
+        actions=read["actions"][acts].astype(np.float32),
+        states=np.concatenate([read[name][sees] for name in _STATE_KEYS], axis=1).astype(np.float32),
+        images=frames if ours else {view: a[:, ::-1, ::-1].copy() for view, a in frames.items()},
+        sim_states=read["states"][acts].astype(np.float64),
+        is_expert=is_expert[acts],
+        **{name: read[name][acts] for name in OPTIONAL if name in read},
     )
+
+
+def _facts(group: h5py.Group, told: dict[str, str]) -> dict[str, Any]:
+    """Return what the attributes of a demo say of it; what they leave out, `told` does."""
+    texts = {name: str(group.attrs.get(name, text)) for name, text in told.items()}
+    numbers = {name: int(group.attrs.get(name, -1)) for name in ("init", "seed")}
+    success = bool(group.attrs.get("success", True))
+    return {"demo": str(group.name).rpartition("/")[2], **texts, **numbers, "success": success}

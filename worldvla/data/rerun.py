@@ -175,20 +175,20 @@ def regenerate(
         raise ValueError(
             f"{len(twice)} names occur twice, {twice[0]} first: regenerate each folder into its own"
         )
-    guard(out_dir / "regenerate.json", {"views": views, "drop_no_ops": drop_no_ops})
-    jobs, digests = [], {path.name: str(fingerprint(path)["sha256"]) for path in files}
-    for path in files:
-        out, digest = out_dir / path.name, digests[path.name]
-        if not out.exists():
-            number, parts = count_episodes(path), out_dir / f".{path.stem}.{digest}.parts"
-            jobs.append(Job(out, _Attempt(path, views, drop_no_ops, make), number, number, parts))
-        elif (other := facts(out).get("sha256")) != digest:
-            raise ValueError(
-                f"{out} was made of a file {other}, not of {path} ({digest}): choose another directory"
-            )
-    for job in work_off(jobs, workers, "regenerate"):
-        _finish(job, digests[job.path.name])
-    return {name: _counts(out_dir / name) for name in names}
+    with guard(out_dir / "regenerate.json", {"views": views, "drop_no_ops": drop_no_ops}):
+        jobs, digests = [], {path.name: str(fingerprint(path)["sha256"]) for path in files}
+        for path in files:
+            out, digest = out_dir / path.name, digests[path.name]
+            if not out.exists():
+                number, parts = count_episodes(path), out_dir / f".{path.stem}.{digest}.parts"
+                jobs.append(Job(out, _Attempt(path, views, drop_no_ops, make), number, number, parts))
+            elif (other := facts(out).get("sha256")) != digest:
+                raise ValueError(
+                    f"{out} was made of a file {other}, not of {path} ({digest}): choose another directory"
+                )
+        for job in work_off(jobs, workers, "regenerate"):
+            _finish(job, digests[job.path.name])
+        return {name: _counts(out_dir / name) for name in names}
 
 
 def _finish(job: Job, digest: str) -> None:

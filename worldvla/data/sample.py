@@ -277,9 +277,7 @@ class SampleBuilder:
         expected = (number, self.layout.num_action_dims)
         if actions is None or np.shape(actions := np.atleast_2d(actions)) != expected:
             shape = "none" if actions is None else f"shape {np.shape(actions)}"
-            raise ValueError(
-                f"a world sample of {number} frames needs actions of shape {expected}, got {shape}"
-            )
+            raise ValueError(f"a world sample of {number} frames needs actions of shape {expected}, got {shape}")
         return to_ids(self.statistics.encode_world_actions(actions), self.vocab.action)
 
     def _frame_ids(self, frame: Sequence[np.ndarray]) -> list[np.ndarray]:

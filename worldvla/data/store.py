@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldvla.data.episode import Episode
-from worldvla.files import whole_folder, write_json, write_text
+from worldvla.data.episode import Episode, first_bad
+from worldvla.files import check_digests, reading, whole_folder, write_digests, write_json, write_text
 
 FORMAT = "worldvla-store-1"
 
@@ -93,6 +93,12 @@ class TokenStore:
                 f"{path} holds codes of tokenizer {manifest['tokenizer']}, this one is {tokenizer_digest}: "
                 "run `worldvla tokenize` again"
             )
+        check_digests(path)
+        with reading(path, "token store", "run `worldvla tokenize` again"):
+            return cls._open(path, manifest)
+
+    @classmethod
+    def _open(cls, path: Path, manifest: dict[str, Any]) -> "TokenStore":
         num_frames = manifest["frames"]
         codes = {
             view: _load(path, f"codes_{view}", code_type(manifest["num_codes"]), (num_frames, rows * cols))
@@ -105,19 +111,17 @@ class TokenStore:
         if label := manifest.get("expert_chunk"):
             shape = (num_frames, label, manifest["action_dims"])
             expert_actions = _load(path, "expert_actions", np.float32, shape)
-        try:
-            episodes = tuple(
-                EpisodeRow(**row) for row in json.loads((path / "episodes.json").read_text(encoding="utf-8"))
-            )
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path}/episodes.json is missing or damaged ({error}): run `worldvla tokenize` again"
-            ) from None
+        rows = json.loads((path / "episodes.json").read_text(encoding="utf-8"))
+        episodes = tuple(EpisodeRow(**row) for row in rows)
+        for view, array in codes.items():
+            if (highest := int(array.max())) >= manifest["num_codes"]:
+                raise ValueError(f"codes_{view}.npy holds {highest}, expected [0, {manifest['num_codes']})")
+        for name, array in {"actions": actions, "states": states}.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name}.npy is not finite at frame {first_bad(array)}")
         stops = [e.start + e.length for e in episodes]
         if [e.start for e in episodes] != [0, *stops[:-1]] or stops[-1:] != [num_frames]:
-            raise ValueError(
-                f"{path}/episodes.json does not cover the {num_frames} frames: run `worldvla tokenize` again"
-            )
+            raise ValueError(f"episodes.json does not cover the {num_frames} frames")
         return cls(path, manifest, episodes, codes, actions, states, is_expert, expert_actions)
 
 
@@ -132,15 +136,11 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def _load(path: Path, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
     file = path / f"{name}.npy"
-    try:
+    with reading(file, "array", "run `worldvla tokenize` again"):
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{file} is missing or truncated ({error}): run `worldvla tokenize` again") from None
-    if array.dtype != dtype or array.shape != shape:
-        raise ValueError(
-            f"{file} must be {np.dtype(dtype)} {shape} by the manifest, got {array.dtype} {array.shape}: "
-            "run `worldvla tokenize` again"
-        )
+        if array.dtype != dtype or array.shape != shape:
+            wanted = f"{np.dtype(dtype)} {shape} by the manifest"
+            raise ValueError(f"it must be {wanted}, got {array.dtype} {array.shape}")
     return np.asarray(array)  # drops the memmap subclass, whose indexing is slow; the pages stay mapped
 
 
@@ -169,6 +169,8 @@ def write_store(
             on_episode(episode)
         made_by = {"tokenizer": tokenizer.digest(), "num_codes": tokenizer.num_codes}
         writer.finish(made_by | {"grey_levels": tokenizer.grey_levels}, source or {})
+        stack.close()
+        write_digests(scratch)
     return path
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from worldvla.data.episode import Episode, read_episodes
 from worldvla.eval.record import Journal
 from worldvla.eval.stats import rank_agreement
-from worldvla.eval.world import reconstruct
 from worldvla.files import write_json
 from worldvla.infer.model import Model, load
 from worldvla.infer.policy import Policy
@@ -159,7 +158,7 @@ def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model) 
     frames = {v: np.concatenate([episode.images[v], [m[0][v] for m in more]]) for v in model.view_sizes}
     length = len(episode) + AFTER
     return Pictures(
-        {view: reconstruct(model, images) for view, images in frames.items()},
+        {view: model.image.reconstruct(images) for view, images in frames.items()},
         np.concatenate([episode.states, [step[0]["state"] for step in more]]),
         np.full(length, task),
         np.array([False] * len(episode) + [bool(step[4]["success"]) for step in more]),
@@ -236,7 +235,7 @@ class Simulated:
     def step(self, actions: np.ndarray) -> Seen:
         done = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
         frame = {view: np.stack([step[0][view] for step in done]) for view in self.model.view_sizes}
-        shown = {view: reconstruct(self.model, images) for view, images in frame.items()}
+        shown = {view: self.model.image.reconstruct(images) for view, images in frame.items()}
         states, success = (
             np.stack([step[0]["state"] for step in done]),
             np.array([step[4]["success"] for step in done]),

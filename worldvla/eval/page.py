@@ -67,6 +67,8 @@ def write_page(
         action_dims=ACTION_DIMS if num_dims == len(ACTION_DIMS) else range(num_dims),
         rate=lambda counts: counts["successes"] / max(1, counts["episodes"] - counts["errors"]),
         plot=world_plot,
+        table=world_table,
+        kinds=KINDS,
         facts=_facts,
         zip=zip,
     )
@@ -146,16 +148,44 @@ def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def world_plot(section: Mapping[str, Any]) -> bytes:
-    """Return an SVG of one horizon of an imagination record: a row a view, a column a metric."""
-    panels = []
-    for view, kinds in section["views"].items():
-        for metric, name in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
-            lines = [
-                (section["steps"], scores[metric], {**KINDS[kind][1], "label": KINDS[kind][0]})
-                for kind, scores in kinds.items()
-            ]
-            panels.append((f"{view}: {name}", "imagined steps", lines))
-    return line_plots(panels, 2)
+    """Return an SVG of one horizon of an imagination record: PSNR of each view and, where a reader looked,
+    the error of the hand."""
+    scores = {f"{view}: PSNR, dB": (kinds, "psnr") for view, kinds in section["views"].items()}
+    if "hand" in section:
+        scores["hand: median error, cm"] = (section["hand"], "median_cm")
+    panels = [
+        (title, "imagined steps", [_line(section["steps"], kinds[kind][metric], kind) for kind in kinds])
+        for title, (kinds, metric) in scores.items()
+    ]
+    return line_plots(panels, len(panels))
+
+
+def _line(steps: Sequence[int], values: Sequence[float | None], kind: str) -> tuple[Any, Any, dict[str, Any]]:
+    heights = [np.nan if value is None else value for value in values]
+    return steps, heights, {**KINDS[kind][1], "label": KINDS[kind][0]}
+
+
+def world_table(section: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """Return name -> kind -> number of the last step, as text, of all clips and of those with contact."""
+    rows = []
+    for title, part in (("", section), ("with contact: ", section.get("contact"))):
+        if part is None:
+            continue
+        for view, kinds in part["views"].items():
+            for metric, name in (("psnr", "PSNR, dB"), ("psnr_changed", "PSNR of what changed, dB")):
+                cells = {kind: _number(scores[metric]) for kind, scores in kinds.items() if metric in scores}
+                rows.append((f"{title}{view}: {name}", cells))
+        for metric, name in (("median_cm", "median"), ("p90_cm", "90th percentile")):
+            cells = {kind: _number(errors[metric]) for kind, errors in part.get("hand", {}).items()}
+            rows.append((f"{title}error of the hand, cm, {name}", cells))
+        held = part.get("held", {})
+        cells = {kind: _number([v and 100 * v for v in held[kind]], 0) for kind in KINDS if kind in held}
+        rows.append((f"{title}held things that are seen held, % of {max(held.get('num_clips', [0]))}", cells))
+    return [(name, cells) for name, cells in rows if cells]
+
+
+def _number(values: Sequence[float | None], digits: int = 1) -> str:
+    return "-" if values[-1] is None else f"{values[-1]:.{digits}f}"
 
 
 def line_plots(

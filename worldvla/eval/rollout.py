@@ -31,7 +31,7 @@ from worldvla.eval.actors import (
 )
 from worldvla.eval.record import Journal
 from worldvla.eval.stats import count
-from worldvla.eval.video import views_side_by_side, write_mp4
+from worldvla.eval.video import FPS, views_side_by_side, write_mp4
 from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings, Worker, open_workers
 from worldvla.files import write_json, write_text
 from worldvla.machine import cores, provenance
@@ -243,7 +243,7 @@ def evaluate(
         ]
         left = [job for job in jobs if (job.task.index, job.init) not in done]
         bar = progress.add_task(name, total=len(jobs), completed=len(jobs) - len(left))
-        fps = sim.FPS[protocol.simulator] / (1 if settings.film_all else actor.execute)
+        fps = FPS[protocol.simulator] / (1 if settings.film_all else actor.execute)
 
         def on_end(job: Job, report: Report, seconds: float, film: list[dict[str, np.ndarray]]) -> None:
             journal.add(_outcome(out, job, report, seconds, film, fps))

@@ -12,6 +12,8 @@ from worldvla.files import whole_file
 HEIGHT = 256
 """Pixel rows of a video, at most; a larger picture keeps its size."""
 GAP = 8
+FPS = {"tabletop": 12.5, "libero": 20.0}
+"""Control rate of each simulator, Hz."""
 
 
 def enlarge(image: np.ndarray, rows: int = HEIGHT) -> np.ndarray:
@@ -55,6 +57,29 @@ def encode_mp4(pictures: Sequence[np.ndarray], fps: float) -> bytes:
             )
         container.mux(stream.encode())
     return buffer.getvalue()
+
+
+def film_strip(films: Sequence[Mapping[str, np.ndarray]], every: int = 3) -> np.ndarray:
+    """Return one picture: a row a film of each view, a column every `every`-th frame; the films of a view
+    above each other. `films`: view -> uint8 (T, Y, X, 3)."""
+    rows, strips = max(frames.shape[1] for frames in films[0].values()), list[np.ndarray]()
+    for view in films[0]:
+        for film in films:
+            cells = [
+                np.pad(enlarge(image, rows), ((0, 2), (0, 2), (0, 0)), constant_values=255)
+                for image in film[view][::every]
+            ]
+            strips.append(np.concatenate(cells, axis=1))
+    width = max(strip.shape[1] for strip in strips)
+    pads = [((0, 0), (0, width - strip.shape[1]), (0, 0)) for strip in strips]
+    return np.concatenate([np.pad(s, p, constant_values=255) for s, p in zip(strips, pads, strict=True)])
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    from PIL import Image
+
+    with whole_file(path) as scratch:
+        Image.fromarray(image).save(scratch, format="png", optimize=True)
 
 
 def write_mp4(path: Path, pictures: Sequence[np.ndarray], fps: float) -> None:

@@ -2,7 +2,8 @@
 
 From a real frame and the real actions the model imagines the rest, feeding its own codes back (`model`).
 Beside it stand the first frame repeated (`copy`: what is worth nothing) and the real frames through the image
-tokenizer and back (`ceiling`: no imagination can beat it by design). Dims: N clips, B frames, T steps, Y X
+tokenizer and back (`ceiling`: no imagination can beat it by design). Pixels are compared, and what a reader
+(eval/reader.py) sees: where the hand is, and whether a thing is held. Dims: N clips, B frames, T steps, Y X
 pixels.
 """
 
@@ -18,22 +19,23 @@ from rich.progress import track
 from torch import Tensor
 
 from worldvla.data.episode import Episode, read_episodes
+from worldvla.eval.reader import NAME, Reader, holding
 from worldvla.eval.tokens import write_example
-from worldvla.eval.video import side_by_side, write_mp4
-from worldvla.files import write_json
+from worldvla.eval.video import FPS, film_strip, side_by_side, write_mp4, write_png
+from worldvla.files import read_json, write_json
 from worldvla.infer.draft import FrameStats, summary
 from worldvla.infer.model import Model, load
 from worldvla.infer.world import World
 from worldvla.machine import provenance
-from worldvla.sim.suites import FPS, SUITES
+from worldvla.sim.suites import SUITES
 
 MAX_PSNR = 60.0
 """dB, of frames that differ by less: a single perfect frame must not decide a mean."""
 
 Frames = dict[str, np.ndarray]
 """view -> uint8 (T + 1, Y, X, 3); frame 0 is given, T are imagined."""
-Metric = Callable[[Tensor, Tensor], Tensor]
-"""uint8 (B, Y, X, 3) twice -> (B,)."""
+CHANGE = 10
+"""Grey levels of 255 by which a pixel differs from the clip's first frame, in any colour, to have changed."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,17 @@ class Clip:
         return self.episode.actions[self.start : self.start + self.steps]
 
     @property
+    def later(self) -> slice:
+        """The steps that are imagined, in arrays of the episode."""
+        return slice(self.start + 1, self.start + self.steps + 1)
+
+    @property
+    def has_contact(self) -> bool | None:
+        """Whether the hand touches a thing; None where the episode does not note it."""
+        contact = self.episode.contact
+        return None if contact is None else bool(contact[self.start : self.start + self.steps].any())
+
+    @property
     def fps(self) -> float:
         """Control rate of its simulator, Hz."""
         suite = self.episode.suite
@@ -62,7 +75,12 @@ class Clip:
     def describe(self) -> dict[str, Any]:
         e = self.episode
         row = {"suite": e.suite, "task": e.task, "instruction": e.instruction, "init": e.init, "seed": e.seed}
-        return row | {"start": self.start, "steps": self.steps}
+        return row | {
+            "start": self.start,
+            "steps": self.steps,
+            "success": e.success,
+            "contact": self.has_contact,
+        }
 
 
 def evaluate_world(
@@ -76,26 +94,32 @@ def evaluate_world(
     seed: int = 0,
     videos: int = 4,
     temperature: float = 0.0,
+    reader: Path | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Imagine `clips` clips of each horizon of the files `demos`; write record.json, videos/ and tokens.npz
     to `out`; return the record.
 
     `shorter`: one clip an episode, from its first frame, of at most that many steps. `videos`: filmed clips
-    of each horizon. `temperature`: of the codes, as `World` has it.
+    of each horizon. `temperature`: of the codes, as `World` has it. `reader`: weights of the reader of
+    frames; by default those beside the checkpoint, if there are any.
     """
     model, sections = load(checkpoint, device), []
+    eye, identity = find_reader(model, reader)
     sets = {horizon: choose(demos, clips, horizon, seed, shorter) for horizon in horizons}
     for chosen in sets.values():
         check(model, chosen)
     for horizon, chosen in sets.items():
         imagined, stats = imagine(model, chosen, title=f"imagine {horizon} steps", temperature=temperature)
-        section = {"horizon": horizon, **score(chosen, {"model": imagined, **references(model, chosen)})}
+        kinds = {"model": imagined, **references(model, chosen)}
+        section = {"horizon": horizon, **score(chosen, kinds, eye)}
         section["decoding"] = summary(stats, sum(model.config.layout.codes_per_view))
         section["clips"] = [clip.describe() for clip in chosen]
         for i, (clip, frames) in enumerate(list(zip(chosen, imagined, strict=True))[:videos]):
             section["clips"][i]["video"] = f"videos/clip_{horizon}_{i:02d}.mp4"
             write_mp4(out / section["clips"][i]["video"], film(clip, frames), clip.fps)
+            section["clips"][i]["strip"] = f"videos/clip_{horizon}_{i:02d}.png"
+            write_png(out / section["clips"][i]["strip"], film_strip([clip.real, frames]))
         sections.append(section)
     record: dict[str, Any] = {
         "checkpoint": model.identity(),
@@ -106,7 +130,9 @@ def evaluate_world(
             "temperature": temperature,
             "views": {view: list(size) for view, size in model.view_sizes.items()},
             "metrics": "torchmetrics, per frame, RGB 0..255, mean over clips; PSNR at most 60 dB",
+            "psnr_changed": f"of the pixels that are {CHANGE} levels away from the clip's first frame",
         },
+        "reader": identity,
         "horizons": sections,
         **provenance(),
     }
@@ -198,15 +224,8 @@ def references(model: Model, clips: Sequence[Clip]) -> dict[str, list[Frames]]:
     views = model.config.layout.views
     return {
         "copy": [{v: np.repeat(clip.real[v][:1], clip.steps + 1, axis=0) for v in views} for clip in clips],
-        "ceiling": [{v: reconstruct(model, clip.real[v]) for v in views} for clip in clips],
+        "ceiling": [{v: model.image.reconstruct(clip.real[v]) for v in views} for clip in clips],
     }
-
-
-def reconstruct(model: Model, images: np.ndarray) -> np.ndarray:
-    """Return frames (T, Y, X, 3) after encoding and decoding; the first is the context, as in a clip."""
-    frames = torch.from_numpy(np.ascontiguousarray(images)).to(model.device)
-    codes = model.image.encode(frames)
-    return model.image.decode(codes, frames[:1].expand_as(frames)).cpu().numpy()
 
 
 def psnr(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:
@@ -215,6 +234,14 @@ def psnr(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:
 
     a, b = a_BYXC.double(), b_BYXC.double()
     ratio = peak_signal_noise_ratio(a, b, data_range=255.0, reduction="none", dim=(1, 2, 3))
+    return ratio.clamp_max(MAX_PSNR)
+
+
+def psnr_changed(a_BYXC: Tensor, b_BYXC: Tensor, first_YXC: Tensor) -> Tensor:
+    """Return the PSNR (B,) of the pixels in which `b_BYXC` differs from `first_YXC`; NaN where none does."""
+    is_changed = (b_BYXC.int() - first_YXC.int()).abs().amax(-1) >= CHANGE
+    error = (a_BYXC.double() - b_BYXC.double()).square().mean(-1) * is_changed
+    ratio = 10 * torch.log10(255.0**2 * is_changed.sum((1, 2)) / error.sum((1, 2)))
     return ratio.clamp_max(MAX_PSNR)
 
 
@@ -231,33 +258,111 @@ def ssim(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:
     return similarity
 
 
-METRICS: dict[str, Metric] = {"psnr": psnr, "ssim": ssim}
+def find_reader(model: Model, path: Path | None = None) -> tuple[Reader | None, dict[str, Any] | None]:
+    """Return the reader at `path`, or the one beside the checkpoint, and what a record says of it; None where
+    there is none. One of other views raises ValueError."""
+    beside = model.path / NAME
+    path = path or (beside if beside.is_file() else None)
+    if path is None:
+        return None, None
+    reader = Reader.load(path)
+    if reader.sizes != {view: tuple(size) for view, size in model.view_sizes.items()}:
+        raise ValueError(
+            f"{path} reads {reader.sizes}, the model shows {model.view_sizes}: train a reader of its views"
+        )
+    told = read_json(path.with_suffix(".json"))
+    same = told["tokenizer"] == model.image.digest()
+    return reader, {"path": str(path), "errors": told["errors"], "trained_with_this_tokenizer": same}
 
 
 def score(
-    clips: Sequence[Clip], kinds: Mapping[str, Sequence[Frames]], metrics: Mapping[str, Metric] = METRICS
+    clips: Sequence[Clip], kinds: Mapping[str, Sequence[Frames]], reader: Reader | None = None
 ) -> dict[str, Any]:
-    """Return `steps` (1..T), `num_clips` a step, and `views`: view -> kind -> metric -> mean a step over the
-    clips that reach it. `kinds`: kind -> the frames of every clip.
+    """Return `steps` (1..T), and over the clips that reach a step, one number each: see `summarize`. The same
+    of the clips with contact alone is under `contact`, where episodes note it. `kinds`: kind -> the frames
+    of every clip.
     """
-    longest = max(clip.steps for clip in clips)
-    alive = [sum(clip.steps >= t for clip in clips) for t in range(1, longest + 1)]
+    measured = [
+        measure(clip, {kind: frames[n] for kind, frames in kinds.items()}, reader)
+        for n, clip in enumerate(clips)
+    ]
+    section = {"steps": list(range(1, max(clip.steps for clip in clips) + 1)), **summarize(measured)}
+    if touching := [m for clip, m in zip(clips, measured, strict=True) if clip.has_contact]:
+        section["contact"] = summarize(touching)
+    return section
 
-    def mean(frames: Sequence[Frames], view: str, metric: Metric) -> list[float]:
-        total = np.zeros(longest)
-        for clip, guess in zip(clips, frames, strict=True):
-            pair = [torch.from_numpy(np.ascontiguousarray(f[view][1:])) for f in (guess, clip.real)]
-            total[: clip.steps] += metric(*pair).numpy()
-        return [round(float(value), 4) for value in total / alive]
 
-    views = {
-        view: {
-            kind: {name: mean(frames, view, metric) for name, metric in metrics.items()}
-            for kind, frames in kinds.items()
-        }
-        for view in next(iter(kinds.values()))[0]
+def measure(clip: Clip, kinds: Mapping[str, Frames], reader: Reader | None) -> dict[str, Any]:
+    """Return `steps`, T; `views`: view -> kind -> metric -> (T,); and with a reader the error of the `hand`:
+    kind -> cm (T,), and `held`: truth or kind -> bool (T,)."""
+    views: dict[str, Any] = {}
+    for view in next(iter(kinds.values())):
+        real = torch.from_numpy(np.ascontiguousarray(clip.real[view]))
+        for kind, frames in kinds.items():
+            guess = torch.from_numpy(np.ascontiguousarray(frames[view][1:]))
+            views.setdefault(view, {})[kind] = {
+                "psnr": psnr(guess, real[1:]).numpy(),
+                "psnr_changed": psnr_changed(guess, real[1:], real[0]).numpy(),
+                "ssim": ssim(guess, real[1:]).numpy(),
+            }
+    if reader is None:
+        return {"steps": clip.steps, "views": views}
+    read = {kind: reader.read({v: f[1:] for v, f in frames.items()}) for kind, frames in kinds.items()}
+    hand = clip.episode.states[clip.later, :3]
+    return {
+        "steps": clip.steps,
+        "views": views,
+        "hand": {k: 100 * np.linalg.norm(seen.position - hand, axis=1) for k, seen in read.items()},
+        "held": {"truth": holding(clip.episode)[clip.later], **{k: seen.holds for k, seen in read.items()}},
     }
-    return {"steps": list(range(1, longest + 1)), "num_clips": alive, "views": views}
+
+
+def summarize(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return `num_clips` a step, `views`: view -> kind -> metric -> mean a step, and with a reader
+
+    - `hand`: kind -> `median_cm` and `p90_cm` a step of its error;
+    - `held`: `num_clips` a step in which a thing is truly held, and kind -> the share of them that show it.
+
+    None where no clip says anything.
+    """
+    first, lengths = measured[0], [m["steps"] for m in measured]
+    section: dict[str, Any] = {
+        "num_clips": [sum(n >= t for n in lengths) for t in range(1, max(lengths) + 1)]
+    }
+    section["views"] = {
+        view: {
+            kind: {
+                name: by_step([m["views"][view][kind][name] for m in measured], np.mean) for name in metrics
+            }
+            for kind, metrics in kinds.items()
+        }
+        for view, kinds in first["views"].items()
+    }
+    if "hand" in first:
+        section["hand"] = {
+            kind: {
+                "median_cm": by_step([m["hand"][kind] for m in measured], np.median),
+                "p90_cm": by_step([m["hand"][kind] for m in measured], lambda x: np.quantile(x, 0.9)),
+            }
+            for kind in first["hand"]
+        }
+        is_held = [np.where(m["held"]["truth"], 1.0, np.nan) for m in measured]
+        section["held"] = {"num_clips": [int(n or 0) for n in by_step(is_held, np.sum)]}
+        for kind in first["hand"]:
+            shown = [m["held"][kind] * held for m, held in zip(measured, is_held, strict=True)]
+            section["held"][kind] = by_step(shown, np.mean)
+    return section
+
+
+def by_step(rows: Sequence[np.ndarray], reduce: Callable[[np.ndarray], Any]) -> list[float | None]:
+    """Return what `reduce` makes of each step of clips (T,) of several lengths; NaN counts as absent, and
+    None stands where nothing is left."""
+    longest = max(map(len, rows))
+    table = np.stack(
+        [np.pad(row.astype(float), (0, longest - len(row)), constant_values=np.nan) for row in rows]
+    )
+    columns = (column[~np.isnan(column)] for column in table.T)
+    return [round(float(reduce(column)), 4) if len(column) else None for column in columns]
 
 
 def film(clip: Clip, imagined: Frames) -> list[np.ndarray]:

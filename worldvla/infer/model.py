@@ -14,12 +14,20 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from worldvla.config import Config, from_json
 from worldvla.data.sample import SampleBuilder
-from worldvla.files import check_shapes, read_json, whole_folder, write_json, write_text
+from worldvla.files import (
+    check_digests,
+    check_shapes,
+    read_json,
+    save_tensors,
+    whole_folder,
+    write_digests,
+    write_json,
+    write_text,
+)
 from worldvla.infer.graphs import Runner
 from worldvla.machine import available_memory
 from worldvla.model.lora import merged
@@ -43,6 +51,7 @@ Quantize = Literal["", "int8", "int4"]
 WEIGHTS = "model.safetensors"
 CARD = Path(__file__).parents[1] / "assets/report/card.md"
 FILES = ("config.json", WEIGHTS, "vocab.json", "statistics.json", "text.json", "manifest.json")
+IMAGE_FILES = ("image_tokenizer/config.json", "image_tokenizer/model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ def load(
     path = find_checkpoint(locate(path))
     if missing := [name for name in FILES if not (path / name).is_file()]:
         raise ValueError(f"{path} is no complete checkpoint: {', '.join(missing)} missing; copy it again")
+    check_digests(path, {*FILES, *IMAGE_FILES})
     config = from_json(Config, read_json(path / "config.json"), str(path / "config.json"))
     vocab = from_json(Vocab, read_json(path / "vocab.json"), f"{path}/vocab.json")
     statistics = Statistics.from_json(read_json(path / "statistics.json"))
@@ -192,9 +202,9 @@ def export(source: Path, out_dir: Path, half: bool = False) -> Path:
     source = model.path
     with whole_folder(out_dir) as scratch:
         (scratch / "image_tokenizer").mkdir()
-        for name in (*FILES, "image_tokenizer/config.json", "image_tokenizer/model.safetensors"):
+        for name in (*FILES, *IMAGE_FILES):
             shutil.copyfile(source / name, scratch / name)
-        save_file(model.transformer.state_dict(), scratch / WEIGHTS)
+        save_tensors(scratch / WEIGHTS, model.transformer.state_dict())
         manifest = dict(model.manifest)
         if half:
             rounded = model.image.round_to_half()
@@ -205,6 +215,7 @@ def export(source: Path, out_dir: Path, half: bool = False) -> Path:
             dtype = read_json(base / "manifest.json").get("dtype", "float32")
             manifest |= {"dtype": dtype, "merged_base": model.manifest["base"]}
         write_json(scratch / "manifest.json", manifest)
+        write_digests(scratch)
         write_text(scratch / "README.md", _card(model, weights_digest(scratch)))
     return out_dir
 

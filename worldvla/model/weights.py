@@ -4,18 +4,17 @@ Headers alone are checked; then a tensor is copied out of its file's map in plac
 host holds the model and one tensor (docs/MODELS.md has the numbers).
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from worldvla.config import ModelConfig
-from worldvla.files import check_shapes, read_json
+from worldvla.files import check_finite, check_shapes, read_json, reading, sha256
 from worldvla.model.quantize import Form, Packed
 from worldvla.model.transformer import Transformer
 
@@ -98,8 +97,10 @@ def is_block_matrix(name: str, shape: Sequence[int]) -> bool:
 
 def read_tensor(path: Path, key: str) -> Tensor:
     """Return one tensor, a view of the file's map, which is released with it (so opened anew each time)."""
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(key)
+    with reading(path, "safetensors file", "download it again"), safe_open(path, "pt") as file:
+        tensor = file.get_tensor(key)
+    check_finite(path, key, tensor)
+    return tensor
 
 
 def read_tensors(path: Path) -> tuple[dict[str, tuple[int, ...]], Iterator[tuple[str, Tensor]]]:
@@ -110,13 +111,10 @@ def read_tensors(path: Path) -> tuple[dict[str, tuple[int, ...]], Iterator[tuple
 
 def header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Return shapes and torch names of types of a safetensors file, by key; a damaged file raises."""
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
-            return shapes, {key: DTYPES.get(str(s.get_dtype()), "") for key, s in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}): download it again") from None
+    with reading(path, "safetensors file", "download it again"), safe_open(path, "pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
+        return shapes, {key: DTYPES.get(str(s.get_dtype()), "") for key, s in slices.items()}
 
 
 def check_fit(path: Path, own: Mapping[str, Tensor]) -> None:
@@ -127,5 +125,4 @@ def check_fit(path: Path, own: Mapping[str, Tensor]) -> None:
 
 def weights_digest(path: Path) -> str:
     """Return 16 hex digits of the checkpoint's weights file: which model a record speaks of."""
-    with (path / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256(path / "model.safetensors")[:16]

@@ -10,12 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from worldvla.config import Config, LayoutConfig, from_json, to_json
-from worldvla.files import read_json, whole_folder, write_json
+from worldvla.files import read_json, save_tensors, whole_folder, write_digests, write_json
 from worldvla.model.lora import refuse_updates
 from worldvla.model.weights import INDEX, find_checkpoint, header, read_tensor
 from worldvla.published.hub import locate
@@ -103,9 +101,10 @@ def convert(
         write_json(scratch / FACTS, way_back)
         text.save(scratch / "text.json")
         image.save(scratch / "image_tokenizer")
-        _save(dict(released.tensors()), scratch / "model.safetensors")
+        save_tensors(scratch / "model.safetensors", dict(released.tensors()))
         if aside:
-            _save(aside, scratch / ASIDE)
+            save_tensors(scratch / ASIDE, aside)
+        write_digests(scratch)
     return [*lines, *_remarks(released, image, facts)]
 
 
@@ -140,7 +139,7 @@ def convert_back(source: Path, out_dir: Path, like: Path | None = None) -> None:
             tensors: dict[str, Tensor] = dict(published_tensors(mine, facts["norm_rows"], facts["dtypes"]))
             tensors |= {k: read_tensor(template / ASIDE, k) for k in keys if k not in ours}
             total += sum(t.nbytes for t in tensors.values())
-            _save(tensors, scratch / shard)
+            save_tensors(scratch / shard, tensors)
         write_json(scratch / "config.json", facts["config"])
         if len(shards) > 1:
             write_json(scratch / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
@@ -214,10 +213,3 @@ def _refuse(out_dir: Path, mark: str = "") -> None:
     """Raise ValueError if `out_dir` holds anything but a result of ours, which has the file `mark`."""
     if out_dir.exists() and not (out_dir / mark).is_file() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} exists and holds something else: choose another --out, or remove it")
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}; free some space, then repeat the command") from None

@@ -11,12 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from worldvla.config import ImageTokenizerConfig
-from worldvla.files import check_shapes
+from worldvla.files import check_shapes, load_tensors
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.vocab import Vocab
@@ -72,10 +70,7 @@ def unlike_published(directory: Path) -> list[str]:
 def load_image_tokenizer(path: Path) -> ImageTokenizer:
     """Read a VQGAN's file: a state dict of torch (`weights_only`) under `state_dict`, or safetensors."""
     if path.suffix == ".safetensors":
-        try:
-            return image_tokenizer(load_file(path), str(path))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or damaged ({error}): download it again") from None
+        return image_tokenizer(load_tensors(path), str(path))
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -39,8 +39,6 @@ SUITES |= {
     for name in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
     for kind in PERTURBATIONS
 }
-FPS = {"tabletop": 12.5, "libero": 20.0}
-"""Control rate of each simulator, Hz."""
 TABLETOP = tuple(name for name, suite in SUITES.items() if suite.simulator == "tabletop")
 
 INITIAL_STATES = "the stored one with the episode's index, simulator reseeded before every episode"

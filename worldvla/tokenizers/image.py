@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from worldvla.config import ImageTokenizerConfig, from_json, to_json
-from worldvla.files import check_shapes, read_json, whole_file, write_json
+from worldvla.files import check_shapes, load_tensors, read_json, save_tensors, write_json
 
 PUBLISHED_LEVELS = torch.from_numpy(np.arange(256) / 255.0 * 2 - 1).float()
 """Grey level -> what the published encoder reads, computed in float64 as in WorldVLA's
@@ -403,6 +402,12 @@ class ImageTokenizer(nn.Module):
             pixels = None if context is None else to_pixels(context)
             return to_images(self.pixels(rearrange(vectors, "b r q e -> b e r q"), pixels))
 
+    def reconstruct(self, images: np.ndarray) -> np.ndarray:
+        """Return frames of one clip, uint8 (B, Y, X, 3), after encoding and decoding; the first is the context
+        of all."""
+        frames = torch.from_numpy(np.ascontiguousarray(images)).to(self.quant_conv.weight.device)
+        return self.decode(self.encode(frames), frames[:1].expand_as(frames)).cpu().numpy()
+
     def codebook(self) -> Float[Tensor, "num_codes E"]:
         """Return the vector of every code, detached."""
         device = self.quant_conv.weight.device
@@ -414,9 +419,8 @@ class ImageTokenizer(nn.Module):
         Weights that half precision holds exactly are stored in it.
         """
         directory = Path(directory)
-        with whole_file(directory / "model.safetensors") as scratch:
-            tensors = {name: _narrow(value).contiguous() for name, value in self.state_dict().items()}
-            save_file(tensors, scratch)
+        tensors = {name: _narrow(value) for name, value in self.state_dict().items()}
+        save_tensors(directory / "model.safetensors", tensors)
         write_json(directory / "config.json", to_json(self.config), indent=2)
         if self.ancestors:
             write_json(directory / "ancestors.json", {"digests": self.ancestors})
@@ -440,7 +444,7 @@ class ImageTokenizer(nn.Module):
         path = directory / "config.json"
         config = from_json(ImageTokenizerConfig, read_json(path), str(path))
         tokenizer = cls(config)
-        state = load_file(directory / "model.safetensors")
+        state = load_tensors(directory / "model.safetensors")
         if not any(name.startswith("decoder.") for name in state):
             tokenizer.decoder = None
         found, own = ({n: t.shape for n, t in table.items()} for table in (state, tokenizer.state_dict()))

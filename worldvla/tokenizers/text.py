@@ -12,7 +12,7 @@ from typing import Self
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from worldvla.files import write_text
+from worldvla.files import reading, write_text
 
 
 class TextTokenizer:
@@ -44,14 +44,11 @@ class TextTokenizer:
     def load(cls, path: Path) -> Self:
         """Read a `tokenizers` JSON file; a missing or foreign file raises ValueError."""
         path = Path(path)
-        try:
+        with reading(path, "text tokenizer", "expected `tokenizers` JSON"):
             text = path.read_text(encoding="utf-8")
-            known = "type" in json.loads(text)["model"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no text tokenizer ({error!r}): expected `tokenizers` JSON") from None
-        if not known:
-            raise ValueError(f"{path} has a model without a type: expected a `tokenizers` JSON file")
-        return cls(Tokenizer.from_str(text))
+            if "type" not in json.loads(text)["model"]:
+                raise ValueError("a model without a type")
+            return cls(Tokenizer.from_str(text))
 
     def save(self, path: Path) -> None:
         """Write the JSON file atomically."""

@@ -11,7 +11,7 @@ from worldvla.config import Config
 from worldvla.data.loader import Loader, prompted, store_statistics
 from worldvla.data.sample import SampleBuilder, prompt_texts
 from worldvla.data.store import TokenStore
-from worldvla.files import read_json
+from worldvla.files import check_digests, read_json
 from worldvla.machine import available_memory
 from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import add_updates, refuse_updates
@@ -65,6 +65,7 @@ def build(config: Config) -> Pieces:
                 "train` wrote (DIR/ckpt/step_N), or `export`, or, of a released folder or hub id, `convert`"
             )
         refuse_updates(source)
+        check_digests(source, ("model.safetensors", "text.json", "statistics.json", "vocab.json"))
     image = ImageTokenizer.load(config.tokenizer)
     if config.train.init_from:
         _check_codes(image, config.tokenizer, source)

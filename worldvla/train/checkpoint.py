@@ -16,12 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from worldvla.config import Config, from_json, to_json
-from worldvla.files import read_json, whole_folder, write_json
+from worldvla.files import (
+    check_digests,
+    load_tensors,
+    read_json,
+    save_tensors,
+    whole_folder,
+    write_digests,
+    write_json,
+)
 from worldvla.machine import provenance
 from worldvla.model.lora import stored
 from worldvla.model.weights import check_fit
@@ -47,9 +53,8 @@ def save(
             write_json(scratch / "statistics.json", pieces.statistics.to_json())
             pieces.text.save(scratch / "text.json")
             pieces.image.save(scratch / "image_tokenizer")
-            weights = {name: tensor.contiguous() for name, tensor in stored(model).items()}
-            save_file(weights, scratch / "model.safetensors")
-            save_file(_optimizer_tensors(model, optimizers), scratch / "trainer.safetensors")
+            save_tensors(scratch / "model.safetensors", stored(model))
+            save_tensors(scratch / "trainer.safetensors", _optimizer_tensors(model, optimizers))
             write_json(scratch / "trainer.json", dict(trainer))
             manifest = {**pieces.digests(), **provenance(), "step": trainer["step"]}
             if pieces.base:  # where the weights are that low-rank updates belong to, seen from here
@@ -57,10 +62,11 @@ def save(
                     Path(pieces.config.train.init_from).resolve(), path.resolve()
                 )
             write_json(scratch / "manifest.json", manifest)
+            write_digests(scratch)
             for file in filter(Path.is_file, scratch.rglob("*")):
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(
             f"cannot save checkpoint {path}: {error}; nothing is left of it and earlier checkpoints are "
             "whole: free some space, then repeat the command"
@@ -76,8 +82,9 @@ def resume(path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers)
                 f"cannot resume {path}: its {name} is {manifest.get(name)}, the stores and tokenizer on disk "
                 f"give {digest}; restore them or start a new run directory"
             )
+    check_digests(path)
     load_weights(path, model)
-    tensors = load_file(path / "trainer.safetensors")
+    tensors = load_tensors(path / "trainer.safetensors")
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         keys = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else _ADAMW
@@ -91,7 +98,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     """Load what a checkpoint holds from model.safetensors; another shape or vocabulary raises ValueError."""
     own = stored(model)
     check_fit(path / "model.safetensors", own)
-    for name, tensor in load_file(path / "model.safetensors").items():
+    for name, tensor in load_tensors(path / "model.safetensors").items():
         own[name].copy_(tensor)
 
 
@@ -134,7 +141,7 @@ def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Te
     tensors = {}
     for parameter, state in (item for optimizer in optimizers for item in optimizer.state.items()):
         for key, value in state.items():
-            tensors[f"{key}.{names[id(parameter)]}"] = value.detach().contiguous()
+            tensors[f"{key}.{names[id(parameter)]}"] = value.detach()
     return tensors
 
 

@@ -25,13 +25,19 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from worldvla.config import ImageTokenizerConfig, TokenizerTraining, to_json
-from worldvla.data.sources import open_source
-from worldvla.data.sources.source import Source
-from worldvla.files import read_json, whole_file, whole_folder, write_json, write_text
+from worldvla.data.episode import read_episodes
+from worldvla.files import (
+    load_tensors,
+    read_json,
+    save_tensors,
+    whole_file,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_images, to_pixels
 
@@ -88,11 +94,11 @@ class Frames:
 
 
 def load_frames(
-    episode_files: Sequence[Path | str | Source], *, max_frames: int = 60_000, seed: int = 0
+    episode_files: Sequence[Path | str], *, max_frames: int = 60_000, seed: int = 0
 ) -> list[Frames]:
-    """Read the frames of files or opened data sets; about `max_frames` frames a view at the most."""
-    sources = [f if isinstance(f, Source) else open_source(Path(f)) for f in episode_files]
-    lengths = [[len(episode) for episode in source.episodes(images=False)] for source in sources]
+    """Read the frames of demonstrations; about `max_frames` frames a view at the most."""
+    paths = [Path(path) for path in episode_files]
+    lengths = [[len(episode) for episode in read_episodes(path, images=False)] for path in paths]
     share = min(1.0, max_frames / max(1, sum(map(sum, lengths))))
     rng = np.random.default_rng(seed)
     train: dict[str, list[np.ndarray]] = {}
@@ -100,8 +106,8 @@ def load_frames(
     first: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     with progress_bar() as progress:
         bar = progress.add_task("reading frames", total=sum(map(len, lengths)))
-        for source, of_file in zip(sources, lengths, strict=True):
-            for number, episode in enumerate(source.episodes(), start=1):
+        for path, of_file in zip(paths, lengths, strict=True):
+            for number, episode in enumerate(read_episodes(path), start=1):
                 keep = np.flatnonzero(rng.random(len(episode)) < share)
                 is_val = number == len(of_file) > 1
                 into, starts = (val, first["val"]) if is_val else (train, first["train"])
@@ -146,7 +152,7 @@ def foreground(
 
 
 def train_tokenizer(
-    episode_files: Sequence[Path | str | Source] | Sequence[Frames],
+    episode_files: Sequence[Path | str] | Sequence[Frames],
     config: ImageTokenizerConfig,
     out_dir: Path | str,
     training: TokenizerTraining,
@@ -332,8 +338,8 @@ class TokenizerTrainer:
             tensors |= {f"{key}.{name}": v for key, v in self.optimizer.state[parameter].items()}
         progress = {**self.identity, "step": self.num_steps, "seconds": self.seconds}
         with whole_folder(self.out_dir / "training") as scratch:
-            packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(packed | {"generator": self.generator.get_state()}, scratch / "state.safetensors")
+            packed = tensors | {"generator": self.generator.get_state()}
+            save_tensors(scratch / "state.safetensors", packed)
             write_json(scratch / "state.json", progress)
 
     def _resume(self) -> bool:
@@ -341,7 +347,7 @@ class TokenizerTrainer:
         path = self.out_dir / "training"
         if not (path / "state.json").is_file():
             return False
-        state, tensors = read_json(path / "state.json"), load_file(path / "state.safetensors")
+        state, tensors = read_json(path / "state.json"), load_tensors(path / "state.safetensors")
         self._refuse_other(state)
         self.num_steps, self.seconds = state["step"], state["seconds"]
         self.generator.set_state(tensors["generator"])

@@ -8,12 +8,13 @@ its place is the step.
 """
 
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, Batch
 from worldvla.config import Config
 from worldvla.data.loader import MODES
+from worldvla.files import only_writer
 from worldvla.machine import find_device
 from worldvla.model.action_head import ActionHead
 from worldvla.model.mask import additive_mask, dense_mask
@@ -34,6 +36,8 @@ from worldvla.train.loss import Loss, Targets
 from worldvla.train.metrics import KINDS, Forward, Recorder, validate
 from worldvla.train.optim import build_optimizers, learning_rate
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""What asks for a checkpoint and the end: Slurm, a cloud that takes its machine back, Ctrl-C."""
 NUM_KEPT = 2
 """Newest checkpoints that stay; the best one by validation loss stays too."""
 
@@ -43,7 +47,7 @@ class Outcome:
     checkpoint: Path
     step: int
     is_finished: bool
-    """False: stopped by SIGTERM or Ctrl-C after saving; the same call goes on."""
+    """False: stopped by a signal (SIGNALS) after saving; the same call goes on."""
 
 
 @dataclass
@@ -65,8 +69,10 @@ def train(config: Config, run_dir: Path | str, overfit: bool = False) -> Outcome
     `overfit`: every step sees batch 0 and nothing else; a sound model takes its loss to nearly zero.
     """
     run_dir = Path(run_dir)
-    checkpoint.check_config(run_dir, config)
-    return Trainer(build(config), run_dir, overfit).run()
+    is_writer = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
+    with only_writer(run_dir) if is_writer else nullcontext():
+        checkpoint.check_config(run_dir, config)
+        return Trainer(build(config), run_dir, overfit).run()
 
 
 class Trainer:
@@ -191,7 +197,7 @@ class Trainer:
             return batch
         generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + index)
         levels, share = self.config.model.code_levels, self.config.data.corrupt
-        return replace(batch, read_BT=corrupted(batch, self.pieces.vocab, levels, share, generator))
+        return replace(batch, wrong_BT=corrupted(batch, self.pieces.vocab, levels, share, generator))
 
     @contextmanager
     def _prefetch(self) -> Iterator[Callable[[int], list[Batch]]]:
@@ -280,7 +286,7 @@ def make_forward(
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether SIGTERM or Ctrl-C came; a second Ctrl-C interrupts at once."""
+    """Give a function that says whether one of SIGNALS came; a second Ctrl-C interrupts at once."""
     requests: list[int] = []
 
     def handle(number: int, _frame: object) -> None:
@@ -291,7 +297,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield lambda: False
         return
-    old = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    old = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield lambda: bool(requests)
     finally:

@@ -6,6 +6,7 @@ action's x, y, z stands beside that of predicting no motion.
 """
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -42,8 +43,11 @@ class Recorder:
         from torch.utils.tensorboard import SummaryWriter  # one second: only where it is used
 
         path = run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= start))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if lines and not lines[-1].endswith("\n"):
+            logging.getLogger("worldvla").warning("%s: dropped its last line, which a stop cut short", path)
+            lines.pop()
+        write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= start))
         self._file = path.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)

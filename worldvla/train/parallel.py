@@ -46,7 +46,7 @@ def own_rows(batches: Sequence[Batch]) -> list[Batch]:
     own, num_dealt = [], 0
     for batch in batches:
         rows = slice((rank() - num_dealt) % num_ranks(), None, num_ranks())
-        part = Batch(**{name: tensor[rows] for name, tensor in vars(batch).items()})
+        part = batch.map(lambda tensor, rows=rows: tensor[rows])
         own += [part] if len(part.ids_BT) else []
         num_dealt += len(batch.ids_BT)
     return own
