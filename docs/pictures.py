@@ -2,12 +2,14 @@
 
     python docs/pictures.py             # all of them: docs/*.svg, docs/demo.gif, docs/filmstrip.png; a minute
     python docs/pictures.py demo        # the moving one and its filmstrip alone
+    python docs/pictures.py play        # docs/play.gif: a minute in which the policy plays the world model
     python docs/pictures.py demo --model out/train/tabletop
 
 The masks are computed by worldvla.model.mask; the episodes are rolled out and imagined when the script runs.
 """
 
 import argparse
+import itertools
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import worldvla
 from worldvla.model.mask import visible
+from worldvla.serve.play.session import Session, open_playable
 
 DOCS = Path(__file__).parent
 INK, QUIET, PAPER = "#22262b", "#767d87", "#ffffff"
@@ -233,14 +236,14 @@ def compose(clips: Sequence[Clip], step: int) -> Image.Image:
     return picture
 
 
-def write_gif(path: Path, pictures: Sequence[Image.Image]) -> None:
+def write_gif(path: Path, pictures: Sequence[Image.Image], fps: float = FPS) -> None:
     """Write an endless GIF with one palette for all pictures; the last one stays for two seconds."""
     tall = Image.new("RGB", (pictures[0].width, pictures[0].height * len(pictures[::4])))
     for i, picture in enumerate(pictures[::4]):
         tall.paste(picture, (0, i * picture.height))
     palette = tall.quantize(96, dither=Image.Dither.NONE)
     first, *rest = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
-    durations = [1000 // FPS] * len(rest) + [2000]
+    durations = [round(1000 / fps)] * len(rest) + [2000]
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
 
 
@@ -268,6 +271,54 @@ def draw_demo(model_path: str) -> None:
     filmstrip(clips[0]).quantize(128).save(DOCS / "filmstrip.png", optimize=True)
 
 
+# -- a minute of play: the policy drives through imagination, the simulator follows
+
+PLAYED = [(f"tabletop_{suite}", task) for task in (3, 0, 6) for suite in ("goal", "object", "spatial")]
+PLAY_STEPS, PLAY_PAUSE, PLAY_SCALE, PLAY_EVERY = 60, 6, 4, 2
+"""Steps of a task at most, steps after a success, pixels a pixel, steps a picture."""
+
+
+def play_picture(session: Session) -> Image.Image:
+    """Return both worlds' views side by side, with what the page says of them."""
+    gap, top, (front, wrist) = 8, 54, (64 * PLAY_SCALE, 32 * PLAY_SCALE)
+    width = front + wrist + 3 * gap
+    picture = Image.new("RGB", (2 * width, top + front + gap), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((gap, 6), session.task.instruction, INK, font(16))
+    done = f", success at step {session.success_step}" if session.success_step else ""
+    worlds = {
+        f"imagined for {session.imagined} steps": session.frame,
+        f"simulator, same actions{done}": session.real or {},
+    }
+    for column, (title, frame) in enumerate(worlds.items()):
+        x = column * width + gap
+        draw.text((x, 32), title, QUIET, font(13))
+        for view, left, side in (("agentview", x, front), ("wrist", x + front + gap, wrist)):
+            image = Image.fromarray(frame[view]).resize((side, side), Image.Resampling.NEAREST)
+            picture.paste(image, (left, top))
+    return picture
+
+
+def draw_play(model_path: str, seconds: float) -> None:
+    torch.set_num_threads(1)
+    playable = open_playable(model_path, suite=PLAYED[0][0])
+    session, pictures = Session(playable, *PLAYED[0], INIT), []
+    session.show(True)
+    session.drive("policy")
+    left = round(seconds * playable.rate)
+    for suite, task in itertools.cycle(PLAYED):
+        session.start(suite, task, INIT)
+        while left and session.steps < min(PLAY_STEPS, (session.success_step or PLAY_STEPS) + PLAY_PAUSE):
+            if session.steps % PLAY_EVERY == 0:
+                pictures.append(play_picture(session))
+            session.step()
+            left -= 1
+        if not left:
+            break
+    session.close()
+    write_gif(DOCS / "play.gif", pictures, playable.rate / PLAY_EVERY)
+
+
 def save(name: str, draw: Callable[[], Figure]) -> None:
     draw().savefig(DOCS / name, metadata={"Date": None}, facecolor="white")
 
@@ -276,17 +327,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("all", "diagrams", "demo"), default="all")
+    parser.add_argument("what", nargs="?", choices=("all", "diagrams", "demo", "play"), default="all")
     parser.add_argument(
         "--model", default="tabletop", help="checkpoint of the demo (default: the shipped one)"
     )
+    parser.add_argument("--seconds", type=float, default=60, help="length of play.gif (default: %(default)s)")
     args = parser.parse_args()
     mpl.rcParams.update({"svg.hashsalt": "worldvla", "font.family": "DejaVu Sans"})
-    if args.what != "demo":
+    if args.what == "play":
+        draw_play(args.model, args.seconds)
+    if args.what in ("all", "diagrams"):
         save("tokens.svg", draw_tokens)
         save("mask.svg", draw_masks)
         save("decoding.svg", draw_decoding)
-    if args.what != "diagrams":
+    if args.what in ("all", "demo"):
         draw_demo(args.model)
     print(f"pictures: {DOCS}")
 

@@ -16,7 +16,7 @@ import pytest
 from worldvla.eval.page import write_page
 from worldvla.eval.stats import count
 from worldvla.eval.tokens import code_colors
-from worldvla.eval.video import encode_mp4, side_by_side
+from worldvla.video import encode_mp4, side_by_side
 
 VOID = {"meta", "img", "br", "link"}
 

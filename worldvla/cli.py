@@ -614,6 +614,66 @@ def serve(
     )
 
 
+def play(
+    checkpoint: Positional[str] = "tabletop",
+    *,
+    task: str = "",
+    init: int = 0,
+    temperature: float = 0.0,
+    host: str = "127.0.0.1",
+    port: int = 8010,
+    threads: int = 1,
+    device: str = "cpu",
+    out: Path = Path("out/play"),
+    bench: int = 0,
+) -> None:
+    """Drive the hand through what a world model imagines, in the browser; the simulator beside it.
+
+    Args:
+        checkpoint: tabletop or libero, the shipped models; or a checkpoint or run directory.
+        task: SUITE:INDEX to begin with, such as tabletop_goal:3; the page can change it.
+        init: Initial state to begin with.
+        temperature: Of the imagined codes; 0: the likeliest ones.
+        host: Address to listen at; others than this machine's need WORLDVLA_API_KEY and ?key=KEY.
+        port: 0: any free port.
+        threads: Of inference; a small model is fastest on one.
+        out: Directory of recordings.
+        bench: Measure so many frames of a person's and of the policy's play, print one line of JSON, stop.
+    """
+    from worldvla.serve.play.session import open_playable
+
+    suite, _, index = task.partition(":")
+    if task and not index.isdecimal():
+        raise ValueError(f"bad task {task!r}: expected SUITE:INDEX, such as tabletop_goal:3")
+    playable = open_playable(checkpoint, suite=suite, temperature=temperature, device=device)
+    suite = suite or ("libero_object" if playable.simulator == "libero" else "tabletop_object")
+    playable.task(suite, int(index or 0))
+    if bench:
+        import torch
+
+        from worldvla.serve.play.session import bench as measure
+
+        torch.set_num_threads(threads)
+        say(json.dumps({**measure(playable, suite, int(index or 0), bench), "threads": threads}))
+        return
+    import asyncio
+
+    from worldvla.serve.play.server import Start, serve
+
+    asyncio.run(
+        serve(
+            playable,
+            Start(suite, int(index or 0), init),
+            host=host,
+            port=port,
+            api_key=os.environ.get("WORLDVLA_API_KEY", ""),
+            threads=threads,
+            out=out,
+            on_start=lambda at: say(f"play at {at}   recordings: {out}"),
+        )
+    )
+
+
 def compare(a: Positional[Path], b: Positional[Path], *, force: bool = False) -> None:
     """Compare two evaluations episode by episode; the last line of the output is JSON.
 
@@ -717,6 +777,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "export": export,
     "convert": convert,
     "serve": serve,
+    "play": play,
     "doctor": doctor,
     "config": show_config,
     "show-sample": show_sample,

@@ -21,13 +21,13 @@ from torch import Tensor
 from worldvla.data.episode import Episode, read_episodes
 from worldvla.eval.reader import NAME, Reader, holding
 from worldvla.eval.tokens import write_example
-from worldvla.eval.video import FPS, film_strip, side_by_side, write_mp4, write_png
 from worldvla.files import read_json, write_json
 from worldvla.infer.draft import FrameStats, summary
 from worldvla.infer.model import Model, load
 from worldvla.infer.world import World
 from worldvla.machine import provenance
 from worldvla.sim.suites import SUITES
+from worldvla.video import FPS, film_strip, side_by_side, write_mp4, write_png
 
 MAX_PSNR = 60.0
 """dB, of frames that differ by less: a single perfect frame must not decide a mean."""
