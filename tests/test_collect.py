@@ -130,7 +130,7 @@ def test_stopped_and_resumed_equals_not_stopped(tmp_path, monkeypatch):
 def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
     asked = []
 
-    def one_thread(workers, _context):
+    def one_thread(workers, _context, **_options):
         asked.append(workers)
         return ThreadPoolExecutor(1)
 
