@@ -25,7 +25,7 @@ from tiny_run import tiny_config, write_tiny
 
 from worldvla.cli import main
 from worldvla.data.episode import read_episodes
-from worldvla.files import read_json, write_json
+from worldvla.files import read_json, write_digests, write_json
 from worldvla.infer.world import World
 from worldvla.serve.play.server import MAX_MESSAGE, MAX_SESSIONS, Start, read_message, serve
 from worldvla.serve.play.session import GRIPPER_STEPS, REPLAN, Playable, Session, bench, open_playable, psnr
@@ -177,6 +177,7 @@ def altered(checkpoint: Path, folder: Path, part: str, **values: Any) -> Path:
     path = Path(shutil.copytree(checkpoint, folder / "altered"))
     config = read_json(path / "config.json")
     write_json(path / "config.json", config | {part: config[part] | values})
+    write_digests(path)
     return path
 
 
