@@ -19,6 +19,11 @@ def pytest_configure(config: pytest.Config) -> None:
         shapes.install()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "nightly" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     """Fix the global random states and ask torch for deterministic kernels."""
