@@ -24,6 +24,9 @@ class LayerCache:
         keys, values = self.keys_BGSK, self.values_BGSK
         if isinstance(self.slots, slice):
             keys[:, :, self.slots], values[:, :, self.slots] = k_BGTK, v_BGTK
+        elif self.slots.ndim == 1:
+            keys.index_copy_(2, self.slots, k_BGTK)
+            values.index_copy_(2, self.slots, v_BGTK)
         else:
             keys[self.rows_B1, :, self.slots] = k_BGTK.transpose(1, 2)
             values[self.rows_B1, :, self.slots] = v_BGTK.transpose(1, 2)
@@ -39,7 +42,7 @@ class Cache:
         self.capacity = capacity
 
     def place(self, slots: slice | Tensor, reach: int) -> None:
-        """Let the next pass write to `slots`, common to all rows or (B, T), and read the first `reach`.
+        """Let the next pass write to `slots`, (T,) of all rows or (B, T), and read the first `reach`.
 
         What is written stays until it is written over: the mask must hide what is stale.
         """

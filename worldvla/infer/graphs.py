@@ -40,8 +40,9 @@ class Room:
         """Let the next pass write to these slots; return how many slots it reads."""
         slots, length = slots_BT.cpu().numpy(), slots_BT.shape[1]
         first, reach = int(slots[0, 0]), int(slots.max()) + 1
-        self.in_turn = bool((slots == np.arange(first, first + length)).all())  # a slice is written faster
-        self.cache.place(slice(first, reach) if self.in_turn else slots_BT, reach)
+        self.in_turn = bool((slots == np.arange(first, first + length)).all())
+        alike = slots_BT[0] if bool((slots == slots[0]).all()) else slots_BT  # which is written faster
+        self.cache.place(slice(first, reach) if self.in_turn else alike, reach)
         return reach
 
     def length(self, num_tokens: int) -> int:
