@@ -21,7 +21,7 @@ import worldvla
 from worldvla.config import Config, from_json
 from worldvla.data.episode import demonstration_files, read_episodes
 from worldvla.data.sample import SampleBuilder
-from worldvla.model.transformer import Transformer
+from worldvla.model.transformer import Block, Transformer
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train import checkpoint
 from worldvla.train.build import Pieces
@@ -46,9 +46,6 @@ def grow(
     builder = SampleBuilder(layout, vocab, text, source.builder.statistics)
     config = replace(config, train=replace(config.train, init_from=""))
     pieces = Pieces(config, image, text, source.builder.statistics, vocab, builder, None)  # pyright: ignore
-    optimizer = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {"step": torch.zeros(())}
     checkpoint.save(out, pieces, model, [], {"step": 0})
     print(f"{out}: {model.num_parameters():,} parameters; embeddings fitted to {error:.3f} of their variance")
 
@@ -57,6 +54,7 @@ def grow(
 def _copy(old: Transformer, new: Transformer, old_vocab, vocab) -> None:
     spots = np.linspace(0, len(new.layers) - 1, len(old.layers)).round().astype(int).tolist()
     for index, layer in enumerate(new.layers):
+        assert isinstance(layer, Block)
         if index in spots:
             layer.load_state_dict(old.layers[spots.index(index)].state_dict())
         else:
@@ -66,14 +64,15 @@ def _copy(old: Transformer, new: Transformer, old_vocab, vocab) -> None:
         assert getattr(vocab, name) == getattr(old_vocab, name)
     for span in ("text", "action", "state"):
         there, here = getattr(old_vocab, span), getattr(vocab, span)
-        first = slice(0, here.start) if span == "text" else slice(here.start, here.stop)
-        origin = slice(0, there.stop) if span == "text" else slice(there.start, there.stop)
-        if span == "text":
-            first = slice(0, here.stop)
+        is_text = span == "text"  # and what stands before it
+        first = slice(0 if is_text else here.start, here.stop)
+        origin = slice(0 if is_text else there.start, there.stop)
         for table in ("embed", "head"):
             getattr(new, table).weight[first] = getattr(old, table).weight[origin]
-    new.row_embed.weight.copy_(old.row_embed.weight)
-    new.col_embed.weight.copy_(old.col_embed.weight)
+    for own, theirs in ((new.row_embed, old.row_embed), (new.col_embed, old.col_embed)):
+        assert own is not None
+        assert theirs is not None
+        own.weight.copy_(theirs.weight)
     new.norm.weight.copy_(old.norm.weight)
 
 
@@ -100,7 +99,8 @@ def _pairs(source, image: ImageTokenizer, demos: Path, episodes: int) -> torch.T
 
 def _fit(model: Transformer, targets_ND: torch.Tensor, pairs_P2: torch.Tensor, steps: int) -> float:
     """Fit the code embedding; return the error's share of the variance on the last pairs."""
-    embed = model.code_embed
+    embed, error = model.code_embed, torch.zeros(())
+    assert embed is not None
     optimizer = torch.optim.AdamW(embed.parameters(), lr=3e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     targets_ND = targets_ND.detach()

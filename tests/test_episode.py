@@ -143,7 +143,7 @@ def _truncate(path: Path) -> None:
 def _change(name: str, value: np.ndarray | None):
     def edit(path: Path) -> None:
         with h5py.File(path, "r+") as file:
-            for demo in file["data"].values() if name.count("/") > 1 else ():  # as files without digests
+            for demo in file["data"].values() if name.count("/") > 1 else ():  # pyright: ignore
                 del demo.attrs["sha256"]
             del file[name]
             if value is not None:

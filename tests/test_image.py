@@ -279,7 +279,7 @@ def test_published_tokenizers_read_grey_levels_as_the_published_code_computes_th
     published = torch.from_numpy(images.numpy() / 255.0 * 2 - 1).permute(0, 3, 1, 2).float()
     for config, num_differing in ((TINY, 0), (TINY_FSQ, 128)):  # our own keep the rule of their training
         tokenizer, pixels = ImageTokenizer(config), list[torch.Tensor]()
-        tokenizer.encoder.register_forward_pre_hook(lambda _, args, seen=pixels: seen.append(args[0]))
+        tokenizer.encoder.register_forward_pre_hook(lambda _, args, p=pixels: p.append(args[0]))  # pyright: ignore
         tokenizer.encode(images)
         assert (
             len(images[pixels[0].permute(0, 2, 3, 1) != published.permute(0, 2, 3, 1)].unique())

@@ -83,11 +83,13 @@ def test_logits_are_equal_with_caches(ours: Transformer, theirs: Any, layout: La
     ids_BT = batch(layout).ids_BT[2:]  # world samples: plain causal
     with torch.no_grad():
         whole = theirs(input_ids=ids_BT, use_cache=False).logits
-        cache, kept, mine, other = Cache(CONFIG.num_layers, ids_BT.shape[1]), None, [], []
+        cache = Cache(CONFIG, len(ids_BT), ids_BT.shape[1], ours.embed.weight)
+        kept, mine, other = None, [], []
         for start, stop in ((0, 20), (20, 21), (21, ids_BT.shape[1])):
             part, positions = ids_BT[:, start:stop], torch.arange(start, stop)[None]
             mask = dense_mask(torch.zeros(1, ids_BT.shape[1], dtype=torch.int64))[:, :, start:stop, :stop]
-            mine.append(ours.logits(ours(part, mask, positions_BT=positions, cache=cache)))
+            cache.place(slice(start, stop), stop)
+            mine.append(ours.logits(ours(part, mask, positions_BT=positions, cache=cache.layers)))
             out = theirs(input_ids=part, cache=kept, use_cache=True)
             kept = out.cache
             other.append(out.logits)
@@ -108,13 +110,15 @@ def test_logits_of_a_chunk_are_equal_with_caches(
         rows = published_mask(ids_BT)
         assert rows[:, :, prompt:].sum() < torch.ones_like(rows).tril()[:, :, prompt:].sum()
         whole = theirs_logits(theirs, ids_BT)
-        cache, kept, mine, other = Cache(CONFIG.num_layers, length), None, [], []
+        cache = Cache(CONFIG, 1, length, ours.embed.weight)
+        kept, mine, other = None, [], []
         cuts = sorted({0, prompt, prompt + split, length})
         with torch.no_grad():
             for start, stop in pairwise(cuts):
                 part, positions = ids_BT[:, start:stop], torch.arange(start, stop)[None]
                 mask = dense_mask(chunk_BT[:, start:stop], chunk_BT[:, :stop], positions)
-                mine.append(ours.logits(ours(part, mask, positions_BT=positions, cache=cache)))
+                cache.place(slice(start, stop), stop)
+                mine.append(ours.logits(ours(part, mask, positions_BT=positions, cache=cache.layers)))
                 mask = additive(rows[:, :, start:stop, :stop])
                 out = theirs(input_ids=part, attention_mask=mask, cache=kept, use_cache=True)
                 kept = out.cache

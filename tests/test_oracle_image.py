@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldvla.config import ImageTokenizerConfig
-from worldvla.tokenizers.image import ImageTokenizer, to_images
+from worldvla.tokenizers.image import ImageTokenizer, VectorQuantizer, to_images
 
 SMALL = ImageTokenizerConfig(
     channel_mult=(1, 2, 1), num_res_blocks=1, z_channels=32, embed_dim=16, num_codes=500
@@ -23,6 +23,7 @@ def build(config: ImageTokenizerConfig) -> ImageTokenizer:
     for name, parameter in tokenizer.named_parameters():
         if "norm" in name:
             parameter.add_(torch.randn(parameter.shape) * 0.3)
+    assert isinstance(tokenizer.quantize, VectorQuantizer)
     tokenizer.quantize.embedding.weight.normal_(std=0.3)
     return tokenizer
 

@@ -5,7 +5,6 @@ pytest tests/test_pretrained.py   (on synthetic folders with the published names
 
 import importlib.util
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -370,14 +369,6 @@ def test_a_model_of_ours_is_loaded_from_the_hub(tmp_path: Path, monkeypatch: pyt
     assert asked == [("Org/tabletop", None)]
     assert model.path == tmp_path / "cache"
     assert {p.dtype for p in model.transformer.parameters()} == {torch.float32}  # stored in bfloat16
-
-
-def test_the_commands_of_the_page_parse() -> None:
-    text = (Path(__file__).parents[1] / "docs/MODELS.md").read_text().replace("\\\n", " ")
-    commands = [line.split() for line in re.findall(r"^(?:`?)(worldvla [^`\n]*)", text, re.MULTILINE)]
-    assert [words[1] for words in commands].count("convert") >= 2
-    for _, verb, *rest in commands:
-        cli._parse(verb, rest)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.vqmodel.", "vqmodel."])

@@ -94,7 +94,7 @@ def test_no_ops_go_and_failures_are_counted(demos: list[Any], tmp_path: Path) ->
     assert regenerate([source], tmp_path / "out", sizes) == counts  # nothing is left to do
     for changed in ({"views": SIZE}, {"drop_no_ops": False}):
         with pytest.raises(ValueError, match=r"made with .* choose another directory"):
-            regenerate([source], tmp_path / "out", **({"views": sizes} | changed))
+            regenerate([source], tmp_path / "out", **({"views": sizes} | changed))  # pyright: ignore
     other = write(tmp_path / "other/some_demo.hdf5", demos[:1])
     with pytest.raises(ValueError, match=r"some_demo\.hdf5 was made of a file .* choose another directory"):
         regenerate([other], tmp_path / "out", sizes)

@@ -315,10 +315,10 @@ def _at(group: Any, name: str) -> Any:
         if links is None or not part or not links.exists(part.encode()):
             return None
         kind = links.get_info(part.encode()).type
-        if kind == h5py.h5l.TYPE_SOFT:
+        if kind == h5py.h5l.TYPE_SOFT:  # pyright: ignore[reportAttributeAccessIssue]
             target = links.get_val(part.encode()).decode()
             group = _at(group.file if target.startswith("/") else group, target.strip("/"))
-        elif kind == h5py.h5l.TYPE_HARD:
+        elif kind == h5py.h5l.TYPE_HARD:  # pyright: ignore[reportAttributeAccessIssue]
             group = group[part]
         else:
             raise ValueError(f"{name} is a link to another file: expected the data themselves")
@@ -383,7 +383,7 @@ def _read_demo(group: h5py.Group, told: dict[str, str], images: bool) -> Episode
     frames = {view: read[name][sees] for view, name in views.items()}
     del facts["demo"]
     return Episode(
-        **facts,
+        **facts,  # pyright: ignore[reportArgumentType]
         actions=read["actions"][acts].astype(np.float32),
         states=np.concatenate([read[name][sees] for name in _STATE_KEYS], axis=1).astype(np.float32),
         images=frames if ours else {view: a[:, ::-1, ::-1].copy() for view, a in frames.items()},

@@ -100,6 +100,8 @@ class Reader(nn.Module):
         self.head = nn.Sequential(
             nn.Linear(6 * WIDTHS[-1] * len(self.sizes), 64), nn.ReLU(), nn.Linear(64, NUM_READ)
         )
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.zeros(NUM_READ - 1))
         self.register_buffer("std", torch.ones(NUM_READ - 1))
 

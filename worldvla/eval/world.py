@@ -347,10 +347,11 @@ def summarize(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for kind in first["hand"]
         }
         is_held = [np.where(m["held"]["truth"], 1.0, np.nan) for m in measured]
-        section["held"] = {"num_clips": [int(n or 0) for n in by_step(is_held, np.sum)]}
+        held: dict[str, list[Any]] = {"num_clips": [int(n or 0) for n in by_step(is_held, np.sum)]}
+        section["held"] = held
         for kind in first["hand"]:
-            shown = [m["held"][kind] * held for m, held in zip(measured, is_held, strict=True)]
-            section["held"][kind] = by_step(shown, np.mean)
+            shown = [m["held"][kind] * mask for m, mask in zip(measured, is_held, strict=True)]
+            held[kind] = by_step(shown, np.mean)
     return section
 
 

@@ -194,7 +194,7 @@ class TokenizerTrainer:
         self, tokenizer: ImageTokenizer, views: Sequence[Frames], out_dir: Path, training: TokenizerTraining
     ) -> None:
         self.tokenizer, self.views, self.out_dir, self.training = tokenizer, views, out_dir, training
-        self.weights = dict(tokenizer.to(memory_format=torch.channels_last).named_parameters())
+        self.weights = dict(tokenizer.to(memory_format=torch.channels_last).named_parameters())  # pyright: ignore
         self.optimizer = torch.optim.AdamW(
             self.weights.values(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
         )
