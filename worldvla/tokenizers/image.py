@@ -403,8 +403,8 @@ class ImageTokenizer(nn.Module):
             return to_images(self.pixels(rearrange(vectors, "b r q e -> b e r q"), pixels))
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
-        """Return frames of one clip, uint8 (B, Y, X, 3), after encoding and decoding; the first is the context
-        of all."""
+        """Return frames of one clip, uint8 (B, Y, X, 3), after encoding and decoding; the first is the
+        context of all."""
         frames = torch.from_numpy(np.ascontiguousarray(images)).to(self.quant_conv.weight.device)
         return self.decode(self.encode(frames), frames[:1].expand_as(frames)).cpu().numpy()
 
