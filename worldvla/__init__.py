@@ -2,7 +2,7 @@
 
 model, env = worldvla.load("tabletop"), worldvla.make("tabletop_goal")
 observation, _ = env.reset(options={"init": 0})
-actions = model.policy().act({**observation, "instruction": env.task.instruction})
+actions = model.policy().act(observation)
 world = model.world(); world.reset(observation); frame = world.step(actions[0])
 """
 
