@@ -226,6 +226,47 @@ def test_parts_of_a_stopped_collection_are_no_demonstrations(demos: Path):
         demonstration_files([])
 
 
+def _spoilt(episode: Episode, what: str) -> Episode:
+    """Return an episode with actions in another convention than the controller's."""
+    actions, states = episode.actions.copy(), episode.states.copy()
+    if what == "scaled":
+        actions[:, 0] *= 3
+    elif what == "poses":
+        states[:, :3] = np.linspace(-0.3, 0.4, len(states))[:, None]
+        actions[:-1, :3] = states[1:, :3]
+    elif what == "0 or 1":
+        actions[:, 6] = np.arange(len(actions)) % 2
+    else:  # the fingers open after +1, close after -1
+        actions[:, 6] = np.where(np.arange(len(actions)) % 10 < 5, -1, 1)
+        states[:, 6:] = 0.02 + 0.004 * np.cumsum(np.append(0, actions[:-1, 6]))[:, None]
+    return replace(episode, actions=actions, states=states)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("scaled", r"data/demo_1: actions\[:, 0\] \(x\) range from -2.* to 2.*, expected \[-1, 1\]"),
+        ("poses", r"data/demo_1: actions\[:, 0:3\] .* are where the hand is"),
+        ("0 or 1", r".*\(gripper\) range from 0 to 1, expected -1"),
+        ("reversed", r".*\(gripper\) range from 1 \(open\) to -1 \(closed\), .*: change its sign"),
+    ],
+)
+def test_foreign_actions_are_named_before_anything_is_encoded(what: str, message: str, tmp_path: Path):
+    path, tokenizer, length = tmp_path / "bad_demo.hdf5", PixelSums(), 40
+    sound = [replace(random_episode(i, length), states=np.zeros((length, 8), np.float32)) for i in range(2)]
+    is_whole = what in ("0 or 1", "reversed")
+    write_episodes(path, [_spoilt(sound[0], what) if is_whole else sound[0], _spoilt(sound[1], what)], {})
+    write_episodes(tmp_path / "good_demo.hdf5", sound, {})
+    with pytest.raises(ValueError, match=rf"^1 faults: {path}: {message}.*--skip-bad"):
+        tokenize(tmp_path.glob("*.hdf5"), tokenizer, tmp_path / "store")
+    assert not tokenizer.seen
+    store = tokenize(tmp_path.glob("*.hdf5"), tokenizer, tmp_path / "store", skip_bad=True)
+    assert len(store.episodes) == (2 if is_whole else 3)
+    assert store.manifest["source"]["skipped"]["count"] == 1
+    with pytest.raises(ValueError, match="1 faults"):  # what is left out is not forgotten
+        tokenize(tmp_path.glob("*.hdf5"), tokenizer, tmp_path / "store")
+
+
 def test_truncated_and_missing_files_are_named(demos: Path, tmp_path: Path):
     path = demos / "task_1_demo.hdf5"
     path.write_bytes(path.read_bytes()[:500])

@@ -18,7 +18,7 @@ from worldvla.progress import progress_bar
 DIMS = ("x", "y", "z", "x rotation", "y rotation", "z rotation", "gripper")
 MOST = 20
 """Faults that an error lists."""
-SEVERAL = 30
+SEVERAL = 10
 """Steps with a moving gripper from which on its sign can be told."""
 
 
@@ -116,12 +116,12 @@ def _wrong_actions(episode: Episode) -> str:
             "of the controller: are they scaled, or absolute poses?"
         )
     places = episode.states[:, :3]
-    if len(places) > 1 and np.ptp(places, 0).max() > 0.05:
-        if np.abs(episode.actions[:-1, :3] - places[1:]).max() < 0.05:
-            return (
-                f"actions[:, 0:3] (x, y, z) from {low[:3].min():.3g} to {high[:3].max():.3g} are where the "
-                "hand is, expected how it moves: absolute poses are no actions of the controller"
-            )
+    moves = len(places) > 1 and np.ptp(places, 0).max() > 0.05
+    if moves and np.abs(episode.actions[:-1, :3] - places[1:]).max() < 0.05:
+        return (
+            f"actions[:, 0:3] (x, y, z) from {low[:3].min():.3g} to {high[:3].max():.3g} are where the hand "
+            "is, expected how it moves: absolute poses are no actions of the controller"
+        )
     return ""
 
 
@@ -131,8 +131,8 @@ def _wrong_gripper(hands: np.ndarray) -> str:
     command, change = hands.T
     if len(hands) and 0 <= command.min() < 1:
         return (
-            f"actions[:, 6] (gripper) range from {command.min():.3g} to {command.max():.3g}, expected -1 (open) "
-            "to 1 (closed)"
+            f"actions[:, 6] (gripper) range from {command.min():.3g} to {command.max():.3g}, expected -1 "
+            "(open) to 1 (closed)"
         )
     moves = np.abs(change) > 1e-3
     if moves.sum() >= SEVERAL and (command * change)[moves].sum() > 0.6 * np.abs(change[moves]).sum():
