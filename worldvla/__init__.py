@@ -34,11 +34,12 @@ class WorldVLA:
 
         return Policy(self.model, head)
 
-    def world(self, speculative: bool = True) -> "World":
-        """Return what imagines; without `speculative` decoding it takes one model pass a code."""
+    def world(self, speculative: bool = True, temperature: float = 0.0, seed: int = 0) -> "World":
+        """Return what imagines; without `speculative` decoding it takes one model pass a code. `temperature`:
+        0 takes the likeliest codes, more draws them."""
         from worldvla.infer.world import World
 
-        return World(self.model, speculative)
+        return World(self.model, speculative, temperature, seed)
 
     @property
     def view_sizes(self) -> dict[str, tuple[int, int]]:
