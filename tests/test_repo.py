@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "model": set(),
     "sim": set(),
     "video": set(),
-    "data": {"tokenizers", "sim"},
+    "data": {"tokenizers", "sim", "video"},
     "infer": {"model", "tokenizers", "data.sample", "published.hub"},
     "published": {"model", "tokenizers"},
     "train": {"model", "tokenizers", "data"},

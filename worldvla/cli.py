@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -25,8 +25,20 @@ from tyro.conf import Positional
 from worldvla.config import Config, ImageTokenizerConfig, TokenizerTraining, to_json
 from worldvla.files import one_line, only_writer
 
+if TYPE_CHECKING:
+    from worldvla.data.sources.source import Source
+
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 Demos = Annotated[tuple[Path, ...], tyro.conf.arg(help="HDF5 files, or directories of them.")]
+Data = Annotated[
+    tuple[Path, ...], tyro.conf.arg(help="HDF5 files, directories of them, or one LeRobot data set.")
+]
+CameraNames = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(
+        help="Of a LeRobot data set VIEW=FEATURE of each camera. Default: a guess, which is printed."
+    ),
+]
 Checkpoint = Annotated[Path, tyro.conf.arg(help="A checkpoint, or a run directory (its newest checkpoint).")]
 Recipe = Annotated[Config, tyro.conf.arg(name="")]
 Tasks = Annotated[tuple[int, ...], tyro.conf.arg(help="Indices of the tasks; empty: all.")]
@@ -64,6 +76,32 @@ def _demonstrations(paths: Sequence[Path]) -> list[Path]:
     files = demonstration_files(paths)
     _warn_of_versions(*{next(read_episodes(path, images=False)).suite for path in files})
     return files
+
+
+def _other_format(
+    paths: Sequence[Path], camera: Sequence[str] = (), action: str = "", state: str = ""
+) -> "Source | None":
+    """Open a data set of another format than LIBERO's HDF5 and say what is guessed; None: it is HDF5."""
+    from worldvla.data.sources import kind_of, open_source
+    from worldvla.data.sources.source import Names
+
+    if all(kind_of(path) == "hdf5" for path in paths):
+        if camera or action or state:
+            raise ValueError(
+                "--camera, --action and --state: names are fixed in LIBERO's HDF5 files, leave them out"
+            )
+        return None
+    if len(paths) > 1:
+        raise ValueError(f"{len(paths)} paths, and a LeRobot data set among them: give it alone")
+    if wrong := [text for text in camera if not all(text.partition("="))]:
+        raise ValueError(
+            f"bad camera {wrong[0]!r}: expected VIEW=FEATURE, such as agentview=observation.images.top"
+        )
+    views = {view: name for view, _, name in (text.partition("=") for text in camera)}
+    source = open_source(paths[0], Names(views, action, state))
+    for guess in source.guesses:
+        say(f"guess: {guess}")
+    return source
 
 
 def _views(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -229,9 +267,10 @@ def regenerate(
 
 
 def train_tokenizer(
-    paths: Positional[Demos],
+    paths: Positional[Data],
     *,
     out: Path,
+    camera: CameraNames = (),
     config: ImageTokenizerConfig,
     levels: bool = False,
     minutes: float = 12.0,
@@ -258,8 +297,10 @@ def train_tokenizer(
     training = TokenizerTraining(minutes=minutes, steps=steps, seed=seed, learning_rate=learning_rate)
     if levels:
         config, training = LEVELS, replace(training, nested=0.3, crop=32)
+    source = _other_format(paths, camera)
+    files = demonstration_files(paths) if source is None else [source]
     with only_writer(out):
-        train_tokenizer(demonstration_files(paths), config, out, training, init_from)
+        train_tokenizer(files, config, out, training, init_from)
     say(f"image tokenizer: {out}   next: worldvla tokenize {paths[0]} --tokenizer {out} --out DIR")
 
 
@@ -295,35 +336,47 @@ def train_reader(
 
 
 def tokenize(
-    paths: Positional[Demos],
+    paths: Positional[Data],
     *,
     tokenizer: Path,
     out: Path,
+    camera: CameraNames = (),
+    action: str = "",
+    state: str = "",
     regenerate: tuple[str, ...] = (),
     workers: Workers = 0,
     skip_bad: bool = False,
 ) -> None:
-    """Encode every frame once into a TokenStore. All files are checked before anything is encoded.
+    """Encode every frame once into a TokenStore. HDF5 files are all checked before anything is encoded.
 
     Args:
-        paths: HDF5 files, or directories of them. `worldvla replay` says whether pictures are upright; here
-            they are taken as they are.
+        paths: HDF5 files, directories of them, or one LeRobot data set (v3.0, v2.1; see `worldvla inspect`).
+            `worldvla replay` says whether pictures are upright; here they are taken as they are.
         tokenizer: Directory of the image tokenizer.
         out: Directory of the store.
+        action: Feature of a LeRobot data set that holds the actions. Default: action.
+        state: Feature that holds the states. Default: observation.state.
         regenerate: Cameras as NAME=ROWSxCOLUMNS: first execute and render the demonstrations again at these
             sizes, into OUT.demos (see `worldvla regenerate`).
-        skip_bad: Go on without demonstrations that are damaged, have no steps or no actions of LIBERO's
-            controller; the store's manifest names them.
+        skip_bad: Go on without demonstrations that are damaged, have no steps or, in HDF5 files, no actions of
+            LIBERO's controller; the store's manifest names them.
     """
     from worldvla.data.episode import demonstration_files
-    from worldvla.data.tokenize import tokenize
+    from worldvla.data.tokenize import tokenize, tokenize_source
     from worldvla.tokenizers.image import ImageTokenizer
 
+    source = _other_format(paths, camera, action, state)
     if regenerate:
+        if source is not None:
+            raise ValueError(f"--regenerate: {source.kind} holds no simulator states: leave it out")
         demos = out.with_name(out.name + ".demos")
         VERBS["regenerate"](paths, out=demos, views=regenerate, workers=workers)
         paths = (demos,)
-    store = tokenize(demonstration_files(paths), ImageTokenizer.load(tokenizer), out, skip_bad=skip_bad)
+    encoder = ImageTokenizer.load(tokenizer)
+    if source is None:
+        store = tokenize(demonstration_files(paths), encoder, out, skip_bad=skip_bad)
+    else:
+        store = tokenize_source(source, encoder, out, skip_bad=skip_bad)
     if skipped := store.manifest["source"].get("skipped"):
         say(f"left out: {skipped['count']} with faults, named in {out}/manifest.json")
     kept = (f"{share:.0%} of the codes of {view}" for view, share in store.manifest.get("kept", {}).items())

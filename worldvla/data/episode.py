@@ -51,13 +51,13 @@ class Episode:
     suite: str
     task: str
     actions: np.ndarray
-    """(T, 7) float32 in [-1, 1], as executed."""
+    """(T, A) float32, as executed; of our simulators A = 7, in [-1, 1]."""
     states: np.ndarray
-    """(T, 8) float32: position (m), axis-angle (rad), finger joints (m)."""
+    """(T, S) float32; of our simulators S = 8: position (m), axis-angle (rad), finger joints (m)."""
     images: dict[str, np.ndarray]
     """view -> (T, Y, X, 3) uint8. Empty when read without images."""
     sim_states: np.ndarray
-    """(T, S) float64: the simulator before each action."""
+    """(T, any) float64: the simulator before each action; of a real robot (T, 0)."""
     is_expert: np.ndarray
     """(T,) bool. False: a perturbation was executed; context and world-model data, never a policy target."""
     init: int
@@ -65,7 +65,7 @@ class Episode:
     seed: int
     """Seed of the collection; -1: unknown."""
     expert_actions: np.ndarray | None = None
-    """(T, U, 7) float32: what the expert does in the U steps from each visited state on, whoever drove. None:
+    """(T, U, A) float32: what the expert does in the U steps from each visited state on, whoever drove. None:
     not asked."""
     success: bool = True
     """Whether the task was done at some step."""
@@ -79,13 +79,17 @@ class Episode:
         if not length:
             raise ValueError(f"episode of {self.task} has no steps")
         shapes: dict[str, tuple[np.ndarray, Any, tuple[int | None, ...]]] = {
-            "actions": (self.actions, np.float32, (length, NUM_ACTION_DIMS)),
-            "states": (self.states, np.float32, (length, NUM_STATE_DIMS)),
+            "actions": (self.actions, np.float32, (length, None)),
+            "states": (self.states, np.float32, (length, None)),
             "sim_states": (self.sim_states, np.float64, (length, None)),
             "is_expert": (self.is_expert, np.bool_, (length,)),
         }
         if self.expert_actions is not None:
-            shapes["expert_actions"] = (self.expert_actions, np.float32, (length, None, NUM_ACTION_DIMS))
+            shapes["expert_actions"] = (
+                self.expert_actions,
+                np.float32,
+                (length, None, self.actions.shape[-1]),
+            )
         flags = {"contact": self.contact, "moving": self.moving}
         shapes |= {name: (array, np.bool_, (length,)) for name, array in flags.items() if array is not None}
         shapes |= {f"images[{v}]": (a, np.uint8, (length, None, None, 3)) for v, a in self.images.items()}
@@ -104,6 +108,19 @@ class Episode:
 
     def __len__(self) -> int:
         return len(self.actions)
+
+
+def _check_dims(episode: Episode) -> Episode:
+    """Return the episode if it has the sizes of LIBERO's layout, which are those of our simulators."""
+    sizes = {"actions": (episode.actions, NUM_ACTION_DIMS), "states": (episode.states, NUM_STATE_DIMS)}
+    for name, (array, dims) in sizes.items():
+        if array.shape[1] != dims:
+            shape = " x ".join(map(str, array.shape))
+            wanted = f"{name} must be float32 {len(array)} x {dims}"
+            raise ValueError(
+                f"episode of {episode.task}: {wanted}, got float32 {shape}: LIBERO's HDF5 layout"
+            )
+    return episode
 
 
 def first_bad(array: np.ndarray) -> int:
@@ -168,6 +185,7 @@ def _count_flags(episode: Episode) -> Counter[str]:
 
 
 def _write_demo(group: h5py.Group, episode: Episode) -> None:
+    _check_dims(episode)
     length = len(episode)
     group.attrs.update(
         num_samples=length,
@@ -382,7 +400,7 @@ def _read_demo(group: h5py.Group, told: dict[str, str], images: bool) -> Episode
     is_expert = read.get("is_expert", np.ones(lengths["actions"], dtype=np.bool_))
     frames = {view: read[name][sees] for view, name in views.items()}
     del facts["demo"]
-    return Episode(
+    episode = Episode(
         **facts,  # pyright: ignore[reportArgumentType]
         actions=read["actions"][acts].astype(np.float32),
         states=np.concatenate([read[name][sees] for name in _STATE_KEYS], axis=1).astype(np.float32),
@@ -391,6 +409,7 @@ def _read_demo(group: h5py.Group, told: dict[str, str], images: bool) -> Episode
         is_expert=is_expert[acts],
         **{name: read[name][acts] for name in OPTIONAL if name in read},
     )
+    return _check_dims(episode)
 
 
 def _facts(group: h5py.Group, told: dict[str, str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from worldvla.data.episode import Episode, fingerprint, read_demos
+from worldvla.data.sources.source import Source
 from worldvla.data.store import FrameTokenizer, TokenStore, read_manifest, write_store
 from worldvla.files import Damaged, only_writer
 from worldvla.progress import progress_bar
@@ -141,3 +142,45 @@ def _wrong_gripper(hands: np.ndarray) -> str:
             "change its sign"
         )
     return ""
+
+
+def tokenize_source(
+    source: Source,
+    tokenizer: FrameTokenizer,
+    out_dir: Path,
+    device: torch.device | str = "cpu",
+    skip_bad: bool = False,
+) -> TokenStore:
+    """Write the store of a data set of another format and return it; its facts go into the manifest.
+
+    A broken episode raises ValueError; with `skip_bad` it is left out, and the manifest tells so. Idempotent
+    as `tokenize`.
+    """
+    root, facts = source.path, source.facts()
+    prints = [fingerprint(file) | {"name": file.relative_to(root).as_posix()} for file in source.present()]
+    facts, manifest = facts | {"files": prints}, read_manifest(out_dir)
+    made_of, earlier = (tokenizer.digest(), tokenizer.grey_levels, facts), None
+    if manifest is not None:
+        origin = dict(manifest["source"])
+        skipped = origin.pop("skipped", None)
+        earlier = (manifest["tokenizer"], manifest.get("grey_levels"), origin)
+        earlier = None if skipped and not skip_bad else earlier
+    if earlier != made_of:
+        faults: list[str] = []
+        with progress_bar(transient=True) as progress:
+            bar = progress.add_task("tokenize episodes", total=source.num_episodes)
+
+            def sound() -> Iterator[Episode]:
+                for _, episode in source.attempts(True):
+                    if isinstance(episode, Episode):
+                        yield episode
+                    elif skip_bad:
+                        faults.append(str(episode))
+                        facts["skipped"] = {"count": len(faults), "faults": faults}
+                    else:
+                        raise ValueError(f"{episode}: mend or remove it, or go on without it by --skip-bad")
+                    progress.advance(bar)
+
+            with only_writer(out_dir):
+                write_store(out_dir, sound(), tokenizer, device=device, source=facts)
+    return TokenStore.open(out_dir, tokenizer.digest())

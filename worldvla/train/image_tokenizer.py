@@ -28,7 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 from worldvla.config import ImageTokenizerConfig, TokenizerTraining, to_json
-from worldvla.data.episode import read_episodes
+from worldvla.data.sources import open_source
+from worldvla.data.sources.source import Source
 from worldvla.files import (
     load_tensors,
     read_json,
@@ -94,11 +95,11 @@ class Frames:
 
 
 def load_frames(
-    episode_files: Sequence[Path | str], *, max_frames: int = 60_000, seed: int = 0
+    episode_files: Sequence[Path | str | Source], *, max_frames: int = 60_000, seed: int = 0
 ) -> list[Frames]:
-    """Read the frames of demonstrations; about `max_frames` frames a view at the most."""
-    paths = [Path(path) for path in episode_files]
-    lengths = [[len(episode) for episode in read_episodes(path, images=False)] for path in paths]
+    """Read the frames of files or opened data sets; about `max_frames` frames a view at the most."""
+    sources = [f if isinstance(f, Source) else open_source(Path(f)) for f in episode_files]
+    lengths = [[len(episode) for episode in source.episodes(images=False)] for source in sources]
     share = min(1.0, max_frames / max(1, sum(map(sum, lengths))))
     rng = np.random.default_rng(seed)
     train: dict[str, list[np.ndarray]] = {}
@@ -106,8 +107,8 @@ def load_frames(
     first: dict[str, list[np.ndarray]] = {"train": [], "val": []}
     with progress_bar() as progress:
         bar = progress.add_task("reading frames", total=sum(map(len, lengths)))
-        for path, of_file in zip(paths, lengths, strict=True):
-            for number, episode in enumerate(read_episodes(path), start=1):
+        for source, of_file in zip(sources, lengths, strict=True):
+            for number, episode in enumerate(source.episodes(), start=1):
                 keep = np.flatnonzero(rng.random(len(episode)) < share)
                 is_val = number == len(of_file) > 1
                 into, starts = (val, first["val"]) if is_val else (train, first["train"])
@@ -152,7 +153,7 @@ def foreground(
 
 
 def train_tokenizer(
-    episode_files: Sequence[Path | str] | Sequence[Frames],
+    episode_files: Sequence[Path | str | Source] | Sequence[Frames],
     config: ImageTokenizerConfig,
     out_dir: Path | str,
     training: TokenizerTraining,

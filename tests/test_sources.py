@@ -1,0 +1,292 @@
+"""Data sets of others: a genuine LeRobotDataset v3.0 (tests/lerobot_v3, by its make.py) is read as it was
+written, v2.1 the same, and whatever is wrong is one line with episode and frame.
+
+Run: pytest tests/test_sources.py
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from token_stubs import PixelSums
+
+from worldvla.cli import main
+from worldvla.config import ImageTokenizerConfig
+from worldvla.data.episode import Episode
+from worldvla.data.sources import open_source
+from worldvla.data.sources.source import Names
+from worldvla.data.store import TokenStore, write_store
+from worldvla.data.tokenize import tokenize_source
+from worldvla.tokenizers.image import ImageTokenizer
+
+GENUINE = Path(__file__).parent / "lerobot_v3"
+DATA = "data/chunk-000/file-000.parquet"
+CAMERAS = {"agentview": "observation.images.image", "wrist": "observation.images.wrist_image"}
+
+
+def video(camera: str, root: Path = GENUINE) -> Path:
+    return root / f"videos/{camera}/chunk-000/file-000.mp4"
+
+
+def decoded(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(GENUINE, tmp_path / "set"))
+
+
+def edit(root: Path, **changes: Any) -> None:
+    """Change entries of meta/info.json."""
+    path = root / "meta/info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def put(root: Path, name: str, row: int, value: Any) -> None:
+    """Change one cell of the parquet file."""
+    table = pq.read_table(root / DATA)
+    cells = table.column(name).to_pylist()
+    cells[row] = value
+    kind = table.schema.field(name).type
+    kind = pa.list_(kind.value_type) if pa.types.is_fixed_size_list(kind) else kind
+    at = table.column_names.index(name)
+    pq.write_table(table.set_column(at, name, pa.array(cells, kind)), root / DATA)
+
+
+def as_v2(root: Path) -> None:
+    """Turn the copy of the genuine set into a v2.1 one: a parquet and a video an episode."""
+    edit(
+        root,
+        codebase_version="v2.1",
+        data_path="data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        video_path="videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+    )
+    table = pq.read_table(root / DATA)
+    frames = {camera: decoded(video(camera)) for camera in CAMERAS.values()}
+    shutil.rmtree(root / "videos")
+    shutil.rmtree(root / "meta/episodes")
+    for name in (DATA, "meta/tasks.parquet"):
+        (root / name).unlink()
+    for episode in range(3):
+        rows = table.filter(pc.equal(table.column("episode_index"), episode))
+        pq.write_table(rows, root / f"data/chunk-000/episode_{episode:06d}.parquet")
+        for camera in CAMERAS.values():
+            path = root / f"videos/chunk-000/{camera}/episode_{episode:06d}.mp4"
+            write_video(path, frames[camera][30 * episode : 30 * episode + 30])
+    texts = ["pick up the milk", "pick up the butter"]
+    tasks = [{"task_index": i, "task": text} for i, text in enumerate(texts)]
+    episodes = [{"episode_index": i, "tasks": [texts[i % 2]], "length": 30} for i in range(3)]
+    for name, lines in {"tasks": tasks, "episodes": episodes}.items():
+        (root / f"meta/{name}.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def write_video(path: Path, frames: np.ndarray, rate: int = 20) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def check_episodes(episodes: list[Episode]) -> None:
+    """Check numbers and instructions of the three episodes against the genuine parquet file."""
+    table = pq.read_table(GENUINE / DATA)
+    assert [len(e) for e in episodes] == [30, 30, 30]
+    assert [e.instruction for e in episodes] == ["pick up the milk", "pick up the butter", "pick up the milk"]
+    for name, column in {"actions": "action", "states": "observation.state"}.items():
+        read = np.concatenate([getattr(e, name) for e in episodes])
+        assert np.array_equal(read, np.array(table.column(column).to_pylist(), np.float32))
+
+
+def test_a_genuine_set_is_read_as_it_was_written():
+    source = open_source(GENUINE)
+    assert (source.kind, source.num_episodes, source.fps) == ("LeRobotDataset v3.0", 3, 20.0)
+    assert {view: camera.feature for view, camera in source.cameras.items()} == CAMERAS
+    assert source.action_names == ("x", "y", "z", "rx", "ry", "rz", "gripper")
+    assert source.guesses == ("--camera " + " ".join(f"{view}={name}" for view, name in CAMERAS.items()),)
+    episodes = list(source.episodes())
+    check_episodes(episodes)
+    for view, camera in CAMERAS.items():
+        assert np.array_equal(np.concatenate([e.images[view] for e in episodes]), decoded(video(camera)))
+    # What the writer was handed (make.py), but for the loss of the video: no other frame is clearly closer.
+    base = np.random.default_rng(0).integers(40, 200, (8, 8, 3)).repeat(8, 0).repeat(8, 1)
+    handed = np.stack([base] * 30)
+    for frame in range(30):
+        handed[frame, 20:30, 5 + frame : 15 + frame] = (220, 30, 30)
+    for episode in episodes:
+        for frame in (0, 29):
+            distance = np.abs(episode.images["agentview"][frame] - handed).mean((1, 2, 3))
+            assert distance[frame] < min(5, distance.min() + 0.1)  # every other frame copies the last
+    assert all(not e.images for e in source.episodes(images=False))
+
+
+def test_a_v2_set_is_read_like_a_v3_one(root: Path):
+    as_v2(root)
+    source = open_source(root, Names({"agentview": CAMERAS["wrist"]}))
+    assert (source.kind, source.guesses) == ("LeRobotDataset v2.1", ())
+    episodes = list(source.episodes())
+    check_episodes(episodes)
+    for i, episode in enumerate(episodes):
+        path = root / f"videos/chunk-000/{CAMERAS['wrist']}/episode_{i:06d}.mp4"
+        assert np.array_equal(episode.images["agentview"], decoded(path))
+
+
+def test_pictures_in_the_parquet_file_are_read(root: Path):
+    """As lerobot writes a feature of type image: PNG bytes in a struct."""
+    import io
+
+    from PIL import Image
+
+    info = json.loads((root / "meta/info.json").read_text())
+    pictures = decoded(video(CAMERAS["wrist"]))
+    cells = []
+    for picture in pictures:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "png")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    info["features"][CAMERAS["wrist"]]["dtype"] = "image"
+    edit(root, features=info["features"])
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pq.read_table(root / DATA).append_column(CAMERAS["wrist"], pa.array(cells, kind))
+    pq.write_table(table, root / DATA)
+    episodes = list(open_source(root).episodes())
+    assert np.array_equal(np.concatenate([e.images["wrist"] for e in episodes]), pictures)
+
+
+def cut_video(root: Path, frames: int, rate: int = 20) -> None:
+    path = video(CAMERAS["wrist"], root)
+    pictures = decoded(path)
+    write_video(path, np.concatenate([pictures, pictures[:5]])[:frames], rate)
+
+
+def shorten(root: Path, **_: Any) -> None:
+    """Leave one step of the last episode."""
+    pq.write_table(pq.read_table(root / DATA).slice(0, 61), root / DATA)
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    at = table.column_names.index("length")
+    pq.write_table(table.set_column(at, "length", pa.array([30, 30, 1])), path)
+    edit(root, total_frames=61)
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing video": (
+        lambda r: video(CAMERAS["wrist"], r).unlink(),
+        r"episode 0: frame 0: no .*file-000.mp4",
+    ),
+    "short video": (partial(cut_video, frames=85), r"episode 2: frame 25: wrist has 25 frames, expected 30"),
+    "long video": (partial(cut_video, frames=92), r"episode 2: frame 30: .*goes on after"),
+    "fast video": (partial(cut_video, frames=90, rate=30), r"episode 0: frame 0: .*30 frames a second"),
+    "order": (
+        lambda r: put(r, "timestamp", 35, 0.1),
+        r"episode 1: frame 5: timestamp 0.1000 s follows 0.2000",
+    ),
+    "rate": (lambda r: edit(r, fps=10), r"episode 0: frame 1: .*20 frames a second.*declares 10"),
+    "nan": (lambda r: put(r, "action", 63, [0.0] * 6 + [float("nan")]), r"episode 2: frame 3: action is not"),
+    "one step": (shorten, r"episode 2: it has one step \(frame 0\)"),
+    "sizes": (
+        lambda r: put(r, "action", 31, [0.0] * 6),
+        r"episode 1: frame 1: action has 6 numbers, expected 7",
+    ),
+    "count": (lambda r: edit(r, total_frames=91), r"total_frames 91, its episodes have 90"),
+    "version": (lambda r: edit(r, codebase_version="v1.6"), r"LeRobotDataset v1.6, v3.0 and v2.x are read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_one_line(root: Path, name: str):
+    spoil, expected = BAD[name]
+    spoil(root)
+    with pytest.raises(ValueError, match=expected) as error:
+        list(open_source(root).episodes())
+    assert "\n" not in str(error.value)
+
+
+def test_sound_episodes_are_read_beside_a_broken_one(root: Path):
+    put(root, "action", 31, [0.0] * 6)
+    found = dict(open_source(root).attempts(False))
+    assert [name for name, e in found.items() if isinstance(e, ValueError)] == ["episode 1"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            Names({"agentview": "observation.images.top"}),
+            "no camera for --camera agentview=observation.images.top",
+        ),
+        (Names(action="actions"), "no feature 'actions' for --action: the data set has"),
+    ],
+)
+def test_a_mapping_to_what_is_not_there_names_what_is(names: Names, expected: str):
+    with pytest.raises(ValueError, match=expected):
+        open_source(GENUINE, names)
+
+
+def test_tokenize_takes_a_lerobot_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shape = ImageTokenizerConfig(
+        channels=4, channel_mult=(1, 1), num_res_blocks=1, z_channels=4, embed_dim=4, num_codes=16
+    )
+    ImageTokenizer(shape).save(tmp_path / "image")
+    words = ["tokenize", str(GENUINE), "--tokenizer", f"{tmp_path}/image", "--out", f"{tmp_path}/store"]
+    assert main(words) == 0
+    assert "guess: --camera agentview=observation.images.image wrist=" in capsys.readouterr().out
+    store = TokenStore.open(tmp_path / "store")
+    facts = store.manifest["source"]
+    assert (len(store), len(store.episodes), facts["fps"]) == (90, 3, 20.0)
+    assert facts["cameras"]["wrist"] == {"feature": CAMERAS["wrist"], "rows": 64, "cols": 64}
+    assert facts["action_names"][-1] == "gripper"
+    assert main([*words, "--camera", "agentview=observation.images.top"]) == 2
+    assert "observation.images.image, observation.images.wrist_image" in capsys.readouterr().err
+
+
+def test_tokenising_again_encodes_only_what_changed(root: Path, tmp_path: Path):
+    tokenizer, out = PixelSums(), tmp_path / "store"
+    for _ in range(2):
+        tokenize_source(open_source(root), tokenizer, out)
+        assert tokenizer.seen == 2 * 90
+    tokenize_source(open_source(root, Names({"agentview": CAMERAS["wrist"]})), tokenizer, out)
+    assert tokenizer.seen == 3 * 90
+    put(root, "action", 31, [0.0] * 6)
+    with pytest.raises(ValueError, match="episode 1: frame 1: action has 6"):
+        tokenize_source(open_source(root), tokenizer, out)
+    assert len(TokenStore.open(out)) == 90
+    store = tokenize_source(open_source(root), tokenizer, out, skip_bad=True)
+    assert (len(store), store.manifest["source"]["skipped"]["count"]) == (60, 1)
+
+
+def test_a_store_holds_any_number_of_dims(tmp_path: Path):
+    def episode(dims: int) -> Episode:
+        return Episode(
+            instruction="fold the towel",
+            suite="home",
+            task="fold",
+            actions=np.zeros((4, dims), np.float32),
+            states=np.ones((4, 14), np.float32),
+            images={
+                view: np.zeros((4, 4, size, 3), np.uint8) for view, size in (("a", 4), ("b", 6), ("c", 8))
+            },
+            sim_states=np.zeros((4, 0)),
+            is_expert=np.ones(4, dtype=np.bool_),
+            init=-1,
+            seed=-1,
+        )
+
+    store = TokenStore.open(write_store(tmp_path / "store", [episode(14)] * 2, PixelSums()))
+    assert (store.actions.shape, store.states.shape) == ((8, 14), (8, 14))
+    assert store.grids == {"a": (2, 2), "b": (2, 3), "c": (2, 4)}
+    with pytest.raises(ValueError, match="actions must be"):
+        write_store(tmp_path / "mixed", [episode(14), episode(7)], PixelSums())

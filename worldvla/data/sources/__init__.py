@@ -1,0 +1,23 @@
+"""Data sets that others made: what a path holds decides how it is read."""
+
+from pathlib import Path
+from typing import Literal
+
+from worldvla.data.sources.source import Names, Source
+
+
+def kind_of(path: Path) -> Literal["lerobot", "hdf5"]:
+    """Return what a path holds: a folder with meta/info.json is LeRobot's, anything else HDF5 files."""
+    return "lerobot" if (path / "meta/info.json").is_file() else "hdf5"
+
+
+def open_source(path: Path, names: Names | None = None) -> Source:
+    """Open a data set; `names` maps its features to views, actions and states."""
+    path, names = Path(path), names or Names()
+    if kind_of(path) == "lerobot":
+        from worldvla.data.sources.lerobot import open_lerobot
+
+        return open_lerobot(path, names)
+    from worldvla.data.sources.hdf5 import open_hdf5
+
+    return open_hdf5(path, names)

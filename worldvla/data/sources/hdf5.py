@@ -1,0 +1,48 @@
+"""LIBERO's HDF5 files (data/episode.py) -> Source."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from worldvla.data.episode import (
+    VIEW_KEYS,
+    Episode,
+    count_episodes,
+    demonstration_files,
+    read_demos,
+    read_episodes,
+)
+from worldvla.data.sources.source import Camera, Names, Source
+from worldvla.sim.suites import SUITES
+from worldvla.video import FPS
+
+ACTION_NAMES = ("x", "y", "z", "x rotation", "y rotation", "z rotation", "gripper")
+STATE_NAMES = (*ACTION_NAMES[:6], "finger 1", "finger 2")
+
+
+def open_hdf5(path: Path, names: Names) -> Source:
+    """Open a file or the files of a folder; the first demonstration tells suite and cameras."""
+    if names != Names():
+        raise ValueError(f"{path}: names are fixed in LIBERO's layout: leave --camera, --action, --state out")
+    files = demonstration_files([path])
+    first = next(read_episodes(files[0]))
+    return Source(
+        path=path,
+        kind="LIBERO HDF5",
+        num_episodes=sum(map(count_episodes, files)),
+        fps=FPS[SUITES[first.suite].simulator] if first.suite in SUITES else None,
+        cameras={v: Camera(VIEW_KEYS[v], *a.shape[1:3]) for v, a in first.images.items()},
+        action="actions",
+        state="robot_states",
+        action_names=ACTION_NAMES,
+        state_names=STATE_NAMES,
+        revision="",
+        guesses=(),
+        files=tuple(files),
+        attempts=lambda images: _attempts(files, images),
+    )
+
+
+def _attempts(files: list[Path], images: bool) -> Iterator[tuple[str, Episode | ValueError]]:
+    for path in files:
+        for name, episode in read_demos(path, images):
+            yield f"{path.name} {name}", episode
