@@ -14,7 +14,6 @@ from typing import Any
 import av
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from token_stubs import PixelSums
@@ -79,7 +78,7 @@ def as_v2(root: Path) -> None:
     for name in (DATA, "meta/tasks.parquet"):
         (root / name).unlink()
     for episode in range(3):
-        rows = table.filter(pc.equal(table.column("episode_index"), episode))
+        rows = table.slice(30 * episode, 30)
         pq.write_table(rows, root / f"data/chunk-000/episode_{episode:06d}.parquet")
         for camera in CAMERAS.values():
             path = root / f"videos/chunk-000/{camera}/episode_{episode:06d}.mp4"

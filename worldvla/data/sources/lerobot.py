@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import av.error
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +24,8 @@ from worldvla.data.episode import Episode
 from worldvla.data.sources.source import Camera, Names, Source, choose, choose_cameras, dim_names
 from worldvla.files import read_json
 
+COMPUTE: Any = pc
+"""Its functions are made at run time: no stubs name them."""
 TOLERANCE = 1e-4
 """Seconds by which a timestamp may be off, as in lerobot."""
 FRAME_TOLERANCE = 0.25
@@ -247,10 +250,10 @@ class _Reader:
         """Return a feature as float32 (T, n)."""
         column, size = frames.column(name).combine_chunks(), self.features[name]["shape"][0]
         if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
-            lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+            lengths = COMPUTE.fill_null(COMPUTE.list_value_length(column), 0).to_numpy(zero_copy_only=False)
             for frame in np.flatnonzero(lengths != size):
                 raise ValueError(f"frame {frame}: {name} has {lengths[frame]} numbers, expected {size}")
-            column = pc.list_flatten(column)
+            column = COMPUTE.list_flatten(column)
         values = column.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(frames), -1)
         if values.shape[1] != size:
             raise ValueError(f"frame 0: {name} has {values.shape[1]} numbers, expected {size}")
@@ -329,5 +332,5 @@ def decode(video: Video, times: np.ndarray, fps: float) -> Iterator[np.ndarray]:
                 raise ValueError(
                     f"frame {len(times)}: {video.path} goes on after the episode's {len(times)} frames"
                 )
-    except (av.FFmpegError, IndexError) as error:
+    except (av.error.FFmpegError, IndexError) as error:
         raise ValueError(f"{video.path} is damaged ({error}): download it again") from None
