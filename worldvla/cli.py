@@ -347,10 +347,10 @@ def tokenize(
     workers: Workers = 0,
     skip_bad: bool = False,
 ) -> None:
-    """Encode every frame once into a TokenStore. HDF5 files are all checked before anything is encoded.
+    """Encode every frame once into a TokenStore. HDF5 files are checked before anything is encoded.
 
     Args:
-        paths: HDF5 files, directories of them, or one LeRobot data set (v3.0, v2.1; see `worldvla inspect`).
+        paths: HDF5 files, directories of them, or one LeRobot data set (v3.0, v2.1).
             `worldvla replay` says whether pictures are upright; here they are taken as they are.
         tokenizer: Directory of the image tokenizer.
         out: Directory of the store.
@@ -358,8 +358,8 @@ def tokenize(
         state: Feature that holds the states. Default: observation.state.
         regenerate: Cameras as NAME=ROWSxCOLUMNS: first execute and render the demonstrations again at these
             sizes, into OUT.demos (see `worldvla regenerate`).
-        skip_bad: Go on without demonstrations that are damaged, have no steps or, in HDF5 files, no actions of
-            LIBERO's controller; the store's manifest names them.
+        skip_bad: Go on without demonstrations that are damaged, have no steps or, in HDF5 files, no actions
+            of LIBERO's controller; the store's manifest names them.
     """
     from worldvla.data.episode import demonstration_files
     from worldvla.data.tokenize import tokenize, tokenize_source
