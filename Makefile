@@ -1,4 +1,4 @@
-# make demo | test | check | docs | pictures | bench | golden. The first call creates .venv and installs into it.
+# make demo | test | test-all | check | docs | pictures | bench | golden. The first call creates .venv and installs into it.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,13 +6,16 @@ STAMP := $(VENV)/.installed
 # PIP_ARGS adds to the install, e.g. make test PIP_ARGS="--find-links /path/to/wheels"; pip's own configuration applies too.
 PIP_ARGS ?=
 
-.PHONY: demo test check docs pictures bench golden format
+.PHONY: demo test test-all check docs pictures bench golden format
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
 	$(BIN)/python -m worldvla demo
 
 test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
 check: $(STAMP) docs
