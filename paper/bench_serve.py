@@ -16,8 +16,9 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,44 +161,63 @@ async def hostile(at: str, stop: float) -> int:
     """Send one bad message a connection, again and again; return how many."""
     messages, count = hostile_messages(), 0
     while time.monotonic() < stop:
-        with contextlib.suppress(OSError, WebSocketException, TimeoutError):
-            async with connect(f"ws://{at}", **OPTIONS, close_timeout=1) as connection:
-                await connection.recv()
-                await asyncio.wait_for(connection.send(messages[count % len(messages)]), 5)
-                await asyncio.wait_for(connection.recv(), 5)
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(5), raw_websocket(at) as (reader, writer):
+                writer.write(frame(messages[count % len(messages)]))
+                await writer.drain()
+                while await reader.read(2**16):
+                    pass
         count += 1
         await asyncio.sleep(0.2)
     return count
 
 
 async def never_reads(at: str, request: bytes, stop: float) -> None:
-    """Send requests and pings and read nothing, by a socket of our own, until the server hangs up; again."""
-    key = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-    key += "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
-    frame = b"\x82\xff" + len(request).to_bytes(8, "big") + bytes(4) + request
+    """Send requests and pings and read nothing until the server hangs up; then again."""
     while time.monotonic() < stop:
         with contextlib.suppress(OSError, TimeoutError):
-            reader, writer = await asyncio.open_connection(*at.split(":"), limit=1)
-            writer.write(f"GET / HTTP/1.1\r\nHost: {at}\r\n{key}\r\n".encode())
-            while time.monotonic() < stop and not reader.at_eof():
-                writer.write(frame + PING)
-                await asyncio.wait_for(writer.drain(), 30)
-                await asyncio.sleep(0.1)
-            writer.close()
+            async with raw_websocket(at) as (reader, writer):
+                while time.monotonic() < stop and not reader.at_eof():
+                    writer.write(frame(request) + PING * 100)
+                    async with asyncio.timeout(30):
+                        await writer.drain()
+                    await asyncio.sleep(0.1)
         await asyncio.sleep(0.5)
 
 
-async def health(at: str, stop: float) -> list[float]:
-    """Ask /healthz twice a second; return its latencies in ms, infinity where it did not answer OK."""
+@contextlib.asynccontextmanager
+async def raw_websocket(at: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Open a websocket without a library that would keep its rules; a reader that holds 64 KiB."""
+    reader, writer = await asyncio.open_connection(*at.split(":"), limit=2**15)
+    key = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    key += "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n"
+    try:
+        writer.write(f"GET / HTTP/1.1\r\nHost: {at}\r\n{key}\r\n".encode())
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+def frame(message: bytes | str) -> bytes:
+    """Return a whole frame from a client, its mask zeros."""
+    kind, data = (b"\x81", message.encode()) if isinstance(message, str) else (b"\x82", message)
+    return kind + b"\xff" + len(data).to_bytes(8, "big") + bytes(4) + data
+
+
+def health(at: str, stop: float) -> list[float]:
+    """Ask /healthz twice a second, from a thread of its own that no client delays; return its latencies in ms,
+    infinity where it did not answer OK.
+    """
     latencies = []
     while time.monotonic() < stop:
         start = time.monotonic()
-        reader, writer = await asyncio.open_connection(*at.split(":"))
-        writer.write(f"GET /healthz HTTP/1.1\r\nHost: {at}\r\n\r\n".encode())
-        is_ok = (await reader.read()).startswith(b"HTTP/1.1 200")
-        writer.close()
+        try:
+            with urllib.request.urlopen(f"http://{at}/healthz", timeout=30) as response:
+                is_ok = response.status == 200
+        except OSError:
+            is_ok = False
         latencies.append(1000 * (time.monotonic() - start) if is_ok else np.inf)
-        await asyncio.sleep(0.5)
+        time.sleep(0.5)
     return latencies
 
 
@@ -219,7 +239,12 @@ def soak(args: argparse.Namespace, requests: list[bytes], expected: np.ndarray) 
         await round_of(load, 50, min(10.0, seconds))  # warm: memory has its size then
         load = Load(at, requests, expected)
         stop = time.monotonic() + seconds
-        others = (never_reads(at, requests[0], stop), hostile(at, stop), health(at, stop), memory(pid, stop))
+        others = (
+            never_reads(at, requests[0], stop),
+            hostile(at, stop),
+            asyncio.to_thread(health, at, stop),
+            memory(pid, stop),
+        )
         _, _, bad, ms, mb = await asyncio.gather(round_of(load, 50, seconds), *others)
         third = len(mb) // 3
         return {
