@@ -205,8 +205,8 @@ def frame(message: bytes | str) -> bytes:
 
 
 def health(at: str, stop: float) -> list[float]:
-    """Ask /healthz twice a second, from a thread of its own that no client delays; return its latencies in ms,
-    infinity where it did not answer OK.
+    """Ask /healthz twice a second, from a thread of its own; return its latencies in ms, infinity where it
+    did not answer OK.
     """
     latencies = []
     while time.monotonic() < stop:
