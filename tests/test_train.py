@@ -80,8 +80,9 @@ def test_stop_and_resume_is_bit_identical(
     assert records(tmp_path / "whole") == records(tmp_path / "parts")
 
 
-def test_sigterm_saves_and_the_same_call_goes_on(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_a_signal_saves_and_the_same_call_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny_config(root)
     whole = train(config, tmp_path / "whole")
@@ -89,15 +90,18 @@ def test_sigterm_saves_and_the_same_call_goes_on(
 
     def interrupted(self: Trainer, batches: list[Batch]) -> dict[str, float]:
         if self.state.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return step(self, batches)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     stopped = train(config, tmp_path / "run")
     assert (stopped.step, stopped.is_finished) == (3, False)
     monkeypatch.undo()
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"event": "tra')
     finished = train(config, tmp_path / "run")
     assert finished.is_finished
+    assert "dropped its last line" in caplog.text
     assert_same_state(whole.checkpoint, finished.checkpoint)
     again = train(config, tmp_path / "run")  # nothing is left to do
     assert again == finished

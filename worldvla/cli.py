@@ -579,7 +579,8 @@ def export(checkpoint: Positional[Checkpoint], *, out: Path, half: bool = False)
     """
     from worldvla.infer.model import export
 
-    say(f"model: {export(checkpoint, out, half)}   next: worldvla eval {out} --suite SUITE")
+    with only_writer(out):
+        say(f"model: {export(checkpoint, out, half)}   next: worldvla eval {out} --suite SUITE")
 
 
 def convert(

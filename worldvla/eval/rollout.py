@@ -32,7 +32,7 @@ from worldvla.eval.actors import (
 from worldvla.eval.record import Journal
 from worldvla.eval.stats import count
 from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings, Worker, open_workers
-from worldvla.files import write_json, write_text
+from worldvla.files import only_writer, write_json, write_text
 from worldvla.machine import cores, provenance
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
@@ -234,7 +234,11 @@ def evaluate(
     if make is sim.make:
         sim.check_drawing(protocol.suite, settings.views)
     stopped: ActorError | None = None
-    with Journal(out / "episodes.jsonl", protocol.identity(actor)) as journal, progress_bar() as progress:
+    with (
+        only_writer(out),
+        Journal(out / "episodes.jsonl", protocol.identity(actor)) as journal,
+        progress_bar() as progress,
+    ):
         done = {(o["task"], o["init"]) for o in journal.outcomes}
         jobs = [
             Job(task, init, init < protocol.first + protocol.videos)
