@@ -278,13 +278,13 @@ def test_a_downloaded_release_is_converted_evaluated_and_trained_on(
     ours, name = tmp_path / "ours", "Some-Org/WorldVLA"
     words = [
         "convert",
-        f"{name}/model_256/libero_goal",
+        f"hf://{name}/model_256/libero_goal",
         "--release",
         "worldvla_256",
         "--suite",
         "libero_goal",
     ]
-    assert cli.main([*words, "--tokenizer", f"{name}/chameleon/tokenizer", "--out", str(ours)]) == 0
+    assert cli.main([*words, "--tokenizer", f"hf://{name}/chameleon/tokenizer", "--out", str(ours)]) == 0
     assert asked == [(name, ["model_256/libero_goal/*"]), (name, ["chameleon/tokenizer/*"])]
     assert not list((tmp_path / "cache").rglob("*.pth"))
     with pytest.raises(OSError, match=r"its folders are chameleon/tokenizer, model_256/libero_goal; check"):
