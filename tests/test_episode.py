@@ -50,6 +50,7 @@ def _foreign(path: Path, episode: Episode, *, made_by: str) -> None:
         data = file["data"]
         assert isinstance(data, h5py.Group)
         demo = data["demo_0"]
+        del data.attrs["sha256"]
         assert isinstance(demo, h5py.Group)
         for name in ("init", "seed", "suite", "task", "instruction", "sha256"):
             del demo.attrs[name]
@@ -145,6 +146,7 @@ def _change(name: str, value: np.ndarray | None):
         with h5py.File(path, "r+") as file:
             for demo in file["data"].values() if name.count("/") > 1 else ():  # pyright: ignore
                 del demo.attrs["sha256"]
+                file["data"].attrs.pop("sha256", None)
             del file[name]
             if value is not None:
                 file[name] = value

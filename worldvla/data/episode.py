@@ -259,7 +259,10 @@ def read_demos(path: Path, images: bool = True) -> Iterator[tuple[str, Episode |
         for name in names:
             try:
                 with reading(f"{path}: data/{name}", "demonstration"):
-                    episode = _read_demo(_at(data, name), told, images)
+                    demo = _at(data, name)
+                    if ("sha256" in demo.attrs) != ("sha256" in data.attrs):
+                        raise ValueError("the digests of the file or of the demonstration are lost")
+                    episode = _read_demo(demo, told, images)
             except Damaged as damaged:
                 episode = damaged
             yield name, episode
