@@ -7,6 +7,7 @@ Run: pytest tests/test_sources.py
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from worldvla.config import ImageTokenizerConfig
 from worldvla.data.episode import Episode
 from worldvla.data.sources import open_source
 from worldvla.data.sources.source import Names
+from worldvla.data.sources.summary import summary
 from worldvla.data.store import TokenStore, write_store
 from worldvla.data.tokenize import tokenize_source
 from worldvla.tokenizers.image import ImageTokenizer
@@ -250,6 +252,30 @@ def test_tokenize_takes_a_lerobot_folder(tmp_path: Path, capsys: pytest.CaptureF
     assert facts["action_names"][-1] == "gripper"
     assert main([*words, "--camera", "agentview=observation.images.top"]) == 2
     assert "observation.images.image, observation.images.wrist_image" in capsys.readouterr().err
+
+
+def test_inspect_prints_what_a_set_holds(root: Path, capsys: pytest.CaptureFixture[str]):
+    put(root, "action", 31, [0.0] * 6)
+    assert main(["inspect", str(root)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "LeRobotDataset v3.0: 3 episodes, 60 steps, 20.0 steps a second" in lines
+    assert "camera wrist = observation.images.wrist_image, 64 x 64 pixels" in lines
+    assert "instruction 'pick up the milk': 2 episodes" in lines
+    assert lines[-1].startswith("broken: ")
+    assert "episode 1: frame 1" in lines[-1]
+    assert not any("absolute" in line for line in lines)
+
+
+def test_absolute_actions_and_idle_steps_are_suspected():
+    episode = next(open_source(GENUINE).episodes(images=False))
+    states = np.repeat(episode.states[::2], 2, axis=0)  # every second step stands still
+    actions = np.concatenate([np.roll(states, -1, axis=0)[:, :3], episode.actions[:, 3:]], axis=1)
+    told = replace(episode, states=states, actions=actions)
+    source = replace(open_source(GENUINE), attempts=lambda _: iter([("episode 0", told)]))
+    lines = list(summary(source))
+    suspects = [line.split()[1] for line in lines if "absolute" in line]
+    assert suspects == ["x", "y", "z"]
+    assert any(line.startswith("idle: 51.7%") for line in lines)
 
 
 def test_tokenising_again_encodes_only_what_changed(root: Path, tmp_path: Path):

@@ -266,6 +266,22 @@ def regenerate(
     say(f"demonstrations: {out}   next: worldvla tokenize {out} --tokenizer DIR --out DIR")
 
 
+def inspect(path: Positional[Path], *, camera: CameraNames = (), action: str = "", state: str = "") -> None:
+    """Print what a data set holds: episodes, cameras, ranges, idle steps, instructions, broken episodes.
+
+    Args:
+        path: A LeRobot data set, an HDF5 file, or a directory of them.
+        action: Feature of a LeRobot data set that holds the actions. Default: action.
+        state: Feature that holds the states. Default: observation.state.
+    """
+    from worldvla.data.sources import open_source
+    from worldvla.data.sources.summary import summary
+
+    source = _other_format([path], camera, action, state) or open_source(path)
+    for line in summary(source):
+        say(line)
+
+
 def train_tokenizer(
     paths: Positional[Data],
     *,
@@ -820,6 +836,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "collect": collect,
     "replay": replay,
     "regenerate": regenerate,
+    "inspect": inspect,
     "train-tokenizer": train_tokenizer,
     "train-reader": train_reader,
     "tokenize": tokenize,

@@ -1,0 +1,64 @@
+"""What a data set holds, in lines of text: sizes, ranges, idle steps, and what does not look like our actions."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from worldvla.data.episode import Episode
+from worldvla.data.sources.source import Source
+
+FOLLOWS = 0.99
+"""Correlation of an action with the next state from which on it is called absolute."""
+STILL = 1e-3
+"""Share of a dim's range that it may move in an idle step."""
+
+
+def summary(source: Source) -> Iterator[str]:
+    """Read every episode, pictures included, and yield the lines."""
+    episodes: list[Episode] = []
+    faults: list[str] = []
+    for _, episode in source.attempts(True):
+        if isinstance(episode, Episode):
+            episode.images.clear()
+            episodes.append(episode)
+        else:
+            faults.append(str(episode))
+    steps = sum(map(len, episodes))
+    yield f"{source.kind}: {source.num_episodes} episodes, {steps} steps, {source.fps or 'unknown'} steps a second"
+    for view, camera in source.cameras.items():
+        yield f"camera {view} = {camera.feature}, {camera.rows} x {camera.cols} pixels"
+    if episodes:
+        actions, states = ([getattr(e, name) for e in episodes] for name in ("actions", "states"))
+        yield from _ranges(f"action = {source.action}", source.action_names, np.concatenate(actions))
+        yield from _ranges(f"state = {source.state}", source.state_names, np.concatenate(states))
+        yield f"idle: {_idle(states):.1%} of the steps move no state by {STILL:.1%} of its range"
+        for dim in _absolute(actions, states):
+            yield f"action {source.action_names[dim]} follows the state of the next step: absolute, no motion?"
+        hand = np.concatenate(actions)[:, -1]
+        yield f"gripper, if it is the last action: {hand.min():.3g} to {hand.max():.3g}; LIBERO: -1 open, 1 closed"
+    for text, count in Counter(e.instruction for e in episodes).items():
+        yield f"instruction {text!r}: {count} episodes"
+    yield from (f"broken: {fault}" for fault in faults)
+
+
+def _ranges(title: str, names: tuple[str, ...], values: np.ndarray) -> Iterator[str]:
+    yield f"{title}, {len(names)} numbers"
+    for name, column in zip(names, values.T, strict=True):
+        yield f"  {name:<16} {column.min():+.3f} to {column.max():+.3f}"
+
+
+def _idle(states: list[np.ndarray]) -> float:
+    """Return the share of steps between two states in which nothing moves."""
+    slack = STILL * np.ptp(np.concatenate(states), 0)
+    moves = np.concatenate([(np.abs(np.diff(s, axis=0)) > slack).any(1) for s in states])
+    return float(1 - moves.mean()) if moves.size else 0.0
+
+
+def _absolute(actions: list[np.ndarray], states: list[np.ndarray]) -> Iterator[int]:
+    """Yield the dims whose action is about the state of the same dim after it."""
+    act, after = np.concatenate([a[:-1] for a in actions]), np.concatenate([s[1:] for s in states])
+    for dim in range(min(act.shape[1], after.shape[1])):
+        pair = act[:, dim], after[:, dim]
+        if len(act) > 2 and min(map(np.std, pair)) > 0 and np.corrcoef(*pair)[0, 1] > FOLLOWS:
+            yield dim
