@@ -90,7 +90,8 @@ def test_imagination_is_judged_by_the_hand_and_by_what_it_holds(reader: Reader) 
     assert [held["model"][i] is None for i in range(10)] == [n == 0 for n in held["num_clips"]]
     assert table["num_clips"] == [3] * 10
     assert table["contact"]["num_clips"] == [1] * 10
-    assert set(table["contact"]) == {"num_clips", "views", "hand", "held"}
+    assert np.mean([n for n in table["held_wrongly"]["model"] if n is not None]) < 0.1
+    assert set(table["contact"]) == {"num_clips", "views", "hand", "held", "held_wrongly"}
     views = table["views"]["agentview"]
     assert (
         views["model"]["psnr_changed"][0]

@@ -62,7 +62,8 @@ def encode_mp4(pictures: Sequence[np.ndarray], fps: float) -> bytes:
 def film_strip(films: Sequence[Mapping[str, np.ndarray]], every: int = 3) -> np.ndarray:
     """Return one picture: a row a film of each view, a column every `every`-th frame; the films of a view
     above each other. `films`: view -> uint8 (T, Y, X, 3)."""
-    rows, strips = max(frames.shape[1] for frames in films[0].values()), list[np.ndarray]()
+    rows = max(HEIGHT // 2, *(frames.shape[1] for frames in films[0].values()))
+    strips: list[np.ndarray] = []
     for view in films[0]:
         for film in films:
             cells = [

@@ -178,9 +178,10 @@ def world_table(section: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
         for metric, name in (("median_cm", "median"), ("p90_cm", "90th percentile")):
             cells = {kind: _number(errors[metric]) for kind, errors in part.get("hand", {}).items()}
             rows.append((f"{title}error of the hand, cm, {name}", cells))
-        held = part.get("held", {})
-        cells = {kind: _number([v and 100 * v for v in held[kind]], 0) for kind in KINDS if kind in held}
-        rows.append((f"{title}held things that are seen held, % of {max(held.get('num_clips', [0]))}", cells))
+        for key, name in (("held", "held things seen held"), ("held_wrongly", "empty hands seen holding")):
+            held = part.get(key, {})
+            cells = {kind: _number([v and 100 * v for v in held[kind]], 0) for kind in KINDS if kind in held}
+            rows.append((f"{title}{name}, % of {held.get('num_clips', [0])[-1]} clips", cells))
     return [(name, cells) for name, cells in rows if cells]
 
 

@@ -321,7 +321,8 @@ def summarize(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return `num_clips` a step, `views`: view -> kind -> metric -> mean a step, and with a reader
 
     - `hand`: kind -> `median_cm` and `p90_cm` a step of its error;
-    - `held`: `num_clips` a step in which a thing is truly held, and kind -> the share of them that show it.
+    - `held`: `num_clips` a step in which a thing is truly held, and kind -> the share of them that show it;
+    - `held_wrongly`: the same of clips in which nothing is held.
 
     None where no clip says anything.
     """
@@ -346,12 +347,13 @@ def summarize(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             }
             for kind in first["hand"]
         }
-        is_held = [np.where(m["held"]["truth"], 1.0, np.nan) for m in measured]
-        held: dict[str, list[Any]] = {"num_clips": [int(n or 0) for n in by_step(is_held, np.sum)]}
-        section["held"] = held
-        for kind in first["hand"]:
-            shown = [m["held"][kind] * mask for m, mask in zip(measured, is_held, strict=True)]
-            held[kind] = by_step(shown, np.mean)
+        for name, truth in (("held", True), ("held_wrongly", False)):
+            counts = [np.where(m["held"]["truth"] == truth, 1.0, np.nan) for m in measured]
+            held: dict[str, list[Any]] = {"num_clips": [int(n or 0) for n in by_step(counts, np.sum)]}
+            for kind in first["hand"]:
+                shown = [m["held"][kind] * counted for m, counted in zip(measured, counts, strict=True)]
+                held[kind] = by_step(shown, np.mean)
+            section[name] = held
     return section
 
 
