@@ -33,7 +33,7 @@ def _checkpoint(path: Path) -> object:
     model = load(path / "data")
     weights = {n: t.numpy().tobytes() for n, t in model.transformer.state_dict().items()}
     pieces = model.image, model.builder.text, model.builder.statistics, model.vocab
-    return weights, model.config, [piece.digest() for piece in pieces]
+    return weights, model.config, [piece.digest() for piece in pieces]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _demonstrations(path: Path) -> object:
