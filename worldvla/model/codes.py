@@ -110,12 +110,18 @@ class CodeHead(nn.Module):
 
     def scores(self, x_PD: Float[Tensor, "P D"], codes_P: Int[Tensor, " P"]) -> Float[Tensor, "P E L"]:
         """Return float32 scores of every dim's levels, given the true levels before it (teacher forcing)."""
-        seen_PEF = self.table(self.levels.table_rows(codes_P))
-        features_PEF = self._inputs(x_PD) + seen_PEF.cumsum(1) - seen_PEF
-        hidden_PEF = F.silu(features_PEF)
-        hidden_PEF = hidden_PEF + torch.einsum("pef,efg->peg", hidden_PEF, self.mix.to(hidden_PEF.dtype))
-        scores_PEL = torch.einsum("pef,efl->pel", hidden_PEF, self.out.to(hidden_PEF.dtype)).float()
-        return (scores_PEL + self.bias).masked_fill(self.levels.absent(x_PD.device), float("-inf"))
+        rows_PE, seen_PF, scores = self.levels.table_rows(codes_P), None, []
+        weights = self.inp.weight.unflatten(0, (-1, HEAD_FEATURES))
+        biases = self.inp.bias.unflatten(0, (-1, HEAD_FEATURES))
+        for dim in range(len(self.levels.sizes)):  # one plain product a dim: three times one einsum's speed
+            hidden_PF = F.linear(x_PD, weights[dim], biases[dim])
+            hidden_PF = F.silu(hidden_PF if seen_PF is None else hidden_PF + seen_PF)
+            hidden_PF = hidden_PF + hidden_PF @ self.mix[dim].to(hidden_PF.dtype)
+            scores.append(hidden_PF @ self.out[dim].to(hidden_PF.dtype))
+            level_PF = self.table(rows_PE[:, dim]).to(hidden_PF.dtype)
+            seen_PF = level_PF if seen_PF is None else seen_PF + level_PF
+        scores_PEL = torch.stack(scores, 1).float() + self.bias
+        return scores_PEL.masked_fill(self.levels.absent(x_PD.device), float("-inf"))
 
     def cross_entropy(self, x_PD: Float[Tensor, "P D"], codes_P: Int[Tensor, " P"]) -> Float[Tensor, " P"]:
         """Return the negative log-likelihood of each code, nats."""
