@@ -51,6 +51,7 @@ from worldvla.infer.world import World
 from worldvla.machine import find_device, provenance
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
+from worldvla.recipes import PUBLISHED
 from worldvla.sim.suites import make, tasks
 from worldvla.tokenizers.action import WORLDVLA
 from worldvla.vocab import Vocab, chameleon
@@ -60,7 +61,7 @@ SIZES = {
     "25m": ModelConfig(num_layers=12, width=160, num_heads=5, num_kv_heads=5, hidden=448),
     "92m": ModelConfig(num_layers=8, width=512, num_heads=8, num_kv_heads=8, hidden=1376),
     "1b": ModelConfig(num_layers=16, width=2048, num_heads=16, num_kv_heads=16, hidden=5504),
-    "7b": ModelConfig(num_layers=32, width=4096, num_heads=32, num_kv_heads=32, hidden=11008),
+    "7b": PUBLISHED,
 }
 ON_GPU = ("1b", "7b")
 COLUMNS = (

@@ -78,12 +78,10 @@ def test_the_version_is_the_installed_one(capsys):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_is_complete_and_survives_json(capsys, name):
+def test_every_recipe_is_complete_and_survives_json(name):
     config = RECIPES[name]()
     assert config.name == name
-    code, out, _ = _run(capsys, "config", name)
-    assert code == 0
-    assert from_json(Config, json.loads(out)) == config
+    assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
 
 
 def test_a_config_from_before_a_field_was_added_is_read():
@@ -99,16 +97,16 @@ def test_a_config_from_before_a_field_was_added_is_read():
 
 
 def test_overrides_reach_the_config(capsys):
-    words = (
+    words = [
         "--train.steps",
-        7,
+        "7",
         "--layout.no-selective-mask",
         "--layout.history",
-        2,
+        "2",
         "--data.stores",
         "a",
         "b",
-    )
+    ]
     code, out, _ = _run(capsys, "config", "debug", *words)
     config = from_json(Config, json.loads(out))
     assert code == 0

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_run import tiny_config, write_tiny
 
 import worldvla
-from worldvla.files import load_tensors, write_digests
+from worldvla.files import load_tensors, save_tensors, write_digests, write_json
 from worldvla.infer.model import Model, export, load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
@@ -302,11 +303,21 @@ def test_damaged_checkpoints_are_one_line(checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_an_exported_model_is_smaller_and_acts_alike(checkpoint: Path, model: Model, tmp_path: Path) -> None:
-    exported = load(export(checkpoint, tmp_path / "shipped"))
+    source = Path(shutil.copytree(checkpoint, tmp_path / "source"))
+    save_tensors(source / "reader.safetensors", {"weight": torch.ones(2)})
+    write_json(source / "reader.json", {"views": {}})
+    exported = load(export(source, tmp_path / "shipped"))
+    for name in ("reader.safetensors", "reader.json"):
+        assert (exported.path / name).read_bytes() == (source / name).read_bytes()
+    for path in exported.path.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}, path.name
     assert not (exported.path / "trainer.safetensors").exists()
     assert len({f.stat().st_mode for f in exported.path.rglob("*") if f.is_file()}) == 1, "the umask's"
     card = (exported.path / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: worldvla\n")
+    assert card.startswith("---\nlibrary_name: worldvla\nlicense: apache-2.0\n")
+    assert "| trained on | store |" in card
+    assert str(Path(model.config.tokenizer).parent) not in card, "no path of this machine"
     assert f"weights {exported.identity()['digest']}, image tokenizer {model.image.digest()}" in card
     assert f"a WorldVLA of {model.transformer.num_parameters():,} parameters".lower() in card.lower()
     for name, weight in exported.transformer.state_dict().items():

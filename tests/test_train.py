@@ -159,11 +159,29 @@ def test_another_config_is_refused_by_name(root: Path, tmp_path: Path) -> None:
     other = replace(config, loss=replace(config.loss, image_weight=0.5))
     with pytest.raises(ValueError, match=r"loss\.image_weight: 0\.04 there, 0\.5 now"):
         train(other, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"train\.steps"):  # a cosine depends on where it ends
-        train(replace(config, train=replace(config.train, steps=12)), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"train\.steps: 8 there, 6 now"):
+        train(replace(config, train=replace(config.train, steps=6)), tmp_path / "run")
     train(
         replace(config, train=replace(config.train, log_every=1)), tmp_path / "run"
     )  # does not change the weights
+
+
+def test_more_steps_go_on_with_the_optimiser_and_say_what_the_rate_does(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tiny_config(root), tmp_path / "run")
+    longer = tiny_config(root, steps=12)
+    outcome = train(longer, tmp_path / "run")
+    assert (outcome.step, outcome.is_finished) == (12, True)
+    told = "train.steps 12, was 8: the run goes on at step 8 with its optimiser and a learning rate of"
+    rate = learning_rate(8, 12, longer.optim)
+    assert f"{told} {rate:.3g}, which was 0.0003, and ends at 0.0003" in caplog.text
+    moments = load_file(outcome.checkpoint / "trainer.safetensors")
+    assert {float(value) for name, value in moments.items() if name.startswith("step.")} == {12.0}
+    assert records(tmp_path / "run")[-2]["step"] == 12
+    caplog.clear()
+    train(longer, tmp_path / "run")
+    assert not caplog.text
 
 
 def test_changed_data_is_refused_on_resume(root: Path, tmp_path: Path) -> None:

@@ -145,7 +145,9 @@ def demo(
 
     if suite != "tabletop":  # all four
         _warn_of_versions(suite)
-    page = demo(out or Path(f"out/demo_{suite}"), suite, checkpoint)
+    out = out or Path(f"out/demo_{suite}")
+    with only_writer(out):
+        page = demo(out, suite, checkpoint)
     say(f"demo: open {page.resolve()}")
 
 
@@ -187,29 +189,16 @@ def collect(
     from worldvla.data.collect import collect
     from worldvla.sim.suites import suite as find_suite
 
-    driver: dict[str, Any] = {}
+    out = out or Path("out/demos") / suite
+    sizes = _views(views) or dict(find_suite(suite).rules.demonstrations)
+    options: dict[str, Any] = {"kind": kind, "episodes": episodes, "tasks": tasks, "views": sizes}
+    options |= {"seed": seed, "workers": workers, "noise": noise, "label": label, "execute": execute}
     if policy is not None:
         from worldvla.model.weights import find_checkpoint, weights_digest
 
-        driver = {
-            "policy": partial(_act, str(policy)),
-            "policy_name": weights_digest(find_checkpoint(policy)),
-        }
-    out = out or Path("out/demos") / suite
-    results = collect(
-        suite,
-        out,
-        kind=kind,
-        episodes=episodes,
-        tasks=tasks,
-        views=_views(views) or dict(find_suite(suite).rules.demonstrations),
-        seed=seed,
-        workers=workers,
-        noise=noise,
-        label=label,
-        execute=execute,
-        **driver,
-    )
+        name = weights_digest(find_checkpoint(policy))
+        options |= {"policy": partial(_act, str(policy)), "policy_name": name}
+    results = collect(suite, out, **options)
     for name, counts in results.items():
         if shares := ", ".join(f"{what} {share:.0%}" for what, share in counts.get("shares", {}).items()):
             say(f"{name}: {counts['episodes']} episodes, {counts['steps']} frames: {shares}")
@@ -483,7 +472,7 @@ def evaluate(
 
 def _short(checkpoint: Path) -> str:
     """Return a directory name for results of `checkpoint`: out/train/NAME/ckpt/step_N becomes NAME_step_N."""
-    left_out = ("out", "train", "ckpt", "/", "websocket:", "ws:", "wss:")
+    left_out = ("out", "train", "ckpt", "/", "..", "websocket:", "ws:", "wss:")
     return "_".join(part for part in checkpoint.parts[-3:] if part not in left_out).replace(":", "_")
 
 
@@ -514,19 +503,12 @@ def eval_world(
     from worldvla.eval.page import write_page
     from worldvla.eval.world import evaluate_world
 
-    record = evaluate_world(
-        checkpoint,
-        demonstration_files(demos),
-        out,
-        clips=clips,
-        horizons=horizons,
-        shorter=shorter,
-        seed=seed,
-        temperature=temperature,
-        reader=reader,
-        device=device,
-    )
-    page = write_page(out / "index.html", f"What {record['checkpoint']['name']} imagines", worlds=[out])
+    files = demonstration_files(demos)
+    options = {"clips": clips, "horizons": horizons, "shorter": shorter, "seed": seed}
+    options |= {"temperature": temperature, "reader": reader, "device": device}
+    with only_writer(out):
+        record = evaluate_world(checkpoint, files, out, **options)
+        page = write_page(out / "index.html", f"What {record['checkpoint']['name']} imagines", worlds=[out])
     for section in record["horizons"]:
         for view, kinds in section["views"].items():
             last = ", ".join(f"{kind} {scores['psnr'][-1]:.1f}" for kind, scores in kinds.items())
@@ -565,17 +547,9 @@ def rank(
     from worldvla.data.episode import demonstration_files
     from worldvla.eval.judge import rank_policies
 
-    record = rank_policies(
-        checkpoints,
-        world,
-        demonstration_files(demos),
-        suites,
-        out,
-        episodes=episodes,
-        first=first,
-        execute=execute,
-        seed=seed,
-    )
+    files, counts = demonstration_files(demos), {"episodes": episodes, "first": first}
+    with only_writer(out):
+        record = rank_policies(checkpoints, world, files, suites, out, **counts, execute=execute, seed=seed)
     for row in record["policies"]:
         real, judged, imagined = (f"{sum(o)}/{len(o)}" for o in row["outcomes"])
         counts = f"simulator {real}, judge there {judged}, imagined {imagined}"

@@ -192,8 +192,12 @@ def libero_object_spatial_drawer() -> Config:
     )
 
 
+PUBLISHED = ModelConfig(num_layers=32, width=4096, num_heads=32, num_kv_heads=32, hidden=11008)
+"""The published 7B."""
+
+
 def published(family: str, suite: str = "libero_goal") -> Config:
-    """The published 7B on a LIBERO suite, with the layout and chunk of its release: 40 epochs.
+    """`PUBLISHED` on a LIBERO suite, with the layout and chunk of its release: 40 epochs.
 
     `family`: libero_256 and libero_512, WorldVLA from Chameleon (WorldVLA exps_256_all/*.sh,
     exps_512_all/*.sh, pretrain_ck.py); rynnvla_256, RynnVLA-002 with a continuous head, state and wrist
@@ -221,14 +225,8 @@ def published(family: str, suite: str = "libero_goal") -> Config:
         num_text=65_536,
         tokenizer=f"out/models/{weights}/image_tokenizer",
         layout=layout,
-        model=ModelConfig(
-            num_layers=32,
-            width=4096,
-            num_heads=32,
-            num_kv_heads=32,
-            hidden=11008,
-            dropout=dropout,
-            head=HeadConfig(num_layers=2 if family == "rynnvla_256" else 0),
+        model=replace(
+            PUBLISHED, dropout=dropout, head=HeadConfig(num_layers=2 if family == "rynnvla_256" else 0)
         ),
         loss=LossConfig(reduction="published"),
         optim=OptimConfig(

@@ -159,7 +159,7 @@ class Job:
 
 def work_off(jobs: Sequence[Job], workers: int, title: str) -> Iterator[Job]:
     """Make the attempts that the jobs still need, in `workers` processes (0: one a core), and yield each job
-    as it has all its episodes or no attempt left.
+    as it has all its episodes or no attempt left. Files that are there stay as they are.
 
     As many attempts are on their way as episodes are missing, always the lowest numbers not tried yet: which
     attempts are made does not depend on which ends first.
@@ -168,6 +168,10 @@ def work_off(jobs: Sequence[Job], workers: int, title: str) -> Iterator[Job]:
     pool = ProcessPoolExecutor(workers or cores(), spawn, initializer=end_with_parent)
     pending: dict[Future[bool], Job] = {}
     untried: dict[Path, Iterator[int]] = {}
+    for job in jobs:
+        if job.path.exists():  # a kill may have left its parts
+            shutil.rmtree(job.parts, ignore_errors=True)
+    jobs = [job for job in jobs if not job.path.exists()]
     try:
         with progress_bar() as progress:
             bar = progress.add_task(title, total=sum(job.wanted for job in jobs))
@@ -320,16 +324,16 @@ def collect(
         for task in chosen:
             attempt = _Attempt(kind, task, views, seed, noise, label, policy, execute, make, expert)
             jobs.append(Job(paths[task], attempt, episodes, most, out_dir / f".{task.name}.parts"))
-        for job in work_off([job for job in jobs if not job.path.exists()], workers, f"collect {suite}"):
+        for job in work_off(jobs, workers, f"collect {suite}"):
             _finish(job, next(task for task in chosen if paths[task] == job.path), arguments)
         return {task.name: _counts(path) for task, path in paths.items()}
 
 
 def _finish(job: Job, task: Task, arguments: dict[str, Any]) -> None:
-    """Merge a task's parts; too few of them raise RuntimeError."""
+    """Merge a task's parts; too few of them raise ValueError."""
     good, bad = job.done()
     if len(good) < job.wanted:
-        raise RuntimeError(
+        raise ValueError(
             f"{task.suite} task {task.index} ({task.instruction}): the expert failed {len(bad)} times for "
             f"{job.wanted} wanted episodes; mend it, or ask for less noise"
         )

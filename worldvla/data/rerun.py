@@ -179,10 +179,9 @@ def regenerate(
         jobs, digests = [], {path.name: str(fingerprint(path)["sha256"]) for path in files}
         for path in files:
             out, digest = out_dir / path.name, digests[path.name]
-            if not out.exists():
-                number, parts = count_episodes(path), out_dir / f".{path.stem}.{digest}.parts"
-                jobs.append(Job(out, _Attempt(path, views, drop_no_ops, make), number, number, parts))
-            elif (other := facts(out).get("sha256")) != digest:
+            number, parts = count_episodes(path), out_dir / f".{path.stem}.{digest}.parts"
+            jobs.append(Job(out, _Attempt(path, views, drop_no_ops, make), number, number, parts))
+            if out.exists() and (other := facts(out).get("sha256")) != digest:
                 raise ValueError(
                     f"{out} was made of a file {other}, not of {path} ({digest}): choose another directory"
                 )

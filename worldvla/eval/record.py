@@ -12,8 +12,9 @@ from worldvla.files import write_text
 class Journal:
     """One JSON line a finished episode, after a first line that says what run this is.
 
-    A line that a kill cut short is dropped. Episodes that ended in an error are not kept: the same command
-    tries them again. A journal of another run (other arguments, versions, commit) raises ValueError.
+    A line that is no outcome, as a kill cuts one short, is dropped. Episodes that ended in an error are not
+    kept: the same command tries them again. A journal of another run (other arguments, versions, commit)
+    raises ValueError.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
@@ -30,7 +31,8 @@ class Journal:
                 raise ValueError(
                     f"{path.parent} holds another evaluation ({text}): give another --out, or remove {path}"
                 )
-            self.outcomes = [line for line in lines[1:] if line and line["status"] != "error"]
+            whole = [line for line in lines[1:] if line is not None and line.keys() >= {"status", "elapsed"}]
+            self.outcomes = [line for line in whole if line["status"] != "error"]
         write_text(path, "".join(json.dumps(line) + "\n" for line in [dict(identity), *self.outcomes]))
         self._file = path.open("a", encoding="utf-8")
         self._earlier, self._start = max((o["elapsed"] for o in self.outcomes), default=0.0), time.monotonic()
@@ -62,6 +64,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
-    except ValueError:
+        data = json.loads(line)
+    except (ValueError, RecursionError):
         return None
+    return data if isinstance(data, dict) else None

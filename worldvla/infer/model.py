@@ -52,6 +52,8 @@ WEIGHTS = "model.safetensors"
 CARD = Path(__file__).parents[1] / "assets/report/card.md"
 FILES = ("config.json", WEIGHTS, "vocab.json", "statistics.json", "text.json", "manifest.json")
 IMAGE_FILES = ("image_tokenizer/config.json", "image_tokenizer/model.safetensors")
+READER_FILES = ("reader.json", "reader.safetensors")
+"""What reads the hand off its frames, if it has that (eval/reader.py)."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ class Model:
     transformer: Transformer
     manifest: dict[str, Any]
     quantize: Quantize = ""
+
+    def __repr__(self) -> str:
+        return f"Model({self.config.name!r}, {self.transformer.num_parameters():,} parameters, {self.path})"
 
     @property
     def view_sizes(self) -> dict[str, tuple[int, int]]:
@@ -202,7 +207,8 @@ def export(source: Path, out_dir: Path, half: bool = False) -> Path:
     source = model.path
     with whole_folder(out_dir) as scratch:
         (scratch / "image_tokenizer").mkdir()
-        for name in (*FILES, *IMAGE_FILES):
+        has_reader = all((source / name).is_file() for name in READER_FILES)
+        for name in (*FILES, *IMAGE_FILES, *(READER_FILES if has_reader else ())):
             shutil.copyfile(source / name, scratch / name)
         save_tensors(scratch / WEIGHTS, model.transformer.state_dict())
         manifest = dict(model.manifest)
@@ -240,6 +246,8 @@ def _card(model: Model, weights: str) -> str:
     ranges += [("state", statistics.state_low, statistics.state_high)] if config.layout.state else []
     template = jinja2.Template(CARD.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     facts = {"layout": config.layout, "manifest": model.manifest, "share": config.data.world_fraction}
+    facts["stores"] = list(dict.fromkeys(Path(store).name for store in config.data.stores))
+    facts["origin"] = Path(config.train.init_from).name
     return template.render(
         model=model, config=config, statistics=statistics, ranges=ranges, weights=weights, **facts
     )

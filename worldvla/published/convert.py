@@ -65,12 +65,7 @@ def convert(
     layout, vocab = _layout(facts, release, suite), chameleon()
     directory = locate(source)
     pieces = locate(tokenizer) if tokenizer else directory
-    lines = []
-    for folder in {directory, pieces}:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}: expected a released checkpoint or its tokenizer")
-        verify_checksums(folder)
-        lines += unlike_published(folder)
+    lines = [line for folder in {directory, pieces} for line in _check_folder(folder)]
     actions = (layout.chunk, layout.num_action_dims) if facts.may_have_head else (0, 0)
     released = open_release(directory, vocab, actions, without_action_head)
     image = _image(released, pieces, vocab)
@@ -143,6 +138,14 @@ def convert_back(source: Path, out_dir: Path, like: Path | None = None) -> None:
         write_json(scratch / "config.json", facts["config"])
         if len(shards) > 1:
             write_json(scratch / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+
+
+def _check_folder(folder: Path) -> list[str]:
+    """Check a release's own checksums; return a line for each file that is not as published."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: expected a released checkpoint or its tokenizer")
+    verify_checksums(folder)
+    return unlike_published(folder)
 
 
 def _layout(facts: Release, release: str, suite: str) -> LayoutConfig:

@@ -7,6 +7,7 @@ With `lora.rank`, model.safetensors holds what is trained alone, and the manifes
 A directory appears under its name only when complete (written beside it, then renamed).
 """
 
+import logging
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ from worldvla.machine import provenance
 from worldvla.model.lora import stored
 from worldvla.model.weights import check_fit
 from worldvla.train.build import Pieces
+from worldvla.train.optim import learning_rate
 
 _ADAMW = ("exp_avg", "exp_avg_sq", "step")
 _FREE = ("num_threads", "log_every", "eval_every", "num_eval_batches", "save_every", "compile", "device")
@@ -115,15 +117,18 @@ def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
 
 
 def check_config(run_dir: Path, config: Config) -> None:
-    """Write run_dir/config.json, or compare it with the one there: changed leaves raise ValueError."""
+    """Write run_dir/config.json, or compare it with the one there: changed leaves raise ValueError.
+
+    More steps are allowed, with a remark on what they do to the learning rate.
+    """
     path = run_dir / "config.json"
     if not path.exists():
         write_json(path, to_json(config))
         return
     free = {f"train.{name}" for name in _FREE}
-    if config.optim.learning_rate == config.optim.min_learning_rate:
-        free.add("train.steps")  # a constant rate does not depend on it
     there = from_json(Config, read_json(path), str(path))  # an older version's, completed by the defaults
+    if config.train.steps > there.train.steps or there.optim.learning_rate == there.optim.min_learning_rate:
+        free.add("train.steps")
     old, new = _leaves(to_json(there)), _leaves(to_json(config))
     differing = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
     if bad := [key for key in differing if key not in free]:
@@ -132,8 +137,23 @@ def check_config(run_dir: Path, config: Config) -> None:
             f"{run_dir} holds a run with another config ({listed}); resume it with its own settings, or use "
             "a new run directory and train.init_from"
         )
+    if "train.steps" in differing:
+        _tell_rate(config, there.train.steps, max(map(_step, _all(run_dir)), default=0))
     if differing:
         write_json(path, to_json(config))
+
+
+def _tell_rate(config: Config, steps: int, step: int) -> None:
+    """Say what another number of steps than `steps` does to the learning rate of a run that is at `step`."""
+    (old, _), (new, end) = (
+        [learning_rate(at, num, config.optim) for at in (min(step, num - 1), num - 1)]
+        for num in (steps, config.train.steps)
+    )
+    logging.getLogger("worldvla").warning(
+        "train.steps %d, was %d: the run goes on at step %d with its optimiser and a learning rate of %.3g, "
+        "which was %.3g, and ends at %.3g",
+        *(config.train.steps, steps, step, new, old, end),
+    )
 
 
 def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:

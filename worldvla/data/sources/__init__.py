@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from worldvla.data.sources.source import Names, Source
+from worldvla.files import Damaged, one_line
 
 
 def kind_of(path: Path) -> Literal["lerobot", "hdf5"]:
@@ -17,7 +18,11 @@ def open_source(path: Path, names: Names | None = None) -> Source:
     if kind_of(path) == "lerobot":
         from worldvla.data.sources.lerobot import open_lerobot
 
-        return open_lerobot(path, names)
+        try:
+            return open_lerobot(path, names)
+        except (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as error:
+            reason = one_line(f"{type(error).__name__}: {error}")
+            raise Damaged(f"{path}/meta is no LeRobotDataset ({reason}): download it again") from None
     from worldvla.data.sources.hdf5 import open_hdf5
 
     return open_hdf5(path, names)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from worldvla.data.episode import Episode
 from worldvla.data.sources.source import Camera, Names, Source, choose, choose_cameras, dim_names
-from worldvla.files import read_json
+from worldvla.files import read_json, reading
 
 COMPUTE: Any = pc
 """Its functions are made at run time: no stubs name them."""
@@ -154,7 +154,8 @@ def _rows_v3(path: Path, info: dict[str, Any], cameras: list[str]) -> tuple[list
         starts = {name: row[f"videos/{name}/from_timestamp"] for name in videos}
         shown = {name: Video(file, starts[name], starts[name] == last[file]) for name, file in where.items()}
         rows.append(Row(row["episode_index"], row["length"], place(row, "data", info["data_path"]), shown))
-    tasks = pq.read_table(path / "meta/tasks.parquet").to_pylist()
+    with reading(path / "meta/tasks.parquet", "parquet file", "download the data set again"):
+        tasks = pq.read_table(path / "meta/tasks.parquet").to_pylist()
     texts = {row["task_index"]: next(v for v in row.values() if isinstance(v, str)) for row in tasks}
     return rows, texts
 
@@ -163,8 +164,9 @@ def _rows_v2(path: Path, info: dict[str, Any], cameras: list[str]) -> tuple[list
     """Read meta/episodes.jsonl and meta/tasks.jsonl."""
 
     def lines(name: str) -> list[dict[str, Any]]:
-        text = (path / "meta" / name).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        with reading(path / "meta" / name, "JSON", "download the data set again"):
+            text = (path / "meta" / name).read_text(encoding="utf-8")
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
 
     rows = []
     for row in sorted(lines("episodes.jsonl"), key=lambda row: row["episode_index"]):
