@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from worldvla.sim.libero.env import LiberoEnv
-from worldvla.sim.libero.fixtures import FIXTURE_SKILLS, drawer_in_the_way
+from worldvla.sim.libero.fixtures import FIXTURE_SKILLS, drawer_in_the_way, microwave, reaches_in
 from worldvla.sim.libero.grasp import Grip, best_grip, present_grip
 from worldvla.sim.libero.motion import ALIGNED, Hand
 from worldvla.sim.protocol import CLOSE, OPEN
@@ -29,6 +29,8 @@ SIDE = np.array([0.0, 1.0, 0.0])
 """Along which the fingers close at the start."""
 ORDER = {"turnon": 0, "open": 0, "on": 1, "in": 1, "close": 2}
 """Predicate -> when its turn comes."""
+HEATED = "heating_region"
+"""End of the name of the place inside a microwave."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class LiberoExpert:
         for each in self.goals:
             if not self.env.world._eval_predicate(each):
                 goal = goal or each
+            elif each[-1].endswith(HEATED):
+                if reaches_in(self.hand, each):
+                    return microwave(self.hand, each)
             elif each[0] in ("on", "in") and self._stands_around(each[1]):
                 if self._holds(
                     each[1], present_grip(self.hand, each[1])
@@ -103,6 +108,8 @@ class LiberoExpert:
             return self.hand.towards(self.hand.position + (0.0, 0.0, 0.05), OPEN)
         if goal[0] not in ("on", "in"):
             return FIXTURE_SKILLS[goal[0]](self.hand, goal)
+        if goal[-1].endswith(HEATED):
+            return microwave(self.hand, goal)
         if goal[0] == "in" and drawer_in_the_way(self.hand, goal):
             return FIXTURE_SKILLS["open"](self.hand, ("open", goal[2]))
         return self._put(goal[1], goal[2])
@@ -230,4 +237,6 @@ def _turn(goal: tuple[str, ...]) -> tuple[int, bool]:
 
 def _can(goal: tuple[str, ...]) -> bool:
     """Return whether there is a skill for `goal`."""
-    return _place(goal[2]) is not None if goal[0] in ("on", "in") else goal[0] in FIXTURE_SKILLS
+    if goal[0] in ("on", "in"):
+        return goal[2].endswith(HEATED) or _place(goal[2]) is not None
+    return goal[0] in FIXTURE_SKILLS

@@ -1,4 +1,4 @@
-"""Skills for what is fixed in LIBERO's scenes: drawers, the stove's knob, the microwave's door."""
+"""Skills for what is fixed in LIBERO's scenes: drawers, the stove's knob, the microwave and its door."""
 
 from collections.abc import Callable
 
@@ -21,6 +21,22 @@ OPENED, SHUT = -0.15, -0.08
 """A drawer is pulled up to the first, metres; one beyond the second has to be opened before it is filled."""
 WRAPPED = (0.008, 0.032)
 """Gap of fingers that have closed around a handle or a knob, metres."""
+INWARDS = np.array([0.0, 1.0, 0.0])
+"""Into a microwave; LIBERO's stand unturned."""
+REACH = np.deg2rad(50)
+"""How far from straight down the fingers point while they put a mug in: the palm stays below the ceiling."""
+TURNED_IN = ((0.30, 0.40), np.deg2rad((0, 35)))
+"""Metres before a mug is in -> how far to the right of `INWARDS` the fingers point, radians: where the mug
+stands at first, a hand that points straight in is out of the arm's reach."""
+INSIDE = np.array([-0.055, -0.034, -0.072])
+"""From a microwave's heating region to where a mug's own x, y and its bottom belong, metres."""
+DOOR = (0.26, 0.128)
+"""Length of its door; how far beside it the middle of a hand passes: half of each and a margin, metres."""
+MOUTH = -0.098
+"""From its heating region to its front, metres along `INWARDS`."""
+ALONG = np.array([-0.3, 1.0, 0.0]) / np.hypot(0.3, 1.0)
+"""Along which the fingers close at a door: as at the start, but so that a hand that comes from the microwave
+turns back, and not on to the end of its last joint."""
 
 
 def drawer_in_the_way(hand: Hand, goal: Goal) -> bool:
@@ -70,6 +86,60 @@ def turn_on(hand: Hand, goal: Goal) -> np.ndarray:
     return hand.descend(target, OPEN, axis, thing=goal[1], extra=0.0 if turned > 0.95 else 0.06)
 
 
+def microwave(hand: Hand, goal: Goal) -> np.ndarray:
+    """Take a mug by its handle with a tilted hand, put it in, and come out the way the hand went in."""
+    thing, place = goal[1], hand.env.position(goal[2]) + INSIDE
+    before = place[1] - hand.position[1]
+    turn = np.interp(before, *TURNED_IN)
+    ahead = INWARDS * np.cos(turn) + np.cross(INWARDS, UP) * np.sin(turn)
+    point = ahead * np.sin(REACH) + DOWN * np.cos(REACH)
+    fingers = np.cross(UP, ahead)
+    corners = hand.corners(thing)
+    middles = corners.mean(axis=1)
+    handle = middles[np.argmax(np.linalg.norm((middles - middles.mean(axis=0))[:, :2], axis=1))]
+    if _wraps(hand, handle) and hand.env.grasps(thing):
+        bottom = float(corners[..., 2].min())
+        off = place - [*hand.env.position(thing)[:2], bottom]
+        door = hand.joint(goal[2].removesuffix("_heating_region"))
+        along = np.clip(door.anchor[1] - hand.position[1] + 0.10, 0.0, DOOR[0])
+        beside = door.anchor[0] - along / np.tan(min(door.value, -1.0)) + DOOR[1]
+        off[0] = max(off[0], beside - hand.position[0])
+        is_in = off[1] < ALIGNED
+        if is_in and off[2] > -0.004:
+            return hand.towards(hand.position, OPEN, fingers, point)
+        goal_point = hand.position + off + (0.0, 0.0, -0.003 if is_in else 0.016)
+        return hand.towards(hand.rise_first(goal_point[:2], goal_point[2]), CLOSE, fingers, point)
+    if reaches_in(hand, goal) and hand.env.world._eval_predicate(goal):
+        return hand.towards(hand.position - PULL * INWARDS, OPEN, fingers, point)
+    aim, arrived = _line_up(hand, handle, point, fingers)
+    return hand.towards(aim, CLOSE if arrived else OPEN, fingers, point)
+
+
+def reaches_in(hand: Hand, goal: Goal) -> bool:
+    """Return whether the hand is in a microwave's mouth, or was just there: it still points inwards."""
+    off = hand.position - hand.env.position(goal[2])
+    return float(off @ INWARDS) > MOUTH - 0.12 and abs(off[0]) < 0.2 and hand.rotation[1, 2] > 0.4
+
+
+def close_door(hand: Hand, goal: Goal) -> np.ndarray:
+    """Push a microwave's door by its handle with closed fingers, from outside."""
+    joint = hand.joint(goal[1])
+    out = np.array([np.sin(joint.value), -np.cos(joint.value), 0.0])
+    handle = _handle(joint, out) + 0.02 * out + 0.07 * UP
+    off = handle - hand.position
+    ahead = -float(off @ out)
+    aside = float(np.linalg.norm(off + ahead * out))
+    if ahead < (0.03 if aside > 0.03 else -0.015):  # the door is between
+        return hand.descend(handle + 0.5 * STANDOFF * out, CLOSE, ALONG)
+    aim, arrived = _line_up(hand, handle, -out, ALONG)
+    return hand.towards(aim - out * PULL if arrived else aim, CLOSE, ALONG)
+
+
+def close(hand: Hand, goal: Goal) -> np.ndarray:
+    """Close a drawer, or a microwave's door."""
+    return (close_door if goal[1].startswith("microwave") else close_drawer)(hand, goal)
+
+
 def close_drawer(hand: Hand, goal: Goal) -> np.ndarray:
     """Push the handle with closed fingers from the front."""
     joint = hand.joint(goal[1])
@@ -113,7 +183,7 @@ def _line_up(hand: Hand, target: np.ndarray, way: np.ndarray, fingers: np.ndarra
 
 FIXTURE_SKILLS: dict[str, Callable[[Hand, Goal], np.ndarray]] = {
     "open": open_drawer,
-    "close": close_drawer,
+    "close": close,
     "turnon": turn_on,
 }
 """Predicate of a goal -> its skill."""

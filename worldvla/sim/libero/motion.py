@@ -126,7 +126,8 @@ class Hand:
         model, data = world.sim.model, world.sim.data
         index = model.joint_name2id(owner.joints[0])
         body = model.jnt_bodyid[index]
-        geoms = np.flatnonzero((model.geom_bodyid == body) & (model.geom_contype != 0))
+        collides = (model.geom_contype != 0) | (model.geom_conaffinity != 0)
+        geoms = np.flatnonzero((model.geom_bodyid == body) & collides)
         return Joint(
             float(data.qpos[model.jnt_qposadr[index]]),
             np.array(data.xaxis[index]),
