@@ -20,6 +20,7 @@ import worldvla
 from worldvla.cli import VERBS, main
 from worldvla.config import Config, from_json, to_json
 from worldvla.recipes import RECIPES
+from worldvla.sim.suites import TABLETOP
 from worldvla.train.build import build, build_model
 from worldvla.train.checkpoint import save
 from worldvla.train.loop import Trainer
@@ -215,6 +216,7 @@ def test_errors_of_an_evaluation_make_the_exit_code_and_are_counted(
     outcomes = [{"status": "error", "reason": reason} for reason, n in often.items() for _ in range(n)]
     record = {"successes": 1, "episodes": 55, "grasped": 1, "errors": errors, "wilson_95": [0.1, 0.9]}
     record |= {"outcomes": outcomes, "protocol": {}, "checkpoint": {"name": "random"}}
+    record["suite"] = "tabletop_object"
     monkeypatch.setattr("worldvla.eval.rollout.evaluate", lambda *_args: record)
     monkeypatch.setattr("worldvla.eval.page.write_page", lambda path, *_args, **_options: path)
     words = ("eval", "random", "--suite", "tabletop_object", "--allow-errors", allowed, "--out", tmp_path)
@@ -223,6 +225,26 @@ def test_errors_of_an_evaluation_make_the_exit_code_and_are_counted(
     assert "1/55" in out
     reasons = ["  50 x ValueError: wrong", "  2 x b", "  1 x a"] if errors else []
     assert out.splitlines()[1:-1] == reasons
+
+
+def test_four_suites_in_two_shards_are_one_record_and_page(capsys, tmp_path):
+    words = ("--suite", "tabletop", "--episodes", 2, "--tasks", 0, "--workers", 1, "--videos", 0)
+    for i in range(2):
+        code, _, _ = _run(capsys, "eval", "random", *words, "--shard", f"{i}/2", "--out", tmp_path / f"{i}")
+        assert code == 0
+    code, out, _ = _run(capsys, "merge", tmp_path / "1", tmp_path / "0", "--out", tmp_path / "all")
+    assert code == 0
+    assert "tabletop: 0/8" in out
+    record = json.loads((tmp_path / "all/record.json").read_text())
+    assert [part["suite"] for part in record["suites"]] == list(TABLETOP)
+    assert [[o["init"] for o in part["outcomes"]] for part in record["suites"]] == [[0, 1]] * 4
+    assert record["episodes"] == 8
+    page = (tmp_path / "all/index.html").read_text()
+    assert all(suite in page for suite in TABLETOP)
+    assert "expected each of 0/2 to 1/2 once" in _fails(
+        capsys, "merge", tmp_path / "1", "--out", tmp_path / "b"
+    )
+    assert "expected I/N" in _fails(capsys, "eval", "random", *words, "--shard", "1", "--out", tmp_path / "b")
 
 
 def test_a_driving_policy_without_labels_is_refused(capsys):

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from worldvla.cli import main
-from worldvla.eval.compare import compare, read_record
+from worldvla.eval.compare import compare
+from worldvla.eval.record import read_record
 
 
 def record(name: str, ends: dict[tuple[int, int], str], **other: Any) -> dict[str, Any]:

@@ -24,11 +24,13 @@ from worldvla.eval import rollout, workers
 from worldvla.eval.actors import (
     Actor,
     ExpertActor,
+    ModelActor,
     OpenLoopActor,
     Query,
     RandomActor,
     mean_trajectory,
 )
+from worldvla.eval.record import merge
 from worldvla.eval.rollout import Protocol, evaluate, open_actor
 from worldvla.sim.protocol import Task
 
@@ -53,7 +55,7 @@ class Forward(Actor):
 def roll(
     actor: Any, out: Path, episodes: int = 2, suite: str = "tabletop_object", videos: int = 0, **options: Any
 ) -> dict[str, Any]:
-    names = ("tasks", "first", "seed", "scene_prefix")
+    names = ("tasks", "first", "seed", "scene_prefix", "shard")
     own = {name: options.pop(name) for name in names if name in options}
     settings = {"workers": 2, "make": make, "table": TABLE, **options}
     return evaluate(actor, Protocol(suite, episodes=episodes, videos=videos, **own), out, **settings)
@@ -384,3 +386,48 @@ def test_options_that_the_actor_would_ignore_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message) if "needs" not in message else message):
         open_actor(name, "tabletop_object", **options)
+
+
+def test_merged_shards_are_the_whole_evaluation(tmp_path: Path) -> None:
+    whole = roll(Forward(), tmp_path / "whole", 4, tasks=(0, 2), videos=1)
+    for i in range(4):
+        roll(Forward(), tmp_path / f"{i}", 4, tasks=(0, 2), videos=1, shard=(i, 4))
+    folders = [tmp_path / f"{i}" for i in (2, 0, 3, 1)]
+    merged = merge(folders, tmp_path / "merged")
+    assert json.loads((tmp_path / "merged/record.json").read_text()) == merged
+
+    def timeless(record: dict[str, Any]) -> str:
+        left = {k: v for k, v in record.items() if "seconds" not in k}
+        rows = [{k: v for k, v in o.items() if "seconds" not in k} for o in record["outcomes"]]
+        return json.dumps(left | {"outcomes": rows})
+
+    assert timeless(merged) == timeless(whole)
+    assert merged["successes"] == 4
+    videos = [sorted(p.name for p in (tmp_path / d / "videos").iterdir()) for d in ("whole", "merged")]
+    assert videos[0] == videos[1] == ["00_00.mp4", "02_00.mp4"]
+    with pytest.raises(ValueError, match=r"shards 2/4, 0/4: expected each of 0/4 to 3/4 once"):
+        merge(folders[:2], tmp_path / "none")
+    roll(Forward(), tmp_path / "1", 4, tasks=(0, 2), videos=1, shard=(1, 4), first=4)
+    with pytest.raises(ValueError, match=r"other evaluations .*initial_states: '0\.\.3 ") as error:
+        merge(folders, tmp_path / "none")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shard", [(0, 3), (4, 4), (0, 0)])
+def test_shards_that_do_not_divide_are_refused(tmp_path: Path, shard: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"tabletop_object has 8 episodes here; expected i/n"):
+        roll(Forward(), tmp_path / "out", 4, tasks=(0, 2), shard=shard)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_warned_of_a_suite_that_it_was_not_trained_on(capsys: pytest.CaptureFixture[str]) -> None:
+    actor = ModelActor("tabletop")
+    image = np.zeros((64, 64, 3), np.uint8)
+    observation = {"agentview": image, "wrist": image[:32, :32], "state": np.zeros(8, np.float32)}
+    observation |= {"instruction": "pick it up", "previous": []}
+    for name, expected in (("tabletop_goal", ""), ("libero_goal", "not on libero_goal; PSNR of its first")):
+        actor._example = None
+        actor.act([Query(Task(name, 0, "a_task", "pick it up"), 0, 0, observation)])
+        err = capsys.readouterr().err
+        assert expected in err
+        assert bool(err) == bool(expected)

@@ -427,6 +427,7 @@ def evaluate(
     workers: Workers = 0,
     device: str = "",
     quantize: Quantize = "",
+    shard: str = "",
     allow_errors: int = 0,
 ) -> int:
     """Roll a checkpoint out on a suite: success with intervals, videos, one HTML page, a JSON record.
@@ -434,7 +435,8 @@ def evaluate(
     Args:
         checkpoint: A checkpoint, a run directory (its newest checkpoint), random, expert, open-loop (with
             --demos), or the websocket://HOST:PORT of any policy server that speaks openpi's protocol.
-        suite: For example tabletop_object; `worldvla --help` lists all.
+        suite: For example tabletop_object; `worldvla --help` lists all. tabletop, libero: all four, each in a
+            directory of its own, with one record and page.
         out: Directory of the record, videos and page. Default: out/eval/NAME/SUITE.
         episodes: Episodes of each task, from its fixed initial states.
         first: Initial state of the first episode. From 50 on: states that demonstrations start from, to
@@ -446,28 +448,77 @@ def evaluate(
         head: Head of a checkpoint that acts. Default: discrete.
         videos: Filmed episodes of each task.
         device: Where a checkpoint computes. Default: cpu.
+        shard: I/N: the I-th (from 0) of N equal parts of the episodes; `worldvla merge` joins their records.
         allow_errors: More errors than this make the exit code 3.
     """
-    _warn_of_versions(suite)
-    from worldvla.eval.page import write_page
     from worldvla.eval.rollout import Protocol, evaluate, open_actor
+    from worldvla.sim.suites import members
 
+    _warn_of_versions(*members(suite))
     options = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
-    actor = open_actor(checkpoint, suite, seed, **options)
     out = out or Path("out/eval") / _short(Path(checkpoint)) / suite
-    protocol = Protocol(suite, tasks, episodes, first, seed, videos, scene_prefix)
-    record = evaluate(actor, protocol, out, workers)
-    page = write_page(out / "index.html", f"{record['checkpoint']['name']} on {suite}", evaluations=[out])
-    low, high = record["wilson_95"]
-    counts = f"{record['successes']}/{record['episodes']} (95% {low:.2f} to {high:.2f})"
-    say(f"{suite}: {counts}, grasped {record['grasped']}, errors {record['errors']}")
-    if (decoding := record["protocol"].get("decoding", "")).startswith("sequential"):
-        say(f"  decoded {decoding}")
-    reasons = Counter(o["reason"] for o in record["outcomes"] if o["status"] == "error")
-    for reason, times in reasons.most_common(3):
-        say(f"  {times} x {reason}")
+    parts = (tasks, episodes, first, seed, videos, scene_prefix, _shard(shard))
+    records = []
+    for name in members(suite):
+        protocol, actor = Protocol(name, *parts), open_actor(checkpoint, name, seed, **options)
+        records.append(evaluate(actor, protocol, out / name if name != suite else out, workers))
+    return _report(suite, records, out, allow_errors)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Return I and N of I/N; of nothing (0, 1)."""
+    index, _, number = (text or "0/1").partition("/")
+    if not (index.isdecimal() and number.isdecimal()):
+        raise ValueError(f"bad shard {text!r}: expected I/N, such as 0/4")
+    return int(index), int(number)
+
+
+def _report(suite: str, records: Sequence[dict[str, Any]], out: Path, allow_errors: int) -> int:
+    """Write the page of evaluations, and the record of several; say how they went; return the exit code."""
+    from worldvla.eval.page import write_page
+    from worldvla.eval.record import of_suites
+    from worldvla.files import write_json
+
+    several = [record["suite"] for record in records] != [suite]
+    folders = [out / record["suite"] if several else out for record in records]
+    page = write_page(
+        out / "index.html", f"{records[0]['checkpoint']['name']} on {suite}", evaluations=folders
+    )
+    whole = of_suites(suite, records) if several else records[0]
+    if several:
+        write_json(out / "record.json", whole)
+    for record in [*records, whole] if several else records:
+        low, high = record["wilson_95"]
+        counts = f"{record['successes']}/{record['episodes']} (95% {low:.2f} to {high:.2f})"
+        say(f"{record['suite']}: {counts}, grasped {record['grasped']}, errors {record['errors']}")
+    for record in records:
+        if (decoding := record["protocol"].get("decoding", "")).startswith("sequential"):
+            say(f"  decoded {decoding}")
+        reasons = Counter(o["reason"] for o in record["outcomes"] if o["status"] == "error")
+        for reason, times in reasons.most_common(3):
+            say(f"  {times} x {reason}")
     say(f"evaluation: {page}")
-    return 0 if record["errors"] <= allow_errors else EXIT_FAILED
+    return 0 if whole["errors"] <= allow_errors else EXIT_FAILED
+
+
+def merge(shards: Positional[tuple[Path, ...]], *, out: Path, allow_errors: int = 0) -> int:
+    """Join the results of `worldvla eval --shard I/N` to what one evaluation would have left.
+
+    Args:
+        shards: The directories of all N.
+        out: Directory of the record, videos and page.
+        allow_errors: More errors than this make the exit code 3.
+    """
+    from worldvla.eval.record import merge, suites_of
+
+    named = {path: suites_of(path) for path in shards}
+    suite, parts = next(iter(named.values()))
+    if others := [str(path) for path in named if named[path] != (suite, parts)]:
+        raise ValueError(
+            f"{others[0]} is of other suites than {shards[0]}: expected shards of one evaluation"
+        )
+    records = [merge([path / part for path in shards], out / part) for part in parts]
+    return _report(suite, records, out, allow_errors)
 
 
 def _short(checkpoint: Path) -> str:
@@ -728,7 +779,8 @@ def compare(a: Positional[Path], b: Positional[Path], *, force: bool = False) ->
     """
     from rich.console import Console
 
-    from worldvla.eval.compare import compare, read_record, table
+    from worldvla.eval.compare import compare, table
+    from worldvla.eval.record import read_record
 
     comparison = compare(read_record(a), read_record(b), force)
     Console().print(table(comparison))
@@ -817,6 +869,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "train": train,
     "eval": evaluate,
     "eval-world": eval_world,
+    "merge": merge,
     "rank": rank,
     "compare": compare,
     "export": export,

@@ -1,5 +1,6 @@
 """Whoever chooses the actions of a rollout: the model, and its baselines. Importing this brings no torch."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from worldvla.sim.protocol import NUM_ACTION_DIMS, Task
+from worldvla.sim.suites import SUITES, suite
 
 CHUNK = 5
 """Steps between two queries of an actor that has no chunk of its own."""
@@ -83,8 +85,29 @@ class ModelActor(Actor):
         self._example: Mapping[str, Any] | None = None
 
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
-        self._example = self._example or queries[0].observation
+        if self._example is None:
+            self._example = queries[0].observation
+            self._warn_of_an_unseen_suite(queries)
         return list(self._policy.act([q.observation for q in queries])[:, : self.execute])
+
+    def _warn_of_an_unseen_suite(self, queries: Sequence[Query]) -> None:
+        """Write to stderr how well first frames survive the image tokenizer, where the names of the stores
+        that the model was trained on name other suites than this one."""
+        row = suite(queries[0].task.suite)
+        stores = [Path(store).name for store in self.model.config.data.stores]
+        seen = sorted(name for name in SUITES if any(store.endswith(name) for store in stores))
+        if not seen or row.name in seen or row.base in seen:
+            return
+        frames = [query.observation for query in queries]
+        codes = np.stack([np.concatenate(parts) for parts in self.model.encode_frames(frames)])
+        errors = []
+        for view, images in self.model.decode_frames(codes).items():
+            true = np.stack([frame[view] for frame in frames]).astype(np.float64)
+            errors.append(f"{view} {10 * np.log10(255**2 / np.square(true - images).mean()):.1f} dB")
+        sys.stderr.write(
+            f"warning: {self.model.config.name} was trained on {', '.join(seen)}, not on {row.name}; "
+            f"PSNR of its first frames through the image tokenizer: {', '.join(errors)}\n"
+        )
 
     def identity(self) -> dict[str, Any]:
         return self.model.identity()

@@ -4,10 +4,8 @@ An episode is paired by (task, initial state). One that ended in an error in eit
 a policy and is left out, counted apart.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
@@ -17,18 +15,6 @@ from worldvla.eval.stats import Pairs, mcnemar, paired_interval
 
 MAY_DIFFER = {"views", "history", "head", "decoding", "initial_states", "workers"}
 """Parts of a protocol that are the policy's own, bound the pairs, or change no episode."""
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read record.json, or that of a result directory; what is no evaluation record raises ValueError."""
-    path = path / "record.json" if path.is_dir() else path
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): expected a record of `worldvla eval`") from None
-    if not isinstance(record, dict) or not {"suite", "protocol", "outcomes", "tasks"} <= set(record):
-        raise ValueError(f"{path} is no evaluation record: expected the record.json of `worldvla eval`")
-    return record
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], force: bool = False) -> dict[str, Any]:

@@ -1,12 +1,16 @@
-"""The journal of finished episodes that makes an evaluation resumable."""
+"""Records of evaluations: the journal that makes one resumable, its counts, and one out of several shards."""
 
 import json
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from worldvla.files import write_text
+from worldvla.eval.stats import count
+from worldvla.files import read_json, write_json, write_text
+
+TIMES = ("simulation_seconds", "policy_seconds")
 
 
 class Journal:
@@ -68,3 +72,91 @@ def _parse(line: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read record.json, or that of a result directory; what is no evaluation record raises ValueError."""
+    path = path / "record.json" if path.is_dir() else path
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): expected a record of `worldvla eval`") from None
+    if isinstance(record, dict) and "suites" in record:
+        names = ", ".join(part["suite"] for part in record["suites"])
+        raise ValueError(f"{path} is of several suites: give the directory of one beside it: {names}")
+    if not isinstance(record, dict) or not {"suite", "protocol", "outcomes", "tasks"} <= set(record):
+        raise ValueError(f"{path} is no evaluation record: expected the record.json of `worldvla eval`")
+    return record
+
+
+def suites_of(directory: Path) -> tuple[str, list[str]]:
+    """Return what an evaluation was asked for, and the folders of its records, one a suite."""
+    record = read_json(directory / "record.json")
+    if "suites" not in record:
+        return read_record(directory)["suite"], ["."]
+    return record["suite"], [part["suite"] for part in record["suites"]]
+
+
+def counted(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with its outcomes in order and counted: all of them, and those of each task."""
+    outcomes = sorted(record["outcomes"], key=lambda o: (o["task"], o["init"]))
+    tasks = [task | count(o for o in outcomes if o["task"] == task["index"]) for task in record["tasks"]]
+    times = {name: round(sum(o.get(name, 0.0) for o in outcomes), 1) for name in TIMES}
+    first = {"suite": record["suite"], "checkpoint": record["checkpoint"], **count(outcomes)}
+    first |= {name: record[name] for name in ("seed", "protocol", "seconds")} | times
+    last = {"tasks": tasks, "outcomes": outcomes}
+    return {**first, **{k: v for k, v in record.items() if k not in first | last}, **last}
+
+
+def of_suites(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one record of several suites: the counts of all their episodes, then the records themselves."""
+    parts = ("seconds", *TIMES)
+    return {
+        "suite": name,
+        "checkpoint": records[0]["checkpoint"],
+        **count(outcome for record in records for outcome in record["outcomes"]),
+        **{part: round(sum(record[part] for record in records), 1) for part in parts},
+        "suites": list(records),
+    }
+
+
+def merge(directories: Sequence[Path], out: Path) -> dict[str, Any]:
+    """Write to `out` what one evaluation would have left that its shards in `directories` share: record.json,
+    videos, errors and tokens.npz; return the record. Seconds are summed.
+
+    Shards of other checkpoints, protocols, versions or commits raise ValueError, and so do missing ones.
+    """
+    records = [read_record(directory) for directory in directories]
+    shards = [tuple(record["protocol"].get("shard", (0, 1))) for record in records]
+    number = shards[0][1]
+    if sorted(shards) != [(i, number) for i in range(number)]:
+        listed = ", ".join(f"{i}/{n}" for i, n in shards)
+        raise ValueError(f"shards {listed}: expected each of 0/{number} to {number - 1}/{number} once")
+    origins = [dict(_flat(_origin(record))) for record in records]
+    for path, origin in zip(directories[1:], origins[1:], strict=True):
+        names = sorted(k for k in origins[0] | origin if origins[0].get(k) != origin.get(k))
+        if names:
+            text = ", ".join(f"{k}: {origins[0].get(k)!r} and {origin.get(k)!r}" for k in names)
+            raise ValueError(f"{directories[0]} and {path} are of other evaluations ({text}): evaluate alike")
+    whole = dict(min(zip(shards, records, strict=True))[1])
+    whole["protocol"] = {k: v for k, v in whole["protocol"].items() if k != "shard"}
+    whole["outcomes"] = [outcome for record in records for outcome in record["outcomes"]]
+    whole["seconds"] = round(sum(record["seconds"] for record in records), 1)
+    for directory in directories:
+        for name in ("videos", "errors"):
+            if (directory / name).is_dir():
+                shutil.copytree(directory / name, out / name, dirs_exist_ok=True)
+        if (directory / "tokens.npz").exists():
+            shutil.copy(directory / "tokens.npz", out / "tokens.npz")
+    whole = counted(whole)
+    write_json(out / "record.json", whole)
+    return whole
+
+
+def _origin(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the shards of one evaluation share; workers, paths and machines change no episode."""
+    protocol = {k: v for k, v in record["protocol"].items() if k not in ("shard", "workers")}
+    checkpoint = {k: v for k, v in record["checkpoint"].items() if k != "path"}
+    same = {k: record.get(k) for k in ("suite", "seed", "commit", "versions")}
+    tasks = [[task["index"], task["instruction"]] for task in record["tasks"]]
+    return {**same, "protocol": protocol, "checkpoint": checkpoint, "tasks": tasks}

@@ -29,7 +29,7 @@ from worldvla.eval.actors import (
     Query,
     RandomActor,
 )
-from worldvla.eval.record import Journal
+from worldvla.eval.record import Journal, counted
 from worldvla.eval.stats import count
 from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings, Worker, open_workers
 from worldvla.files import only_writer, write_json, write_text
@@ -146,6 +146,8 @@ class Protocol:
     """Filmed episodes of each task, the first ones."""
     scene_prefix: bool = False
     """Instructions of LIBERO-10 begin with their scene, as its released checkpoints were trained."""
+    shard: tuple[int, int] = (0, 1)
+    """(i, n): the i-th of n equal parts of the episodes, in the order of tasks and states."""
 
     def __post_init__(self) -> None:
         states = self.states
@@ -158,6 +160,18 @@ class Protocol:
     @property
     def states(self) -> range:
         return range(self.first, self.first + self.episodes)
+
+    def jobs(self, tasks: Sequence[Task]) -> list[Job]:
+        """Return the episodes of this shard; a number that does not divide them raises ValueError."""
+        every = [Job(task, init, init < self.first + self.videos) for task in tasks for init in self.states]
+        index, number = self.shard
+        if not 0 <= index < number or len(every) % number:
+            raise ValueError(
+                f"shard {index}/{number}: {self.suite} has {len(every)} episodes here; expected i/n with i "
+                "from 0 to n - 1 and n a divisor of them"
+            )
+        size = len(every) // number
+        return every[index * size : (index + 1) * size]
 
     @property
     def simulator(self) -> str:
@@ -193,6 +207,7 @@ class Protocol:
             "workers": workers,
             **sim.protocol(self.suite, actor.views),
             **({"scene_prefix": True} if self.scene_prefix else {}),
+            **({"shard": list(self.shard)} if self.shard[1] > 1 else {}),
             **actor.describe(),
         }
 
@@ -230,6 +245,7 @@ def evaluate(
         raise ValueError(f"expected at least one worker, or 0 for one a core, got {workers}")
     workers = workers or cores()
     tasks = protocol.choose(sim.tasks(protocol.suite) if table is None else table)
+    jobs = protocol.jobs(tasks)
     settings, name = protocol.settings(actor, make), f"{protocol.suite} by {actor.identity()['name']}"
     if make is sim.make:
         sim.check_drawing(protocol.suite, settings.views)
@@ -240,11 +256,6 @@ def evaluate(
         progress_bar() as progress,
     ):
         done = {(o["task"], o["init"]) for o in journal.outcomes}
-        jobs = [
-            Job(task, init, init < protocol.first + protocol.videos)
-            for task in tasks
-            for init in protocol.states
-        ]
         left = [job for job in jobs if (job.task.index, job.init) not in done]
         bar = progress.add_task(name, total=len(jobs), completed=len(jobs) - len(left))
         fps = FPS[protocol.simulator] / (1 if settings.film_all else actor.execute)
@@ -260,7 +271,7 @@ def evaluate(
                 roll_out(actor, left, settings, workers, on_end, patience_s, protocol.is_lockstep)
         except ActorError as error:  # what is done is written first
             stopped = error
-    record = _record(actor, protocol, tasks, journal, workers)
+    record = counted(_record(actor, protocol, tasks, journal, workers))
     write_json(out / "record.json", record)
     if stopped is not None:
         raise stopped
@@ -290,26 +301,20 @@ def _record(
     actor: Actor, protocol: Protocol, tasks: Sequence[Task], journal: Journal, workers: int
 ) -> dict[str, Any]:
     """Return the record of the journal's episodes that `protocol` asks for."""
-    chosen = {task.index for task in tasks}
-    outcomes = [o for o in journal.outcomes if o["task"] in chosen and o["init"] in protocol.states]
-    outcomes.sort(key=lambda o: (o["task"], o["init"]))
-
-    def of(task: Task) -> dict[str, Any]:
-        names = {"index": task.index, "name": task.name, "instruction": task.instruction}
-        return names | count(o for o in outcomes if o["task"] == task.index)
-
-    parts = ("simulation_seconds", "policy_seconds")
+    asked = {(job.task.index, job.init) for job in protocol.jobs(tasks)}
     return {
         "suite": protocol.suite,
         "checkpoint": actor.identity(),
-        **count(outcomes),
         "seed": protocol.seed,
         "protocol": protocol.describe(actor, workers),
         "seconds": round(journal.seconds, 1),
-        **{name: round(sum(o.get(name, 0.0) for o in outcomes), 1) for name in parts},
         **provenance(),
-        "tasks": [of(task) for task in tasks],
-        "outcomes": [{k: v for k, v in o.items() if k != "elapsed"} for o in outcomes],
+        "tasks": [{"index": t.index, "name": t.name, "instruction": t.instruction} for t in tasks],
+        "outcomes": [
+            {name: value for name, value in outcome.items() if name != "elapsed"}
+            for outcome in journal.outcomes
+            if (outcome["task"], outcome["init"]) in asked
+        ],
     }
 
 

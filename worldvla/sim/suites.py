@@ -30,26 +30,37 @@ SUITES = {
         Suite("libero_90", "libero", 400, "openpi examples/libero/main.py; openvla run_libero_eval.py"),
     )
 }
+FOUR = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 PERTURBATIONS = ("lan", "object", "swap", "task")
 """LIBERO-PRO's: another wording; other looks of things; other places; another goal with its own wording."""
 SUITES |= {
     f"{name}_{kind}": replace(
         SUITES[name], name=f"{name}_{kind}", source=f"that of {name}; LIBERO-PRO README", base=name
     )
-    for name in ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+    for name in FOUR
     for kind in PERTURBATIONS
 }
 TABLETOP = tuple(name for name, suite in SUITES.items() if suite.simulator == "tabletop")
+GROUPS = {
+    "tabletop": TABLETOP,
+    "libero": FOUR,
+}
+"""Names that stand for several suites in an evaluation."""
 
 INITIAL_STATES = "the stored one with the episode's index, simulator reseeded before every episode"
 """An index that counts across episodes starts elsewhere (lerobot#4152), and so does a seed set once a task
 (openvla#342)."""
 
 
+def members(name: str) -> tuple[str, ...]:
+    """Return the suites that `name`, a suite or one of GROUPS, stands for."""
+    return GROUPS[name] if name in GROUPS else (suite(name).name,)
+
+
 def suite(name: str) -> Suite:
     """Return the suite called `name`; an unknown name raises ValueError that offers the nearest ones."""
     if name not in SUITES:
-        near = difflib.get_close_matches(name, SUITES, n=3, cutoff=0.4) or list(SUITES)
+        near = difflib.get_close_matches(name, [*SUITES, *GROUPS], n=3, cutoff=0.4) or list(SUITES)
         raise ValueError(f"unknown suite {name!r}; did you mean {', '.join(near)}?")
     return SUITES[name]
 
