@@ -48,7 +48,7 @@ from worldvla.infer.graphs import Runner
 from worldvla.infer.model import load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
-from worldvla.machine import find_device, provenance
+from worldvla.machine import find_device, matmul_rate, provenance
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
 from worldvla.recipes import PUBLISHED
@@ -122,11 +122,10 @@ def synchronize() -> None:
 def machine(device: str, dtype: torch.dtype, seconds: float) -> dict[str, float]:
     """Return what the machine reaches: operations a second of one large product, bytes a second of a copy."""
     side, size = (8192, 2**30) if device == "cuda" else (2048, 2**28)
-    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    product = matmul_rate(device, str(dtype).removeprefix("torch."), seconds, side)
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    product = statistics.median(timed(lambda: a @ b, seconds))
     copy = statistics.median(timed(lambda: target.copy_(source), seconds))
-    return {"matmul_flops_s": 2e3 * side**3 / product, "copy_bytes_s": 2e3 * size / copy}
+    return {"matmul_flops_s": product, "copy_bytes_s": 2e3 * size / copy}
 
 
 def peak_mb(action: Callable[[], object]) -> float:

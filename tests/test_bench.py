@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from paper import bench_train
 from paper.bench import main
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,21 @@ def test_the_picture_of_the_readme_is_of_the_records(tmp_path: Path) -> None:
     assert re.findall("<!-- (.*) -->", new) == re.findall("<!-- (.*) -->", old), (
         "run python -m paper.picture --speed bench/decoding bench/decoding_bfloat16 --out docs/speed.svg"
     )
+
+
+def test_a_training_step_is_measured_beside_transformers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    words = ["--sizes", "3m", "--seconds", "0", "--rows", "2", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench_train", *words])
+    bench_train.main()
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found, names = record["bench_train"]["3m"], ("step_ms", "tokens_s", "mfu", "peak_mb")
+    assert all(found[way][name] > 0 for way in ("ours", "transformers") for name in names)
+    assert found["ours"]["first_loss"] == pytest.approx(found["transformers"]["first_loss"], abs=1e-3)
+    assert found["faster"] == pytest.approx(found["transformers"]["step_ms"] / found["ours"]["step_ms"])
+    assert record["matmul_flops_s"] > 0
 
 
 @pytest.mark.parametrize(

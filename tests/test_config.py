@@ -17,7 +17,7 @@ from worldvla.config import Config, ImageTokenizerConfig, LayoutConfig, TrainCon
 ASSETS = Path(__file__).parents[1] / "worldvla/assets"
 
 BAD: list[tuple[str, Any, str]] = [
-    ("train.dtype", "float16", "must be one of 'float32', 'bfloat16', got 'float16'"),
+    ("train.dtype", "float16", "must be one of 'float32', 'bfloat16', 'auto', got 'float16'"),
     ("train.steps", -5, "must be a whole number from 1 to 1,000,000,000, got -5"),
     ("train.steps", 1.5, "must be a whole number"),
     ("train.steps", 10**30, "must be a whole number"),

@@ -21,7 +21,7 @@ from worldvla.cli import main
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TAKE_RECIPE = ("train", "config", "show-sample")
+TAKE_RECIPE = ("train", "config", "plan", "show-sample")
 
 
 def name(path: Path) -> str:

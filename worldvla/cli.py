@@ -405,6 +405,39 @@ def train(config: Recipe, *, out: Path | None = None, overfit: bool = False) -> 
         say(f"checkpoint: {outcome.checkpoint}   next: worldvla eval {outcome.checkpoint} --suite SUITE")
 
 
+def plan(config: Recipe, *, gpus: int = 1, memory: str = "80GB") -> int:
+    """Say which settings of RECIPE fit a number of GPUs, and how many samples at a time; needs no files.
+
+    Args:
+        gpus: Processes that train together, one a GPU.
+        memory: Of one GPU, such as 80GB or 24GiB.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from worldvla.train.plan import parse_bytes, plan
+
+    if gpus < 1:
+        raise ValueError(f"--gpus {gpus}: expected at least 1")
+    rows = plan(config, gpus, parse_bytes(memory))
+    parts = ("weights", "gradients", "moments", "copies", "gathered", "loss", "fixed", "row")
+    table = Table("GB (10^9 bytes) a GPU", *parts, "rows at a time")
+    for found in rows:
+        fits = str(found["max_rows"]) if found["max_rows"] else "does not fit"
+        table.add_row(found["options"], *(f"{found[part] / 1e9:.3g}" for part in parts), fits)
+    Console(width=140).print(table)
+    wanted = -(-config.train.batch_size // gpus)
+    most = max(rows, key=lambda found: found["max_rows"])
+    best = next((found for found in rows if found["max_rows"] >= wanted), most)
+    if best["max_rows"]:
+        room = f"{best['max_rows']} rows a GPU fit, train.batch_size asks for {wanted}"
+        say(f"next: worldvla train {config.name} {best['options']}   {room}")
+    else:
+        say(f"nothing fits: more GPUs, more memory than {memory}, or a shorter data.sequence_length")
+    say(json.dumps({"plan": rows, "recipe": config.name, "gpus": gpus, "memory": memory}))
+    return 0 if best["max_rows"] else EXIT_FAILED
+
+
 def show_config(config: Recipe) -> None:
     """Print RECIPE, with overrides, as JSON."""
     say(json.dumps(to_json(config), indent=2))
@@ -867,6 +900,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "train-reader": train_reader,
     "tokenize": tokenize,
     "train": train,
+    "plan": plan,
     "eval": evaluate,
     "eval-world": eval_world,
     "merge": merge,
@@ -903,7 +937,7 @@ def _run(verb: str, args: list[str]) -> int:
         from worldvla.train.image_tokenizer import TABLETOP
 
         run = partial(run, config=TABLETOP)
-    elif verb in ("train", "config"):
+    elif verb in ("train", "config", "plan"):
         from worldvla.recipes import RECIPES, recipe
 
         if not args or args[0].startswith("-"):

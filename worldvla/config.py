@@ -311,10 +311,15 @@ class TrainConfig(Checked):
     batch_size: Count
     accumulation: Count = 1
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 is autocast over float32 weights."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """bfloat16 is autocast over float32 weights. auto: the faster one, measured when a run begins."""
     device: str = "cpu"
     num_threads: Count = 2
+    shard: Whole = 1
+    """Processes that share one copy of weights, gradients and moments (FSDP2); 1: each holds all of it, 0: as
+    many as there are for a copy."""
+    replicate: Whole = 0
+    """Copies of the model, shard processes each; 0: as many as torchrun's processes make."""
     compile: bool = False
     checkpoint_layers: bool = False
     """Keep the input of each layer alone and compute the rest again in the backward pass: the same gradients,

@@ -1,18 +1,19 @@
 """Config -> what a run is made of: text tokenizer, statistics, vocabulary, sample builder, loader, model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from worldvla.config import Config
 from worldvla.data.loader import Loader, prompted, store_statistics
 from worldvla.data.sample import SampleBuilder, prompt_texts
 from worldvla.data.store import TokenStore
 from worldvla.files import check_digests, read_json
-from worldvla.machine import available_memory
+from worldvla.machine import available_memory, num_processes
 from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import add_updates, refuse_updates
 from worldvla.model.transformer import Transformer
@@ -91,14 +92,23 @@ def build(config: Config) -> Pieces:
 
 
 def build_model(pieces: Pieces) -> Transformer:
-    """Return the model with its initial weights: drawn, on the CPU, or read, on train.device."""
+    """Return the model with its initial weights: drawn, on the CPU, or read, on train.device.
+
+    One that ranks will share is on the CPU; where its weights are those of a plain checkpoint, on the meta
+    device: each rank reads its own rows.
+    """
     config, vocab = pieces.config, pieces.vocab
     layout = config.layout
     sizes = vocab.size, layout.num_rows, layout.num_cols, layout.action_shape
     _check_memory(trainable(empty_model(config.model, *sizes), config, None), config)
     if config.train.init_from:
-        path = Path(config.train.init_from) / "model.safetensors"
-        return trainable(empty_model(config.model, *sizes), config, path)
+        path, empty = Path(config.train.init_from) / "model.safetensors", empty_model(config.model, *sizes)
+        if config.train.shard == 1:
+            return trainable(empty, config, path)
+        if config.lora.rank or config.model.head.num_layers:
+            return trainable(empty, replace(config, train=replace(config.train, device="cpu")), path)
+        check_fit(path, empty.state_dict())
+        return trainable(empty, config, None)
     model = Transformer(config.model, *sizes)
     model.init_weights(config.train.seed)
     if config.model.codebook_init:
@@ -136,7 +146,7 @@ def trainable(model: Transformer, config: Config, weights: Path | None) -> Trans
     return model.requires_grad_(True).train()
 
 
-def held(model: Transformer) -> dict[str, int]:
+def held(model: nn.Module) -> dict[str, int]:
     """Return the bytes of weights, gradients and AdamW's moments of a model, on the meta device too."""
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
@@ -144,8 +154,11 @@ def held(model: Transformer) -> dict[str, int]:
 
 
 def _check_memory(model: Transformer, config: Config) -> None:
-    """Raise ValueError with the sum if training `model`, on the meta device, does not fit."""
+    """Raise ValueError with the sum if training `model`, on the meta device, does not fit this process."""
     parts, device = held(model), config.train.device
+    if config.train.shard != 1:
+        shard = config.train.shard or num_processes() // max(1, config.train.replicate)
+        parts = {name: size // max(1, shard) for name, size in parts.items()}
     if config.optim.method == "muon":  # one moment of most matrices; of them all, to be on the safe side
         parts["moments"] //= 2
     needed, free = sum(parts.values()), available_memory(device)
@@ -153,7 +166,8 @@ def _check_memory(model: Transformer, config: Config) -> None:
         terms = " + ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items())
         raise ValueError(
             f"training {config.name} needs {needed / 1e9:.3g} GB on {device} ({terms}; activations on top), "
-            f"{free / 1e9:.3g} GB are free: use a device with more, updates of low rank (lora.rank)"
+            f"{free / 1e9:.3g} GB are free: use a device with more, updates of low rank (lora.rank), or more "
+            "devices (train.shard; `worldvla plan` says how many)"
         )
 
 

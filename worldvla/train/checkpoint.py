@@ -11,18 +11,25 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 from worldvla.config import Config, from_json, to_json
 from worldvla.files import (
     check_digests,
+    check_finite,
     load_tensors,
+    one_line,
     read_json,
     save_tensors,
     whole_folder,
@@ -31,12 +38,16 @@ from worldvla.files import (
 )
 from worldvla.machine import provenance
 from worldvla.model.lora import stored
-from worldvla.model.weights import check_fit
+from worldvla.model.weights import check_fit, read_tensor
+from worldvla.train import parallel
 from worldvla.train.build import Pieces
 from worldvla.train.optim import learning_rate
 
 _ADAMW = ("exp_avg", "exp_avg_sq", "step")
-_FREE = ("num_threads", "log_every", "eval_every", "num_eval_batches", "save_every", "compile", "device")
+_FREE = (
+    *("num_threads", "log_every", "eval_every", "num_eval_batches", "save_every", "compile", "device"),
+    *("shard", "replicate"),
+)
 """Fields of TrainConfig that may change between the parts of a run."""
 Optimizers = Sequence[torch.optim.Optimizer]
 
@@ -49,14 +60,16 @@ def save(
     `trainer` is the loop's own state (JSON values, "step" among them).
     """
     try:
-        with whole_folder(path) as scratch:
+        with _scratch(path, parallel.is_spread(model)) as scratch:
+            _write_tensors(scratch / "model.safetensors", stored(model))
+            _write_tensors(scratch / "trainer.safetensors", _optimizer_tensors(model, optimizers))
+            if parallel.rank() > 0:
+                return
             write_json(scratch / "config.json", to_json(pieces.config))
             write_json(scratch / "vocab.json", asdict(pieces.vocab))
             write_json(scratch / "statistics.json", pieces.statistics.to_json())
             pieces.text.save(scratch / "text.json")
             pieces.image.save(scratch / "image_tokenizer")
-            save_tensors(scratch / "model.safetensors", stored(model))
-            save_tensors(scratch / "trainer.safetensors", _optimizer_tensors(model, optimizers))
             write_json(scratch / "trainer.json", dict(trainer))
             manifest = {**pieces.digests(), **provenance(), "step": trainer["step"]}
             if pieces.base:  # where the weights are that low-rank updates belong to, seen from here
@@ -75,6 +88,44 @@ def save(
         ) from error
 
 
+@contextmanager
+def _scratch(path: Path, together: bool) -> Iterator[Path]:
+    """Give the scratch folder that becomes `path`, the first rank's to all that save a model together."""
+    if together and parallel.rank() > 0:
+        yield Path(parallel.from_first(""))
+        return
+    with whole_folder(path) as scratch:
+        yield Path(parallel.from_first(str(scratch))) if together else scratch
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; of a sharded model each rank writes its rows, and the first joins them.
+
+    No rank holds more than its rows and one tensor. A failure of one raises OSError in all.
+    """
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        save_tensors(path, tensors)
+        return
+    for name, tensor in tensors.items():
+        check_finite(path, name, _own(tensor))
+    parts = path.with_suffix("")
+    writer = HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
+    try:
+        # A tensor without dims would be joined as 0.
+        joined = {name: t if t.ndim else t.reshape(1) for name, t in tensors.items()}
+        state_dict_saver.save(joined, storage_writer=writer)
+    except CheckpointException as error:
+        reasons = {f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items()}
+        raise OSError(one_line("; ".join(sorted(reasons)))) from None
+    if parallel.rank() == 0:
+        next(parts.glob("*.safetensors")).rename(path)
+        shutil.rmtree(parts)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def resume(path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
     """Load weights and optimiser; return the loop's own state. Other data raises ValueError."""
     manifest = read_json(path / "manifest.json")
@@ -85,14 +136,17 @@ def resume(path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers)
                 f"give {digest}; restore them or start a new run directory"
             )
     check_digests(path)
+    if parallel.is_spread(model):
+        _resume_rows(path, model, optimizers)
+        return read_json(path / "trainer.json")
     load_weights(path, model)
     tensors = load_tensors(path / "trainer.safetensors")
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
-        keys = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else _ADAMW
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            stored = {key: tensors[f"{key}.{names[id(parameter)]}"] for key in keys}
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in stored.items()}
+            stored = {key: tensors[f"{key}.{names[id(parameter)]}"] for key in _state_keys(optimizer)}
+            state = {key: value.to(parameter.device) for key, value in stored.items()}
+            optimizer.state[parameter] = {k: v.reshape(()) if k == "step" else v for k, v in state.items()}
     return read_json(path / "trainer.json")
 
 
@@ -102,6 +156,35 @@ def load_weights(path: Path, model: nn.Module) -> None:
     check_fit(path / "model.safetensors", own)
     for name, tensor in load_tensors(path / "model.safetensors").items():
         own[name].copy_(tensor)
+
+
+def _resume_rows(path: Path, model: nn.Module, optimizers: Optimizers) -> None:
+    """Read each rank's rows of weights and moments, whatever the number of ranks that wrote them."""
+    rows = stored(model)
+    check_fit(path / "model.safetensors", rows)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            name, state = names[id(parameter)], {}
+            for key in _state_keys(optimizer):
+                if key == "step":
+                    step = read_tensor(path / "trainer.safetensors", f"step.{name}")
+                    state[key] = step.clone().reshape(()).to(parameter.device)
+                else:
+                    rows[f"{key}.{name}"] = state[key] = torch.zeros_like(parameter.detach())
+            optimizer.state[parameter] = state
+    load_rows(path, rows)
+
+
+def load_rows(path: Path, rows: dict[str, Tensor]) -> None:
+    """Fill this rank's rows of tensors from the safetensors files of a folder; the rest is never read."""
+    state_dict_loader.load(rows, storage_reader=HuggingFaceStorageReader(str(path)))
+    for name, tensor in rows.items():
+        check_finite(path, name, _own(tensor))
+
+
+def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else _ADAMW
 
 
 def latest(run_dir: Path) -> Path | None:

@@ -24,9 +24,10 @@ from torch import Tensor
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, Batch
 from worldvla.config import Config
 from worldvla.data.loader import MODES
-from worldvla.files import only_writer
-from worldvla.machine import find_device
+from worldvla.files import only_writer, read_json
+from worldvla.machine import matmul_rate
 from worldvla.model.action_head import ActionHead
+from worldvla.model.lora import stored
 from worldvla.model.mask import additive_mask, dense_mask
 from worldvla.model.transformer import previous_ids
 from worldvla.train import checkpoint, parallel
@@ -72,7 +73,24 @@ def train(config: Config, run_dir: Path | str, overfit: bool = False) -> Outcome
     is_writer = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     with only_writer(run_dir) if is_writer else nullcontext():
         checkpoint.check_config(run_dir, config)
-        return Trainer(build(config), run_dir, overfit).run()
+        config, remark = with_dtype(config, run_dir)
+        return Trainer(build(config), run_dir, overfit).run(remark)
+
+
+def with_dtype(config: Config, run_dir: Path) -> tuple[Config, str]:
+    """Return the config with train.dtype "auto" decided, and a line that says how: as the run began, or by a
+    measurement of half a second. Checkpoints hold what was decided.
+    """
+    if config.train.dtype != "auto":
+        return config, ""
+    if (path := checkpoint.latest(run_dir)) is not None:
+        dtype, remark = read_json(path / "config.json")["train"]["dtype"], "as this run began"
+    else:
+        device = parallel.start(config.train)
+        rates = {name: matmul_rate(device, name, 0.2) for name in ("float32", "bfloat16")}
+        dtype = parallel.from_first(max(rates, key=lambda name: rates[name]))
+        remark = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
+    return replace(config, train=replace(config.train, dtype=dtype)), f"train.dtype auto is {dtype}: {remark}"
 
 
 class Trainer:
@@ -81,12 +99,18 @@ class Trainer:
     def __init__(self, pieces: Pieces, run_dir: Path, overfit: bool = False) -> None:
         self.pieces, self.config, self.run_dir, self.overfit = pieces, pieces.config, run_dir, overfit
         config = self.config.train
-        self.device = find_device(config.device)
-        parallel.start(self.device, config)
+        if config.dtype == "auto":
+            raise ValueError("train.dtype auto is decided by train(); a Trainer needs float32 or bfloat16")
+        self.device = parallel.start(config)
         if self.device.type == "cpu":
             torch.set_num_threads(config.num_threads)
         torch.manual_seed(config.seed)
-        self.model = build_model(pieces).to(self.device)
+        self.model = build_model(pieces)
+        parallel.spread(self.model, config, self.device)
+        if self.model.norm.weight.is_meta:
+            self.model.to_empty(device=self.device)
+            checkpoint.load_rows(Path(config.init_from), stored(self.model))
+        self.model.to(self.device)
         self.optimizers = build_optimizers(self.model, self.config.optim)
         self.loss = Loss(self.config.loss, pieces.vocab)
         self.state = State()
@@ -98,13 +122,16 @@ class Trainer:
         reads_previous = self.config.model.previous_code
         self.forward = make_forward(hidden, config.dtype, head, config.only_head, reads_previous)
 
-    def run(self) -> Outcome:
+    def run(self, remark: str = "") -> Outcome:
+        """Train to the end or until a signal; `remark`: a line to say first."""
         config, state = self.config.train, self.state
         with (
             Recorder(self.run_dir, state.step, config.steps, is_silent=parallel.rank() > 0) as recorder,
             _stop_requests() as is_stopping,
             self._prefetch() as fetch,
         ):
+            if remark:
+                recorder.say(remark)
             size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             recorder.say(
                 f"{size:,} trained parameters, step {state.step} of {config.steps}, in {self.run_dir}"
@@ -138,7 +165,7 @@ class Trainer:
         torch.manual_seed(seed * parallel.num_ranks() + parallel.rank())
         rate = learning_rate(self.state.step, self.config.train.steps, self.config.optim)
         values = self.backward(batches)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip))
+        norm = parallel.clip_gradients(self.model, self.config.optim.clip)
         if not math.isfinite(values["loss"]) or not math.isfinite(norm):
             raise ValueError(
                 f"loss {values['loss']} with gradient norm {norm} at step {self.state.step}, learning rate "
@@ -155,10 +182,11 @@ class Trainer:
     def backward(self, batches: list[Batch]) -> dict[str, float]:
         """Add the gradients of one step's loss, means over all micro-batches; return its parts."""
         totals = self.loss.totals([self.loss.targets(batch) for batch in batches])
-        batches = parallel.own_rows(batches)
+        batches = parallel.own_rows(batches, together=parallel.is_spread(self.model))
         targets = [self.loss.targets(batch) for batch in batches]
         total, cross_entropies, errors = 0.0, [], []
-        for batch, target in zip(batches, targets, strict=True):
+        for index, (batch, target) in enumerate(zip(batches, targets, strict=True), 1):
+            parallel.gather(self.model, index == len(batches))
             with self._autocast():
                 x_PD, actions_BUA = self.forward(batch, target)
                 value, cross_entropy_P = self.loss(
@@ -180,10 +208,12 @@ class Trainer:
 
     def save(self) -> Path:
         path = self.run_dir / "ckpt" / f"step_{self.state.step}"
-        if path.exists() or parallel.rank() > 0:  # it exists when a finished run is started again
-            return path
+        is_writer = parallel.rank() == 0
+        if path.exists() or not (is_writer or parallel.is_spread(self.model)):
+            return path  # it exists when a finished run is started again
         checkpoint.save(path, self.pieces, self.model, self.optimizers, vars(self.state))
-        checkpoint.prune(self.run_dir, NUM_KEPT, self.state.best_step)
+        if is_writer:
+            checkpoint.prune(self.run_dir, NUM_KEPT, self.state.best_step)
         return path
 
     def _batches(self, step: int) -> list[Batch]:
@@ -213,12 +243,14 @@ class Trainer:
 
     def _validate(self, recorder: Recorder) -> None:
         is_without = self.config.data.val_fraction == 0 and not self.overfit  # nothing is held out
-        if parallel.rank() > 0 or is_without:
+        is_spread = parallel.is_spread(self.model)  # then no rank has all weights: all compute the same
+        if is_without or (parallel.rank() > 0 and not is_spread):
             return
         self.model.eval()
         with self._autocast():
             scale = action_scale(self.pieces).to(self.device)
             values = validate(self.forward, self.model, self.loss, self._val_batches(), scale)
+        parallel.release(self.model)
         recorder.record("val", self.state.step, values)
         if self.state.best_loss is None or values["loss"] < self.state.best_loss:
             self.state.best_loss, self.state.best_step = values["loss"], self.state.step
@@ -286,7 +318,9 @@ def make_forward(
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether one of SIGNALS came; a second Ctrl-C interrupts at once."""
+    """Give a function that says whether one of SIGNALS came, or torchrun's agent, which started this process,
+    is gone; a second Ctrl-C interrupts at once.
+    """
     requests: list[int] = []
 
     def handle(number: int, _frame: object) -> None:
@@ -297,9 +331,12 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield lambda: False
         return
-    old = {number: signal.signal(number, handle) for number in SIGNALS}
+    # What is ignored stays so: SIGHUP under nohup, Ctrl-C of a shell's background job.
+    old = {n: signal.signal(n, handle) for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN}
+    agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
     try:
-        yield lambda: bool(requests)
+        yield lambda: bool(requests) or (agent is not None and os.getppid() != agent)
     finally:
         for number, handler in old.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: set by another language, which Python cannot set again
+                signal.signal(number, handler)

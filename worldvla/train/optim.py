@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from worldvla.config import OptimConfig
 
@@ -27,6 +28,17 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    # One group of DTensors or of plain tensors: the fused step takes no mixture (parallel.spread).
+    is_mixed = len({isinstance(p, DTensor) for p in outer}) == 2
+    groups = (
+        [
+            {**group, "params": [p for p in group["params"] if isinstance(p, DTensor) == sharded]}
+            for group in groups
+            for sharded in (True, False)
+        ]
+        if is_mixed
+        else groups
+    )
     rate, decay = config.learning_rate, config.weight_decay
     adamw = torch.optim.AdamW(groups, lr=rate, betas=config.betas, fused=True)
     if not hidden:
