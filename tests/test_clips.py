@@ -148,6 +148,9 @@ def test_training_learns_a_batch_of_clips(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [row["image_loss"] for row in rows if row["event"] == "train"]
     assert losses[-1] < 0.2 * losses[0], losses
+    last = next(row for row in reversed(rows) if row["event"] == "val")
+    low, high = sorted((last["changed_loss"], last["kept_loss"]))
+    assert low <= last["image_loss"] <= high
 
 
 def test_more_codes_than_two_bytes_hold_are_stored_in_four() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, Batch
 from worldvla.files import write_text
-from worldvla.model.transformer import Transformer
+from worldvla.model.transformer import Transformer, previous_ids
 from worldvla.progress import progress_bar
 from worldvla.train.loss import Loss, Targets
 from worldvla.vocab import Vocab
@@ -104,7 +104,8 @@ def validate(
 ) -> dict[str, float]:
     """Return the mean cross-entropy per kind of target, and how good the greedy actions and codes are.
 
-    Keys appear only for what the batches hold: loss; {action,image,layout}_loss (nats);
+    Keys appear only for what the batches hold: loss; {action,image,layout}_loss (nats); {changed,kept}_loss,
+    of image codes that differ from the code at their place one frame earlier, and of those that do not;
     {action,image}_accuracy; first_{x,y,z,xyz}_l1, of the first action of a chunk; end_xyz_l1, of the whole
     chunk's motion; still_xyz_l1 and still_end_xyz_l1, the same of predicting no motion; gripper_accuracy;
     action_l1, of all dims, against what they were before they became bins; head_*, of the continuous head.
@@ -125,6 +126,10 @@ def validate(
         totals.append(float(value))
         for name, kind in KINDS.items():
             parts.setdefault(f"{name}_loss", []).append(cross_entropy_P[targets.kind_P == kind])
+        before_BT = previous_ids(batch.ids_BT, batch.row_BT, batch.col_BT)
+        before_P = before_BT.flatten()[targets.positions_P]
+        for name, is_P in (("changed", before_P != targets.ids_P), ("kept", before_P == targets.ids_P)):
+            parts.setdefault(f"{name}_loss", []).append(cross_entropy_P[is_P & (before_P > 0)])
         for name, values in greedy(model, loss.vocab, x_PD, targets, scale).items():
             parts.setdefault(name, []).append(values.float().flatten())
     means = {name: float(torch.cat(values).mean()) for name, values in parts.items() if sum(map(len, values))}
