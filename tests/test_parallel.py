@@ -120,8 +120,7 @@ def test_what_else_a_model_can_be_trains_sharded(root: Path, tmp_path: Path, for
         config = replace(config, train=replace(config.train, **changed))
     sharded = replace(config, train=replace(config.train, shard=0))
     launch(3, (config, tmp_path / "whole"), (sharded, tmp_path / "sharded"))
-    # Muon's products run in bfloat16, and sharded blocks have norms in it.
-    tolerance = {"muon": 1e-3, "bfloat16": 2e-3}.get(form, 1e-5)
+    tolerance = 2e-4 if form == "muon" else 1e-5  # its products of sharded matrices are sums of bfloat16
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=tolerance)
     left, right = (load_file(tmp_path / n / "ckpt/step_4/model.safetensors") for n in ("whole", "sharded"))
     assert left.keys() == right.keys()

@@ -70,7 +70,7 @@ def test_the_published_size_fits_eight_cards_and_not_one() -> None:
     assert eight.rows(80 * 10**9) > 8
     assert one.gradients == 4 * 7_013_158_912
     for name in ("weights", "gradients", "moments"):
-        assert getattr(eight, name) == pytest.approx(getattr(one, name) / 8, rel=1e-6)
+        assert getattr(eight, name) == pytest.approx(getattr(one, name) / 8, rel=1e-3)
     kept_whole = need(large(shard=8, checkpoint_layers=False), gpus=8)
     assert kept_whole.row > 10 * eight.row
 

@@ -102,8 +102,6 @@ class Trainer:
         if config.dtype == "auto":
             raise ValueError("train.dtype auto is decided by train(); a Trainer needs float32 or bfloat16")
         self.device = parallel.start(config)
-        if self.device.type == "cpu":
-            torch.set_num_threads(config.num_threads)
         torch.manual_seed(config.seed)
         self.model = build_model(pieces)
         parallel.spread(self.model, config, self.device)

@@ -31,7 +31,7 @@ BUCKET = 2**25
 
 def start(config: TrainConfig) -> torch.device:
     """Join the other processes if torchrun (its environment variables) started this one among several; return
-    the device of this one: of the GPUs of a machine each process takes its own.
+    the device of this one: of the GPUs of a machine each process takes its own, of a CPU its threads.
 
     Fewer rows in a step than processes, and settings that do not fit them, raise ValueError in all of them.
     """
@@ -46,6 +46,8 @@ def start(config: TrainConfig) -> torch.device:
         if shard > 1 and getattr(config, name):
             raise ValueError(f"train.{name} does not work on a model that train.shard {shard} spreads: use 1")
     device = _own_device(config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.num_threads)
     if num > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -93,8 +95,8 @@ def rank() -> int:
 def spread(model: Transformer, config: TrainConfig, device: torch.device) -> None:
     """Leave each rank its rows of `model`'s parameters, as DTensors on `device`, where train.shard asks so.
 
-    Blocks are gathered in the type that they compute in; what makes the residual stream stays float32, and
-    gradients are summed in it. An action head stays whole: a rank without a policy sample does not run it.
+    The matrices of blocks are gathered in the type that they compute in; what makes the residual stream stays
+    float32, and gradients are summed in it.
     """
     copies, shard = num_copies(config, num_ranks())
     if shard == 1:
@@ -103,16 +105,21 @@ def spread(model: Transformer, config: TrainConfig, device: torch.device) -> Non
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    outside, whole = MixedPrecisionPolicy(cast_forward_inputs=False), held_whole(model)
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    head = model.action_head
-    whole = set() if head is None else set(head.to(device).parameters())
-    fully_shard(
-        model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), ignored_params=whole
-    )
+        fully_shard(layer, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    fully_shard(model, mesh=mesh, mp_policy=outside, ignored_params=whole)
     for module in _sharded(model):  # sums, not means: a loss is a share of the step's
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def held_whole(model: Transformer) -> set[nn.Parameter]:
+    """Return what every rank of a sharded model holds: norms, which are small and stay float32, and an action
+    head, which a rank without a policy sample does not run."""
+    norms = [m for m in model.modules() if isinstance(m, nn.RMSNorm | nn.LayerNorm)]
+    heads = [] if model.action_head is None else [model.action_head]
+    return {p for module in (*norms, *heads) for p in module.parameters()}
 
 
 def is_spread(model: nn.Module) -> bool:

@@ -29,6 +29,7 @@ from worldvla.data.show import fake
 from worldvla.model.mask import additive_mask, dense_mask
 from worldvla.model.transformer import Transformer
 from worldvla.model.weights import empty_model
+from worldvla.train import parallel
 from worldvla.train.build import held, trainable
 from worldvla.train.loss import CHUNK_ELEMENTS, Targets
 from worldvla.vocab import Vocab
@@ -67,9 +68,15 @@ def need(config: Config, gpus: int = 1) -> Need:
     if config.optim.method == "muon":
         hidden = (p for p in model.layers.parameters() if p.requires_grad and p.ndim == 2)
         parts["moments"] -= sum(p.nbytes for p in hidden)
-    if shard > 1:  # the action head and packed matrices stay whole
-        whole = dict.fromkeys(parts, 0) if model.action_head is None else held(model.action_head)
-        whole["weights"] += sum(b.nbytes for b in model.buffers())
+    if shard > 1:
+        alone = parallel.held_whole(model)
+        trained = sum(p.nbytes for p in alone if p.requires_grad)
+        buffers = sum(b.nbytes for b in model.buffers())  # packed matrices
+        whole = {
+            "weights": sum(p.nbytes for p in alone) + buffers,
+            "gradients": trained,
+            "moments": 2 * trained,
+        }
         parts = {name: whole[name] + -(-(size - whole[name]) // shard) for name, size in parts.items()}
     copies, row = kept(config, batch, builder.vocab)
     return Need(
