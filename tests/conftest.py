@@ -2,6 +2,8 @@
 with the annotations of shapes enforced (shapes.py).
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import shapes
@@ -22,6 +24,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "nightly" not in config.option.markexpr:
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that all tests read: image tokenizer, store, a run's untrained checkpoint."""
+    from tiny_run import tiny_config, write_checkpoint, write_tiny  # after shapes.install()
+
+    path = tmp_path_factory.mktemp("tiny")
+    write_tiny(path)
+    write_checkpoint(tiny_config(path), path / "run/ckpt/step_7", 7)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(root: Path) -> Path:
+    return root / "run/ckpt/step_7"
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from test_policy import observe
-from tiny_run import joined, tiny_config, write_tiny
+from tiny_run import joined, tiny_config, train_in_parts
 from torch import nn
 
-from worldvla.batch import KIND_ACTION, Batch
+from worldvla.batch import KIND_ACTION
 from worldvla.config import Config, HeadConfig
 from worldvla.infer.model import export, load
 from worldvla.infer.policy import Policy
@@ -28,13 +28,6 @@ from worldvla.train.loss import Targets
 
 HEAD = HeadConfig(num_layers=2, width=16, num_heads=2, hidden=32, dropout=0.0)
 K, A = 3, 7
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    write_tiny(path)
-    return path
 
 
 def with_head(config: Config, head: HeadConfig = HEAD) -> Config:
@@ -203,25 +196,13 @@ def test_what_a_head_alone_cannot_be_trained_with_is_one_line(root: Path, tmp_pa
 
 
 @pytest.mark.parametrize("only_head", [False, True])
-def test_resuming_is_bit_identical(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only_head: bool
-) -> None:
+def test_resuming_is_bit_identical(root: Path, tmp_path: Path, only_head: bool) -> None:
     config = with_head(tiny_config(root, steps=4, save_every=2, dtype="bfloat16"), replace(HEAD, dropout=0.1))
     if only_head:
         first = train(tiny_config(root, steps=1), tmp_path / "first").checkpoint
         config = beside(first, root, steps=4, save_every=2)
-    whole, step = train(config, tmp_path / "whole").checkpoint, Trainer.step
-
-    def killed(self: Trainer, batches: list[Batch]) -> dict[str, float]:
-        if self.state.step == 3:
-            raise RuntimeError("killed")
-        return step(self, batches)
-
-    monkeypatch.setattr(Trainer, "step", killed)
-    with pytest.raises(RuntimeError, match="killed"):
-        train(config, tmp_path / "parts")
-    monkeypatch.undo()
-    parts = train(config, tmp_path / "parts").checkpoint
+    whole = train(config, tmp_path / "whole").checkpoint
+    parts = train_in_parts(config, tmp_path / "parts", killed_at=3)
     for name in ("model.safetensors", "trainer.safetensors"):
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
     assert "head_l1" in last(tmp_path / "whole", "train")

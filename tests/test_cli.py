@@ -14,17 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import tiny_config, write_tiny
+from tiny_run import tiny_config, write_checkpoint
 
 import worldvla
 from worldvla.cli import VERBS, main
 from worldvla.config import Config, from_json, to_json
 from worldvla.recipes import RECIPES
 from worldvla.sim.suites import TABLETOP
-from worldvla.train.build import build, build_model
-from worldvla.train.checkpoint import save
+from worldvla.train.build import build
 from worldvla.train.loop import Trainer
-from worldvla.train.optim import build_optimizers
 
 
 def _run(capsys, *words):
@@ -178,15 +176,14 @@ def test_a_device_that_is_full_is_one_line(capsys, monkeypatch):
     assert "--train.batch-size" in line
 
 
-def test_a_device_that_is_not_there_is_one_line(capsys, monkeypatch, tmp_path):
+def test_a_device_that_is_not_there_is_one_line(capsys, monkeypatch, root, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     shipped = Path(worldvla.__file__).parent / "assets/tabletop"
     words = ("eval", shipped, "--suite", "tabletop_object", "--device", "cuda:1", "--out", tmp_path)
     assert "device cuda:1: torch" in _fails(capsys, *words)
-    write_tiny(tmp_path)
     for device, words in (("cuba", "unknown device 'cuba': expected cpu, cuda"), ("cuda", "sees no CUDA")):
         with pytest.raises(ValueError, match=words):
-            Trainer(build(tiny_config(tmp_path, device=device)), tmp_path / "run")
+            Trainer(build(tiny_config(root, device=device)), tmp_path / "run")
 
 
 def test_missing_extra_names_its_install(capsys, monkeypatch, tmp_path):
@@ -286,13 +283,10 @@ def test_whole_line_on_the_debug_recipe(capsys, monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_an_evaluation_says_why_actions_were_decoded_one_by_one(capsys, tmp_path):
-    write_tiny(tmp_path)
-    config = tiny_config(tmp_path)
+def test_an_evaluation_says_why_actions_were_decoded_one_by_one(capsys, root, tmp_path):
+    config = tiny_config(root)
     layout, data = replace(config.layout, selective_mask=False), replace(config.data, sequence_length=160)
-    pieces = build(replace(config, layout=layout, data=data))
-    model = build_model(pieces)
-    save(tmp_path / "step_0", pieces, model, build_optimizers(model, pieces.config.optim), {"step": 0})
+    write_checkpoint(replace(config, layout=layout, data=data), tmp_path / "step_0")
     words = ("--suite", "tabletop_object", "--episodes", 1, "--tasks", 0, "--workers", 1, "--videos", 0)
     code, out, _ = _run(capsys, "eval", tmp_path / "step_0", *words, "--out", tmp_path / "eval")
     assert code == 0

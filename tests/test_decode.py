@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from tiny_run import MODEL
+from tiny_run import LAYOUT, MODEL
 
 import worldvla
 import worldvla.infer.decode as decode
@@ -35,14 +35,6 @@ from worldvla.tokenizers.action import compute_statistics
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.vocab import compact
 
-LAYOUT = LayoutConfig(
-    views=("agentview", "wrist"),
-    grids=((3, 3), (2, 2)),
-    history=2,
-    chunk=3,
-    state=True,
-    policy_prompt="{task}",
-)
 ASSETS = Path(worldvla.__file__).parent / "assets"
 INSTRUCTIONS = ("go", "lift the lid and go home", "open it")
 
@@ -89,6 +81,11 @@ def policy_prompts(builder: SampleBuilder, rng: np.random.Generator) -> list[Sam
     ]
 
 
+def query(builder: SampleBuilder, rng: np.random.Generator) -> tuple[list[Sample], Sample, np.ndarray]:
+    """Return the prompts, the tail and the positions of its action blocks."""
+    return policy_prompts(builder, rng), builder.policy_tail(), builder.action_block_positions(0)
+
+
 def slow(
     model: Transformer, prompt: Sample, tail: Sample, span: range, opens: list[int], bins: bool
 ) -> np.ndarray:
@@ -121,11 +118,7 @@ def slow_with_margins(
 @pytest.mark.parametrize("is_selective", [True, False])
 def test_actions_equal_the_slow_way_over_ragged_prompts(rng: np.random.Generator, is_selective: bool) -> None:
     builder, model = build(rng, replace(LAYOUT, selective_mask=is_selective))
-    prompts, tail, blocks = (
-        policy_prompts(builder, rng),
-        builder.policy_tail(),
-        builder.action_block_positions(0),
-    )
+    prompts, tail, blocks = query(builder, rng)
     assert len({len(p) for p in prompts}) == 3
     codes = decode_actions(model, builder.vocab, prompts, tail, blocks)
     opens = blocks[:, 1:-1].reshape(-1).tolist()
@@ -193,11 +186,7 @@ def test_parallel_is_sequential(chunk: int, dtype: torch.dtype) -> None:
     shape = replace(shape, num_kv_heads=int(rng.choice([1, 2, 4])))
     builder, model = build(rng, replace(LAYOUT, chunk=chunk), shape, seed=chunk)
     model = model.to(dtype)
-    prompts, tail, blocks = (
-        policy_prompts(builder, rng),
-        builder.policy_tail(),
-        builder.action_block_positions(0),
-    )
+    prompts, tail, blocks = query(builder, rng)
     assert chunk_path(tail, blocks) == PARALLEL
     together = decode_actions(model, builder.vocab, prompts, tail, blocks)
     alone = decode_actions(model, builder.vocab, prompts[2:], tail, blocks)
@@ -305,11 +294,7 @@ def test_sequential_draws_and_knows_what_parallel_does(rng: np.random.Generator,
     builder, model = build(rng)
     with torch.no_grad():
         model.head.weight.mul_(0.1)
-    prompts, tail, blocks = (
-        policy_prompts(builder, rng),
-        builder.policy_tail(),
-        builder.action_block_positions(0),
-    )
+    prompts, tail, blocks = query(builder, rng)
     both = [
         decode_chunk(model, builder.vocab, prompts, tail, blocks, temperature, seed=2, parallel=parallel)
         for parallel in (True, False)

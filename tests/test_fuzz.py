@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import tiny_config, write_tiny
 from token_stubs import random_episode
 
 from worldvla.data.episode import read_episodes, write_episodes
@@ -21,9 +20,6 @@ from worldvla.eval.record import Journal
 from worldvla.files import read_json, write_json
 from worldvla.infer.model import load
 from worldvla.serve.protocol import pack, unpack
-from worldvla.train.build import build, build_model
-from worldvla.train.checkpoint import save
-from worldvla.train.optim import build_optimizers
 
 
 def _store(path: Path) -> object:
@@ -73,25 +69,21 @@ READERS = PROTECTED | {"lerobot": _lerobot, "message": _message, "journal": _jou
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(root: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with what each reader reads, whole, under its name."""
-    root = tmp_path_factory.mktemp("whole")
-    write_tiny(root / "tiny")
-    shutil.copytree(root / "tiny/store", root / "store/data")
-    pieces = build(tiny_config(root / "tiny"))
-    model = build_model(pieces)
-    optimizers = build_optimizers(model, pieces.config.optim)
-    save(root / "checkpoint/data", pieces, model, optimizers, {"step": 0})
-    write_episodes(root / "demonstrations/data/a_demo.hdf5", [random_episode(i) for i in range(3)], {})
-    shutil.copytree(Path(__file__).parent / "lerobot_v3", root / "lerobot/data")
+    whole = tmp_path_factory.mktemp("whole")
+    shutil.copytree(root / "store", whole / "store/data")
+    shutil.copytree(checkpoint, whole / "checkpoint/data")
+    write_episodes(whole / "demonstrations/data/a_demo.hdf5", [random_episode(i) for i in range(3)], {})
+    shutil.copytree(Path(__file__).parent / "lerobot_v3", whole / "lerobot/data")
     request = {"prompt": "go", "observation/image": np.zeros((4, 4, 3), np.uint8), "size": np.float32(3)}
-    (root / "message/data").mkdir(parents=True)
-    (root / "message/data/message").write_bytes(pack(request))
-    (root / "journal/data").mkdir(parents=True)
-    with Journal(root / "journal/data/episodes.jsonl", {"suite": "tabletop_object"}) as journal:
+    (whole / "message/data").mkdir(parents=True)
+    (whole / "message/data/message").write_bytes(pack(request))
+    (whole / "journal/data").mkdir(parents=True)
+    with Journal(whole / "journal/data/episodes.jsonl", {"suite": "tabletop_object"}) as journal:
         for init in range(3):
             journal.add({"task": 0, "init": init, "status": "success"})
-    return root
+    return whole
 
 
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:

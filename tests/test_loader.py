@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import write_tiny
+from tiny_run import LAYOUT as TINY
 from token_stubs import CountedWords, PixelSums, random_episode
 
 from worldvla.batch import KIND_ACTION, Batch, Sample
@@ -22,15 +22,7 @@ from worldvla.data.sample import SampleBuilder
 from worldvla.data.store import TokenStore, write_store
 from worldvla.vocab import compact
 
-LAYOUT = LayoutConfig(
-    views=("agentview", "wrist"),
-    grids=((3, 3), (2, 2)),
-    history=2,
-    chunk=3,
-    state=True,
-    policy_prompt="{task}",
-    world_prompt="imagine",
-)
+LAYOUT = replace(TINY, world_prompt="imagine")
 DATA = DataConfig(stores=("a", "b"), world_fraction=0.3, val_fraction=0.25, sequence_length=100)
 EPISODES = [random_episode(seed, length=6 + seed % 5) for seed in range(12)]
 
@@ -265,9 +257,8 @@ def test_a_new_file_moves_no_episode_between_training_and_validation(tmp_path: P
     assert {key: after[key] for key in before} == before
 
 
-def test_a_store_without_keys_keeps_the_split_that_it_had(tmp_path: Path):
-    write_tiny(tmp_path)
-    (flags,) = split([TokenStore.open(tmp_path / "store")], 0.2)
+def test_a_store_without_keys_keeps_the_split_that_it_had(root: Path):
+    (flags,) = split([TokenStore.open(root / "store")], 0.2)
     assert flags.tolist() == [False, False, False, False, False, True]
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import tiny_config, write_tiny
+from tiny_run import tiny_config, train_in_parts
 
-from worldvla.batch import Batch
 from worldvla.config import Config, HeadConfig, LoraConfig
 from worldvla.files import write_digests
 from worldvla.infer.model import export, load
@@ -28,16 +27,8 @@ from worldvla.train.loss import Targets
 LORA = LoraConfig(rank=4, alpha=8.0, full=("head",), base="float32")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    write_tiny(path)
-    train(tiny_config(path, steps=4), path / "first")
-    return path
-
-
 def lora_config(root: Path, lora: LoraConfig = LORA, **settings: object) -> Config:
-    return replace(tiny_config(root, init_from=str(root / "first/ckpt/step_4"), **settings), lora=lora)
+    return replace(tiny_config(root, init_from=str(root / "run/ckpt/step_7"), **settings), lora=lora)
 
 
 def logits(model: Transformer, trainer: Trainer) -> torch.Tensor:
@@ -53,7 +44,7 @@ def test_updates_are_trained_alone_stored_alone_and_merged(root: Path, tmp_path:
     config = lora_config(root, replace(LORA, base=base))
     trainer = Trainer(build(config), tmp_path / "run")
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    untrained = load(root / "first").transformer
+    untrained = load(root / "run").transformer
     if base == "float32":  # B is zero
         assert torch.equal(logits(trainer.model, trainer), logits(untrained, trainer))
     path = trainer.run().checkpoint
@@ -80,24 +71,11 @@ def test_updates_are_trained_alone_stored_alone_and_merged(root: Path, tmp_path:
         assert torch.equal(tensor, whole.transformer.state_dict()[name].bfloat16().float()), name
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_goes_on_as_if_it_had_not(root: Path, tmp_path: Path) -> None:
     config = lora_config(root)
     config = replace(config, model=replace(config.model, dropout=0.1))
     whole = train(config, tmp_path / "whole").checkpoint
-    step = Trainer.step
-
-    def killed(self: Trainer, batches: list[Batch]) -> dict[str, float]:
-        if self.state.step == 6:
-            raise RuntimeError("killed")
-        return step(self, batches)
-
-    monkeypatch.setattr(Trainer, "step", killed)
-    with pytest.raises(RuntimeError, match="killed"):
-        train(config, tmp_path / "parts")
-    monkeypatch.undo()
-    parts = train(config, tmp_path / "parts").checkpoint
+    parts = train_in_parts(config, tmp_path / "parts", killed_at=6)
     left, right = (load_file(path / "model.safetensors") for path in (whole, parts))
     assert all(torch.equal(left[name], right[name]) for name in left)
 
@@ -117,14 +95,14 @@ def test_an_action_head_is_trained_whole_on_a_base_without_one(root: Path, tmp_p
 
 
 def test_updates_belong_to_one_base(root: Path, tmp_path: Path) -> None:
-    shutil.copytree(root / "first/ckpt/step_4", tmp_path / "base")
+    shutil.copytree(root / "run/ckpt/step_7", tmp_path / "base")
     config = lora_config(root)
     config = replace(config, train=replace(config.train, init_from=str(tmp_path / "base"), steps=1))
     path = train(config, tmp_path / "run").checkpoint
     with pytest.raises(ValueError, match=r"updates alone: `worldvla export"):
         build(replace(config, train=replace(config.train, init_from=str(path))))
     with pytest.raises(ValueError, match=r"updates alone"):
-        convert_back(path, tmp_path / "back", like=root / "first")
+        convert_back(path, tmp_path / "back", like=root / "run")
     weights = {k: v + 1 for k, v in load_file(tmp_path / "base/model.safetensors").items()}
     save_file(weights, tmp_path / "base/model.safetensors")
     write_digests(tmp_path / "base")
@@ -141,7 +119,7 @@ def test_a_base_is_where_it_was_seen_from_the_checkpoint(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From any working directory, and after both have moved together."""
-    shutil.copytree(root / "first/ckpt/step_4", tmp_path / "old/base")
+    shutil.copytree(root / "run/ckpt/step_7", tmp_path / "old/base")
     monkeypatch.chdir(tmp_path / "old")
     config = lora_config(root, steps=1)
     config = replace(config, train=replace(config.train, init_from="base"))
@@ -161,15 +139,13 @@ def test_a_base_is_where_it_was_seen_from_the_checkpoint(
     assert not {"base", "base_path"} & exported.manifest.keys()
 
 
-def test_updates_need_a_base_and_bfloat16_autocast(root: Path) -> None:
+def test_updates_need_a_base_and_bfloat16_autocast(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"name it by train\.init_from"):
         build(replace(tiny_config(root), lora=LORA))
     with pytest.raises(ValueError, match=r"needs train\.dtype bfloat16, got float32"):
         build(lora_config(root, replace(LORA, base="bfloat16")))
-    outcome = train(
-        lora_config(root, replace(LORA, base="bfloat16"), dtype="bfloat16", steps=1), root / "half"
-    )
-    assert outcome.is_finished
+    config = lora_config(root, replace(LORA, base="bfloat16"), dtype="bfloat16", steps=1)
+    assert train(config, tmp_path / "half").is_finished
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), replace(LORA, base="int4")])

@@ -7,14 +7,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from tiny_run import tiny_config, write_tiny
+from tiny_run import tiny_config
 
 from worldvla.train.loop import train
 
 
-def test_one_batch_is_memorised(tmp_path: Path) -> None:
-    write_tiny(tmp_path)
-    config = tiny_config(tmp_path, steps=120, log_every=120, eval_every=120, save_every=1000)
+def test_one_batch_is_memorised(root: Path, tmp_path: Path) -> None:
+    config = tiny_config(root, steps=120, log_every=120, eval_every=120, save_every=1000)
     config = replace(
         config,
         model=replace(config.model, width=64, hidden=128),

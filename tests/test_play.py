@@ -21,7 +21,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import pytest
-from tiny_run import tiny_config, write_tiny
+from tiny_run import tiny_config, write_checkpoint
 
 from worldvla.cli import main
 from worldvla.data.episode import read_episodes
@@ -30,9 +30,6 @@ from worldvla.infer.world import World
 from worldvla.serve.play.server import MAX_MESSAGE, MAX_SESSIONS, Start, read_message, serve
 from worldvla.serve.play.session import GRIPPER_STEPS, REPLAN, Playable, Session, bench, open_playable, psnr
 from worldvla.sim.suites import make
-from worldvla.train.build import build, build_model
-from worldvla.train.checkpoint import save
-from worldvla.train.optim import build_optimizers
 
 SUITE = "tabletop_object"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -41,15 +38,10 @@ FLAGS += ["--disable-background-networking", "--disable-component-update"]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    write_tiny(root)
+def checkpoint(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config(root)
-    pieces = build(replace(config, data=replace(config.data, sequence_length=120)))
-    model = build_model(pieces)
-    path = root / "run" / "ckpt" / "step_0"
-    save(path, pieces, model, build_optimizers(model, pieces.config.optim), {"step": 0})
-    return path
+    config = replace(config, data=replace(config.data, sequence_length=120))
+    return write_checkpoint(config, tmp_path_factory.mktemp("play") / "run/ckpt/step_0")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_run import tiny_config, write_tiny
 
 import worldvla
 from worldvla.files import load_tensors, save_tensors, write_digests, write_json
@@ -27,22 +26,8 @@ from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
 from worldvla.sim.suites import make, tasks
 from worldvla.tokenizers.image import ImageTokenizer
-from worldvla.train.build import build, build_model
-from worldvla.train.checkpoint import save
-from worldvla.train.optim import build_optimizers
 
 Observation = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    write_tiny(root)
-    pieces = build(tiny_config(root))
-    model = build_model(pieces)
-    path = root / "run" / "ckpt" / "step_7"
-    save(path, pieces, model, build_optimizers(model, pieces.config.optim), {"step": 7})
-    return path
 
 
 @pytest.fixture(scope="module")

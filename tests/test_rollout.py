@@ -5,7 +5,6 @@ Run: pytest tests/test_rollout.py
 """
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -209,39 +208,6 @@ def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     assert resumed["outcomes"] == whole["outcomes"]
     with pytest.raises(ValueError, match="holds another evaluation"):
         roll(Forward(), tmp_path / "part", 3, seed=1)
-
-
-def test_a_killed_command_goes_on(tmp_path: Path) -> None:
-    """The real command, its workers too, at whatever moment: what its journal held is not run again."""
-    command = [
-        sys.executable,
-        "-m",
-        "worldvla",
-        "eval",
-        "random",
-        "--suite",
-        "tabletop_object",
-        "--tasks",
-        "0",
-        "1",
-    ]
-    command += ["--episodes", "30", "--videos", "0", "--workers", "1", "--out", str(tmp_path)]
-    journal = tmp_path / "episodes.jsonl"
-    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as killed:
-        while killed.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < 4):
-            time.sleep(0.01)
-        os.killpg(killed.pid, signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "record.json").exists()
-    kept = [line for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    subprocess.run(command, check=True, capture_output=True)
-    lines = journal.read_text().splitlines(keepends=True)
-    assert 4 <= len(kept) < len(lines) == 61
-    assert lines[: len(kept)] == kept  # with the seconds that they took
-    record = json.loads((tmp_path / "record.json").read_text())
-    ended = [(o["task"], o["init"]) for o in record["outcomes"]]
-    assert ended == [(task, init) for task in (0, 1) for init in range(30)]
-    assert (record["episodes"], record["errors"]) == (60, 0)
 
 
 def test_errors_are_tried_again(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ import pytest
 import torch
 from fake_env import TABLE
 from policy_server import image, policy_process, policy_server, request
-from tiny_run import tiny_config, write_tiny
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
@@ -46,9 +45,6 @@ from worldvla.serve.exact import BatchedPolicy, CarefulTokenizer
 from worldvla.serve.protocol import IMAGE_KEYS, PROMPT_KEY, STATE_KEY, pack, unpack
 from worldvla.serve.server import Served, serve, serve_checkpoint
 from worldvla.tokenizers.image import ImageTokenizer, VectorQuantizer
-from worldvla.train.build import build, build_model
-from worldvla.train.checkpoint import save
-from worldvla.train.optim import build_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -362,16 +358,6 @@ def test_the_client_needs_no_torch() -> None:
 
 
 # A checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("tiny")
-    write_tiny(root)
-    pieces = build(tiny_config(root))
-    model = build_model(pieces)
-    save(root / "step_7", pieces, model, build_optimizers(model, pieces.config.optim), {"step": 7})
-    return root / "step_7"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_run import tiny_config, write_tiny
+from tiny_run import tiny_config
 
 from worldvla.cli import main
 from worldvla.config import to_json
@@ -28,9 +28,10 @@ def test_a_recipe_needs_no_files_when_faked(capsys: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.parametrize("mode", ["policy", "world"])
-def test_a_run_shows_what_its_loader_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str):
-    write_tiny(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(to_json(tiny_config(tmp_path))))
+def test_a_run_shows_what_its_loader_makes(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+):
+    (tmp_path / "config.json").write_text(json.dumps(to_json(tiny_config(root))))
     main(["show-sample", str(tmp_path), "--mode", mode, "--frame", "3", "--width", "200"])
     out = capsys.readouterr().out
     assert f"tiny {mode}" in out

@@ -11,13 +11,13 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import joined, tiny_config, write_tiny
+from tiny_run import joined, tiny_config, train_in_parts
 
 from worldvla.batch import Batch
 from worldvla.config import Config, LoraConfig, OptimConfig, from_json
@@ -29,13 +29,6 @@ from worldvla.train.loop import Trainer, train
 from worldvla.train.optim import build_optimizers, learning_rate
 
 GOLDEN = Path(__file__).parent / "golden" / "loss.txt"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    write_tiny(path)
-    return path
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:
@@ -51,31 +44,15 @@ def assert_same_state(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["adamw", "muon"])
-def test_stop_and_resume_is_bit_identical(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Literal["adamw", "muon"]
-) -> None:
+def test_stop_and_resume_is_bit_identical(root: Path, tmp_path: Path, method: Any) -> None:
     config = tiny_config(root, accumulation=2)
     config = replace(config, model=replace(config.model, dropout=0.1))
     config = replace(config, optim=replace(config.optim, method=method))
     whole = train(config, tmp_path / "whole")
     assert whole.is_finished
     assert whole.step == 8
-
-    step = Trainer.step
-
-    def killed(self: Trainer, batches: list[Batch]) -> dict[str, float]:
-        if self.state.step == 7:
-            raise RuntimeError("killed")
-        return step(self, batches)
-
-    monkeypatch.setattr(Trainer, "step", killed)
-    with pytest.raises(RuntimeError, match="killed"):
-        train(config, tmp_path / "parts")
-    monkeypatch.undo()
-    assert checkpoint.latest(tmp_path / "parts") == tmp_path / "parts/ckpt/step_4"
-    torch.manual_seed(99)  # a new process would not have this one's random state
-    parts = train(config, tmp_path / "parts")
-    assert_same_state(whole.checkpoint, parts.checkpoint)
+    parts = train_in_parts(config, tmp_path / "parts", killed_at=7)
+    assert_same_state(whole.checkpoint, parts)
     assert records(tmp_path / "whole") == records(tmp_path / "parts")
 
 

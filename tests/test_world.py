@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import _episode, tiny_config, write_tiny
+from tiny_run import _episode, tiny_config, write_checkpoint, write_tiny
 
 from paper import motion
 from paper.chunk_error import chunk_codes, chunk_error
@@ -33,24 +33,14 @@ from worldvla.eval.world import (
 )
 from worldvla.infer.model import load
 from worldvla.infer.world import World
-from worldvla.train.build import build, build_model
-from worldvla.train.checkpoint import save
-from worldvla.train.optim import build_optimizers
+from worldvla.train.build import build
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     write_tiny(path)
-    pieces = build(tiny_config(path))
-    model = build_model(pieces)
-    save(
-        path / "run" / "ckpt" / "step_0",
-        pieces,
-        model,
-        build_optimizers(model, pieces.config.optim),
-        {"step": 0},
-    )
+    write_checkpoint(tiny_config(path), path / "run/ckpt/step_0")
     rng = np.random.default_rng(1)
     for name in ("a", "b"):
         episodes = [_episode(rng, i, length) for i, length in enumerate((4, 6))]

@@ -1,9 +1,12 @@
 """A run small enough for tests: frames whose brightness decides the actions, a tokenizer, a store, config."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -22,9 +25,21 @@ from worldvla.data.episode import Episode
 from worldvla.data.store import write_store
 from worldvla.files import write_digests
 from worldvla.tokenizers.image import ImageTokenizer
+from worldvla.train.build import build, build_model
+from worldvla.train.checkpoint import latest, save
+from worldvla.train.loop import Trainer, train
+from worldvla.train.optim import build_optimizers
 
 MODEL = ModelConfig(
     num_layers=2, width=32, num_heads=2, num_kv_heads=1, hidden=64, place_embedding=True, codebook_init=True
+)
+LAYOUT = LayoutConfig(
+    views=("agentview", "wrist"),
+    grids=((3, 3), (2, 2)),
+    history=2,
+    chunk=3,
+    state=True,
+    policy_prompt="{task}",
 )
 
 
@@ -43,15 +58,7 @@ def tiny_config(root: Path, **train: object) -> Config:
         vocab="compact",
         num_text=260,
         tokenizer=str(root / "image_tokenizer"),
-        layout=LayoutConfig(
-            views=("agentview", "wrist"),
-            grids=((3, 3), (2, 2)),
-            history=2,
-            chunk=3,
-            state=True,
-            policy_prompt="{task}",
-            world_prompt="go",
-        ),
+        layout=replace(LAYOUT, world_prompt="go"),
         model=MODEL,
         loss=LossConfig(),
         optim=OptimConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=2, clip=1.0),
@@ -80,6 +87,30 @@ def write_tiny(root: Path, shape: ImageTokenizerConfig = TOKENIZER) -> None:
     old = ("start", "length", "instruction", "suite", "task", "init", "seed")
     (root / "store/episodes.json").write_text(json.dumps([{name: row[name] for name in old} for row in rows]))
     write_digests(root / "store")
+
+
+def write_checkpoint(config: Config, path: Path, step: int = 0) -> Path:
+    """Write a checkpoint with its initial weights; return its path."""
+    pieces = build(config)
+    model = build_model(pieces)
+    save(path, pieces, model, build_optimizers(model, config.optim), {"step": step})
+    return path
+
+
+def train_in_parts(config: Config, run_dir: Path, killed_at: int) -> Path:
+    """Train, killed at a step, then again from the checkpoint before; return the last checkpoint."""
+    step = Trainer.step
+
+    def killed(self: Trainer, batches: list[Batch]) -> dict[str, float]:
+        if self.state.step == killed_at:
+            raise RuntimeError("killed")
+        return step(self, batches)
+
+    with patch.object(Trainer, "step", killed), pytest.raises(RuntimeError, match="killed"):
+        train(config, run_dir)
+    assert latest(run_dir) is not None
+    torch.manual_seed(99)  # a new process would not have this one's random state
+    return train(config, run_dir).checkpoint
 
 
 def _episode(rng: np.random.Generator, index: int, length: int = 8) -> Episode:

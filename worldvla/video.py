@@ -26,9 +26,9 @@ def enlarge(image: np.ndarray, rows: int = HEIGHT) -> np.ndarray:
     return np.pad(big, ((0, missing), (0, 0), (0, 0)), constant_values=255)
 
 
-def side_by_side(images: Sequence[np.ndarray], rows: int = HEIGHT) -> np.ndarray:
+def side_by_side(images: Sequence[np.ndarray]) -> np.ndarray:
     """Return one picture: all of the same height, white gaps between, even sides (as H.264 needs)."""
-    rows = max([rows, *(image.shape[0] for image in images)])
+    rows = max([HEIGHT, *(image.shape[0] for image in images)])
     parts: list[np.ndarray] = []
     for image in images:
         parts += [enlarge(image, rows), np.full((rows, GAP, 3), 255, dtype=np.uint8)]

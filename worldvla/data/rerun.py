@@ -138,21 +138,21 @@ def is_no_op(actions_TA: np.ndarray) -> np.ndarray:
     return still & np.concatenate([[True], gripper[1:] == gripper[:-1]])
 
 
+def kept_actions(episode: Episode) -> np.ndarray:
+    return episode.actions[~is_no_op(episode.actions)]
+
+
 @dataclass(frozen=True)
 class _Attempt:
     """Number of a demonstration -> what it becomes."""
 
     path: Path
     views: Views
-    drop_no_ops: bool
     make: Callable[..., Any]
 
     def __call__(self, number: int) -> Episode | None:
         episode = next(itertools.islice(read_episodes(self.path, images=False), number, None))
-        return play(_environment(episode, self.views, self.make), episode, self.kept_actions(episode))
-
-    def kept_actions(self, episode: Episode) -> np.ndarray:
-        return episode.actions[~is_no_op(episode.actions)] if self.drop_no_ops else episode.actions
+        return play(_environment(episode, self.views, self.make), episode, kept_actions(episode))
 
 
 def regenerate(
@@ -160,7 +160,6 @@ def regenerate(
     out_dir: Path,
     views: Views,
     *,
-    drop_no_ops: bool = True,
     workers: int = 0,
     make: Callable[..., Any] = sim.make,
 ) -> dict[str, Counts]:
@@ -175,12 +174,12 @@ def regenerate(
         raise ValueError(
             f"{len(twice)} names occur twice, {twice[0]} first: regenerate each folder into its own"
         )
-    with guard(out_dir / "regenerate.json", {"views": views, "drop_no_ops": drop_no_ops}):
+    with guard(out_dir / "regenerate.json", {"views": views, "drop_no_ops": True}):
         jobs, digests = [], {path.name: str(fingerprint(path)["sha256"]) for path in files}
         for path in files:
             out, digest = out_dir / path.name, digests[path.name]
             number, parts = count_episodes(path), out_dir / f".{path.stem}.{digest}.parts"
-            jobs.append(Job(out, _Attempt(path, views, drop_no_ops, make), number, number, parts))
+            jobs.append(Job(out, _Attempt(path, views, make), number, number, parts))
             if out.exists() and (other := facts(out).get("sha256")) != digest:
                 raise ValueError(
                     f"{out} was made of a file {other}, not of {path} ({digest}): choose another directory"
@@ -199,7 +198,7 @@ def _finish(job: Job, digest: str) -> None:
         why = "; ".join(wrong) or "were they made with another version of the simulator?"
         raise ValueError(f"{path}: none of {len(bad)} demonstrations succeeds again; {why}")
     episodes = list(read_episodes(path, images=False))
-    no_ops = sum(len(episodes[i]) - len(attempt.kept_actions(episodes[i])) for i in good)
+    no_ops = sum(len(episodes[i]) - len(kept_actions(episodes[i])) for i in good)
     source = f"the actions of {path.name}, executed again"
     job.merge({"source": source, "sha256": digest, "lost": len(bad), "no_ops": no_ops})
 

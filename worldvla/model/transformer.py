@@ -266,18 +266,13 @@ class Transformer(nn.Module):
         packed = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, Packed))
         return packed + sum(parameter.numel() for parameter in self.parameters())
 
-    def flops(self, num_positions: int, num_logits: int | None = None, num_keys: int | None = None) -> int:
+    def flops(self, num_positions: int, num_logits: int | None = None) -> int:
         """Return the floating-point operations of one sequence's forward pass (training: 3 times), without
-        those of an action head.
-
-        `num_logits`: positions that reach the head (default all); `num_keys`: keys of a query (default
-        `num_positions`).
-        """
+        those of an action head. `num_logits`: positions that reach the head (default all)."""
         num_logits = num_positions if num_logits is None else num_logits
-        num_keys = num_positions if num_keys is None else num_keys
         linear = (m for m in self.layers.modules() if isinstance(m, nn.Linear | Packed))
         matrices = sum(m.in_features * m.out_features for m in linear)
-        scores_and_values = 2 * self.config.num_layers * self.config.width * num_keys
+        scores_and_values = 2 * self.config.num_layers * self.config.width * num_positions
         return 2 * (num_positions * (matrices + scores_and_values) + num_logits * self.head.weight.numel())
 
 

@@ -50,10 +50,10 @@ class TabletopExpert:
                     return True
         return False
 
-    def _towards(self, target: np.ndarray, gripper: float, speed: float = 1.0) -> np.ndarray:
-        """Move to `target` in a dead beat, each axis at most `speed`; turn the hand upright."""
+    def _towards(self, target: np.ndarray, gripper: float) -> np.ndarray:
+        """Move to `target` in a dead beat, each axis at most 1; turn the hand upright."""
         env = self.env
-        move = np.clip((np.asarray(target) - env.grip_position()) / POSITION_SCALE, -speed, speed)
+        move = np.clip((np.asarray(target) - env.grip_position()) / POSITION_SCALE, -1.0, 1.0)
         state = env.proprioception()
         turn = np.clip(-state[3:6] / ROTATION_SCALE, -1, 1)
         return np.concatenate([move, turn, [gripper]]).astype(np.float32)
