@@ -136,9 +136,14 @@ class Trainer:
             )
             while state.step < config.steps and not parallel.any_rank(is_stopping(), self.device):
                 started = time.perf_counter()
-                self._note(self.step(fetch(state.step)))
+                batches = fetch(state.step)
+                waited = time.perf_counter() - started
+                self._note(self.step(batches))
                 state.step += 1
-                state.train_seconds += time.perf_counter() - started
+                seconds = time.perf_counter() - started
+                state.train_seconds += seconds
+                tokens = sum(batch.ids_BT.numel() for batch in batches)
+                self._note({"tokens": tokens, "seconds": seconds, "waited": waited})
                 recorder.advance(state.step, state.window["loss"][-1])
                 is_last = state.step == config.steps
                 if is_last or is_due(state.step, config.log_every):
@@ -272,10 +277,12 @@ class Trainer:
             self.state.window.setdefault(name, []).append(value)
 
     def _drain(self) -> dict[str, float]:
-        """Return the means since the last record and forget them."""
+        """Return the means since the last record and forget them: of times and tokens, their rates."""
         window, self.state.window = self.state.window, {}
+        tokens, seconds, waited = (sum(window.pop(name, ())) for name in ("tokens", "seconds", "waited"))
+        rates = {"tokens_s": round(tokens / seconds, 1), "wait_share": round(waited / seconds, 4)}
         means = {name: sum(values) / len(values) for name, values in window.items()}
-        return {**means, "train_seconds": round(self.state.train_seconds, 1)}
+        return {**means, **rates, "train_seconds": round(self.state.train_seconds, 1)}
 
 
 def is_due(step: int, every: int) -> bool:
