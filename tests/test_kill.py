@@ -10,7 +10,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -49,23 +49,23 @@ def _commands(verb: str, root: Path, out: Path) -> None:
             sys.exit(main(["eval", "random", "--suite", *TABLE, str(out), "--videos", "0"]))
 
 
-def _collected(out: Path) -> set[object]:
+def _collected(out: Path) -> Set[object]:
     files = {(p.name, e.init) for p in out.glob("*.hdf5") for e in read_episodes(p, images=False)}
     parts = out.glob(".*.parts/*.hdf5")
     return files | {(f"{p.parent.name[1:-6]}_demo.hdf5", FIRST_INIT + int(p.stem)) for p in parts}
 
 
-def _trained(out: Path) -> set[object]:
+def _trained(out: Path) -> Set[object]:
     newest = latest(out)
     return set(range(int(newest.name.removeprefix("step_")))) if newest else set()
 
 
-def _evaluated(out: Path) -> set[object]:
+def _evaluated(out: Path) -> Set[object]:
     journal = out / "episodes.jsonl"
     return set(journal.read_text().splitlines(keepends=True)[:-1]) if journal.exists() else set()
 
 
-KEPT: dict[str, Callable[[Path], set[object]]] = {
+KEPT: dict[str, Callable[[Path], Set[object]]] = {
     "collect": _collected,
     "tokenize": lambda out: {_digests(out, "*.npy")},
     "train": _trained,

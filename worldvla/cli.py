@@ -588,7 +588,7 @@ def eval_world(
     from worldvla.eval.world import evaluate_world
 
     files = demonstration_files(demos)
-    options = {"clips": clips, "horizons": horizons, "shorter": shorter, "seed": seed}
+    options: dict[str, Any] = {"clips": clips, "horizons": horizons, "shorter": shorter, "seed": seed}
     options |= {"temperature": temperature, "reader": reader, "device": device}
     with only_writer(out):
         record = evaluate_world(checkpoint, files, out, **options)
