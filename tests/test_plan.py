@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import tiny_config, write_tiny
+from tiny_run import tiny_config
 
 from worldvla.batch import Batch
 from worldvla.cli import main
@@ -18,13 +18,6 @@ from worldvla.recipes import recipe
 from worldvla.train.build import build
 from worldvla.train.loop import Trainer
 from worldvla.train.plan import kept, need, parse_bytes
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    write_tiny(path)
-    return path
 
 
 def really_kept(trainer: Trainer, batch: Batch) -> int:

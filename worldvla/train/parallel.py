@@ -12,11 +12,14 @@ one of two: most operations of a small model are too small to split.
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -25,6 +28,7 @@ from worldvla.config import TrainConfig
 from worldvla.machine import find_device, num_processes
 from worldvla.model.transformer import Transformer
 
+HANDSHAKE = timedelta(minutes=2)
 BUCKET = 2**25
 """Elements of gradients that are summed in one message."""
 
@@ -49,7 +53,11 @@ def start(config: TrainConfig) -> torch.device:
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads)
     if num > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl")
+        else:  # gloo may wait for a connection for good: a restart should not be half an hour away
+            dist.init_process_group("gloo", timeout=HANDSHAKE)
+            _set_pg_timeout(default_pg_timeout)
     return device
 
 
