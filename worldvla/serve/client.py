@@ -6,18 +6,29 @@
 
 It speaks openpi's protocol, so any server of that answers it. A server keeps nothing between requests: when a
 connection is lost, the next `infer` connects again.
+
+A robot that must not wait asks in the background instead, once a control step:
+
+    robot = AsyncClient(client, still=[0, 0, 0, 0, 0, 0, math.nan])
+    while True:
+        move(robot.act(observe()))
 """
 
 import contextlib
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from worldvla.serve.protocol import DEADLINE_KEY, MAX_BYTES, pack, unpack
+
+BLEND = 0.5
+"""Weight of an older chunk's action beside that of the next newer one (paper/bench_delay.py)."""
 
 
 class ServerError(RuntimeError):
@@ -102,3 +113,84 @@ class Client:
         if isinstance(data, str):
             raise ServerError(" ".join(data.split())[-500:])
         return unpack(data)
+
+
+class Plan:
+    """Chunks of actions that overlap in time -> one action a step.
+
+    A chunk begins at the step whose observation it answers, so that what has passed meanwhile is left out
+    (a start index by latency). Where several chunks know a step, their actions are averaged, an older chunk
+    with `blend` times the weight of the next newer one; 0: the newest alone. The actions of a chunk do not
+    see one another (the mask of WorldVLA), so none of them can be conditioned on those already under way.
+    """
+
+    def __init__(self, blend: float = BLEND) -> None:
+        if not 0 <= blend <= 1:
+            raise ValueError(f"blend must be in [0, 1], got {blend}")
+        self.blend = blend
+        self._chunks: list[tuple[int, np.ndarray]] = []
+
+    def add(self, start: int, actions: np.ndarray) -> None:
+        """Take the chunk (K, A) that answers the observation of step `start`."""
+        self._chunks.append((start, np.asarray(actions)))
+
+    def action(self, step: int) -> np.ndarray | None:
+        """Return the action (A,) of a step; None: no chunk reaches it. Steps are asked for in order."""
+        self._chunks = [(s, a) for s, a in self._chunks if step < s + len(a)]
+        known = [(s, a[step - s]) for s, a in self._chunks if s <= step]
+        if not known:
+            return None
+        known.sort(key=lambda pair: -pair[0])
+        weights = np.array([self.blend**age for age in range(len(known))])
+        return np.average([action for _, action in known], axis=0, weights=weights).astype(np.float32)
+
+
+class AsyncClient:
+    """Keeps a robot moving while the next chunk is computed: `act` returns at once.
+
+    At most one request is under way; the next one is sent in the step in which it is answered. Before the
+    first answer, and where the server is slower than its chunks are long, the robot gets `still`: NaN repeats
+    that number of the last action, None all of it, which is right for absolute actions. Whatever a request
+    raises, the next `act` raises: a lost connection stops the robot.
+    """
+
+    def __init__(self, client: Client, *, still: Sequence[float] | None, blend: float = BLEND) -> None:
+        self.client, self.still, self.blend = client, still, blend
+        self._thread = ThreadPoolExecutor(1, "policy")
+        self._request: Future[dict[str, Any]] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin an episode: forget the actions of the one before."""
+        if self._request is not None:
+            self._request.result()  # its answer would be taken for one to this episode
+        self._request, self._asked = None, 0
+        self._plan, self._step = Plan(self.blend), 0
+        self._last: np.ndarray | None = None
+        self.latency = 0
+        """Control steps from an observation to its answer, the last time."""
+
+    def act(self, observation: Mapping[str, Any]) -> np.ndarray | None:
+        """Return the action (A,) of this control step; None: nothing is known yet and `still` is None."""
+        if self._request is not None and self._request.done():
+            self._plan.add(self._asked, self._request.result()["actions"])
+            self.latency, self._request = self._step - self._asked, None
+        if self._request is None:
+            self._asked, self._request = self._step, self._thread.submit(self.client.infer, dict(observation))
+        action = self._plan.action(self._step)
+        self._step += 1
+        self._last = keep_still(self.still, self._last) if action is None else action
+        return self._last
+
+    def close(self) -> None:
+        self._thread.shutdown()
+        self.client.close()
+
+
+def keep_still(still: Sequence[float] | None, last: np.ndarray | None) -> np.ndarray | None:
+    """Return the action of a robot that waits: `still`, its NaN replaced by the numbers of the last action,
+    or 0 before any."""
+    if still is None:
+        return last
+    rest = np.asarray(still, dtype=np.float32)
+    return np.where(np.isnan(rest), np.zeros_like(rest) if last is None else last, rest)
