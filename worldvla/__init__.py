@@ -72,21 +72,6 @@ def make(
     (rows, columns) in pixels: those of a model are `model.view_sizes`. `reset(options={"init": i})` starts
     from the i-th of fifty fixed initial states.
     """
-    import gymnasium as gym
+    from worldvla.sim.instructed import make as make_env
 
-    from worldvla.sim import suites
-
-    if isinstance(task, str):
-        tasks = suites.tasks(task)
-        if not 0 <= index < len(tasks):
-            raise ValueError(
-                f"{task} has {len(tasks)} tasks, got index {index}: expected 0..{len(tasks) - 1}"
-            )
-        task = tasks[index]
-    env, text = suites.make(task, views), task.instruction
-    seen: Any = env.observation_space
-    parts = {**seen, "instruction": gym.spaces.Text(len(text), charset=frozenset(text))}
-    space = gym.spaces.Dict(parts)
-    return gym.wrappers.TransformObservation(
-        env, lambda observation: {**observation, "instruction": text}, space
-    )
+    return make_env(task, index, views) if isinstance(task, str) else make_env(task.suite, task, views)

@@ -1,7 +1,7 @@
 """What `make demo` runs: a shipped model on its suites, what it imagines, one page of it.
 
     page = demo(Path("out/demo"))                             # the four tabletop suites
-    page = demo(Path("out/demo_libero"), "libero_object")     # needs `pip install worldvla[libero]`
+    page = demo(Path("out/demo_libero"), "libero_object")     # needs the libero extra
 
 Under five minutes on two cores. The same call again goes on where it stopped, or just writes the page.
 """

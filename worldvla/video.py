@@ -12,8 +12,6 @@ from worldvla.files import whole_file
 HEIGHT = 256
 """Pixel rows of a video, at most; a larger picture keeps its size."""
 GAP = 8
-FPS = {"tabletop": 12.5, "libero": 20.0}
-"""Control rate of each simulator, Hz."""
 
 
 def enlarge(image: np.ndarray, rows: int = HEIGHT) -> np.ndarray:

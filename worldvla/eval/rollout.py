@@ -36,8 +36,8 @@ from worldvla.files import only_writer, write_json, write_text
 from worldvla.machine import cores, provenance
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
-from worldvla.sim.protocol import NUM_INITS, Task
-from worldvla.video import FPS, views_side_by_side, write_mp4
+from worldvla.sim.protocol import FPS, NUM_INITS, Task
+from worldvla.video import views_side_by_side, write_mp4
 
 MOST_AT_ONCE = 1
 """Queries answered together out of lockstep. One: the record is then a function of the arguments, as it is in

@@ -26,8 +26,9 @@ from worldvla.infer.draft import FrameStats, summary
 from worldvla.infer.model import Model, load
 from worldvla.infer.world import World
 from worldvla.machine import provenance
+from worldvla.sim.protocol import FPS
 from worldvla.sim.suites import SUITES
-from worldvla.video import FPS, film_strip, side_by_side, write_mp4, write_png
+from worldvla.video import film_strip, side_by_side, write_mp4, write_png
 
 MAX_PSNR = 60.0
 """dB, of frames that differ by less: a single perfect frame must not decide a mean."""

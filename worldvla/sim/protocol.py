@@ -23,6 +23,8 @@ POSITION_SCALE = 0.05
 """Metres that an action of 1.0 moves the end effector."""
 ROTATION_SCALE = 0.5
 """Radians that an action of 1.0 turns it."""
+FPS = {"tabletop": 12.5, "libero": 20.0}
+"""Control rate of each simulator, Hz."""
 OPEN, CLOSE = -1.0, 1.0
 """Commands of the gripper."""
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, OPEN)
@@ -133,8 +135,13 @@ def spaces(views: Mapping[str, tuple[int, int]]) -> "tuple[gym.spaces.Dict, gym.
     return gym.spaces.Dict(parts), gym.spaces.Box(-1.0, 1.0, (NUM_ACTION_DIMS,), np.float32)
 
 
-def init_index(options: Mapping[str, Any] | None, random: Any) -> int:
-    """Return the initial state that `reset` was asked for, or one of the fixed ones drawn by `random`."""
+def init_index(options: Mapping[str, Any] | None, random: Any, known: tuple[str, ...] = ("init",)) -> int:
+    """Return the initial state that `reset` was asked for, or one of the fixed ones drawn by `random`.
+
+    Options that are not among the `known` raise ValueError.
+    """
+    if unknown := sorted(set(options or {}) - set(known)):
+        raise ValueError(f"unknown option of reset {unknown[0]!r}: expected {' or '.join(known)}")
     init = (options or {}).get("init")
     index = int(random.integers(NUM_INITS)) if init is None else int(init)
     if index < 0:

@@ -25,8 +25,8 @@ from worldvla.infer.model import Model, load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
 from worldvla.sim import suites as sim
-from worldvla.sim.protocol import CLOSE, NUM_INITS, OPEN, RULES, Task
-from worldvla.video import FPS, views_side_by_side, write_mp4
+from worldvla.sim.protocol import CLOSE, FPS, NUM_INITS, OPEN, RULES, Task
+from worldvla.video import views_side_by_side, write_mp4
 
 REPLAN = 3
 """Actions of each of the policy's chunks that are executed."""

