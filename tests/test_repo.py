@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "model": set(),
     "sim": set(),
     "video": set(),
-    "data": {"tokenizers", "sim", "video"},
+    "data": {"tokenizers", "sim", "video", "published.hub", "serve.image"},
     "infer": {"model", "tokenizers", "data.sample", "published.hub"},
     "published": {"model", "tokenizers"},
     "train": {"model", "tokenizers", "data"},

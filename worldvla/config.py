@@ -130,7 +130,8 @@ class LayoutConfig(Checked):
     """What a sequence holds, in which order. The ablations of the paper are fields of this class."""
 
     views: tuple[str, ...] = ("agentview",)
-    """Cameras, in the order in which they stand in a sequence."""
+    """Cameras, in the order in which they stand in a sequence; none: cameras, grids and numbers of dims are
+    those of the stores (train/build.py, fit)."""
     grids: tuple[tuple[Count, Count], ...] = ((16, 16),)
     """Code rows and columns of each view."""
     history: Count = 2
@@ -157,7 +158,7 @@ class LayoutConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.views) != len(self.grids) or not self.views:
+        if len(self.views) != len(self.grids):
             raise ValueError(
                 f"layout has {len(self.views)} views and {len(self.grids)} grids: give one grid a view"
             )

@@ -80,6 +80,23 @@ def tabletop() -> Config:
     )
 
 
+def finetune() -> Config:
+    """Your own data, on a laptop: cameras, grids and numbers of dims are those of the stores that you name.
+
+    `worldvla train-tokenizer SOURCE`, `worldvla tokenize SOURCE`, `worldvla train finetune`:
+    docs/guides/data.md.
+    """
+    base = tabletop()
+    return replace(
+        base,
+        name="finetune",
+        tokenizer="out/my/image_tokenizer",
+        layout=replace(base.layout, views=(), grids=(), chunk=8),
+        data=replace(base.data, stores=("out/my/store",)),
+        train=replace(base.train, steps=3_000, batch_size=32),
+    )
+
+
 def dagger(rounds: int) -> Config:
     """`tabletop`, trained on with the expert's labels on the states that its versions visited (DAgger).
 
@@ -262,6 +279,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop_world": tabletop_world,
     "tabletop_pilot": tabletop_pilot,
     "debug": debug,
+    "finetune": finetune,
     "libero_object_spatial_long": libero_object_spatial_long,
     "libero_object_spatial_drawer": libero_object_spatial_drawer,
 }

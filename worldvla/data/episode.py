@@ -301,7 +301,8 @@ def demonstration_files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(
-                f"no {path}: expected an HDF5 file or a directory of them; `worldvla collect` makes one"
+                f"no {path}: expected an HDF5 file or a directory of them (`worldvla collect` makes one), or "
+                "a data set on the hub as ORG/NAME@REVISION"
             )
         inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and _is_shown(p, path))
         if path.is_dir() and not inside:

@@ -128,6 +128,7 @@ class Loader:
         seed: int,
     ) -> None:
         self.builder, self.data, self.batch_size, self.seed = builder, data, batch_size, seed
+        self.stores = stores
         check_stores(stores, builder.layout, builder.vocab)
         targets = [policy_targets(store, builder.layout.chunk, data.pad_chunks) for store in stores]
         self.frames = FrameTable.of(stores, builder, data.scene_prefix, [chunks for chunks, _ in targets])

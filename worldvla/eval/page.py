@@ -13,14 +13,20 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from worldvla.data.episode import Episode
 from worldvla.eval.tokens import read_example
 from worldvla.files import read_json, write_text
 from worldvla.sim.suites import suite
+from worldvla.video import film_strip
 
 TEMPLATES = Path(__file__).parents[1] / "assets/report"
 INK, QUIET, LINE, BLUE, ORANGE = "#1f2328", "#6b7280", "#e5e7eb", "#2f6fde", "#e8833a"
 MAX_VIDEOS = 12
 """Rollout videos of one suite on a page: the first initial states, tasks in turn."""
+STRIP, STRIP_ROWS = 8, 128
+"""Frames of a film strip, and their pixel rows at most."""
+Strip = tuple[str, str, str]
+"""Name of an episode, caption, URL of its picture."""
 ACTION_DIMS = ("x", "y", "z", "turn x", "turn y", "turn z", "grip")
 WORLDS = {
     "tabletop": "The world here is a small tabletop simulated by MuJoCo: a gripper above coloured objects.",
@@ -76,6 +82,32 @@ def write_page(
     return path
 
 
+def write_inspection(path: Path, title: str, lines: Sequence[str], strips: Sequence[Strip]) -> Path:
+    """Write the page of a data set: what `worldvla inspect` prints, and a film strip of each episode."""
+    write_text(path, render("inspect.html", title=title, lines=lines, strips=strips))
+    return path
+
+
+def strip(name: str, episode: Episode) -> Strip:
+    """Return name, caption and film strip of an episode: some frames from first to last, a row a view."""
+    chosen = np.linspace(0, len(episode) - 1, min(STRIP, len(episode))).round().astype(int)
+    film = {view: np.stack([_small(image) for image in a[chosen]]) for view, a in episode.images.items()}
+    frames = ", ".join(map(str, chosen))
+    picture = film_strip([film], every=1)
+    return name, f"{episode.instruction} ({len(episode)} steps; frames {frames})", _picture(picture, "jpeg")
+
+
+def _small(image: np.ndarray) -> np.ndarray:
+    """Return an image of at most STRIP_ROWS rows."""
+    from PIL import Image
+
+    rows, cols = image.shape[:2]
+    if rows <= STRIP_ROWS:
+        return image
+    size = (max(1, round(cols * STRIP_ROWS / rows)), STRIP_ROWS)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+
+
 def render(template: str, **values: Any) -> str:
     """Return a template of TEMPLATES, filled in; in HTML texts are escaped."""
     environment = jinja2.Environment(
@@ -97,11 +129,15 @@ def data_url(data: bytes | Path, kind: str) -> str:
 
 def png(image: np.ndarray) -> str:
     """Return uint8 (Y, X, 3) as the URL of a PNG of the same size; the page enlarges it without smoothing."""
+    return _picture(image, "png")
+
+
+def _picture(image: np.ndarray, form: str) -> str:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="png", optimize=True)
-    return data_url(buffer.getvalue(), "image/png")
+    Image.fromarray(image).save(buffer, format=form, optimize=True)
+    return data_url(buffer.getvalue(), f"image/{form}")
 
 
 def _read(directory: Path) -> dict[str, Any]:

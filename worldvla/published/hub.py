@@ -1,4 +1,4 @@
-"""What a user calls a model -> its folder: a shipped one, a path, or a repository of the Hugging Face hub."""
+"""What a user calls a model or a data set -> its folder: a shipped one, a path, a repository on the hub."""
 
 import re
 import warnings
@@ -25,13 +25,42 @@ def locate(name: Path | str) -> Path:
         return _fetch(text[marked.end() :])
     if (path := Path(text)).exists():
         return path
-    first = text.split("/")[0]
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) and first not in LOCAL and not Path(first).exists():
+    if _is_id(text):
         return _fetch(text)
     raise FileNotFoundError(
         f"no folder {text} (read as a path from {Path.cwd()}): expected a folder, ORG/NAME or "
         f"hf://ORG/NAME/FOLDER on the hub, or a shipped model ({', '.join(shipped)})"
     )
+
+
+def _is_id(text: str) -> bool:
+    first = text.split("/")[0]
+    return (
+        bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text)) and first not in LOCAL and not Path(first).exists()
+    )
+
+
+def fetch_data(name: Path | str) -> Path:
+    """Return the folder of a data set: a path as it is, or the download of `ORG/NAME@REVISION` on the hub.
+
+    A download's folder is named by its commit.
+    """
+    repo, at, revision = str(name).partition("@")
+    if not at or Path(name).exists() or not _is_id(repo):
+        return Path(name)
+    if not revision:
+        raise ValueError(f"{name} has no revision: name a tag, branch or commit, such as {repo}@v3.0")
+    from huggingface_hub import snapshot_download
+
+    folders = ["meta/*", "data/*", "videos/*", "images/*"]
+    try:
+        return Path(snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=folders))
+    except Exception as error:  # of a dozen classes: network, permissions, names
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"no folder {name}; read as a data set on the hub, which does not give {repo} at revision "
+            f"{revision} ({reason}): check name, revision and network, or pass a folder"
+        ) from error
 
 
 def _fetch(name: str) -> Path:

@@ -125,6 +125,7 @@ def serve_checkpoint(
     policy = BatchedPolicy(model, head)
     metadata = {
         **{key: value for key, value in model.identity().items() if key != "path"},
+        **({"features": model.manifest["features"]} if "features" in model.manifest else {}),
         "quantize": quantize,
         "chunk": layout.chunk,
         "history": layout.history,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,12 @@ class Pieces:
     base: str = ""
     """Of low-rank updates: digest of the weights that they belong to."""
 
+    def features(self) -> dict[str, Any]:
+        """Return what the numbers and pictures of a checkpoint are on the robot, as its first store tells."""
+        names = ("fps", "action_names", "state_names", "delta", "cameras", "revision")
+        source = self.loader.stores[0].manifest["source"]
+        return {name: source[name] for name in names if name in source}
+
     def digests(self) -> dict[str, str]:
         """Return what a checkpoint's ids and numbers mean, as short hashes; equal digests, equal meaning."""
         base = {"base": self.base} if self.base else {}
@@ -48,12 +55,44 @@ class Pieces:
         }
 
 
+def fit(config: Config) -> Config:
+    """Return the config with what a layout without views leaves open as its stores have it: cameras, grids,
+    numbers of action and state dims, and a sequence length that every sample fits in."""
+    if config.layout.views:
+        return config
+    if not config.data.stores:
+        raise ValueError("a layout without views is that of the stores: name them by data.stores")
+    found = {}
+    for path in config.data.stores:
+        manifest = TokenStore.open(Path(path)).manifest
+        found[path] = (
+            manifest["action_dims"],
+            manifest["state_dims"],
+            tuple((view, tuple(grid)) for view, grid in manifest["grids"].items()),
+        )
+    if len(set(found.values())) > 1:
+        raise ValueError(
+            f"data.stores differ in action dims, state dims or grids: {found}; train on one kind"
+        )
+    action_dims, state_dims, grids = next(iter(found.values()))
+    layout = replace(
+        config.layout,
+        views=tuple(view for view, _ in grids),
+        grids=tuple(grid for _, grid in grids),
+        num_action_dims=action_dims,
+        num_state_dims=state_dims,
+    )
+    length = max(config.data.sequence_length, layout.longest)
+    return replace(config, layout=layout, data=replace(config.data, sequence_length=length))
+
+
 def build(config: Config) -> Pieces:
     """Open the stores and make the rest from them; the same config and stores give the same pieces.
 
     With train.init_from, text tokenizer and statistics are those of that checkpoint: the ids whose embeddings
     it brings keep their meaning (published code let two normalisations share the same action ids).
     """
+    config = fit(config)
     lora, source = config.lora, Path(config.train.init_from)
     if lora.rank and not config.train.init_from:
         raise ValueError("lora.rank updates a checkpoint that is there: name it by train.init_from")

@@ -72,6 +72,8 @@ def save(
             pieces.image.save(scratch / "image_tokenizer")
             write_json(scratch / "trainer.json", dict(trainer))
             manifest = {**pieces.digests(), **provenance(), "step": trainer["step"]}
+            if features := pieces.features():
+                manifest["features"] = features
             if pieces.base:  # where the weights are that low-rank updates belong to, seen from here
                 manifest["base_path"] = os.path.relpath(
                     Path(pieces.config.train.init_from).resolve(), path.resolve()

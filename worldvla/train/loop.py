@@ -31,7 +31,7 @@ from worldvla.model.lora import stored
 from worldvla.model.mask import additive_mask, dense_mask
 from worldvla.model.transformer import previous_ids
 from worldvla.train import checkpoint, parallel
-from worldvla.train.build import Pieces, action_scale, build, build_model
+from worldvla.train.build import Pieces, action_scale, build, build_model, fit
 from worldvla.train.corruption import corrupted
 from worldvla.train.loss import Loss, Targets
 from worldvla.train.metrics import KINDS, Forward, Recorder, validate
@@ -70,6 +70,7 @@ def train(config: Config, run_dir: Path | str, overfit: bool = False) -> Outcome
     `overfit`: every step sees batch 0 and nothing else; a sound model takes its loss to nearly zero.
     """
     run_dir = Path(run_dir)
+    config = fit(config)
     is_writer = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     with only_writer(run_dir) if is_writer else nullcontext():
         checkpoint.check_config(run_dir, config)

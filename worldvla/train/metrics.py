@@ -134,8 +134,8 @@ def validate(
             parts.setdefault(name, []).append(values.float().flatten())
     means = {name: float(torch.cat(values).mean()) for name, values in parts.items() if sum(map(len, values))}
     for head in ("", "head_"):
-        if f"{head}first_x_l1" in means:
-            means[f"{head}first_xyz_l1"] = sum(means[f"{head}first_{axis}_l1"] for axis in "xyz") / 3
+        if first := [means[name] for axis in "xyz" if (name := f"{head}first_{axis}_l1") in means]:
+            means[f"{head}first_xyz_l1"] = sum(first) / len(first)
     return {"loss": sum(totals) / max(1, len(totals)), **means}
 
 
@@ -169,7 +169,8 @@ def greedy(
 
 def motion_errors(guess_BUA: Tensor, truth_BUA: Tensor) -> dict[str, Tensor]:
     """Return how far off the first action, the whole chunk's motion and the gripper's sign are."""
-    out = {f"first_{axis}_l1": (guess_BUA - truth_BUA)[:, 0, dim].abs() for dim, axis in enumerate("xyz")}
+    axes = enumerate("xyz"[: guess_BUA.shape[-1]])  # a robot may have fewer dims
+    out = {f"first_{axis}_l1": (guess_BUA - truth_BUA)[:, 0, dim].abs() for dim, axis in axes}
     out["end_xyz_l1"] = (guess_BUA[..., :3].sum(1) - truth_BUA[..., :3].sum(1)).abs()
     out["gripper_accuracy"] = guess_BUA[..., -1].sign() == truth_BUA[..., -1].sign()
     return out

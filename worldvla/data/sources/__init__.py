@@ -1,28 +1,47 @@
 """Data sets that others made: what a path holds decides how it is read."""
 
 from pathlib import Path
-from typing import Literal
 
 from worldvla.data.sources.source import Names, Source
 from worldvla.files import Damaged, one_line
+from worldvla.published.hub import fetch_data
 
 
-def kind_of(path: Path) -> Literal["lerobot", "hdf5"]:
-    """Return what a path holds: a folder with meta/info.json is LeRobot's, anything else HDF5 files."""
-    return "lerobot" if (path / "meta/info.json").is_file() else "hdf5"
+def kind_of(path: Path) -> str:
+    """Return lerobot, rlds or hdf5, by what a folder, or a download of ORG/NAME@REVISION, holds."""
+    path = fetch_data(path)
+    return "lerobot" if (path / "meta/info.json").is_file() else "rlds" if _versions(path) else "hdf5"
 
 
 def open_source(path: Path, names: Names | None = None) -> Source:
-    """Open a data set; `names` maps its features to views, actions and states."""
-    path, names = Path(path), names or Names()
-    if kind_of(path) == "lerobot":
-        from worldvla.data.sources.lerobot import open_lerobot
+    """Open a data set, a download of it where `path` is ORG/NAME@REVISION on the hub; `names` maps its
+    features to views, actions and states."""
+    path, names = fetch_data(path), names or Names()
+    kind = kind_of(path)
+    if kind == "hdf5":
+        from worldvla.data.sources.hdf5 import open_hdf5
 
-        try:
+        return open_hdf5(path, names)
+    try:
+        if kind == "lerobot":
+            from worldvla.data.sources.lerobot import open_lerobot
+
             return open_lerobot(path, names)
-        except (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as error:
-            reason = one_line(f"{type(error).__name__}: {error}")
-            raise Damaged(f"{path}/meta is no LeRobotDataset ({reason}): download it again") from None
-    from worldvla.data.sources.hdf5 import open_hdf5
+        from worldvla.data.sources.rlds import open_rlds
 
-    return open_hdf5(path, names)
+        versions = _versions(path)
+        if len(versions) > 1:
+            raise ValueError(
+                f"{path} holds {len(versions)} data sets, name one: {', '.join(map(str, versions))}"
+            )
+        return open_rlds(versions[0], names)
+    except (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        what = f"{path}/meta is no LeRobotDataset" if kind == "lerobot" else f"{path} is no RLDS data set"
+        raise Damaged(f"{what} ({reason}): download it again") from None
+
+
+def _versions(path: Path) -> list[Path]:
+    """Return the RLDS data sets in a folder: itself, or what its name and version lead to."""
+    patterns = ("features.json", "*/features.json", "*/*/features.json")
+    return sorted(file.parent for pattern in patterns for file in path.glob(pattern))

@@ -11,9 +11,9 @@ from worldvla.data.episode import (
     read_demos,
     read_episodes,
 )
-from worldvla.data.sources.source import Camera, Names, Source
+from worldvla.data.sources.source import Camera, Names, Source, Vector
+from worldvla.sim.protocol import FPS
 from worldvla.sim.suites import SUITES
-from worldvla.video import FPS
 
 ACTION_NAMES = ("x", "y", "z", "x rotation", "y rotation", "z rotation", "gripper")
 STATE_NAMES = (*ACTION_NAMES[:6], "finger 1", "finger 2")
@@ -22,7 +22,9 @@ STATE_NAMES = (*ACTION_NAMES[:6], "finger 1", "finger 2")
 def open_hdf5(path: Path, names: Names) -> Source:
     """Open a file or the files of a folder; the first demonstration tells suite and cameras."""
     if names != Names():
-        raise ValueError(f"{path}: names are fixed in LIBERO's layout: leave --camera, --action, --state out")
+        raise ValueError(
+            f"{path}: names are fixed in LIBERO's HDF5 files: leave --camera, --action, --state, --delta out"
+        )
     files = demonstration_files([path])
     first = next(read_episodes(files[0]))
     return Source(
@@ -31,11 +33,8 @@ def open_hdf5(path: Path, names: Names) -> Source:
         num_episodes=sum(map(count_episodes, files)),
         fps=FPS[SUITES[first.suite].simulator] if first.suite in SUITES else None,
         cameras={v: Camera(VIEW_KEYS[v], *a.shape[1:3]) for v, a in first.images.items()},
-        action="actions",
-        state="robot_states",
-        action_names=ACTION_NAMES,
-        state_names=STATE_NAMES,
-        revision="",
+        action=Vector(("actions",), ACTION_NAMES),
+        state=Vector(("robot_states",), STATE_NAMES),
         guesses=(),
         files=tuple(files),
         attempts=lambda images: _attempts(files, images),

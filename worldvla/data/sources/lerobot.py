@@ -21,9 +21,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from worldvla.data.episode import Episode
-from worldvla.data.sources.source import Camera, Names, Source, choose, choose_cameras, dim_names
+from worldvla.data.sources.source import Names, Plan, Source, dim_names
 from worldvla.files import read_json, reading
 
+DEFAULTS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+"""Features that every data set has beside its own."""
 COMPUTE: Any = pc
 """Its functions are made at run time: no stubs name them."""
 TOLERANCE = 1e-4
@@ -82,38 +84,36 @@ def open_lerobot(path: Path, names: Names) -> Source:
     fps, features = info.get("fps"), info.get("features")
     if not isinstance(fps, (int, float)) or fps <= 0 or not isinstance(features, dict):
         raise ValueError(f"{path}/meta/info.json: expected fps above 0 and features, got fps {fps!r}")
-    pictures = {n: f for n, f in features.items() if f["dtype"] in ("video", "image")}
-    numbers = [
-        n for n, f in features.items() if f["dtype"].startswith(("float", "int")) and len(f["shape"]) == 1
-    ]
-    views, guesses = choose_cameras([n for n, f in pictures.items() if _size(f)[2] == 3], names.cameras)
-    action, guess = choose(numbers, names.action, "action", "action")
-    state, other = choose(numbers, names.state, "observation.state", "state")
+    pictures = {n: _size(f) for n, f in features.items() if f["dtype"] in ("video", "image")}
+    pictures = {name: size[:2] for name, size in pictures.items() if size[2] == 3}
+    numbers = {
+        n: dim_names(f.get("names"), f["shape"][0])
+        for n, f in features.items()
+        if f["dtype"].startswith(("float", "int")) and len(f["shape"]) == 1 and n not in DEFAULTS
+    }
+    folder, revision = path.resolve(), ""
+    if folder.parent.name == "snapshots":  # the hub's cache: datasets--ORG--NAME/snapshots/COMMIT
+        folder, revision = Path(folder.parents[1].name.replace("--", "/")), folder.name
+    plan = Plan.of(folder.name, names, pictures, numbers, ("action", "observation.state"))
+    views = [camera.feature for camera in plan.cameras.values()]
     if version.startswith("v3."):
-        rows, tasks = _rows_v3(path, info, list(views.values()))
+        rows, tasks = _rows_v3(path, info, views)
     elif version.startswith("v2."):
-        rows, tasks = _rows_v2(path, info, list(views.values()))
+        rows, tasks = _rows_v2(path, info, views)
     else:
         raise ValueError(
             f"{path} is LeRobotDataset {version}, v3.0 and v2.x are read: convert it with lerobot"
         )
     _check_counts(path, info, rows)
-    cameras = {view: Camera(name, *_size(features[name])[:2]) for view, name in views.items()}
-    reader = _Reader(path, float(fps), features, cameras, action, state, rows, tasks)
+    reader = _Reader(path, float(fps), features, plan, rows, tasks)
     files = dict.fromkeys([path / "meta/info.json", *(row.data for row in rows)])
     files |= dict.fromkeys(video.path for row in rows for video in row.videos.values())
-    return Source(
+    return plan.source(
         path=path,
         kind=f"LeRobotDataset {version}",
         num_episodes=len(rows),
         fps=float(fps),
-        cameras=cameras,
-        action=action,
-        state=state,
-        action_names=dim_names(features[action].get("names"), features[action]["shape"][0]),
-        state_names=dim_names(features[state].get("names"), features[state]["shape"][0]),
-        revision=path.resolve().name if path.resolve().parent.name == "snapshots" else "",
-        guesses=(*guesses, *guess, *other),
+        revision=revision,
         files=tuple(files),
         attempts=reader.attempts,
     )
@@ -199,9 +199,7 @@ class _Reader:
     path: Path
     fps: float
     features: dict[str, Any]
-    cameras: dict[str, Camera]
-    action: str
-    state: str
+    plan: Plan
     rows: list[Row]
     tasks: dict[int, str]
     table: Table | None = None
@@ -216,30 +214,18 @@ class _Reader:
                 yield name, ValueError(f"{self.path}: {name}: {error}")
 
     def _episode(self, row: Row, images: bool) -> Episode:
-        names = [self.action, self.state, "timestamp", "frame_index", "episode_index", "task_index"]
+        names = [*self.plan.features, "timestamp", "frame_index", "episode_index", "task_index"]
         if self.table is None or self.table.path != row.data:
             self.table = Table.read(row.data, names)
         frames = self.table.columns.take(np.flatnonzero(self.table.episodes == row.index))
         if len(frames) != row.length:
             raise ValueError(f"{row.data} holds {len(frames)} frames, meta/ says {row.length}")
-        if row.length < 2:
-            raise ValueError("it has one step (frame 0): an action's effect is not seen, remove the episode")
         times = frames.column("timestamp").to_numpy().astype(np.float64)
         self._check_times(times, frames.column("frame_index").to_numpy())
-        actions, states = (self._vectors(frames, name) for name in (self.action, self.state))
+        columns = {name: self._vectors(frames, name) for name in self.plan.features}
         instruction = self._instruction(frames.column("task_index").to_numpy())
-        return Episode(
-            instruction=instruction,
-            suite=self.path.resolve().name,
-            task="_".join(instruction.lower().split()),
-            actions=actions,
-            states=states,
-            images={v: self._pictures(row, v, times) for v in self.cameras} if images else {},
-            sim_states=np.zeros((row.length, 0)),
-            is_expert=np.ones(row.length, dtype=np.bool_),
-            init=-1,
-            seed=-1,
-        )
+        pictures = (lambda view: self._pictures(row, view, times)) if images else None
+        return self.plan.episode(columns, instruction, pictures)
 
     def _instruction(self, tasks: np.ndarray) -> str:
         if len(changes := np.flatnonzero(np.diff(tasks))):
@@ -259,8 +245,6 @@ class _Reader:
         values = column.to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(frames), -1)
         if values.shape[1] != size:
             raise ValueError(f"frame 0: {name} has {values.shape[1]} numbers, expected {size}")
-        for frame in np.flatnonzero(~np.isfinite(values).all(1)):
-            raise ValueError(f"frame {frame}: {name} is not finite")
         return values
 
     def _check_times(self, times: np.ndarray, numbers: np.ndarray) -> None:
@@ -280,22 +264,12 @@ class _Reader:
             )
 
     def _pictures(self, row: Row, view: str, times: np.ndarray) -> np.ndarray:
-        camera = self.cameras[view]
-        size = (camera.rows, camera.cols, 3)
-        if camera.feature in row.videos:
-            frames = decode(row.videos[camera.feature], times, self.fps)
+        name = self.plan.cameras[view].feature
+        if name in row.videos:
+            frames = decode(row.videos[name], times, self.fps)
         else:
-            frames = self._stills(row, camera.feature)
-        pictures = np.empty((len(times), *size), dtype=np.uint8)
-        count = 0
-        for picture in frames:
-            if picture.shape != size:
-                raise ValueError(f"frame {count}: {view} is {picture.shape}, meta/info.json declares {size}")
-            pictures[count] = picture
-            count += 1
-        if count < len(times):
-            raise ValueError(f"frame {count}: {view} has {count} frames, expected {len(times)}")
-        return pictures
+            frames = self._stills(row, name)
+        return self.plan.frames(view, frames, len(times))
 
     def _stills(self, row: Row, name: str) -> Iterator[np.ndarray]:
         """Yield the pictures that lie in the parquet file or, where only their path does, beside it."""

@@ -1,11 +1,14 @@
 """Source: the episodes of a data set of any format, one in memory at a time, and what the set says of itself."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from worldvla.data.episode import Episode
+from worldvla.serve.image import resize_with_pad
 
 WRIST = ("wrist", "hand", "gripper")
 """What the name of a camera that moves with the hand contains."""
@@ -17,17 +20,36 @@ class Names:
 
     cameras: Mapping[str, str] = field(default_factory=dict)
     """View -> feature."""
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """View -> rows, columns in pixels that its frames are resized to, as `worldvla serve --resize` does it."""
     action: str = ""
+    """A feature, or several with commas between."""
     state: str = ""
+    delta: bool = False
+    """Actions are targets: make each the difference to the state at its step."""
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A view as the data set holds it, size in pixels."""
+    """A view, size in pixels."""
 
     feature: str
     rows: int
     cols: int
+    stored: tuple[int, int] = (0, 0)
+    """Rows and columns in the data set, where frames are resized."""
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Actions or states: the numbers of one feature of the data set, or of several, one after another."""
+
+    features: tuple[str, ...]
+    names: tuple[str, ...]
+    """Of each number."""
+
+    def __str__(self) -> str:
+        return ",".join(self.features)
 
 
 @dataclass(frozen=True)
@@ -41,19 +63,18 @@ class Source:
     fps: float | None
     """Steps a second; None: the data set does not say."""
     cameras: dict[str, Camera]
-    action: str
-    """The feature that actions are read from."""
-    state: str
-    action_names: tuple[str, ...]
-    state_names: tuple[str, ...]
-    revision: str
-    """Commit of a download from the hub, otherwise empty."""
+    action: Vector
+    state: Vector
     guesses: tuple[str, ...]
     """What was not asked for by name but chosen, as the options that would ask for it."""
     files: tuple[Path, ...]
     """What the data are read from."""
     attempts: Callable[[bool], Iterator[tuple[str, Episode | ValueError]]]
     """Read, with images or without, episode after episode: its name, and itself or what is wrong with it."""
+    delta: tuple[str, ...] = ()
+    """Names of the action dims that are differences to the state at their step, where the files hold targets."""
+    revision: str = ""
+    """Commit of a download from the hub, otherwise empty."""
 
     def episodes(self, images: bool = True) -> Iterator[Episode]:
         """Yield the episodes; the first broken one raises ValueError, which names it and the frame."""
@@ -68,29 +89,141 @@ class Source:
 
     def facts(self) -> dict[str, Any]:
         """Return what a store's manifest tells of the data."""
-        names = ("kind", "fps", "action", "state", "action_names", "state_names", "revision", "guesses")
-        facts = {name: getattr(self, name) for name in names}
+        facts: dict[str, Any] = {name: getattr(self, name) for name in ("kind", "fps", "revision")}
+        facts |= {"action": str(self.action), "state": str(self.state)}
+        facts |= {"action_names": list(self.action.names), "state_names": list(self.state.names)}
+        facts |= {"delta": list(self.delta), "guesses": list(self.guesses)}
         cameras = {view: asdict(camera) for view, camera in self.cameras.items()}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()} | {"cameras": cameras}
+        return facts | {"cameras": {v: c | {"stored": list(c["stored"])} for v, c in cameras.items()}}
 
 
-def choose(features: Sequence[str], asked: str, usual: str, what: str) -> tuple[str, list[str]]:
-    """Return the feature for `what` (action, state) and, where it has another name than usual, the guess."""
-    if asked:
-        if asked not in features:
-            raise ValueError(f"no feature {asked!r} for --{what}: the data set has {', '.join(features)}")
-        return asked, []
-    if usual in features:
-        return usual, []
-    near = [name for name in features if name.split(".")[-1].split("/")[-1] == what]
-    if len(near) != 1:
-        raise ValueError(
-            f"no feature {usual!r}: choose one of {', '.join(features) or 'none'} with --{what} NAME"
+@dataclass(frozen=True)
+class Plan:
+    """How the features of a data set of other people's become Episodes."""
+
+    suite: str
+    cameras: dict[str, Camera]
+    action: Vector
+    state: Vector
+    delta: dict[int, int]
+    """Action dim -> state dim that is subtracted from it."""
+    guesses: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        suite: str,
+        names: Names,
+        pictures: Mapping[str, tuple[int, int]],
+        numbers: Mapping[str, tuple[str, ...]],
+        usual: tuple[str, str],
+    ) -> "Plan":
+        """Choose among `pictures` (feature -> rows, columns) and `numbers` (feature -> names of its numbers).
+
+        `usual`: the features that actions and states are read from where nothing else is asked for.
+        """
+        views, guesses = _choose_cameras(list(pictures), names.cameras)
+        action, guess = _choose(numbers, names.action, usual[0], "action")
+        state, other = _choose(numbers, names.state, usual[1], "state")
+        guesses += guess + other
+        delta = _delta_dims(action, state) if names.delta else {}
+        if names.delta:
+            guesses.append("--delta: the state is subtracted from " + ", ".join(action.names[i] for i in delta))
+        if unknown := sorted(set(names.sizes) - set(views)):
+            raise ValueError(f"no view {unknown[0]!r} to resize: the views are {', '.join(views)}")
+        cameras = {v: Camera(n, *pictures[n]) for v, n in views.items()}
+        cameras |= {v: Camera(views[v], *size, pictures[views[v]]) for v, size in names.sizes.items()}
+        return cls(suite, cameras, action, state, delta, tuple(guesses))
+
+    @property
+    def features(self) -> list[str]:
+        """The numeric features that are read."""
+        return [*self.action.features, *self.state.features]
+
+    def episode(
+        self,
+        columns: Mapping[str, np.ndarray],
+        instruction: str,
+        pictures: Callable[[str], np.ndarray] | None,
+    ) -> Episode:
+        """Return an Episode of `columns`, feature -> float32 (T, n); what is wrong raises ValueError.
+
+        `pictures` returns the frames of a view, uint8 (T, Y, X, 3); it is asked last, since it costs most.
+        """
+        for name in self.features:
+            for frame in np.flatnonzero(~np.isfinite(columns[name]).all(1)):
+                raise ValueError(f"frame {frame}: {name} is not finite")
+        actions, states = (
+            np.concatenate([columns[name] for name in v.features], 1) for v in (self.action, self.state)
         )
-    return near[0], [f"--{what} {near[0]}"]
+        if len(actions) < 2:
+            raise ValueError("it has one step (frame 0): an action's effect is not seen, remove the episode")
+        dims = list(self.delta)
+        actions[:, dims] -= states[:, [self.delta[i] for i in dims]]
+        return Episode(
+            instruction=instruction,
+            suite=self.suite,
+            task="_".join(instruction.lower().split()),
+            actions=actions,
+            states=states,
+            images={view: pictures(view) for view in self.cameras} if pictures else {},
+            sim_states=np.zeros((len(actions), 0)),
+            is_expert=np.ones(len(actions), dtype=np.bool_),
+            init=-1,
+            seed=-1,
+        )
+
+    def frames(self, view: str, pictures: Iterable[np.ndarray], length: int) -> np.ndarray:
+        """Return the `length` frames of a view, uint8 (T, Y, X, 3), from decoded ones; another count or size
+        raises ValueError."""
+        camera, count = self.cameras[view], 0
+        rows, cols = camera.stored if any(camera.stored) else (camera.rows, camera.cols)
+        frames = np.empty((length, camera.rows, camera.cols, 3), dtype=np.uint8)
+        for picture in pictures:
+            if count == length:
+                raise ValueError(f"frame {count}: {view} has more frames than the {length} steps")
+            if picture.shape != (rows, cols, 3):
+                raise ValueError(
+                    f"frame {count}: {view} is {picture.shape}, the data set declares {(rows, cols, 3)}"
+                )
+            frames[count] = resize_with_pad(picture, camera.rows, camera.cols)
+            count += 1
+        if count < length:
+            raise ValueError(f"frame {count}: {view} has {count} frames, expected {length}")
+        return frames
+
+    def source(self, **facts: Any) -> Source:
+        """Return the opened data set; `facts` are the other fields of Source."""
+        delta = tuple(self.action.names[i] for i in self.delta)
+        parts = {name: getattr(self, name) for name in ("cameras", "action", "state", "guesses")}
+        return Source(**facts, **parts, delta=delta)
 
 
-def choose_cameras(features: Sequence[str], asked: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+def _choose(
+    numbers: Mapping[str, tuple[str, ...]], asked: str, usual: str, what: str
+) -> tuple[Vector, list[str]]:
+    """Return the numbers for `what` (action, state) and, where they are other features than usual, the guess."""
+    if missing := [name for name in asked.split(",") if asked and name not in numbers]:
+        raise ValueError(f"no feature {missing[0]!r} for --{what}: the data set has {', '.join(numbers)}")
+    chosen, guess = asked or usual, []
+    if any(name not in numbers for name in chosen.split(",")):
+        near = [name for name in numbers if name.split(".")[-1].split("/")[-1] == what]
+        if len(near) != 1:
+            raise ValueError(
+                f"no feature {usual!r}: choose one of {', '.join(numbers) or 'none'} with --{what} NAME"
+            )
+        chosen = near[0]
+    if not asked and chosen not in (what, f"observation.{what}", f"observation/{what}"):
+        guess = [f"--{what} {chosen}"]
+    features = tuple(chosen.split(","))
+    if len(features) == 1:
+        return Vector(features, numbers[chosen]), guess
+    words = {name: name.replace("/", ".").split(".")[-1] for name in features}
+    names = [f"{words[f]} {n}" if len(numbers[f]) > 1 else words[f] for f in features for n in numbers[f]]
+    return Vector(features, tuple(names)), guess
+
+
+def _choose_cameras(features: Sequence[str], asked: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """Return view -> feature and the guesses among them.
 
     Without a wish the first camera that is not on the hand is our `agentview`, the first that is on it our
@@ -108,6 +241,23 @@ def choose_cameras(features: Sequence[str], asked: Mapping[str, str]) -> tuple[d
         view = "wrist" if any(part in word for part in WRIST) else "agentview"
         views[word if view in views else view] = name
     return views, ["--camera " + " ".join(f"{view}={name}" for view, name in views.items())]
+
+
+def _delta_dims(action: Vector, state: Vector) -> dict[int, int]:
+    """Return action dim -> state dim of the same name, or at the same place where the two share no name.
+
+    Grippers stay as they are: their command is no motion.
+    """
+    shared = {name: i for i, name in enumerate(state.names)} if set(action.names) & set(state.names) else {}
+    places = shared or {name: i for i, name in enumerate(action.names[: len(state.names)])}
+    pairs = {
+        i: places[name] for i, name in enumerate(action.names) if name in places and "grip" not in name.lower()
+    }
+    if not pairs:
+        raise ValueError(
+            f"--delta: no action dim ({', '.join(action.names)}) is a state ({', '.join(state.names)}): leave it out"
+        )
+    return pairs
 
 
 def dim_names(names: Any, size: int) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What a data set holds, in lines of text: sizes, ranges, idle steps, and what does not look like our actions."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -14,12 +14,13 @@ STILL = 1e-3
 """Share of a dim's range that it may move in an idle step."""
 
 
-def summary(source: Source) -> Iterator[str]:
-    """Read every episode, pictures included, and yield the lines."""
+def summary(source: Source, on_episode: Callable[[str, Episode], None] = lambda *_: None) -> Iterator[str]:
+    """Read every episode, pictures included, hand it to `on_episode` with its name, and yield the lines."""
     episodes: list[Episode] = []
     faults: list[str] = []
-    for _, episode in source.attempts(True):
+    for name, episode in source.attempts(True):
         if isinstance(episode, Episode):
+            on_episode(name, episode)
             episode.images.clear()
             episodes.append(episode)
         else:
@@ -28,13 +29,15 @@ def summary(source: Source) -> Iterator[str]:
     yield f"{source.kind}: {source.num_episodes} episodes, {steps} steps, {source.fps or 'unknown'} steps a second"
     for view, camera in source.cameras.items():
         yield f"camera {view} = {camera.feature}, {camera.rows} x {camera.cols} pixels"
+        if any(camera.stored):
+            yield f"  resized from {camera.stored[0]} x {camera.stored[1]}"
     if episodes:
         actions, states = ([getattr(e, name) for e in episodes] for name in ("actions", "states"))
-        yield from _ranges(f"action = {source.action}", source.action_names, np.concatenate(actions))
-        yield from _ranges(f"state = {source.state}", source.state_names, np.concatenate(states))
+        yield from _ranges(f"action = {source.action}", source.action.names, np.concatenate(actions))
+        yield from _ranges(f"state = {source.state}", source.state.names, np.concatenate(states))
         yield f"idle: {_idle(states):.1%} of the steps move no state by {STILL:.1%} of its range"
         for dim in _absolute(actions, states):
-            yield f"action {source.action_names[dim]} follows the state of the next step: absolute, no motion?"
+            yield f"action {source.action.names[dim]} follows the state of the next step: absolute? --delta makes it a motion"
         hand = np.concatenate(actions)[:, -1]
         yield f"gripper, if it is the last action: {hand.min():.3g} to {hand.max():.3g}; LIBERO: -1 open, 1 closed"
     for text, count in Counter(e.instruction for e in episodes).items():

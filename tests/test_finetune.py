@@ -1,0 +1,151 @@
+"""A robot of 14 dims and three cameras of different sizes: the recipe `finetune` trains on its LeRobot data,
+and the policy answers a client of its server.
+
+Run: pytest tests/test_finetune.py
+"""
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from token_stubs import PixelSums
+
+from worldvla.cli import main
+from worldvla.config import ImageTokenizerConfig
+from worldvla.data.episode import Episode
+from worldvla.data.export import export_lerobot
+from worldvla.data.sources.source import Camera, Source, Vector
+from worldvla.data.store import write_store
+from worldvla.infer.model import load
+from worldvla.infer.policy import Policy
+from worldvla.recipes import finetune
+from worldvla.serve.client import Client
+from worldvla.serve.server import serve_checkpoint
+from worldvla.tokenizers.image import ImageTokenizer
+from worldvla.train.build import build, fit
+
+SIZES = {"agentview": (32, 48), "left_wrist": (16, 16), "right_wrist": (24, 16)}
+SHAPE = ImageTokenizerConfig(
+    channels=4, channel_mult=(1, 2), patch=4, num_res_blocks=1, z_channels=4, embed_dim=4, num_codes=16
+)
+JOINTS = tuple(f"{side}_{i}" for side in ("left", "right") for i in range(6)) + ("left_grip", "right_grip")
+
+
+def episode(seed: int, length: int = 24) -> Episode:
+    """A light whose brightness is what every joint should do."""
+    rng = np.random.default_rng(seed)
+    light = np.repeat(rng.permutation(np.linspace(0, 1, length // 3)), 3)[:, None]
+    pictures = {
+        view: (255 * light[:, :, None, None] * np.ones((1, *size, 3))).astype(np.uint8)
+        for view, size in SIZES.items()
+    }
+    return Episode(
+        instruction="fold the towel",
+        suite="home",
+        task="fold",
+        actions=(light * np.linspace(-1, 1, 14)).astype(np.float32),
+        states=rng.normal(size=(length, 14)).astype(np.float32),
+        images=pictures,
+        sim_states=np.zeros((length, 0)),
+        is_expert=np.ones(length, dtype=np.bool_),
+        init=-1,
+        seed=-1,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("robot")
+    vector = Vector(("action",), JOINTS)
+    source = Source(
+        path=root,
+        kind="made here",
+        num_episodes=6,
+        fps=30.0,
+        cameras={view: Camera(view, *size) for view, size in SIZES.items()},
+        action=vector,
+        state=vector,
+        guesses=(),
+        files=(),
+        attempts=lambda _: ((f"episode {i}", episode(i)) for i in range(6)),
+    )
+    export_lerobot(source, root / "data", "png")
+    data, image, store = (str(root / name) for name in ("data", "image_tokenizer", "store"))
+    torch.manual_seed(0)
+    ImageTokenizer(SHAPE).save(root / "image_tokenizer")  # what `train-tokenizer` would have written
+    views = ["--camera", *(f"{view}=observation.images.{view}" for view in SIZES)]
+    assert main(["tokenize", data, "--tokenizer", image, "--out", store, *views]) == 0
+    words = ["--data.stores", store, "--tokenizer", image, "--out", str(root / "run")]
+    words += [
+        "--model.num-layers",
+        "1",
+        "--model.width",
+        "32",
+        "--model.hidden",
+        "32",
+        "--model.num-heads",
+        "2",
+    ]
+    words += ["--model.num-kv-heads", "2", "--train.dtype", "float32", "--train.batch-size", "4"]
+    words += ["--train.steps", "2", "--optim.warmup-steps", "1", "--train.num-eval-batches", "1"]
+    assert main(["train", "finetune", *words]) == 0
+    return root
+
+
+def test_the_layout_is_that_of_the_store(run: Path):
+    config = fit(replace(finetune(), data=replace(finetune().data, stores=(str(run / "store"),))))
+    layout = config.layout
+    assert (layout.num_action_dims, layout.num_state_dims) == (14, 14)
+    assert dict(zip(layout.views, layout.grids, strict=True)) == {
+        view: (rows // 8, cols // 8) for view, (rows, cols) in SIZES.items()
+    }
+    assert fit(config) == config
+    seven = replace(episode(0), actions=episode(0).actions[:, :7].copy())
+    write_store(run / "seven", [seven], PixelSums())
+    mixed = replace(finetune(), data=replace(config.data, stores=(str(run / "store"), str(run / "seven"))))
+    with pytest.raises(ValueError, match="train on one kind"):
+        fit(mixed)
+
+
+def test_the_policy_acts_within_what_it_was_shown(run: Path):
+    model = load(run / "run")
+    assert model.view_sizes == SIZES
+    assert model.manifest["features"]["action_names"] == list(JOINTS)
+    assert model.manifest["features"]["fps"] == 30.0
+    shown = episode(7)
+    frame = {view: frames[0] for view, frames in shown.images.items()}
+    actions = Policy(model).act(frame | {"state": shown.states[0], "instruction": shown.instruction})
+    assert actions.shape == (finetune().layout.chunk, 14)
+    assert (np.abs(actions) <= np.abs(np.linspace(-1, 1, 14)) + 1e-6).all()  # the range of each joint's data
+    with pytest.raises(ValueError, match=r"state must be float \(14,\)"):
+        Policy(model).act(frame | {"state": shown.states[0, :8], "instruction": shown.instruction})
+
+
+def test_a_server_answers_a_client_of_the_robot(run: Path):
+    """Over openpi's protocol, pictures twice as large, which the server resizes. SIGTERM ends it."""
+    shown, answers = episode(8), {}
+
+    def ask(address: str) -> None:
+        try:
+            with Client(f"ws://{address}") as client:
+                request = {view: frames[0].repeat(2, 0).repeat(2, 1) for view, frames in shown.images.items()}
+                request |= {"state": shown.states[0], "prompt": shown.instruction}
+                answers.update(client.metadata | client.infer(request))
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        serve_checkpoint(run / "run", resize=True, port=0, on_start=lambda at: pool.submit(ask, at))
+    assert answers["features"]["state_names"] == list(JOINTS)
+    assert answers["actions"].shape == (8, 14)
+
+
+def test_an_open_layout_needs_stores(run: Path):
+    open_config = replace(finetune(), tokenizer=str(run / "image_tokenizer"))
+    with pytest.raises(ValueError, match=r"data\.stores"):
+        build(replace(open_config, data=replace(open_config.data, stores=())))

@@ -1,0 +1,162 @@
+"""RLDS: data sets that tensorflow-datasets wrote (tests/rlds, by its make.py) are read as TFDS reads them,
+without TensorFlow, and whatever is wrong is one line with episode and frame.
+
+Run: pytest tests/test_rlds.py
+"""
+
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from worldvla.cli import main
+from worldvla.data.sources import open_source, rlds
+from worldvla.data.sources.source import Names
+
+GENUINE = Path(__file__).parent / "rlds"
+EXPECTED = np.load(GENUINE / "expected.npz")
+CAMERAS = {"agentview": "observation/image", "wrist": "observation/wrist_image"}
+OPEN_X = Names(state="observation/base_pose_tool_reached,observation/gripper_closed")
+
+
+def expected(name: str, episode: int) -> np.ndarray:
+    """Return what TFDS read of a feature."""
+    data, _, feature = name.partition("/")
+    return EXPECTED[f"{data}/{episode}/{feature}"]
+
+
+def test_openvlas_libero_layout_is_read_as_tfds_reads_it():
+    source = open_source(GENUINE / "tiny_libero")  # the folder above the version
+    assert (source.kind, source.num_episodes) == ("RLDS tiny_libero 1.0.0: train 2, val 1", 3)
+    assert {view: camera.feature for view, camera in source.cameras.items()} == CAMERAS
+    assert source.guesses == ("--camera " + " ".join(f"{view}={name}" for view, name in CAMERAS.items()),)
+    episodes = list(source.episodes())
+    assert sorted(map(len, episodes)) == [7, 9, 12]
+    for i, episode in enumerate(episodes):
+        assert np.array_equal(episode.actions, expected("tiny_libero/action", i))
+        assert np.array_equal(episode.states, expected("tiny_libero/observation/state", i))
+        assert {episode.instruction} == set(expected("tiny_libero/language_instruction", i))
+        for view, name in CAMERAS.items():  # TensorFlow's JPEG decoder rounds otherwise than Pillow's
+            frames = expected(f"tiny_libero/{name}", i).astype(int)
+            for frame, image in enumerate(episode.images[view]):
+                distance = np.abs(image.astype(int) - frames).mean((1, 2, 3))
+                assert distance.argmin() == frame
+                assert distance[frame] < 1.2
+
+
+def test_open_x_keys_are_read_with_a_dict_of_actions():
+    with pytest.raises(
+        ValueError, match=r"choose one of .*observation/base_pose_tool_reached.* --state NAME"
+    ):
+        open_source(GENUINE / "tiny_rt1")
+    source = open_source(GENUINE / "tiny_rt1", OPEN_X)
+    parts = [f"action/{name}" for name in ("world_vector", "rotation_delta", "gripper_closedness_action")]
+    assert f"--action {','.join(parts)}" in source.guesses
+    assert source.action.names[-2:] == ("rotation_delta 2", "gripper_closedness_action")
+    assert source.state.names[-1] == "gripper_closed"
+    for i, episode in enumerate(source.episodes()):
+        whole = np.concatenate([expected(f"tiny_rt1/{name}", i) for name in parts], 1)
+        assert np.array_equal(episode.actions, whole)
+        assert np.array_equal(episode.images["agentview"], expected("tiny_rt1/observation/image", i))  # PNG
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(GENUINE / "tiny_libero/1.0.0", tmp_path / "set"))
+
+
+def shard(root: Path) -> Path:
+    return root / "tiny_libero-train.tfrecord-00000-of-00001"
+
+
+def change(feature: str, edit: Callable[[Any], None]) -> Callable[[Path], None]:
+    """Return what changes a feature of the second episode, checksums included."""
+
+    def spoil(root: Path) -> None:
+        found = list(rlds.records(rlds.Shard(shard(root), 2)))
+        assert isinstance(found[1], bytes)
+        example = rlds._example().FromString(found[1])
+        edit(next(entry.value for entry in example.features.entry if entry.key == feature))
+        found[1] = example.SerializeToString()
+        framed = []
+        for data in found:
+            assert isinstance(data, bytes)
+            length = struct.pack("<Q", len(data))
+            framed += [length, rlds._masked_crc(length), data, rlds._masked_crc(data)]
+        packed = (struct.pack("<I", part) if isinstance(part, int) else part for part in framed)
+        shard(root).write_bytes(b"".join(packed))
+
+    return spoil
+
+
+def flip(at: int) -> Callable[[Path], None]:
+    """Return what changes a byte of the first shard."""
+
+    def spoil(root: Path) -> None:
+        data = bytearray(shard(root).read_bytes())
+        data[at] ^= 1
+        shard(root).write_bytes(data)
+
+    return spoil
+
+
+def cut(root: Path) -> None:
+    shard(root).write_bytes(shard(root).read_bytes()[:-100])
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing shard": (lambda r: shard(r).unlink(), r"episode 0: no .*00000-of-00001: download"),
+    "flipped byte": (flip(500), r"episode 0: .*record 0 is damaged \(CRC-32C\)"),
+    "damaged length": (flip(3), r"episode 0: .*is damaged or goes on after 0 of 2"),
+    "cut": (cut, r"episode 1: .*record 1 is damaged"),
+    "nan": (
+        change("steps/action", lambda v: v.floats.value.__setitem__(7 * 4 + 2, float("nan"))),
+        r"episode 1: frame 4: action is not finite",
+    ),
+    "sizes": (
+        change("steps/action", lambda v: v.floats.value.pop()),
+        r"episode 1: frame \d+: action has \d+ numbers in \d+ steps, expected 7 a step",
+    ),
+    "frames": (
+        change("steps/observation/image", lambda v: v.bytes.value.pop()),
+        r"episode 1: frame (8|11): agentview has (8|11) frames, expected (9|12)",
+    ),
+    "picture": (
+        change("steps/observation/image", lambda v: v.bytes.value.__setitem__(2, b"no picture")),
+        r"episode 1: frame 2: observation/image is no picture",
+    ),
+    "instruction": (
+        change("steps/language_instruction", lambda v: v.bytes.value.__setitem__(5, b"stop")),
+        r"episode 1: frame 5: the instruction changes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_one_line(root: Path, name: str):
+    spoil, expected = BAD[name]
+    spoil(root)
+    with pytest.raises(ValueError, match=expected) as error:
+        list(open_source(root).episodes())
+    assert "\n" not in str(error.value)
+
+
+def test_the_other_episodes_of_a_damaged_shard_are_read(root: Path):
+    flip(500)(root)
+    found = dict(open_source(root).attempts(False))
+    assert [name for name, episode in found.items() if isinstance(episode, ValueError)] == ["episode 0"]
+    flip(3)(root)
+    found = dict(open_source(root).attempts(False))
+    broken = [name for name, episode in found.items() if isinstance(episode, ValueError)]
+    assert (len(found), broken) == (3, ["episode 0", "episode 1"])
+
+
+def test_inspect_names_splits_and_several_sets(capsys: pytest.CaptureFixture[str]):
+    assert main(["inspect", str(GENUINE / "tiny_libero")]) == 0
+    assert "RLDS tiny_libero 1.0.0: train 2, val 1: 3 episodes, 28 steps" in capsys.readouterr().out
+    assert main(["inspect", str(GENUINE)]) == 2
+    assert "holds 2 data sets, name one" in capsys.readouterr().err
