@@ -59,6 +59,7 @@ def torchrun(num: int, run_dir: Path, restarts: int = 0) -> "subprocess.Popen[st
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2"]
     command += [str(Path(__file__)), str(run_dir)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # parallel.start says why
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

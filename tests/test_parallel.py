@@ -181,6 +181,13 @@ def test_what_does_not_fit_the_processes_is_refused(
         parallel.start(config)
 
 
+def test_restarts_that_would_meet_dead_addresses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: set it"):
+        parallel.start(TrainConfig(steps=1, batch_size=8))
+
+
 def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

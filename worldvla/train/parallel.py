@@ -45,6 +45,11 @@ def start(config: TrainConfig) -> torch.device:
             f"{num} processes share the {rows} samples of a step (train.batch_size {config.batch_size} x "
             f"train.accumulation {config.accumulation}), expected one each: raise it, or start fewer"
         )
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and _num_restarts() > 0:
+        raise ValueError(
+            "torchrun --max-restarts gives processes the addresses of dead ones, unless it is started with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: set it"
+        )
     _, shard = num_copies(config, num)
     for name in ("compile", "only_head"):
         if shard > 1 and getattr(config, name):
@@ -59,6 +64,10 @@ def start(config: TrainConfig) -> torch.device:
             dist.init_process_group("gloo", timeout=HANDSHAKE)
             _set_pg_timeout(default_pg_timeout)
     return device
+
+
+def _num_restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 def num_copies(config: TrainConfig, num: int) -> tuple[int, int]:
