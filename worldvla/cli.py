@@ -447,7 +447,7 @@ def export_dataset(
     Args:
         path: An HDF5 file, a directory of them, or a LeRobot or RLDS data set.
         out: Directory of the data set.
-        format: LeRobotDataset v3.0, which lerobot 0.4 and later load.
+        format: LeRobotDataset v3.0.
         pictures: video: H.264, small and lossy; png: every bit, in the parquet files.
         fps: Steps a second, where the data set does not say.
     """
