@@ -28,8 +28,8 @@ from websockets.sync.client import ClientConnection, connect
 from worldvla.serve.protocol import DEADLINE_KEY, MAX_BYTES, pack, unpack
 
 BLEND = 0.5
-"""Weight of an older chunk's action beside that of the next newer one. A choice: paper/bench_delay.py compares
-it with 0, and has not been run in full yet."""
+"""Weight of an older chunk's action beside that of the next newer one. A choice: paper/bench_delay.py
+compares it with 0, and has not been run in full yet."""
 
 
 class ServerError(RuntimeError):
