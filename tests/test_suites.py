@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import worldvla
 from worldvla.sim import suites as sim
-from worldvla.sim.protocol import RULES
+from worldvla.sim.libero import axes
+from worldvla.sim.protocol import AXES, RULES
 
 PUBLISHED = {
     "libero_spatial": 220,
@@ -39,7 +41,8 @@ def test_the_page_says_the_same():
 def test_perturbed_suites_follow_their_base():
     perturbed = {name: row for name, row in sim.SUITES.items() if row.base}
     bases = ("spatial", "object", "goal", "10")
-    assert set(perturbed) == {f"libero_{b}_{k}" for b in bases for k in ("lan", "object", "swap", "task")}
+    kinds = ("lan", "object", "swap", "task", *AXES)
+    assert set(perturbed) == {f"libero_{b}_{k}" for b in bases for k in kinds}
     for name, row in perturbed.items():
         assert name.startswith(row.base + "_")
         assert row.horizon == PUBLISHED[row.base]
@@ -62,6 +65,50 @@ def test_record_says_how_episodes_start_and_are_seen():
         "views": {"agentview": [128, 96]},
     }
     assert sim.protocol("tabletop_long", {})["settling"] == 0
+
+
+def test_an_axis_says_in_the_record_what_it_changes():
+    assert sim.protocol("libero_10_light", {})["perturbation"] == AXES["light"]
+    assert sim.suite("libero_10_light").base == "libero_10"
+    assert axes.split("libero_10_light") == ("libero_10", "light")
+    assert axes.split("libero_10_swap") == ("libero_10_swap", "")
+    page = (Path(__file__).parent.parent / "docs/CONVENTIONS.md").read_text()
+    assert all(f"| `_{axis}` | {text} |" in page for axis, text in AXES.items())
+
+
+def test_groups_are_suites():
+    assert sim.members("libero") == ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+    assert len(sim.members("libero_pro")) == 16
+    assert sim.members("libero_noise")[3] == "libero_10_noise"
+    assert sim.members("libero_object") == ("libero_object",)
+    assert not sim.GROUPS.keys() & sim.SUITES.keys()
+    assert all(sim.suite(name) for names in sim.GROUPS.values() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("pick up the milk and place it in the basket", "please grab the milk and set it down in the basket"),
+        ("put both moka pots on the stove", "please place both moka pots on the stove"),
+        (
+            "open the top drawer and put the bowl inside",
+            "please pull open the top drawer and then place the bowl inside",
+        ),
+    ],
+)
+def test_other_words_mean_the_same(said, meant):
+    assert axes.paraphrase(said) == meant
+
+
+def test_changes_are_a_function_of_axis_task_and_state():
+    image = np.full((8, 8, 3), 128, np.uint8)
+    first, again, other = (axes.noisy(image, axes.draw("noise", 0, i, 5)) for i in (3, 3, 4))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert 5 < first.std() < 35
+    turn = np.array([np.sqrt(0.5), 0.0, 0.0, np.sqrt(0.5)])  # a quarter about z
+    assert np.allclose(axes._rotated(turn, np.array([1.0, 0.0, 2.0])), [0.0, 1.0, 2.0])
+    assert np.allclose(axes._product(turn, turn), [0.0, 0.0, 0.0, 1.0])
 
 
 def test_unknown_suite_offers_the_nearest():

@@ -30,6 +30,17 @@ OPEN, CLOSE = -1.0, 1.0
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, OPEN)
 
 
+AXES = {
+    "camera": "front camera swung by up to 15 degrees about what it looks at, 0.9 to 1.1 of the distance",
+    "light": "0.3 to 1.4 of the lamps' power, 0.8 to 1.2 of it in each colour, lamps up to 1 m elsewhere",
+    "noise": "Gaussian noise of a standard deviation of 10 to 30 of 255 on every picture",
+    "robot": "each of the arm's seven joints up to 0.1 rad elsewhere at the start",
+    "background": "0.3 to 1.0 of each colour of table, floor and walls",
+    "language": "the same request in other words",
+}
+"""What our perturbed suites of LIBERO change -> its range, drawn evenly for each task and initial state."""
+
+
 @dataclass(frozen=True)
 class Task:
     """One task of a suite, as the user of a simulator sees it."""
@@ -77,7 +88,7 @@ class Suite:
     source: str
     """Where the horizon comes from."""
     base: str = ""
-    """For a perturbed suite of LIBERO-PRO: the suite that it perturbs."""
+    """For a perturbed suite, LIBERO-PRO's or ours: the suite that it perturbs."""
 
     @property
     def rules(self) -> Rules:

