@@ -17,11 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from worldvla.data.episode import Episode, read_episodes
-from worldvla.files import check_shapes, read_json, whole_file, write_json
+from worldvla.files import check_shapes, load_tensors, read_json, save_tensors, write_json
 from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_pixels
@@ -123,8 +122,7 @@ class Reader(nn.Module):
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Write the weights in half precision, and `facts` beside them as JSON."""
         tensors = {n: t.half() if t.is_floating_point() else t for n, t in self.state_dict().items()}
-        with whole_file(path) as scratch:
-            save_file(tensors, scratch)
+        save_tensors(path, tensors)
         write_json(path.with_suffix(".json"), {"views": self.sizes, **facts})
 
     @classmethod
@@ -134,7 +132,7 @@ class Reader(nn.Module):
             if not file.is_file():
                 raise FileNotFoundError(f"no {file}: `worldvla train-reader` makes a reader of frames")
         reader = cls(read_json(path.with_suffix(".json"))["views"])
-        state = load_file(path)
+        state = load_tensors(path)
         there, own = ({n: t.shape for n, t in table.items()} for table in (state, reader.state_dict()))
         check_shapes(path, there, own, "train it again")
         reader.load_state_dict(state)
