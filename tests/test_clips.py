@@ -19,7 +19,7 @@ from worldvla.batch import KIND_IMAGE, Batch
 from worldvla.config import Config, ImageTokenizerConfig
 from worldvla.data.store import code_type
 from worldvla.infer.model import export, load
-from worldvla.infer.world import TEMPERATURE, World
+from worldvla.infer.world import World
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import previous_ids
 from worldvla.tokenizers.image import ImageTokenizer
@@ -196,9 +196,3 @@ def test_levels_that_are_not_the_tokenizers_are_refused(trained: Path) -> None:
     with pytest.raises(ValueError, match="supervise"):
         replace(config, loss=replace(config.loss, supervise="all"))
     assert build_model(build(config)).num_parameters() > 0
-
-
-def test_codes_of_levels_are_drawn_by_default(trained: Path) -> None:
-    model = load(trained)
-    assert World(model).temperature == TEMPERATURE
-    assert World(model, temperature=0.0).temperature == 0.0

@@ -34,9 +34,9 @@ class WorldVLA:
 
         return Policy(self.model, head)
 
-    def world(self, speculative: bool = True, temperature: float | None = None, seed: int = 0) -> "World":
+    def world(self, speculative: bool = True, temperature: float = 0.0, seed: int = 0) -> "World":
         """Return what imagines; without `speculative` decoding it takes one model pass a code. `temperature`:
-        see World."""
+        0 takes the likeliest codes, more draws them."""
         from worldvla.infer.world import World
 
         return World(self.model, speculative, temperature, seed)

@@ -644,7 +644,7 @@ def eval_world(
     horizons: tuple[int, ...] = (10,),
     shorter: bool = False,
     seed: int = 0,
-    temperature: float | None = None,
+    temperature: float = 0.0,
     reader: Path | None = None,
     device: str = "cpu",
 ) -> None:
@@ -655,7 +655,7 @@ def eval_world(
         out: Directory of the record, videos and page.
         horizons: Steps of a clip; several: one set of clips each. The paper: 10 50.
         shorter: One clip an episode, from its first frame, of at most that many steps.
-        temperature: 0 takes the likeliest codes; more draws them. Default: 0.6 for codes of levels, else 0.
+        temperature: 0 takes the likeliest codes; more draws them.
         reader: What reads the hand off frames. Default: reader.safetensors beside the checkpoint, if there.
     """
     from worldvla.data.episode import demonstration_files
@@ -822,7 +822,7 @@ def play(
     *,
     task: str = "",
     init: int = 0,
-    temperature: float | None = None,
+    temperature: float = 0.0,
     host: str = "127.0.0.1",
     port: int = 8010,
     threads: int = 1,
@@ -836,7 +836,7 @@ def play(
         checkpoint: tabletop or libero, the shipped models; or a checkpoint or run directory.
         task: SUITE:INDEX to begin with, such as tabletop_goal:3; the page can change it.
         init: Initial state to begin with.
-        temperature: Of the imagined codes; 0: the likeliest ones. Default: 0.6 for codes of levels, else 0.
+        temperature: Of the imagined codes; 0: the likeliest ones.
         host: Address to listen at; others than this machine's need WORLDVLA_API_KEY and ?key=KEY.
         port: 0: any free port.
         threads: Of inference; a small model is fastest on one.

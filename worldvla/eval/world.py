@@ -94,7 +94,7 @@ def evaluate_world(
     shorter: bool = False,
     seed: int = 0,
     videos: int = 4,
-    temperature: float | None = None,
+    temperature: float = 0.0,
     reader: Path | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def evaluate_world(
         "protocol": {
             "start": "first frames of stored episodes" if shorter else "every horizon-th frame of an episode",
             "actions": "those of the episode",
-            "temperature": World(model, temperature=temperature).temperature,
+            "temperature": temperature,
             "views": {view: list(size) for view, size in model.view_sizes.items()},
             "metrics": "torchmetrics, per frame, RGB 0..255, mean over clips; PSNR at most 60 dB",
             "psnr_changed": f"of the pixels that are {CHANGE} levels away from the clip's first frame",
@@ -194,7 +194,7 @@ def imagine(
     actions: Sequence[np.ndarray] = (),
     batch_size: int = 32,
     title: str = "imagine",
-    temperature: float | None = None,
+    temperature: float = 0.0,
 ) -> tuple[list[Frames], list[list[FrameStats]]]:
     """Return the frames of every clip as the model imagines them, and what each step of a batch took.
 

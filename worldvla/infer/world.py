@@ -17,22 +17,19 @@ from worldvla.infer.draft import FrameStats, Window
 from worldvla.infer.model import Model
 
 Frame = np.ndarray | dict[str, np.ndarray]
-TEMPERATURE = 0.6
 
 
 class World:
     """`speculative`: take this frame as a guess of the next one and verify it in a few passes; off: one
     code a pass. The codes are the same, up to what docs/DECODING.md says of rounding. `temperature`: 0 takes
-    the likeliest codes, more draws them, by a generator of `seed`; by default TEMPERATURE where codes are
-    predicted level by level (the likeliest code of an uncertain cell is the empty table), else 0.
+    the likeliest codes, more draws them, by a generator of `seed`.
     """
 
     def __init__(
-        self, model: Model, speculative: bool = True, temperature: float | None = None, seed: int = 0
+        self, model: Model, speculative: bool = True, temperature: float = 0.0, seed: int = 0
     ) -> None:
         self.model, self.speculative = model, speculative
-        drawn = TEMPERATURE if model.config.model.code_levels else 0.0
-        self.temperature, self.seed = drawn if temperature is None else temperature, seed
+        self.temperature, self.seed = temperature, seed
         self.stats: list[FrameStats] = []
         """What each step since the last reset took."""
         self._window = Window(model.device)

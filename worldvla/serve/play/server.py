@@ -233,7 +233,7 @@ class _Connection:
             "model": playable.model.identity(),
             "simulator": playable.simulator,
             "rate": playable.rate,
-            "temperature": playable.world().temperature,
+            "temperature": playable.temperature,
             "suites": {name: [t.instruction for t in tasks] for name, tasks in playable.tasks.items()},
             "inits": NUM_INITS,
             "views": {view: list(size) for view, size in playable.model.view_sizes.items()},

@@ -49,8 +49,8 @@ class Playable:
     simulator: str
     tasks: Mapping[str, tuple[Task, ...]]
     """Suite -> its tasks."""
-    temperature: float | None = None
-    """Of the imagined codes, see World."""
+    temperature: float = 0.0
+    """Of the imagined codes; 0: the likeliest ones."""
 
     @property
     def rate(self) -> float:
@@ -76,13 +76,13 @@ class Playable:
 
 
 def open_playable(
-    checkpoint: Path | str, *, suite: str = "", temperature: float | None = None, device: str = "cpu"
+    checkpoint: Path | str, *, suite: str = "", temperature: float = 0.0, device: str = "cpu"
 ) -> Playable:
     """Load a checkpoint to play with; one that cannot be played raises ValueError.
 
     `suite`: any of the simulator that the checkpoint belongs to; by default its name decides.
     """
-    if temperature is not None and temperature < 0:
+    if temperature < 0:
         raise ValueError(f"the temperature must be 0 or more, got {temperature}")
     model = load(checkpoint, device)
     config = model.config
