@@ -78,10 +78,10 @@ class Robot:
             index = self.step - self.begin
             action = self.chunk[index] if self.chunk is not None and index < last else None
         self.step += 1
-        rest = keep_still(STILL, self.last)
-        assert rest is not None
-        self.last = rest if action is None else action
-        return self.last
+        moving = keep_still(STILL, self.last) if action is None else action
+        assert moving is not None
+        self.last = moving
+        return moving
 
     def _take(self) -> None:
         """Take an answer that is there."""

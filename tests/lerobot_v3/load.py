@@ -19,7 +19,7 @@ def dump(root: Path, out: Path) -> None:
         arrays |= {f"{i}/action": episode.actions, f"{i}/observation.state": episode.states}
         arrays |= {f"{i}/observation.images.{view}": frames for view, frames in episode.images.items()}
         arrays[f"{i}/task"] = np.array(episode.instruction)
-    np.savez_compressed(out, **arrays)
+    np.savez_compressed(out, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def check(root: Path, arrays: dict[str, np.ndarray]) -> None:

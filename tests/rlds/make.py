@@ -154,8 +154,8 @@ if __name__ == "__main__":
             for episode in tfds.as_numpy(builder.as_dataset(split=split, read_config=read)):
                 rows = list(episode["steps"])
                 for name, _ in flat(rows[0], f"{builder.name}/{number}"):
-                    cells = [dict(flat(row, f"{builder.name}/{number}"))[name] for row in rows]
+                    cells: list[Any] = [dict(flat(row, f"{builder.name}/{number}"))[name] for row in rows]
                     is_text = isinstance(cells[0], bytes)
                     expected[name] = np.array([c.decode() for c in cells] if is_text else cells)
                 number += 1
-    np.savez_compressed(out / "expected.npz", **expected)
+    np.savez_compressed(out / "expected.npz", **expected)  # pyright: ignore[reportArgumentType]
