@@ -1,0 +1,116 @@
+"""What a death costs: a killed rank, a killed agent of torchrun, SIGTERM to one rank; two sharded ranks each.
+
+pytest tests/test_deaths.py
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from ranks import torchrun
+from test_parallel import fifty, losses
+
+from worldvla.config import to_json
+from worldvla.files import check_digests
+from worldvla.train import checkpoint
+from worldvla.train.loop import train
+
+Agent = subprocess.Popen[str]
+Start = Callable[..., Agent]
+
+
+def children(process: int) -> list[int]:
+    """Return the ranks that an agent of torchrun has running."""
+    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(p) for p in found if b"ranks.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+def steps_of(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(root: Path) -> Iterator[Start]:
+    """Start a sharded run on two ranks by torchrun, as a user does, that saves every fifth step."""
+    agents: list[Agent] = []
+
+    def begin(run_dir: Path, steps: int = 500, restarts: int = 0) -> Agent:
+        run_dir.mkdir(exist_ok=True)
+        config = fifty(root, steps=steps, shard=2, save_every=5)
+        (run_dir / "config.json").write_text(json.dumps(to_json(config)))
+        agents.append(torchrun(2, run_dir, restarts))
+        return agents[-1]
+
+    yield begin
+    for agent in agents:  # of a test that failed
+        if agent.poll() is None:
+            for process in (*children(agent.pid), agent.pid):
+                os.kill(process, signal.SIGKILL)
+            agent.communicate()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.timeout(1200)
+def test_kills_cost_the_steps_since_the_last_checkpoint(
+    root: Path, tmp_path: Path, start: Start, kills: int
+) -> None:
+    """Of ranks, which the agent starts again, and of the agent, which is started again here."""
+    rng, run_dir, steps = random.Random(0), tmp_path / "run", 25 * kills
+    train(fifty(root, steps=steps), tmp_path / "one")
+    agent = start(run_dir, steps, restarts=kills)
+    for _ in range(kills):
+        before = steps_of(run_dir)
+        wait_for(lambda before=before: steps_of(run_dir) > before)
+        alive = children(agent.pid)
+        victim = rng.choice([agent.pid, *alive])
+        os.kill(victim, signal.SIGKILL)
+        if victim == agent.pid:
+            agent.communicate(timeout=300)
+            agent = start(run_dir, steps, restarts=kills)
+        else:
+            wait_for(lambda alive=alive, pid=agent.pid: not set(alive) & set(children(pid)))
+    said = agent.communicate(timeout=600)[0]
+    assert agent.returncode == 0, said[-3000:]
+    assert losses(run_dir) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_of_a_dead_agent_save_and_end(tmp_path: Path, start: Start) -> None:
+    run_dir = tmp_path / "run"
+    agent = start(run_dir)
+    wait_for(lambda: steps_of(run_dir) > 1)
+    ranks = children(agent.pid)
+    assert len(ranks) == 2
+    agent.kill()
+    agent.communicate(timeout=300)  # ends when no rank has the pipe any more
+    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks))
+    path = checkpoint.latest(run_dir)
+    assert path is not None
+    check_digests(path)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_rank_ends_all_after_a_checkpoint(tmp_path: Path, start: Start) -> None:
+    run_dir = tmp_path / "run"
+    agent = start(run_dir)
+    wait_for(lambda: steps_of(run_dir) > 1)
+    os.kill(children(agent.pid)[1], signal.SIGTERM)
+    agent.communicate(timeout=300)
+    assert agent.returncode == 1
+    path = checkpoint.latest(run_dir)
+    assert path is not None
+    assert int(path.name.removeprefix("step_")) >= steps_of(run_dir) - 1
