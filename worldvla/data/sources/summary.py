@@ -1,9 +1,10 @@
 """What a data set holds, in lines of text: sizes, ranges, idle steps, and what does not look like our actions."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from worldvla.data.episode import Episode
 from worldvla.data.sources.source import Source
@@ -12,6 +13,8 @@ FOLLOWS = 0.99
 """Correlation of an action with the next state from which on it is called absolute."""
 STILL = 1e-3
 """Share of a dim's range that it may move in an idle step."""
+POINTS = 20
+"""Of a route, evenly spaced along it."""
 
 
 def summary(source: Source, on_episode: Callable[[str, Episode], None] = lambda *_: None) -> Iterator[str]:
@@ -41,7 +44,8 @@ def summary(source: Source, on_episode: Callable[[str, Episode], None] = lambda 
         hand = np.concatenate(actions)[:, -1]
         yield f"gripper, if it is the last action: {hand.min():.3g} to {hand.max():.3g}; LIBERO: -1 open, 1 closed"
     for text, count in Counter(e.instruction for e in episodes).items():
-        yield f"instruction {text!r}: {count} episodes"
+        alike = consistency([e for e in episodes if e.instruction == text])
+        yield f"instruction {text!r}: {count} episodes" + (f", {alike}" if alike else "")
     yield from (f"broken: {fault}" for fault in faults)
 
 
@@ -49,6 +53,38 @@ def _ranges(title: str, names: tuple[str, ...], values: np.ndarray) -> Iterator[
     yield f"{title}, {len(names)} numbers"
     for name, column in zip(names, values.T, strict=True):
         yield f"  {name:<16} {column.min():+.3f} to {column.max():+.3f}"
+
+
+def consistency(episodes: Sequence[Episode]) -> str:
+    """Say how far the demonstrations of one task differ where the gripper first closes: in the yaw of the hand,
+    and in the way there, as far as it is not straight. Where two ways of doing it are mixed, a policy may learn neither.
+
+    Of actions and states as LIBERO's (7 and 8 numbers); of others, and without two grasps, the empty string.
+    """
+    yaws, routes = [], []
+    for episode in episodes:
+        if episode.actions.shape[1] != 7 or episode.states.shape[1] != 8:
+            return ""
+        closing = np.flatnonzero(episode.actions[:, 6] > 0)
+        if len(closing) and closing[0] > 1:
+            positions, turns = episode.states[: closing[0] + 1, :3], episode.states[closing[0], 3:6]
+            x, y, _ = Rotation.from_rotvec(turns).apply([1.0, 0.0, 0.0])
+            yaws.append(np.arctan2(y, x))
+            routes.append(_bend(positions.astype(np.float64)))
+    if len(yaws) < 2:
+        return ""
+    agreement = abs(np.exp(2j * np.array(yaws)).mean())  # of axes: half a turn changes nothing
+    yaw = np.rad2deg(np.sqrt(abs(2 * np.log(np.clip(agreement, 1e-9, 1.0))))) / 2
+    off = np.linalg.norm(np.array(routes) - np.mean(routes, 0), axis=2)
+    return f"yaw at the first grasp +-{yaw:.0f} degrees, way there +-{100 * np.sqrt((off**2).mean()):.1f} cm"
+
+
+def _bend(route: np.ndarray) -> np.ndarray:
+    """Return how far a route (T, 3) is off the straight line between its ends, at POINTS of it, (POINTS, 3)."""
+    along = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(route, axis=0), axis=1))])
+    share = np.linspace(0.0, 1.0, POINTS)
+    points = np.stack([np.interp(share * along[-1], along, column) for column in route.T], axis=1)
+    return points - (route[0] + share[:, None] * (route[-1] - route[0]))
 
 
 def _idle(states: list[np.ndarray]) -> float:
