@@ -187,6 +187,7 @@ def test_an_export_in_half_precision_loads_and_is_smaller(trained: Path, tmp_pat
     rounded = load(small).image
     assert rounded.ancestors == (load(whole).image.digest(),)
     assert all(torch.equal(p, p.half().float()) for p in rounded.parameters())
+    assert rounded.digest() in (small / "README.md").read_text()
 
 
 def test_levels_that_are_not_the_tokenizers_are_refused(trained: Path) -> None:

@@ -6,7 +6,7 @@ Dims: B batch, N codes of a frame over all views, Y and X pixels.
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -222,7 +222,7 @@ def export(source: Path, out_dir: Path, half: bool = False) -> Path:
             manifest |= {"dtype": dtype, "merged_base": model.manifest["base"]}
         write_json(scratch / "manifest.json", manifest)
         write_digests(scratch)
-        write_text(scratch / "README.md", _card(model, weights_digest(scratch)))
+        write_text(scratch / "README.md", _card(replace(model, manifest=manifest), weights_digest(scratch)))
     return out_dir
 
 
