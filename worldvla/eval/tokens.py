@@ -24,14 +24,17 @@ def write_example(
 ) -> None:
     """Write `directory`/tokens.npz atomically."""
     layout, arrays = model.config.layout, {}
-    palette = code_colors(model.image.codebook().cpu().numpy())
+    vectors: list[np.ndarray] = []
     for view in layout.views:
         frame = np.asarray(observation[view])
         codes = model.image.encode(torch.from_numpy(frame[None]).to(model.device))
         arrays[f"{view}_frame"] = frame
         arrays[f"{view}_codes"] = codes[0].cpu().numpy()
-        arrays[f"{view}_colors"] = palette[codes[0].cpu().numpy()]
         arrays[f"{view}_reconstruction"] = model.image.decode(codes)[0].cpu().numpy()
+        vectors.append(model.image.quantize.vectors(codes)[0].flatten(0, 1).detach().cpu().numpy())
+    colors = np.split(code_colors(np.concatenate(vectors)), np.cumsum([len(v) for v in vectors])[:-1])
+    for view, of_view in zip(layout.views, colors, strict=True):
+        arrays[f"{view}_colors"] = of_view.reshape(*arrays[f"{view}_codes"].shape, 3)
     policy = Policy(model, head)
     observation = {**observation, "previous": []}
     arrays["actions"] = policy.act(observation)
@@ -66,14 +69,15 @@ def segments(model: Model, observation: Mapping[str, Any]) -> list[tuple[str, in
     return [*parts, ("sep", 1), *[(f"action {k + 1}", block) for k in range(layout.chunk)], ("sep", 1)]
 
 
-def code_colors(codebook_NE: np.ndarray) -> np.ndarray:
-    """Return a colour (N, 3) uint8 for every code: the three main directions of the codebook, so that like
-    codes look alike.
+def code_colors(vectors_NE: np.ndarray) -> np.ndarray:
+    """Return a colour (N, 3) uint8 for every vector of a code: the three main directions of them all, so
+    that like codes look alike.
     """
-    centred = codebook_NE - codebook_NE.mean(0)
+    different, rows_N = np.unique(vectors_NE, axis=0, return_inverse=True)
+    centred = different - different.mean(0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    scores = np.zeros((len(codebook_NE), 3))
+    scores = np.zeros((len(different), 3))
     main = centred @ directions[:3].T
     scores[:, : main.shape[1]] = main
     ranks = scores.argsort(0).argsort(0) / max(1, len(scores) - 1)  # evenly used, whatever the distribution
-    return (70 + 175 * ranks).astype(np.uint8)
+    return (70 + 175 * ranks).astype(np.uint8)[rows_N.reshape(-1)]
