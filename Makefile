@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | docs | pictures | bench | golden. The first call creates .venv and installs into it.
+# make demo | test | test-all | check | docs | pictures | bench | golden | dist. The first call creates .venv and installs into it.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # PIP_ARGS adds to the install, e.g. make test PIP_ARGS="--find-links /path/to/wheels"; pip's own configuration applies too.
 PIP_ARGS ?=
 
-.PHONY: demo test test-all check docs pictures bench golden format
+.PHONY: demo test test-all check docs pictures bench golden dist format
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -37,6 +37,14 @@ bench: $(STAMP)
 golden: $(STAMP)
 	for script in tests/golden_*.py; do $(BIN)/python $$script || exit 1; done
 	-git --no-pager diff --stat -- tests/golden
+
+# build and twine get an environment of their own: twine's pins are not those of development.
+dist:
+	$(PYTHON) -m venv out/dist-tools
+	out/dist-tools/bin/python -m pip install --quiet $(PIP_ARGS) build twine
+	rm -rf out/dist
+	out/dist-tools/bin/python -m build --outdir out/dist
+	out/dist-tools/bin/python -m twine check --strict out/dist/*
 
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .

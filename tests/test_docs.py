@@ -94,15 +94,26 @@ def test_the_readme_fits_a_screen_wide_and_a_minute_long() -> None:
 
 
 @pytest.mark.slow
-def test_the_snippet_of_the_readme_runs_from_the_wheel(tmp_path: Path) -> None:
+def test_the_wheel_is_the_package_alone_and_runs_the_snippet_of_the_readme(tmp_path: Path) -> None:
     """In an empty folder, with nothing of the checkout in reach."""
     source, site, empty = tmp_path / "source", tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
     shutil.copytree(ROOT / "worldvla", source / "worldvla", ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, source)
+    for file in (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "paper/__init__.py",
+        "tests/conftest.py",
+    ):
+        (source / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, source / file)
+    files = _files(source / "worldvla")
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", site, source], check=True, capture_output=True)
+    assert _files(site / "worldvla") == files
+    assert not {"paper", "tests", "docs", "runs"} & {p.name for p in site.iterdir()}
     code = README.split("```python\n")[1].split("```")[0]
     environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -117,3 +128,7 @@ def test_the_snippet_of_the_readme_runs_from_the_wheel(tmp_path: Path) -> None:
     outcome, file = done.stdout.splitlines()
     assert outcome == "success (64, 64, 3)"
     assert Path(file).is_relative_to(site)
+
+
+def _files(root: Path) -> set[str]:
+    return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and p.suffix != ".pyc"}
