@@ -63,7 +63,8 @@ def start(root: Path) -> Iterator[Start]:
             agent.communicate()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 20])
 @pytest.mark.timeout(1200)
 def test_kills_cost_the_steps_since_the_last_checkpoint(
     root: Path, tmp_path: Path, start: Start, kills: int

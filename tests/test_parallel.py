@@ -102,7 +102,12 @@ def test_ranks_read_their_rows_of_a_checkpoint_and_never_the_whole(root: Path, t
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
 
 
-@pytest.mark.parametrize("form", ["muon", "lora", "lora int8", "action head", "again", "bfloat16"])
+RARE = [
+    pytest.param(form, marks=pytest.mark.slow) for form in ("lora int8", "action head", "again", "bfloat16")
+]
+
+
+@pytest.mark.parametrize("form", ["muon", "lora", *RARE])
 def test_what_else_a_model_can_be_trains_sharded(root: Path, tmp_path: Path, form: str) -> None:
     """On three ranks, of which one has more batches than the others; `whole` is replicated, as before."""
     config = tiny_config(root, steps=4, log_every=1, eval_every=0)

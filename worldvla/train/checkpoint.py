@@ -201,14 +201,15 @@ def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
             shutil.rmtree(path)
 
 
-def check_config(run_dir: Path, config: Config) -> None:
+def check_config(run_dir: Path, config: Config, is_writer: bool = True) -> None:
     """Write run_dir/config.json, or compare it with the one there: changed leaves raise ValueError.
 
     More steps are allowed, with a remark on what they do to the learning rate.
     """
     path = run_dir / "config.json"
     if not path.exists():
-        write_json(path, to_json(config))
+        if is_writer:  # one of several processes
+            write_json(path, to_json(config))
         return
     free = {f"train.{name}" for name in _FREE}
     there = from_json(Config, read_json(path), str(path))  # an older version's, completed by the defaults
@@ -224,7 +225,7 @@ def check_config(run_dir: Path, config: Config) -> None:
         )
     if "train.steps" in differing:
         _tell_rate(config, there.train.steps, max(map(_step, _all(run_dir)), default=0))
-    if differing:
+    if differing and is_writer:
         write_json(path, to_json(config))
 
 

@@ -73,7 +73,7 @@ def train(config: Config, run_dir: Path | str, overfit: bool = False) -> Outcome
     config = fit(config)
     is_writer = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
     with only_writer(run_dir) if is_writer else nullcontext():
-        checkpoint.check_config(run_dir, config)
+        checkpoint.check_config(run_dir, config, is_writer)
         config, remark = with_dtype(config, run_dir)
         return Trainer(build(config), run_dir, overfit).run(remark)
 
