@@ -60,4 +60,6 @@ for suite in $SUITES; do
 done
 worldvla config tabletop_world > $OUT/tabletop_world.json
 [ -e $OUT/grown ] || python -m paper.grow --old $OUT/model --config-file $OUT/tabletop_world.json --demos $OUT/world --out $OUT/grown
-train tabletop_world $OUT/world_model
+train tabletop_world $OUT/world
+train tabletop_world2 $OUT/world2
+train tabletop_world3 $OUT/world_model

@@ -5,6 +5,7 @@ Run: pytest tests/test_judge.py
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,7 +118,9 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
 ) -> None:
     tasks = sim.tasks(SUITE)[:1]
     collect(SUITE, tmp_path / "demos", episodes=3, tasks=(0,), workers=1)
+    short = replace(sim.suite(SUITE), horizon=25)
     monkeypatch.setattr(sim, "tasks", lambda _: tasks)
+    monkeypatch.setattr(sim, "suite", lambda _: short)
     demos = sorted((tmp_path / "demos").glob("*.hdf5"))
     options = {"episodes": 2, "first": 10, "execute": (3, 9, 5), "judge_steps": 30}
     run = functools.partial(judge.rank_policies, [MODEL], MODEL, demos, [SUITE], tmp_path / "out", **options)

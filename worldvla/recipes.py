@@ -136,7 +136,38 @@ def tabletop_world() -> Config:
             corrupt=0.05,
             sequence_length=400,
         ),
-        train=replace(base.train, steps=1_800, batch_size=32, init_from="out/tabletop/grown"),
+        train=replace(
+            base.train,
+            steps=3_800,
+            batch_size=32,
+            num_eval_batches=2,
+            save_every=100,
+            init_from="out/tabletop/grown",
+        ),
+    )
+
+
+def tabletop_world2() -> Config:
+    """`tabletop_world` with twice as many policy samples a step."""
+    base = tabletop_world()
+    return replace(
+        base,
+        name="tabletop_world2",
+        optim=replace(base.optim, learning_rate=5.2e-4, warmup_steps=10),
+        data=replace(base.data, world_fraction=0.6),
+        train=replace(base.train, steps=1_250, batch_size=40, init_from="out/tabletop/world"),
+    )
+
+
+def tabletop_world3() -> Config:
+    """A last short part, most of it policy: the shipped model."""
+    base = tabletop_world2()
+    return replace(
+        base,
+        name="tabletop_world3",
+        optim=replace(base.optim, learning_rate=3e-4),
+        data=replace(base.data, world_fraction=0.375),
+        train=replace(base.train, steps=260, batch_size=64, eval_every=0, init_from="out/tabletop/world2"),
     )
 
 
@@ -277,6 +308,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop_dagger1": partial(dagger, 1),
     "tabletop_dagger2": partial(dagger, 2),
     "tabletop_world": tabletop_world,
+    "tabletop_world2": tabletop_world2,
+    "tabletop_world3": tabletop_world3,
     "tabletop_pilot": tabletop_pilot,
     "debug": debug,
     "finetune": finetune,
