@@ -25,7 +25,7 @@ def dump(root: Path, out: Path) -> None:
 def check(root: Path, arrays: dict[str, np.ndarray]) -> None:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset  # pyright: ignore[reportMissingImports]
 
-    data = LeRobotDataset("any/name", root=root)
+    data = LeRobotDataset("any/name", root=root, video_backend="pyav")  # torchcodec needs the system's FFmpeg
     worst, count = 0.0, 0
     for item in (data[i] for i in range(len(data))):
         episode, frame = int(item["episode_index"]), int(item["frame_index"])
@@ -37,7 +37,8 @@ def check(root: Path, arrays: dict[str, np.ndarray]) -> None:
             worst = max(worst, float(np.abs(picture - arrays[f"{episode}/{name}"][frame]).max()))
         count += 1
     assert count == sum(len(a) for name, a in arrays.items() if name.endswith("/action"))
-    near = LeRobotDataset("any/name", root=root, delta_timestamps={"action": [0.0, 1 / data.fps]})
+    times = {"action": [0.0, 1 / data.fps]}
+    near = LeRobotDataset("any/name", root=root, video_backend="pyav", delta_timestamps=times)
     assert near[0]["action"].shape[0] == 2
     print(
         f"{count} frames of {data.num_episodes} episodes: numbers equal, pictures differ by {worst:g} at most"
