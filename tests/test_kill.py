@@ -133,7 +133,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("verb", ["tokenize", "train", "eval", pytest.param("collect", marks=SLOW)])
+@pytest.mark.parametrize(
+    "verb", ["tokenize", *(pytest.param(v, marks=SLOW) for v in ("train", "eval", "collect"))]
+)
 def test_a_kill_at_any_moment_loses_one_item(verb: str, kills: int, root: Path, tmp_path: Path) -> None:
     def prepare(name: str) -> Path:
         """Return the folder of an output; a store is already there, to be replaced."""
