@@ -252,7 +252,7 @@ def ssim(a_BYXC: Tensor, b_BYXC: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    a, b = (x.permute(0, 3, 1, 2).double() for x in (a_BYXC, b_BYXC))
+    a, b = (x.permute(0, 3, 1, 2).float() for x in (a_BYXC, b_BYXC))  # in double nine times slower
     sigma = min(1.5, (min(a.shape[2:]) - 1) / 3.5)  # the window's half, 3.5 sigma, is what is reflected
     similarity = structural_similarity_index_measure(a, b, sigma=sigma, reduction="none", data_range=255.0)
     assert isinstance(similarity, Tensor)
