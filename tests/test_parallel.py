@@ -131,7 +131,9 @@ def test_what_else_a_model_can_be_trains_sharded(root: Path, tmp_path: Path, for
     assert left.keys() == right.keys()
 
 
-def test_a_rank_of_four_shards_holds_at_most_three_tenths(root: Path, tmp_path: Path) -> None:
+def test_a_rank_of_four_shards_holds_at_most_three_tenths(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parameters, gradients and moments, allocated as a rank of four does; nothing is sent."""
 
     def allocated(config: Config) -> int:
@@ -146,6 +148,7 @@ def test_a_rank_of_four_shards_holds_at_most_three_tenths(root: Path, tmp_path: 
         return total
 
     one = allocated(fifty(root))
+    monkeypatch.setenv("WORLD_SIZE", "4")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
     try:
         assert allocated(fifty(root, shard=4)) <= 0.3 * one
