@@ -245,8 +245,14 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def from_first(text: str) -> str:
-    """Return the text that the first rank has."""
-    texts = [text]
-    if num_ranks() > 1:
-        dist.broadcast_object_list(texts)
-    return texts[0]
+    """Return the text that the first rank has; its bytes are sent, not a pickle."""
+    if num_ranks() == 1:
+        return text
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor(len(data), device=device)
+    dist.broadcast(size, 0)
+    if rank() > 0:
+        data = data.new_empty(int(size))
+    dist.broadcast(data, 0)
+    return bytes(data.tolist()).decode()
