@@ -4,6 +4,7 @@ without TensorFlow, and whatever is wrong is one line with episode and frame.
 Run: pytest tests/test_rlds.py
 """
 
+import io
 import shutil
 import struct
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from worldvla.cli import main
 from worldvla.data.sources import open_source, rlds
@@ -108,6 +110,16 @@ def cut(root: Path) -> None:
     shard(root).write_bytes(shard(root).read_bytes()[:-100])
 
 
+def broken_png() -> bytes:
+    """Return a PNG with a chunk said to be 256 bytes shorter than it is: Pillow raises SyntaxError."""
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(noise).save(buffer, "png")
+    data = bytearray(buffer.getvalue())
+    data[data.index(b"IDAT") - 2] -= 1
+    return bytes(data)
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (lambda r: shard(r).unlink(), r"episode 0: no .*00000-of-00001: download"),
     "flipped byte": (flip(500), r"episode 0: .*record 0 is damaged \(CRC-32C\)"),
@@ -128,6 +140,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "picture": (
         change("steps/observation/image", lambda v: v.bytes.value.__setitem__(2, b"no picture")),
         r"episode 1: frame 2: observation/image is no picture",
+    ),
+    "png": (
+        change("steps/observation/image", lambda v: v.bytes.value.__setitem__(3, broken_png())),
+        r"episode 1: frame 3: observation/image is no picture \(broken PNG",
     ),
     "instruction": (
         change("steps/language_instruction", lambda v: v.bytes.value.__setitem__(5, b"stop")),

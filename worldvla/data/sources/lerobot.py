@@ -4,7 +4,6 @@ v3.0 packs many episodes into a parquet file and an MP4 file, v2.x has one of ea
 feature lies in the parquet itself, as PNG. Layouts: lerobot 0.6.1 and 0.3.3, datasets/utils.py.
 """
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
 from worldvla.data.episode import Episode
-from worldvla.data.sources.source import Names, Plan, Source, dim_names
+from worldvla.data.sources.source import Names, Plan, Source, decode_picture, dim_names
 from worldvla.files import read_json, reading
 
 DEFAULTS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
@@ -276,11 +274,7 @@ class _Reader:
         table = pq.read_table(row.data, columns=[name], filters=[("episode_index", "=", row.index)])
         for frame, cell in enumerate(table.column(name)):
             still = cell.as_py() or {}
-            try:
-                data = still.get("bytes") or (self.path / still["path"]).read_bytes()
-                yield np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-            except (OSError, KeyError, TypeError) as error:
-                raise ValueError(f"frame {frame}: {name} is no picture ({error})") from None
+            yield decode_picture(name, frame, still.get("bytes") or self.path / (still.get("path") or ""))
 
 
 def decode(video: Video, times: np.ndarray, fps: float) -> Iterator[np.ndarray]:

@@ -5,7 +5,6 @@ an episode, a tf.train.Example whose features are flat: steps/action has T * 7 f
 T encoded pictures. Formats: tensorflow_datasets 4.9.10 core/example_serializer.py; TensorFlow tfrecord.
 """
 
-import io
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ import google_crc32c
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
-from PIL import Image
 
 from worldvla.data.episode import Episode
-from worldvla.data.sources.source import Names, Plan, Source
+from worldvla.data.sources.source import Names, Plan, Source, decode_picture
 from worldvla.files import read_json
 
 NOT_OURS = ("reward", "discount", "is_first", "is_last", "is_terminal")
@@ -112,7 +110,7 @@ def _size(name: str, feature: Mapping[str, Any], shards: list[Shard]) -> tuple[i
     if rows > 0 and cols > 0:
         return rows, cols
     for record in (r for shard in shards for r in records(shard) if not isinstance(r, ValueError)):
-        picture = _picture(parse(record)[f"steps/{name}"][0])
+        picture = decode_picture(name, 0, parse(record)[f"steps/{name}"][0])
         return picture.shape[0], picture.shape[1]
     raise ValueError(f"{shards[0].path}: no episode can be read: download the data set again")
 
@@ -198,10 +196,6 @@ def parse(record: bytes) -> dict[str, Any]:
     return values
 
 
-def _picture(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-
-
 @dataclass(frozen=True)
 class _Reader:
     path: Path
@@ -244,13 +238,7 @@ class _Reader:
 
         def pictures(view: str) -> np.ndarray:
             name = self.plan.cameras[view].feature
-            return self.plan.frames(view, self._pictures(name, values[name]), len(texts))
+            stills = (decode_picture(name, frame, data) for frame, data in enumerate(values[name]))
+            return self.plan.frames(view, stills, len(texts))
 
         return self.plan.episode(columns, texts[0], pictures if images else None)
-
-    def _pictures(self, name: str, stills: list[bytes]) -> Iterator[np.ndarray]:
-        for frame, data in enumerate(stills):
-            try:
-                yield _picture(data)
-            except OSError as error:
-                raise ValueError(f"frame {frame}: {name} is no picture ({error})") from None

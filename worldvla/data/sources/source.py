@@ -1,11 +1,13 @@
 """Source: the episodes of a data set of any format, one in memory at a time, and what the set says of itself."""
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from worldvla.data.episode import Episode
 from worldvla.serve.image import resize_with_pad
@@ -274,3 +276,11 @@ def dim_names(names: Any, size: int) -> tuple[str, ...]:
 
     flat = tuple(leaves(names))
     return flat if len(flat) == size else tuple(map(str, range(size)))
+
+
+def decode_picture(name: str, frame: int, data: bytes | Path) -> np.ndarray:
+    """Return an encoded picture, or one in a file, as uint8 (Y, X, 3); a broken one raises ValueError."""
+    try:
+        return np.asarray(Image.open(data if isinstance(data, Path) else io.BytesIO(data)).convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError and more
+        raise ValueError(f"frame {frame}: {name} is no picture ({error})") from None
