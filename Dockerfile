@@ -1,18 +1,18 @@
-# `worldvla serve` in a container, as a user without rights. For the CPU, then for CUDA with NVIDIA's container toolkit:
+# `worldvla serve` in a container, as an unprivileged user. For the CPU, then for CUDA with NVIDIA's container toolkit:
 #   docker build -t worldvla .
 #   docker run -p 8000:8000 -e WORLDVLA_API_KEY=SECRET worldvla
 #   docker build -t worldvla:cuda --build-arg TORCH=cu130 .
 #   docker run --gpus all -p 8000:8000 -e WORLDVLA_API_KEY=SECRET worldvla:cuda tabletop --host 0.0.0.0 --device cuda
 FROM python:3.11-slim-bookworm
 
-# EGL, with which MuJoCo renders without a display: Mesa on the CPU, the driver's own on a GPU.
+# EGL lets MuJoCo render without a display: Mesa's on the CPU, the driver's own on a GPU.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home worldvla
 ENV MUJOCO_GL=egl NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics PYTHONUNBUFFERED=1
 
-# Suffix of PyTorch's wheels: cpu, or a CUDA version such as cu130. Of equal versions pip takes the one with a suffix.
+# Suffix of PyTorch's wheels: cpu, or a CUDA version such as cu130. Of two equal versions, pip prefers the one with a suffix.
 ARG TORCH=cpu
 WORKDIR /source
 COPY pyproject.toml constraints.txt README.md LICENSE ./

@@ -38,7 +38,7 @@ golden: $(STAMP)
 	for script in tests/golden_*.py; do $(BIN)/python $$script || exit 1; done
 	-git --no-pager diff --stat -- tests/golden
 
-# build and twine get an environment of their own: twine's pins are not those of development.
+# build and twine get an environment of their own, because twine's pins differ from those of development.
 dist:
 	$(PYTHON) -m venv out/dist-tools
 	out/dist-tools/bin/python -m pip install --quiet $(PIP_ARGS) build twine

@@ -46,10 +46,10 @@ CameraNames = Annotated[
 ]
 Feature = Annotated[
     str,
-    tyro.conf.arg(help="Feature with these numbers, or several, comma-separated. Default: the usual name."),
+    tyro.conf.arg(help="Feature with the vector, or several, comma-separated. Default: the usual name."),
 ]
 Delta = Annotated[
-    bool, tyro.conf.arg(help="Actions are targets: take each minus the state at its step, grippers excepted.")
+    bool, tyro.conf.arg(help="Actions are targets: subtract the state of the same step, except for grippers.")
 ]
 Checkpoint = Annotated[Path, tyro.conf.arg(help="A checkpoint, or a run directory (its newest checkpoint).")]
 Recipe = Annotated[Config, tyro.conf.arg(name="")]
@@ -104,7 +104,9 @@ def _other_format(
             )
         return None
     if len(paths) > 1:
-        raise ValueError(f"{len(paths)} paths, and a LeRobot or RLDS data set among them: give it alone")
+        raise ValueError(
+            f"got {len(paths)} paths, one of them a LeRobot or RLDS data set: give that one alone"
+        )
     names = Names(*_cameras(camera), action, state, delta)
     source = open_source(paths[0], names)
     for guess in source.guesses:
@@ -292,7 +294,7 @@ def inspect(
 
     Args:
         path: A LeRobot or RLDS data set, ORG/NAME@REVISION on the hub, an HDF5 file, or a directory of them.
-        out: HTML file with the same and a film strip of each episode.
+        out: HTML file to write, with the same text and a film strip of each episode.
     """
     from worldvla.data.sources import open_source
     from worldvla.data.sources.summary import summary
@@ -398,8 +400,8 @@ def tokenize(
 
     Args:
         paths: HDF5 files, directories of them, or one LeRobot (v3.0, v2.1) or RLDS data set, LeRobot's also
-            as ORG/NAME@REVISION on the hub. `worldvla replay` says whether pictures are upright; here they
-            are taken as they are.
+            as ORG/NAME@REVISION on the hub. `worldvla replay` says whether pictures are upright; this command
+            takes them as they are.
         tokenizer: Directory of the image tokenizer.
         out: Directory of the store.
         regenerate: Cameras as NAME=ROWSxCOLUMNS: first execute and render the demonstrations again at these
@@ -448,8 +450,8 @@ def export_dataset(
         path: An HDF5 file, a directory of them, or a LeRobot or RLDS data set.
         out: Directory of the data set.
         format: LeRobotDataset v3.0.
-        pictures: video: H.264, small and lossy; png: every bit, in the parquet files.
-        fps: Steps a second, where the data set does not say.
+        pictures: video: H.264, small and lossy; png: lossless, in the parquet files.
+        fps: Steps per second, if the data set does not say.
     """
     from worldvla.data.export import export_lerobot
     from worldvla.data.sources import open_source
@@ -477,11 +479,11 @@ def train(config: Recipe, *, out: Path | None = None, overfit: bool = False) -> 
 
 
 def plan(config: Recipe, *, gpus: int = 1, memory: str = "80GB") -> int:
-    """Say which settings of RECIPE fit a number of GPUs, and how many samples at a time; needs no files.
+    """Print which settings of RECIPE fit on the GPUs, and how many samples at a time; needs no files.
 
     Args:
-        gpus: Processes that train together, one a GPU.
-        memory: Of one GPU, such as 80GB or 24GiB.
+        gpus: Processes that train together, one per GPU.
+        memory: Memory of one GPU, such as 80GB or 24GiB.
     """
     from rich.console import Console
     from rich.table import Table
@@ -492,7 +494,7 @@ def plan(config: Recipe, *, gpus: int = 1, memory: str = "80GB") -> int:
         raise ValueError(f"--gpus {gpus}: expected at least 1")
     rows = plan(config, gpus, parse_bytes(memory))
     parts = ("weights", "gradients", "moments", "copies", "gathered", "loss", "fixed", "row")
-    table = Table("GB (10^9 bytes) a GPU", *parts, "rows at a time")
+    table = Table("GB (10^9 bytes) per GPU", *parts, "rows at a time")
     for found in rows:
         fits = str(found["max_rows"]) if found["max_rows"] else "does not fit"
         table.add_row(found["options"], *(f"{found[part] / 1e9:.3g}" for part in parts), fits)
@@ -504,7 +506,7 @@ def plan(config: Recipe, *, gpus: int = 1, memory: str = "80GB") -> int:
         room = f"{best['max_rows']} rows a GPU fit, train.batch_size asks for {wanted}"
         say(f"next: worldvla train {config.name} {best['options']}   {room}")
     else:
-        say(f"nothing fits: more GPUs, more memory than {memory}, or a shorter data.sequence_length")
+        say(f"nothing fits: use more GPUs, more memory than {memory}, or a shorter data.sequence_length")
     say(json.dumps({"plan": rows, "recipe": config.name, "gpus": gpus, "memory": memory}))
     return 0 if best["max_rows"] else EXIT_FAILED
 
@@ -544,7 +546,7 @@ def evaluate(
         checkpoint: A checkpoint, a run directory (its newest checkpoint), random, expert, open-loop (with
             --demos), or the websocket://HOST:PORT of any policy server that speaks openpi's protocol.
         suite: For example tabletop_object; `worldvla --help` lists all. tabletop, libero: all four, each in a
-            directory of its own, with one record and page.
+            directory of its own, with one record and one page for all.
         out: Directory of the record, videos and page. Default: out/eval/NAME/SUITE.
         episodes: Episodes of each task, from its fixed initial states.
         first: Initial state of the first episode. From 50 on: states that demonstrations start from, to
@@ -610,10 +612,10 @@ def _report(suite: str, records: Sequence[dict[str, Any]], out: Path, allow_erro
 
 
 def merge(shards: Positional[tuple[Path, ...]], *, out: Path, allow_errors: int = 0) -> int:
-    """Join the results of `worldvla eval --shard I/N` to what one evaluation would have left.
+    """Join the results of `worldvla eval --shard I/N` into those of one evaluation.
 
     Args:
-        shards: The directories of all N.
+        shards: The result directories of all N shards.
         out: Directory of the record, videos and page.
         allow_errors: More errors than this make the exit code 3.
     """
@@ -622,9 +624,7 @@ def merge(shards: Positional[tuple[Path, ...]], *, out: Path, allow_errors: int 
     named = {path: suites_of(path) for path in shards}
     suite, parts = next(iter(named.values()))
     if others := [str(path) for path in named if named[path] != (suite, parts)]:
-        raise ValueError(
-            f"{others[0]} is of other suites than {shards[0]}: expected shards of one evaluation"
-        )
+        raise ValueError(f"{others[0]} has other suites than {shards[0]}: expected shards of one evaluation")
     records = [merge([path / part for path in shards], out / part) for part in parts]
     return _report(suite, records, out, allow_errors)
 
@@ -830,18 +830,18 @@ def play(
     out: Path = Path("out/play"),
     bench: int = 0,
 ) -> None:
-    """Drive the hand through what a world model imagines, in the browser; the simulator beside it.
+    """Drive the hand through a world model's imagination in the browser, beside the simulator.
 
     Args:
         checkpoint: tabletop or libero, the shipped models; or a checkpoint or run directory.
         task: SUITE:INDEX to begin with, such as tabletop_goal:3; the page can change it.
-        init: Initial state to begin with.
-        temperature: Of the imagined codes; 0: the likeliest ones.
-        host: Address to listen at; others than this machine's need WORLDVLA_API_KEY and ?key=KEY.
-        port: 0: any free port.
-        threads: Of inference; a small model is fastest on one.
+        init: Index of the initial state to begin with.
+        temperature: Sampling temperature of the imagined codes; 0: the likeliest ones.
+        host: Address to listen on; any but this machine's own needs WORLDVLA_API_KEY and ?key=KEY.
+        port: Port to listen on; 0: any free port.
+        threads: CPU threads for inference; a small model is fastest on one.
         out: Directory of recordings.
-        bench: Measure so many frames of a person's and of the policy's play, print one line of JSON, stop.
+        bench: Measure this many frames driven by a person and by the policy, print a line of JSON and stop.
     """
     from worldvla.serve.play.session import open_playable
 

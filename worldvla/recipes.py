@@ -81,7 +81,7 @@ def tabletop() -> Config:
 
 
 def finetune() -> Config:
-    """Your own data, on a laptop: cameras, grids and numbers of dims are those of the stores that you name.
+    """Your own data, on a laptop: cameras, grids and numbers of dims come from the stores that you name.
 
     `worldvla train-tokenizer SOURCE`, `worldvla tokenize SOURCE`, `worldvla train finetune`:
     docs/guides/data.md.
@@ -160,7 +160,7 @@ def tabletop_world2() -> Config:
 
 
 def tabletop_world3() -> Config:
-    """A last short part, most of it policy: the shipped model."""
+    """A last short part with mostly policy samples; its result is the shipped model."""
     base = tabletop_world2()
     return replace(
         base,

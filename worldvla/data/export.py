@@ -42,15 +42,15 @@ def export_lerobot(source: Source, out: Path, pictures: Pictures = "video", fps:
     """
     rate = source.fps or fps
     if rate <= 0:
-        raise ValueError(f"{source.path} does not say how many steps a second it has: give it by --fps")
+        raise ValueError(f"{source.path} does not say how many steps per second it has: give --fps")
     if fps and source.fps and fps != source.fps:
-        raise ValueError(f"--fps {fps:g}: {source.path} has {source.fps:g} steps a second, leave it out")
+        raise ValueError(f"--fps {fps:g}: {source.path} has {source.fps:g} steps per second: leave --fps out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists: choose another directory or remove it")
     for view, camera in source.cameras.items():
         if pictures == "video" and (camera.rows % 2 or camera.cols % 2):
             size = f"{camera.rows} x {camera.cols}"
-            raise ValueError(f"{view} of {size} pixels is no video, whose sides are even: use --pictures png")
+            raise ValueError(f"{view} of {size} pixels: video needs even sides, use --pictures png")
     with only_writer(out), whole_folder(out) as scratch, progress_bar(transient=True) as progress:
         bar = progress.add_task("write episodes", total=source.num_episodes)
         with ExitStack() as stack:

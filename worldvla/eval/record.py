@@ -80,12 +80,12 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}): expected a record of `worldvla eval`") from None
+        raise ValueError(f"{path} is not JSON ({error}): expected a record of `worldvla eval`") from None
     if isinstance(record, dict) and "suites" in record:
         names = ", ".join(part["suite"] for part in record["suites"])
-        raise ValueError(f"{path} is of several suites: give the directory of one beside it: {names}")
+        raise ValueError(f"{path} holds several suites: give the directory of one, beside it: {names}")
     if not isinstance(record, dict) or not {"suite", "protocol", "outcomes", "tasks"} <= set(record):
-        raise ValueError(f"{path} is no evaluation record: expected the record.json of `worldvla eval`")
+        raise ValueError(f"{path} is not an evaluation record: expected the record.json of `worldvla eval`")
     return record
 
 

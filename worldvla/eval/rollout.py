@@ -168,7 +168,7 @@ class Protocol:
         if not 0 <= index < number or len(every) % number:
             raise ValueError(
                 f"shard {index}/{number}: {self.suite} has {len(every)} episodes here; expected i/n with i "
-                "from 0 to n - 1 and n a divisor of them"
+                "from 0 to n - 1 and n a divisor of that number"
             )
         size = len(every) // number
         return every[index * size : (index + 1) * size]

@@ -58,7 +58,7 @@ def fetch_data(name: Path | str) -> Path:
     except Exception as error:  # of a dozen classes: network, permissions, names
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OSError(
-            f"no folder {name}; read as a data set on the hub, which does not give {repo} at revision "
+            f"no folder {name}, and the hub does not give {repo} at revision "
             f"{revision} ({reason}): check name, revision and network, or pass a folder"
         ) from error
 

@@ -4,7 +4,7 @@
     observation, info = env.reset(options={"init": 0})
     observation["instruction"], info["instruction"]
 
-The ids are there once the package is installed: pyproject.toml names `register` to Gymnasium.
+The ids exist once the package is installed: pyproject.toml names `register` as Gymnasium's plugin.
 """
 
 from typing import Any, Literal

@@ -31,11 +31,11 @@ SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, OPEN)
 
 
 AXES = {
-    "camera": "front camera swung by up to 15 degrees about what it looks at, 0.9 to 1.1 of the distance",
-    "light": "0.3 to 1.4 of the lamps' power, 0.8 to 1.2 of it in each colour, lamps up to 1 m elsewhere",
-    "noise": "Gaussian noise of a standard deviation of 10 to 30 of 255 on every picture",
-    "robot": "each of the arm's seven joints up to 0.1 rad elsewhere at the start",
-    "background": "0.3 to 1.0 of each colour of table, floor and walls",
+    "camera": "front camera orbits its target by up to 15 degrees, at 0.9 to 1.1 of its distance",
+    "light": "lights at 0.3 to 1.4 of their power, times 0.8 to 1.2 per colour, moved by up to 1 m per axis",
+    "noise": "Gaussian noise on every image, with a standard deviation of 10 to 30 of 255",
+    "robot": "each of the arm's seven joints starts off by up to 0.1 rad",
+    "background": "each colour of table, floor and walls is scaled by 0.3 to 1.0",
     "language": "the same request in other words",
 }
 """What our perturbed suites of LIBERO change -> its range, drawn evenly for each task and initial state."""

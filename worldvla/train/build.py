@@ -61,7 +61,7 @@ def fit(config: Config) -> Config:
     if config.layout.views:
         return config
     if not config.data.stores:
-        raise ValueError("a layout without views is that of the stores: name them by data.stores")
+        raise ValueError("a layout without views takes them from the stores: name those in data.stores")
     found = {}
     for path in config.data.stores:
         manifest = TokenStore.open(Path(path)).manifest

@@ -47,13 +47,15 @@ def start(config: TrainConfig) -> torch.device:
         )
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and _num_restarts() > 0:
         raise ValueError(
-            "torchrun --max-restarts gives processes the addresses of dead ones, unless it is started with "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment: set it"
+            "torchrun --max-restarts gives restarted processes the addresses of dead ones: start it with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
         )
     _, shard = num_copies(config, num)
     for name in ("compile", "only_head"):
         if shard > 1 and getattr(config, name):
-            raise ValueError(f"train.{name} does not work on a model that train.shard {shard} spreads: use 1")
+            raise ValueError(
+                f"train.{name} does not work on a model that train.shard {shard} spreads: set it to 1"
+            )
     device = _own_device(config.device)
     if device.type == "cpu":
         torch.set_num_threads(config.num_threads)
@@ -90,7 +92,7 @@ def _own_device(name: str) -> torch.device:
     found = torch.cuda.device_count()
     if num > 1 and device.index is not None:
         raise ValueError(
-            f"train.device {name} is one GPU for {num} processes: say cuda, and each has its own"
+            f"train.device {name} is one GPU for {num} processes: say cuda, and each process gets its own"
         )
     if num > found:
         raise ValueError(

@@ -37,7 +37,7 @@ def open_source(path: Path, names: Names | None = None) -> Source:
         return open_rlds(versions[0], names)
     except (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration) as error:
         reason = one_line(f"{type(error).__name__}: {error}")
-        what = f"{path}/meta is no LeRobotDataset" if kind == "lerobot" else f"{path} is no RLDS data set"
+        what = f"{path}/meta is not a valid LeRobotDataset" if kind == "lerobot" else f"{path} is not a valid RLDS data set"
         raise Damaged(f"{what} ({reason}): download it again") from None
 
 

@@ -227,7 +227,7 @@ class _Reader:
 
     def _instruction(self, tasks: np.ndarray) -> str:
         if len(changes := np.flatnonzero(np.diff(tasks))):
-            raise ValueError(f"frame {changes[0] + 1}: the instruction changes, expected one an episode")
+            raise ValueError(f"frame {changes[0] + 1}: the instruction changes, expected one per episode")
         if tasks[0] not in self.tasks:
             raise ValueError(f"frame 0: no instruction of number {tasks[0]} in meta/tasks")
         return self.tasks[int(tasks[0])]

@@ -40,7 +40,7 @@ def open_rlds(path: Path, names: Names) -> Source:
     """Open the folder of a version, which holds features.json and the shards of every split."""
     info, steps = read_json(path / "dataset_info.json"), _steps(path)
     if (form := info.get("fileFormat", "tfrecord")) != "tfrecord":
-        raise ValueError(f"{path} is written as {form}, tfrecord is read: write it again with that file format")
+        raise ValueError(f"{path} is stored as {form}, expected tfrecord: write it again in that file format")
     numbers = {n: _dims(n, f) for n, f in steps.items() if _is_vector(f) and n not in NOT_OURS}
     parts = ",".join(n for n in (f"action/{part}" for part in OPEN_X_ACTION) if n in numbers)
     shards, splits = [], {}
@@ -183,7 +183,7 @@ def parse(record: bytes) -> dict[str, Any]:
     try:
         example = _example().FromString(record)
     except DecodeError as error:
-        raise ValueError(f"no tf.train.Example ({error}): download the data set again") from None
+        raise ValueError(f"not a tf.train.Example ({error}): download the data set again") from None
     values: dict[str, Any] = {}
     for entry in example.features.entry:
         feature = entry.value

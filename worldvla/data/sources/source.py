@@ -159,7 +159,7 @@ class Plan:
             np.concatenate([columns[name] for name in v.features], 1) for v in (self.action, self.state)
         )
         if len(actions) < 2:
-            raise ValueError("it has one step (frame 0): an action's effect is not seen, remove the episode")
+            raise ValueError("it has one step (frame 0), so no action's effect is seen: remove the episode")
         dims = list(self.delta)
         actions[:, dims] -= states[:, [self.delta[i] for i in dims]]
         return Episode(
@@ -257,7 +257,7 @@ def _delta_dims(action: Vector, state: Vector) -> dict[int, int]:
     }
     if not pairs:
         raise ValueError(
-            f"--delta: no action dim ({', '.join(action.names)}) is a state ({', '.join(state.names)}): leave it out"
+            f"--delta: no action dim ({', '.join(action.names)}) matches a state ({', '.join(state.names)}): leave it out"
         )
     return pairs
 

@@ -40,7 +40,7 @@ def summary(source: Source, on_episode: Callable[[str, Episode], None] = lambda 
         yield from _ranges(f"state = {source.state}", source.state.names, np.concatenate(states))
         yield f"idle: {_idle(states):.1%} of the steps move no state by {STILL:.1%} of its range"
         for dim in _absolute(actions, states):
-            yield f"action {source.action.names[dim]} follows the state of the next step: absolute? --delta makes it a motion"
+            yield f"action {source.action.names[dim]} follows the state of the next step. If it is absolute, --delta turns it into a difference"
         hand = np.concatenate(actions)[:, -1]
         yield f"gripper, if it is the last action: {hand.min():.3g} to {hand.max():.3g}; LIBERO: -1 open, 1 closed"
     for text, count in Counter(e.instruction for e in episodes).items():

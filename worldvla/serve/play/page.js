@@ -286,8 +286,8 @@ if ("getGamepads" in navigator) {
     $("gamepad").textContent = `${gamepad.id}: sticks move, A gripper, Y policy, B take over.`;
     if (!isPolling) poll();
   });
-  addEventListener("gamepaddisconnected", () => { $("gamepad").textContent = "The gamepad is gone."; });
-} else $("gamepad").textContent = "This browser knows no gamepads.";
+  addEventListener("gamepaddisconnected", () => { $("gamepad").textContent = "Gamepad disconnected."; });
+} else $("gamepad").textContent = "This browser does not support gamepads.";
 
 $("action").replaceChildren(...DIMS.map((name) => {
   const column = document.createElement("span"), box = document.createElement("i");
@@ -299,4 +299,4 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
 if ("WebSocket" in window) {
   connect();
   $("stage").focus({ preventScroll: true });
-} else notice("This browser has no WebSocket: open the page in another one.", true);
+} else notice("This browser does not support WebSocket: open the page in another one.", true);

@@ -75,7 +75,7 @@ async def serve(
     """
     is_loopback = _is_loopback(host)
     if not (api_key or is_loopback):
-        raise ValueError(f"whoever reaches {host} could play and write recordings: set WORLDVLA_API_KEY")
+        raise ValueError(f"anyone who reaches {host} could play and write recordings: set WORLDVLA_API_KEY")
     with ThreadPoolExecutor(1, "imagine", torch.set_num_threads, (threads,)) as thread:
         house = _House(playable, start, out, thread, api_key, is_loopback)
         runner = web.AppRunner(house.app(), access_log=None, shutdown_timeout=2)
@@ -143,7 +143,7 @@ class _House:
         """Turn away pages of other sites, names of this machine that others chose, and those without key."""
         origin = request.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != request.host:
-            raise web.HTTPForbidden(text=f"a page of {origin} may not play here\n")
+            raise web.HTTPForbidden(text=f"a page from {origin} may not play here\n")
         if self.is_loopback and not _is_loopback(urlsplit(f"//{request.host}").hostname or ""):
             raise web.HTTPForbidden(text=f"{request.host} is not this machine: open http://127.0.0.1\n")
         is_open = request.path in ("/healthz", "/page.js", "/page.css")

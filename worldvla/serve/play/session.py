@@ -68,7 +68,9 @@ class Playable:
         """Return a task; an unknown one raises ValueError."""
         if suite not in self.tasks:
             sim.suite(suite)  # names near ones
-            raise ValueError(f"{suite} is no suite of {self.simulator}: choose {', '.join(self.tasks)}")
+            raise ValueError(
+                f"{suite} is not a suite of {self.simulator}: choose one of {', '.join(self.tasks)}"
+            )
         tasks = self.tasks[suite]
         if not 0 <= index < len(tasks):
             raise ValueError(f"{suite} has no task {index}: expected 0..{len(tasks) - 1}")

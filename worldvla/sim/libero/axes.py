@@ -1,8 +1,8 @@
-"""Axes of robustness: of a LIBERO task one thing changes, be it the view, the light, the arm or the words.
+"""Axes of robustness: one thing about a LIBERO task changes, such as the view, the light or the words.
 
 A change is a function of (axis, task, initial state) alone, so every policy meets the same ones. The ranges
-are in AXES of worldvla/sim/protocol.py. LIBERO-Plus has such axes too, with assets and ranges of its own:
-numbers on these here are not numbers on those.
+are in AXES of worldvla/sim/protocol.py. LIBERO-Plus has such axes too, with assets and ranges of its own,
+so results on the two cannot be compared.
 """
 
 import re
