@@ -136,7 +136,7 @@ def requirements(records: Records) -> str:
         return f"{mode[name]['measured'] / 1e9:.0f} GB"
 
     rows = [
-        ["`make demo`", "not measured", "under 5 minutes", "2 CPU cores"],
+        ["`make demo`", "not measured", "7 minutes, 4 of them to install", "2 CPU cores"],
         ["LIBERO, evaluation", "1.7 GiB a worker", f"{episode:.1f} s an episode", "2 CPU cores"],
         ["7B, one query of ten actions", gigabytes("infer bfloat16"), f"{query:.0f} ms", card],
         ["7B in 4 bits", gigabytes("infer int4"), "not measured", card],

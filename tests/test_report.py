@@ -88,7 +88,7 @@ def test_numbers_and_texts_are_those_of_the_record(evaluation: Path, tmp_path: P
     assert "1 of 2" in page
     assert "1 errors" in page
     assert "random 0&nbsp;%" in page
-    assert "2.5 million parameters, trained for 1,500 steps" in page
+    assert "2.5 million parameters, step 1,500 of its last training run" in page
     assert page.count("data:video/mp4") == 1
     assert "lift &lt;script&gt;" in page
     assert "lift <script>" not in page

@@ -154,7 +154,7 @@ def _lead(records: Sequence[Mapping[str, Any]]) -> str:
     if "parameters" in actor:
         parts.append(f"{actor['parameters'] / 1e6:.1f} million parameters")
     if actor.get("step") is not None:
-        parts.append(f"trained for {actor['step']:,} steps")
+        parts.append(f"step {actor['step']:,} of its last training run")
     return ", ".join(p for p in parts if p)
 
 
