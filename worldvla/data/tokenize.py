@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from worldvla.data.episode import Episode, fingerprint, read_demos
+from worldvla.data.sources.hdf5 import ACTION_NAMES
 from worldvla.data.sources.source import Source
 from worldvla.data.store import FrameTokenizer, TokenStore, read_manifest, write_store
 from worldvla.files import Damaged, only_writer
 from worldvla.progress import progress_bar
 
-DIMS = ("x", "y", "z", "x rotation", "y rotation", "z rotation", "gripper")
 MOST = 20
 """Faults that an error lists."""
 SEVERAL = 10
@@ -113,7 +113,7 @@ def _wrong_actions(episode: Episode) -> str:
     low, high = episode.actions.min(0), episode.actions.max(0)
     for dim in np.flatnonzero(np.maximum(-low, high) > 1 + 1e-6):
         return (
-            f"actions[:, {dim}] ({DIMS[dim]}) range from {low[dim]:.3g} to {high[dim]:.3g}, expected [-1, 1] "
+            f"actions[:, {dim}] ({ACTION_NAMES[dim]}) range from {low[dim]:.3g} to {high[dim]:.3g}, expected [-1, 1] "
             "of the controller: are they scaled, or absolute poses?"
         )
     places = episode.states[:, :3]
