@@ -93,22 +93,27 @@ def _demonstrations(paths: Sequence[Path]) -> list[Path]:
 def _other_format(
     paths: Sequence[Path], camera: Sequence[str] = (), action: str = "", state: str = "", delta: bool = False
 ) -> "Source | None":
-    """Open a data set of another format than LIBERO's HDF5 and say what is guessed; None: it is HDF5."""
-    from worldvla.data.sources import kind_of, open_source
-    from worldvla.data.sources.source import Names
+    """Open a data set of another format than LIBERO's HDF5; None: it is HDF5."""
+    from worldvla.data.sources import kind_of
+    from worldvla.data.sources.hdf5 import FIXED
 
     if all(kind_of(path) == "hdf5" for path in paths):
         if camera or action or state or delta:
-            raise ValueError(
-                "names are fixed in LIBERO's HDF5 files: leave --camera, --action, --state and --delta out"
-            )
+            raise ValueError(FIXED)
         return None
     if len(paths) > 1:
         raise ValueError(
             f"got {len(paths)} paths, one of them a LeRobot or RLDS data set: give that one alone"
         )
-    names = Names(*_cameras(camera), action, state, delta)
-    source = open_source(paths[0], names)
+    return _source(paths[0], camera, action, state, delta)
+
+
+def _source(path: Path, camera: Sequence[str], action: str, state: str, delta: bool) -> "Source":
+    """Open a data set of any format and say what is guessed."""
+    from worldvla.data.sources import open_source
+    from worldvla.data.sources.source import Names
+
+    source = open_source(path, Names(*_cameras(camera), action, state, delta))
     for guess in source.guesses:
         say(f"guess: {guess}")
     return source
@@ -296,10 +301,9 @@ def inspect(
         path: A LeRobot or RLDS data set, ORG/NAME@REVISION on the hub, an HDF5 file, or a directory of them.
         out: HTML file to write, with the same text and a film strip of each episode.
     """
-    from worldvla.data.sources import open_source
     from worldvla.data.sources.summary import summary
 
-    source = _other_format([path], camera, action, state, delta) or open_source(path)
+    source = _source(path, camera, action, state, delta)
     if out is None:
         for line in summary(source):
             say(line)
@@ -454,10 +458,9 @@ def export_dataset(
         fps: Steps per second, if the data set does not say.
     """
     from worldvla.data.export import export_lerobot
-    from worldvla.data.sources import open_source
 
     del format  # there is but one
-    source = _other_format([path], camera, action, state, delta) or open_source(path)
+    source = _source(path, camera, action, state, delta)
     count = export_lerobot(source, out, pictures, fps)
     say(f"data set: {out}, {count} episodes   next: worldvla inspect {out}")
 

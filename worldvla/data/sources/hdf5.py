@@ -16,15 +16,14 @@ from worldvla.sim.protocol import FPS
 from worldvla.sim.suites import SUITES
 
 ACTION_NAMES = ("x", "y", "z", "x rotation", "y rotation", "z rotation", "gripper")
+FIXED = "names are fixed in LIBERO's HDF5 files: leave --camera, --action, --state and --delta out"
 STATE_NAMES = (*ACTION_NAMES[:6], "finger 1", "finger 2")
 
 
 def open_hdf5(path: Path, names: Names) -> Source:
     """Open a file or the files of a folder; the first demonstration tells suite and cameras."""
     if names != Names():
-        raise ValueError(
-            f"{path}: names are fixed in LIBERO's HDF5 files: leave --camera, --action, --state, --delta out"
-        )
+        raise ValueError(f"{path}: {FIXED}")
     files = demonstration_files([path])
     first = next(read_episodes(files[0]))
     return Source(
