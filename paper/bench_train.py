@@ -132,9 +132,10 @@ def row(step: Callable[[], float], seconds: float, batch: Batch, flops: int, rat
     }
 
 
-def measured(size: str, rows: int, train: TrainConfig, seconds: float, rate: float) -> dict[str, Any]:
+def measured(
+    size: str, rows: int, train: TrainConfig, seconds: float, rate: float, device: torch.device
+) -> dict[str, Any]:
     """Return way -> numbers of one size."""
-    device = parallel.start(train)
     config, vocab, batch = case(size, rows, train)
     batch = batch.to(device)
 
@@ -151,9 +152,10 @@ def measured(size: str, rows: int, train: TrainConfig, seconds: float, rate: flo
     parallel.spread(model, train, device)
     found["ours"] = row(our_step(config, vocab, batch, model.to(device)), seconds, batch, flops, rate)
     del model
-    if importlib.util.find_spec("transformers") is None or parallel.num_ranks() > 1 or size == "7b":
-        found["left_out"] = "transformers is not installed, or its model is too large for one device"
-        return found
+    if importlib.util.find_spec("transformers") is None:
+        return found | {"left_out": "transformers is not installed"}
+    if parallel.num_ranks() > 1 or size == "7b":
+        return found | {"left_out": "transformers is measured on one device, which its 7b does not fit"}
     theirs = row(their_step(config, batch, drawn().to(device)), seconds, batch, flops, rate)
     found |= {"transformers": theirs, "faster": theirs["step_ms"] / found["ours"]["step_ms"]}
     difference = abs(theirs["first_loss"] - found["ours"]["first_loss"])
@@ -194,7 +196,7 @@ def main() -> None:
     rate = matmul_rate(device, args.dtype, args.seconds / 4, 8192 if args.device == "cuda" else 2048)
     table, sizes = Table("size", "parameters", "way", *COLUMNS), {}
     for size in args.sizes:
-        sizes[size] = measured(size, args.rows, train, args.seconds, rate)
+        sizes[size] = measured(size, args.rows, train, args.seconds, rate, device)
         for way in ("ours", "transformers"):
             if way in sizes[size]:
                 cells = (f"{sizes[size][way][name]:.4g}" for name in COLUMNS)
