@@ -175,3 +175,19 @@ def test_inspect_names_splits_and_several_sets(capsys: pytest.CaptureFixture[str
     assert "RLDS tiny_libero 1.0.0: train 2, val 1: 3 episodes, 28 steps" in capsys.readouterr().out
     assert main(["inspect", str(GENUINE)]) == 2
     assert "holds 2 data sets, name one" in capsys.readouterr().err
+
+
+def test_a_size_that_varies_is_that_of_the_first_sound_picture(monkeypatch: pytest.MonkeyPatch):
+    picture, feature = io.BytesIO(), {"image": {"shape": {"dimensions": ["-1", "-1", "3"]}}}
+    Image.new("RGB", (6, 4)).save(picture, "PNG")
+    shard, cells = rlds.Shard(Path("x.tfrecord"), 3), {b"0": [b"no picture"], b"1": [picture.getvalue()]}
+    monkeypatch.setattr(
+        rlds, "parse", lambda record: {"steps/image": cells[record]} if record in cells else {}
+    )
+    for contents, size in (([ValueError("damaged"), b"0", b"2", b"1"], (4, 6)), ([b"0"], None)):
+        monkeypatch.setattr(rlds, "records", lambda _, contents=contents: iter(contents))
+        if size is not None:
+            assert rlds._size("image", feature, [shard]) == size
+            continue
+        with pytest.raises(ValueError, match=r"x\.tfrecord: no episode has a sound picture of image"):
+            rlds._size("image", feature, [shard])

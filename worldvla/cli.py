@@ -628,8 +628,9 @@ def merge(shards: Positional[tuple[Path, ...]], *, out: Path, allow_errors: int 
     suite, parts = next(iter(named.values()))
     if others := [str(path) for path in named if named[path] != (suite, parts)]:
         raise ValueError(f"{others[0]} has other suites than {shards[0]}: expected shards of one evaluation")
-    records = [merge([path / part for path in shards], out / part) for part in parts]
-    return _report(suite, records, out, allow_errors)
+    with only_writer(out):
+        records = [merge([path / part for path in shards], out / part) for part in parts]
+        return _report(suite, records, out, allow_errors)
 
 
 def _short(checkpoint: Path) -> str:

@@ -5,6 +5,7 @@ an episode, a tf.train.Example whose features are flat: steps/action has T * 7 f
 T encoded pictures. Formats: tensorflow_datasets 4.9.10 core/example_serializer.py; TensorFlow tfrecord.
 """
 
+import contextlib
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -105,14 +106,17 @@ def _channels(feature: Mapping[str, Any]) -> str:
 
 
 def _size(name: str, feature: Mapping[str, Any], shards: list[Shard]) -> tuple[int, int]:
-    """Return rows and columns of a camera; where they may vary, those of the first picture."""
+    """Return rows and columns of a camera; where they may vary, those of the first sound picture."""
     rows, cols = map(int, _shape(feature["image"])[:2])
     if rows > 0 and cols > 0:
         return rows, cols
     for record in (r for shard in shards for r in records(shard) if not isinstance(r, ValueError)):
-        picture = decode_picture(name, 0, parse(record)[f"steps/{name}"][0])
-        return picture.shape[0], picture.shape[1]
-    raise ValueError(f"{shards[0].path}: no episode can be read: download the data set again")
+        with contextlib.suppress(ValueError, LookupError):  # reading that episode says what is wrong with it
+            picture = decode_picture(name, 0, parse(record)[f"steps/{name}"][0])
+            return picture.shape[0], picture.shape[1]
+    raise ValueError(
+        f"{shards[0].path}: no episode has a sound picture of {name}: download the data set again"
+    )
 
 
 def _file(info: Mapping[str, Any], split: Mapping[str, Any], index: int, count: int) -> str:
