@@ -10,7 +10,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from worldvla.serve.image import as_uint8, resize_with_pad
+from worldvla.image import as_uint8, resize_with_pad
 from worldvla.serve.protocol import pack, unpack
 
 

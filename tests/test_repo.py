@@ -24,19 +24,19 @@ MAY_IMPORT = {
     "tokenizers": set(),
     "model": set(),
     "sim": set(),
+    "image": set(),
     "video": set(),
-    "data": {"tokenizers", "sim", "video", "published.hub", "serve.image"},
+    "data": {"tokenizers", "sim", "image", "video", "published.hub"},
     "infer": {"model", "tokenizers", "data.sample", "published.hub"},
     "published": {"model", "tokenizers"},
     "train": {"model", "tokenizers", "data"},
-    "eval": {"infer", "sim", "data", "tokenizers", "serve.protocol", "serve.image", "serve.client", "video"},
+    "eval": {"infer", "sim", "data", "tokenizers", "image", "serve.protocol", "serve.client", "video"},
     # The files of serve stand apart: a client needs the wire alone, the server a model too.
     "serve.protocol": set(),
-    "serve.image": set(),
     "serve.client": {"serve.protocol"},
     "serve.batcher": set(),
     "serve.exact": {"infer", "data.sample", "tokenizers"},
-    "serve.server": {"serve.protocol", "serve.image", "serve.batcher", "serve.exact", "infer"},
+    "serve.server": {"image", "serve.protocol", "serve.batcher", "serve.exact", "infer"},
     "serve.play": {"infer", "sim", "data", "video"},
 }
 TOP = {"__init__", "__main__", "cli", "demo", "recipes"}

@@ -29,7 +29,7 @@ from worldvla.data.sources.source import Names
 from worldvla.data.sources.summary import consistency, summary
 from worldvla.data.store import TokenStore, write_store
 from worldvla.data.tokenize import tokenize_source
-from worldvla.serve.image import resize_with_pad
+from worldvla.image import resize_with_pad
 from worldvla.tokenizers.image import ImageTokenizer
 
 GENUINE = Path(__file__).parent / "lerobot_v3"

@@ -17,7 +17,7 @@ from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.sync.client import connect
 
 from worldvla.eval.actors import CHUNK, Actor, ActorError, Query
-from worldvla.serve.image import resize_with_pad
+from worldvla.image import resize_with_pad
 from worldvla.serve.protocol import IMAGE_KEYS, MAX_BYTES, PORT, PROMPT_KEY, STATE_KEY, pack, unpack
 from worldvla.sim.protocol import NUM_ACTION_DIMS
 from worldvla.sim.suites import suite

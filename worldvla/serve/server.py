@@ -36,8 +36,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
+from worldvla.image import MAX_PIXELS, as_uint8, resize_with_pad
 from worldvla.serve.batcher import SECONDS, Answer, Batcher, Histogram, LateError, Observation
-from worldvla.serve.image import MAX_PIXELS, as_uint8, resize_with_pad
 from worldvla.serve.protocol import (
     DEADLINE_KEY,
     HISTORY_KEY,

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from worldvla.data.episode import Episode
-from worldvla.serve.image import resize_with_pad
+from worldvla.image import resize_with_pad
 
 WRIST = ("wrist", "hand", "gripper")
 """What the name of a camera that moves with the hand contains."""

@@ -1,4 +1,4 @@
-"""Pictures as clients send them -> uint8 (Y, X, 3): converted and resized as openpi does it."""
+"""Pictures as clients and data sets have them -> uint8 (Y, X, 3): converted and resized as openpi does it."""
 
 from typing import Any
 
