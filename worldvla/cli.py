@@ -724,6 +724,59 @@ def rank(
     say(f"rank correlation {spearman['value']} (95 % {spearman['interval_95']})   record: {out}/record.json")
 
 
+def improve(
+    checkpoint: Positional[Checkpoint],
+    *,
+    world: Path,
+    demos: Demos,
+    suites: tuple[str, ...],
+    stores: tuple[Path, ...] = (),
+    out: Path = Path("out/improve"),
+    episodes: int = 10,
+    rounds: int = 1,
+    execute: int = 0,
+    temperature: float = 1.0,
+    steps: int = 300,
+    kind: Literal["imagination", "simulator"] = "imagination",
+    keep_all: bool = False,
+    seed: int = 0,
+) -> None:
+    """Train a policy on what succeeds when it acts in a world model; the simulator is not asked.
+
+    Args:
+        world: The world model that it acts in.
+        demos: HDF5 files, or directories of them, of every task: their first frames start the episodes, and a
+            judge of success is trained on them.
+        stores: Token stores of real demonstrations, learnt beside what is imagined.
+        out: Directory of the record and, for each round, of demonstrations, their store and the training run.
+        episodes: Episodes of each task a round.
+        rounds: Times that the policy acts and learns.
+        execute: Replan interval. Default: the whole chunk.
+        temperature: Of the actions; 0 takes the likeliest.
+        steps: Training steps a round.
+        kind: Where it acts. simulator: the upper bound of what imagination can give.
+        keep_all: Learn from failures too: the control of what the judge gives.
+    """
+    from worldvla.data.episode import demonstration_files
+    from worldvla.eval.improve import improve
+
+    options: dict[str, Any] = {"episodes": episodes, "rounds": rounds, "execute": execute, "steps": steps}
+    options |= {
+        "temperature": temperature,
+        "kind": kind,
+        "keep_all": keep_all,
+        "seed": seed,
+        "stores": stores,
+    }
+    with only_writer(out):
+        record = improve(checkpoint, world, demonstration_files(demos), suites, out, stores=stores, **options)
+    for number, row in enumerate(record["rounds"]):
+        done, total = row["judged_successes"], row["episodes"]
+        say(f"round {number}: {done} of {total} succeeded in {kind}, {row['kept']} kept")
+    say(f"new policy: {record['checkpoint']}   record: {out}/record.json")
+    say(f"next: worldvla eval {record['checkpoint']} --suite {suites[0]}, then worldvla compare")
+
+
 def export(checkpoint: Positional[Checkpoint], *, out: Path, half: bool = False) -> None:
     """Copy a checkpoint without its training state, weights in bfloat16: what is shipped and served.
 
@@ -985,6 +1038,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "eval-world": eval_world,
     "merge": merge,
     "rank": rank,
+    "improve": improve,
     "compare": compare,
     "export": export,
     "convert": convert,

@@ -1,0 +1,80 @@
+"""A policy acts in imagination or in the simulator, what succeeds becomes demonstrations, and it learns them.
+
+Run: pytest tests/test_improve.py
+"""
+
+import functools
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import worldvla
+from worldvla.data.collect import collect
+from worldvla.data.episode import read_episodes
+from worldvla.data.store import TokenStore
+from worldvla.eval.improve import improve
+from worldvla.infer.model import load
+from worldvla.sim import suites as sim
+
+MODEL = Path(worldvla.__file__).parent / "assets/tabletop"
+SUITE = "tabletop_object"
+
+
+def test_what_succeeds_is_what_happened_and_is_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, short = sim.tasks(SUITE)[:1], replace(sim.suite(SUITE), horizon=25)
+    collect(SUITE, tmp_path / "demos", episodes=3, tasks=(0,), workers=1)
+    monkeypatch.setattr(sim, "tasks", lambda _: tasks)
+    monkeypatch.setattr(sim, "suite", lambda _: short)
+    demos = sorted((tmp_path / "demos").glob("*.hdf5"))
+    given = {"episodes": 2, "steps": 1, "judge_steps": 20, "temperature": 0.0}
+    run = functools.partial(improve, MODEL, MODEL, demos, [SUITE], **given)
+
+    record = run(tmp_path / "real", kind="simulator")
+    (count,) = record["rounds"]
+    assert count["episodes"] == 2
+    assert count["kept"] == count["judged_successes"] >= 1  # the shipped model can do this
+    (file,) = (tmp_path / "real/round_0/demos").rglob("*.hdf5")
+    kept, shown = list(read_episodes(file)), list(read_episodes(demos[0]))
+    with closing(sim.make(tasks[0], load(MODEL).view_sizes)) as env:
+        for episode in kept:  # its first frame is a demonstration's, and its actions do again what they did
+            start = next(
+                e for e in shown if np.array_equal(e.images["agentview"][0], episode.images["agentview"][0])
+            )
+            env.reset(options={"init": max(start.init, 0)})
+            env.set_state(start.sim_states[0])
+            for t, action in enumerate(episode.actions):
+                observation, *_, info = env.step(action)
+                if t + 1 < len(episode):
+                    assert np.array_equal(observation["wrist"], episode.images["wrist"][t + 1])
+                    assert np.array_equal(observation["state"], episode.states[t + 1])
+                assert info["success"] == (t + 1 == len(episode))
+    assert len(TokenStore.open(tmp_path / "real/round_0/store").episodes) == len(kept)
+    assert load(record["checkpoint"]).manifest["step"] == 1
+
+    record = run(tmp_path / "dream", keep_all=True)
+    assert record["rounds"][0]["kept"] == 2
+    (file,) = (tmp_path / "dream/round_0/demos").rglob("*.hdf5")
+    dreamt = list(read_episodes(file))
+    first = [e.images["agentview"][0] for e in shown[:2]]
+    assert all(np.array_equal(e.images["agentview"][0], f) for e, f in zip(dreamt, first, strict=True))
+    assert all(len(e) <= 25 and np.isfinite(e.states).all() for e in dreamt)
+
+
+def test_a_policy_that_never_succeeds_has_nothing_to_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = sim.tasks(SUITE)[:1]
+    collect(SUITE, tmp_path / "demos", episodes=3, tasks=(0,), workers=1)
+    brief = replace(sim.suite(SUITE), horizon=2)
+    monkeypatch.setattr(sim, "tasks", lambda _: tasks)
+    monkeypatch.setattr(sim, "suite", lambda _: brief)
+    demos = sorted((tmp_path / "demos").glob("*.hdf5"))
+    with pytest.raises(
+        ValueError, match="none of 1 episodes succeeded in simulator: start from a better policy"
+    ):
+        improve(MODEL, MODEL, demos, [SUITE], tmp_path / "o", episodes=1, kind="simulator", judge_steps=5)

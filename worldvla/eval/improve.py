@@ -1,0 +1,238 @@
+"""A policy made better without the simulator: imagine, keep what succeeds, learn it.
+
+From real first frames the policy acts in a world model, drawing its actions. A judge of success
+(eval/judge.py) reads the imagined frames; what it calls done becomes demonstrations, on which the policy is
+trained on. `in_simulator` rolls the same episodes out in the simulator and takes its word, which is the upper
+bound; `keep_all` learns from failures too, which is the control. Dims: N episodes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from worldvla.config import Config
+from worldvla.data.episode import Episode, read_episodes, write_episodes
+from worldvla.data.tokenize import tokenize
+from worldvla.eval.judge import CONFIRM, STEPS, Imagined, Judge, Seen, Simulated, drive, gather, train_judge
+from worldvla.files import write_json
+from worldvla.infer.model import Model, load
+from worldvla.infer.policy import Policy
+from worldvla.infer.world import World
+from worldvla.machine import provenance
+from worldvla.progress import progress_bar
+from worldvla.sim import suites as sim
+from worldvla.sim.protocol import Task
+from worldvla.train.loop import train
+
+BATCH = 60
+"""Episodes that are imagined side by side."""
+Kind = Literal["imagination", "simulator"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A real first frame."""
+
+    task: int
+    """Index among the judge's tasks."""
+    observation: dict[str, Any]
+    sim_state: np.ndarray
+    init: int
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A policy that draws its actions, each time by other seeds."""
+
+    policy: Policy
+    temperature: float
+    rng: np.random.Generator
+
+    def act(self, observations: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        seeds = self.rng.integers(0, 2**31, len(observations)).tolist()
+        return self.policy.act(observations, self.temperature, seeds)
+
+
+class Recorded:
+    """`body` (judge.Simulated or Imagined), which also notes what N episodes saw, felt and did until done."""
+
+    def __init__(self, body: Simulated | Imagined, first: Sequence[Mapping[str, Any]], in_simulator: bool):
+        self.body, self.in_simulator = body, in_simulator
+        self.now = [dict(o) for o in first]
+        self.rows, self.streaks = np.arange(len(first)), np.zeros(len(first), dtype=int)
+        self.steps: list[list[tuple[dict[str, Any], np.ndarray]]] = [[] for _ in first]
+        self.done = np.zeros(len(first), dtype=bool)
+
+    def keep(self, rows: np.ndarray) -> None:
+        self.body.keep(rows)
+        self.rows = self.rows[rows]
+
+    def step(self, actions: np.ndarray) -> Seen:
+        seen = self.body.step(actions)
+        for i, row in enumerate(self.rows):
+            if self.done[row]:
+                continue
+            self.steps[row].append((self.now[row], actions[i]))
+            self.now[row] = {**{v: f[i] for v, f in seen.frame.items()}, "state": seen.states[i]}
+            self.streaks[row] = self.streaks[row] + 1 if seen.said[i] else 0
+            self.done[row] = seen.success[i] if self.in_simulator else self.streaks[row] >= CONFIRM
+        return seen
+
+
+def improve(
+    checkpoint: Path | str,
+    world: Path | str,
+    demos: Sequence[Path],
+    suites: Sequence[str],
+    out: Path,
+    *,
+    stores: Sequence[Path] = (),
+    episodes: int = 10,
+    rounds: int = 1,
+    execute: int = 0,
+    temperature: float = 1.0,
+    steps: int = 300,
+    kind: Kind = "imagination",
+    keep_all: bool = False,
+    judge_steps: int = STEPS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Improve the policy `checkpoint` in `world`; write record.json, and round_N/{demos,store,run}; return
+    the record, whose `checkpoint` is the new policy.
+
+    `demos` give the first frames and teach the judge. `stores`: token stores of real demonstrations, learnt
+    beside what is imagined. `episodes` of each task a round; `execute`: replan interval, 0: the whole chunk;
+    `temperature` of the actions; `steps` of training a round.
+    """
+    worlds, path, report = load(world), Path(checkpoint), []
+    tasks, pictures = gather(demos, suites, worlds, 30)
+    judge, errors = train_judge(tasks, pictures, judge_steps, seed)
+    rng = np.random.default_rng(seed)
+    for number in range(rounds):
+        folder, policy = out / f"round_{number}", load(path)
+        path = policy.path
+        act = Drawing(Policy(policy), temperature, rng)
+        starts = list(starts_of(demos, tasks, episodes, number * episodes))
+        made: list[Episode] = []
+        with progress_bar() as progress:
+            batches = [starts[i : i + BATCH] for i in range(0, len(starts), BATCH)]
+            for batch in progress.track(batches, description=f"round {number}: act in {kind}"):
+                looks = execute or policy.config.layout.chunk
+                made += _episodes(_roll(act, looks, judge, worlds, batch, kind), batch, tasks)
+        kept = [episode for episode in made if episode.success or keep_all]
+        if not kept:
+            raise ValueError(
+                f"round {number}: none of {len(made)} episodes succeeded in {kind}: start from a better "
+                "policy, or give more --episodes"
+            )
+        files = list(_write(kept, folder / "demos", {"kind": kind, "world": worlds.identity()}))
+        tokenize(files, policy.image, folder / "store")
+        outcome = train(_recipe(policy, [folder / "store", *stores], steps), folder / "run")
+        report.append(
+            {"episodes": len(made), "judged_successes": sum(e.success for e in made), "kept": len(kept)}
+        )
+        path = outcome.checkpoint
+    record = {
+        "policy": load(checkpoint).identity(),
+        "world": worlds.identity(),
+        "suites": list(suites),
+        "judge": errors,
+        "kind": kind,
+        "keep_all": keep_all,
+        "protocol": {"episodes": episodes, "execute": execute, "temperature": temperature, "steps": steps},
+        "rounds": report,
+        "checkpoint": str(path),
+        **provenance(),
+    }
+    write_json(out / "record.json", record)
+    return record
+
+
+def starts_of(paths: Sequence[Path], tasks: Sequence[Task], number: int, skip: int) -> Iterator[Start]:
+    """Yield `number` first frames of each task after the first `skip`; where there are fewer, over again."""
+    found: list[list[Start]] = [[] for _ in tasks]
+    numbers = {(task.suite, task.name): i for i, task in enumerate(tasks)}
+    for path in paths:
+        for episode in read_episodes(path):
+            index = numbers.get((episode.suite, episode.task))
+            if index is None or len(found[index]) >= skip + number:
+                break
+            observation = {view: frames[0].copy() for view, frames in episode.images.items()}
+            observation["state"] = episode.states[0]
+            found[index].append(Start(index, observation, episode.sim_states[0], max(episode.init, 0)))
+    for of_task in found:
+        yield from (of_task[(skip + i) % len(of_task)] for i in range(number))
+
+
+def _roll(
+    act: Drawing, execute: int, judge: Judge, world: Model, starts: Sequence[Start], kind: Kind
+) -> Recorded:
+    """Let the policy act from `starts`, side by side."""
+    numbers, first = np.array([start.task for start in starts]), [start.observation for start in starts]
+    tasks = [judge.tasks[n] for n in numbers]
+    with ExitStack() as stack:
+        if kind == "simulator":
+            envs: list[Any] = [stack.enter_context(closing(sim.make(t, world.view_sizes))) for t in tasks]
+            for env, start in zip(envs, starts, strict=True):
+                env.reset(options={"init": start.init})  # fixtures are not in every state
+                env.set_state(start.sim_state)
+            body: Simulated | Imagined = Simulated(judge, world, envs, numbers)
+        else:
+            frames = {view: np.stack([o[view] for o in first]) for view in world.view_sizes}
+            body = Imagined(judge, World(world), frames, numbers)
+        recorded = Recorded(body, first, kind == "simulator")
+        drive(act, execute, recorded, tasks, first)  # pyright: ignore[reportArgumentType]
+    return recorded
+
+
+def _episodes(roll: Recorded, starts: Sequence[Start], tasks: Sequence[Task]) -> Iterator[Episode]:
+    for start, steps, done in zip(starts, roll.steps, roll.done, strict=True):
+        task, length = tasks[start.task], len(steps)
+        yield Episode(
+            instruction=task.instruction,
+            suite=task.suite,
+            task=task.name,
+            actions=np.stack([action for _, action in steps]).astype(np.float32),
+            states=np.stack([seen["state"] for seen, _ in steps]).astype(np.float32),
+            images={v: np.stack([seen[v] for seen, _ in steps]) for v in start.observation if v != "state"},
+            sim_states=np.zeros((length, 0)),
+            is_expert=np.ones(length, dtype=bool),
+            init=start.init,
+            seed=-1,
+            success=bool(done),
+        )
+
+
+def _write(episodes: Sequence[Episode], folder: Path, made_by: Mapping[str, Any]) -> Iterator[Path]:
+    """Write one file of demonstrations a task, and yield their paths."""
+    for suite, name in sorted({(e.suite, e.task) for e in episodes}):
+        path = folder / suite / f"{name}_demo.hdf5"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_episodes(path, (e for e in episodes if (e.suite, e.task) == (suite, name)), dict(made_by))
+        yield path
+
+
+def _recipe(policy: Model, stores: Sequence[Path], steps: int) -> Config:
+    """Return how the policy is trained on: as it was, as a policy alone, at a fifth of the learning rate."""
+    config = policy.config
+    rate = config.optim.learning_rate / 5
+    return replace(
+        config,
+        tokenizer=str(policy.path / "image_tokenizer"),
+        optim=replace(
+            config.optim, learning_rate=rate, min_learning_rate=rate / 10, warmup_steps=min(20, steps // 10)
+        ),
+        data=replace(config.data, stores=tuple(map(str, stores)), world_fraction=0.0, val_fraction=0.0),
+        train=replace(
+            config.train,
+            steps=steps,
+            init_from=str(policy.path),
+            compile=False,  # which takes minutes
+            eval_every=0,
+            save_every=0,
+        ),
+    )
