@@ -11,6 +11,7 @@ from PIL import Image
 
 from worldvla.data.episode import Episode
 from worldvla.image import resize_with_pad
+from worldvla.robot import delta_dims
 
 WRIST = ("wrist", "hand", "gripper")
 """What the name of a camera that moves with the hand contains."""
@@ -246,16 +247,8 @@ def _choose_cameras(features: Sequence[str], asked: Mapping[str, str]) -> tuple[
 
 
 def _delta_dims(action: Vector, state: Vector) -> dict[int, int]:
-    """Return action dim -> state dim of the same name, or at the same place where the two share no name.
-
-    Grippers stay as they are: their command is no motion.
-    """
-    shared = {name: i for i, name in enumerate(state.names)} if set(action.names) & set(state.names) else {}
-    places = shared or {name: i for i, name in enumerate(action.names[: len(state.names)])}
-    pairs = {
-        i: places[name] for i, name in enumerate(action.names) if name in places and "grip" not in name.lower()
-    }
-    if not pairs:
+    """Return action dim -> state dim that is subtracted from it; no pair raises ValueError."""
+    if not (pairs := delta_dims(action.names, state.names)):
         raise ValueError(
             f"--delta: no action dim ({', '.join(action.names)}) matches a state ({', '.join(state.names)}): leave it out"
         )
