@@ -122,13 +122,18 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
     monkeypatch.setattr(sim, "tasks", lambda _: tasks)
     monkeypatch.setattr(sim, "suite", lambda _: short)
     demos = sorted((tmp_path / "demos").glob("*.hdf5"))
-    options = {"episodes": 2, "first": 10, "execute": (3, 9, 5), "judge_steps": 30}
+    options = {"episodes": 2, "first": 10, "execute": (3, 9, 5), "judge_steps": 30, "held_out": demos}
     run = functools.partial(judge.rank_policies, [MODEL], MODEL, demos, [SUITE], tmp_path / "out", **options)
     record = run()
     assert [row["execute"] for row in record["policies"]] == [3, 5]  # no more than the chunk, each once
     assert all(np.shape(row["outcomes"]) == (3, 2) for row in record["policies"])
     assert sum(sum(row["outcomes"][0]) for row in record["policies"]) >= 3  # the shipped model can do this
     assert json.loads((tmp_path / "out/record.json").read_text())["judge"] == record["judge"]
+    again = record["replays"]
+    assert (again["episodes"], again["successes"]) == (3, 3)
+    for name in ("judge_on_real_frames", "imagined"):
+        assert again[name]["table"][0] == [0, 0]  # all three are successes
+        assert again[name]["agree"] == again[name]["table"][1][1] == 3 - again[name]["table"][1][0]
     monkeypatch.setattr(judge, "drive", None)
     assert run()["policies"] == record["policies"]
 
@@ -165,6 +170,11 @@ def test_bad_input_is_said_before_anything_is_loaded(tmp_path: Path, options: di
     given = {"checkpoints": ["nowhere"], "world": "nowhere", "demos": [], "suites": [SUITE], **options}
     with pytest.raises(ValueError, match=words):
         judge.rank_policies(out=tmp_path, **given)
+
+
+def test_success_is_confirmed_by_pictures_in_a_row() -> None:
+    words = {"..xx.": True, "x.x.x": False, "xx": True, "x": False, "": False}
+    assert all(judge._confirmed(np.array([c == "x" for c in said])) == is_it for said, is_it in words.items())
 
 
 def test_what_the_judge_cannot_learn_is_said(tmp_path: Path) -> None:

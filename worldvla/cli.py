@@ -51,6 +51,7 @@ Feature = Annotated[
 Delta = Annotated[
     bool, tyro.conf.arg(help="Actions are targets: subtract the state of the same step, except for grippers.")
 ]
+HELD_OUT = "Files of other episodes, good and bad: do they end in imagination as they did?"
 Checkpoint = Annotated[Path, tyro.conf.arg(help="A checkpoint, or a run directory (its newest checkpoint).")]
 Recipe = Annotated[Config, tyro.conf.arg(name="")]
 Tasks = Annotated[tuple[int, ...], tyro.conf.arg(help="Indices of the tasks; empty: all.")]
@@ -694,6 +695,8 @@ def rank(
     episodes: int = 2,
     first: int = 0,
     execute: tuple[int, ...] = (),
+    judged: int = 30,
+    held_out: Annotated[tuple[Path, ...], tyro.conf.arg(help=HELD_OUT)] = (),
     seed: int = 0,
 ) -> None:
     """Do policies rank in imagination as they do in the simulator? Each acts in both from the same frames.
@@ -706,17 +709,33 @@ def rank(
         episodes: Initial states of each task.
         first: The first of them.
         execute: Replan intervals; several: each a policy of its own. Default: the whole chunk.
+        judged: Episodes of each file that the judge learns from.
     """
     from worldvla.data.episode import demonstration_files
     from worldvla.eval.judge import rank_policies
 
     files, counts = demonstration_files(demos), {"episodes": episodes, "first": first}
     with only_writer(out):
-        record = rank_policies(checkpoints, world, files, suites, out, **counts, execute=execute, seed=seed)
+        record = rank_policies(
+            checkpoints,
+            world,
+            files,
+            suites,
+            out,
+            **counts,
+            execute=execute,
+            judged=judged,
+            held_out=demonstration_files(held_out) if held_out else (),
+            seed=seed,
+        )
     for row in record["policies"]:
-        real, judged, imagined = (f"{sum(o)}/{len(o)}" for o in row["outcomes"])
-        counts = f"simulator {real}, judge there {judged}, imagined {imagined}"
-        say(f"{row['name']} seed {row['seed']} execute {row['execute']}: {counts}")
+        real, there, imagined = (f"{sum(o)}/{len(o)}" for o in row["outcomes"])
+        words = f"simulator {real}, judge there {there}, imagined {imagined}"
+        say(f"{row['name']} seed {row['seed']} execute {row['execute']}: {words}")
+    if again := record.get("replays"):
+        right, dreamt = (again[name]["agree"] for name in ("judge_on_real_frames", "imagined"))
+        say(f"of {again['episodes']} held-out episodes the judge is right on real frames in {right}")
+        say(f"and in {dreamt} when their actions are imagined")
     for n, group in record["by_execute"].items():
         spearman = group["imagined"]["spearman"]
         say(f"among those that execute {n}: {spearman['value']} (95 % {spearman['interval_95']})")

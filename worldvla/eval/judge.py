@@ -8,7 +8,7 @@ pixels.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -114,20 +114,9 @@ def gather(
     image tokenizer of `model` shows them; a task without one, or without a success, raises ValueError.
     """
     tasks = [task for suite in suites for task in sim.tasks(suite)]
-    numbers = {(task.suite, task.name): i for i, task in enumerate(tasks)}
-    parts: list[Pictures] = []
-    with progress_bar() as progress:
-        for path in progress.track(paths, description="demonstrations for the judge"):
-            with ExitStack() as stack:
-                env: Any = None
-                for episode in islice(read_episodes(path), episodes):
-                    number = numbers.get((episode.suite, episode.task))
-                    if number is None:
-                        break
-                    _check_sizes(path, {v: f.shape[1:3] for v, f in episode.images.items()}, model)
-                    if env is None:
-                        env = stack.enter_context(closing(sim.make(tasks[number], model.view_sizes)))
-                    parts.append(_pictures(env, episode, number, len(parts), model))
+    parts = [
+        pictures for _, pictures in _shown(paths, tasks, model, episodes, "demonstrations for the judge")
+    ]
     success = {n for p in parts for n in p.tasks[p.success].tolist()}
     for what, of in {
         "demonstration": {n for p in parts for n in p.tasks.tolist()},
@@ -139,6 +128,26 @@ def gather(
     images = {v: np.concatenate([p.images[v] for p in parts]) for v in model.view_sizes}
     names = ("states", "tasks", "success", "episodes")
     return tasks, Pictures(images, *(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+
+
+def _shown(
+    paths: Sequence[Path], tasks: Sequence[Task], model: Model, episodes: int, title: str
+) -> Iterator[tuple[Episode, Pictures]]:
+    """Yield at most `episodes` episodes of each file of `tasks`, and their pictures."""
+    numbers, count = {(task.suite, task.name): i for i, task in enumerate(tasks)}, 0
+    with progress_bar() as progress:
+        for path in progress.track(paths, description=title):
+            with ExitStack() as stack:
+                env: Any = None
+                for episode in islice(read_episodes(path), episodes):
+                    number = numbers.get((episode.suite, episode.task))
+                    if number is None:
+                        break
+                    _check_sizes(path, {v: f.shape[1:3] for v, f in episode.images.items()}, model)
+                    if env is None:
+                        env = stack.enter_context(closing(sim.make(tasks[number], model.view_sizes)))
+                    yield episode, _pictures(env, episode, number, count, model)
+                    count += 1
 
 
 def _check_sizes(path: Path, sizes: Mapping[str, tuple[int, ...]], model: Model) -> None:
@@ -153,8 +162,7 @@ def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model) 
     """Return the frames of a demonstration and, after its last action, AFTER more of the simulator's."""
     env.reset(options={"init": max(episode.init, 0)})  # fixtures are not in every state
     env.set_state(episode.sim_states[-1])
-    rest = episode.actions[-1] * (np.arange(NUM_ACTION_DIMS) == NUM_ACTION_DIMS - 1)
-    more = [env.step(action) for action in [episode.actions[-1], *[rest] * (AFTER - 1)]]
+    more = [env.step(action) for action in _last(episode)]
     frames = {v: np.concatenate([episode.images[v], [m[0][v] for m in more]]) for v in model.view_sizes}
     length = len(episode) + AFTER
     return Pictures(
@@ -164,6 +172,12 @@ def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model) 
         np.array([False] * len(episode) + [bool(step[4]["success"]) for step in more]),
         np.full(length, number),
     )
+
+
+def _last(episode: Episode) -> list[np.ndarray]:
+    """Return the last action, and AFTER - 1 in which the hand rests as it is."""
+    rest = episode.actions[-1] * (np.arange(NUM_ACTION_DIMS) == NUM_ACTION_DIMS - 1)
+    return [episode.actions[-1], *[rest] * (AFTER - 1)]
 
 
 def train_judge(
@@ -298,6 +312,46 @@ def drive(
     return success, judged
 
 
+def replays(
+    judge: Judge, world: Model, paths: Sequence[Path], episodes: int, batch: int = 32
+) -> dict[str, Any]:
+    """Return how often episodes that nothing was trained on end as they did in the simulator: by the judge's
+    word on real frames, and when their actions are imagined from the first frame. `table`: of failures and of
+    successes, how many the judge calls failures and successes.
+
+    At most `episodes` of each file of `paths`.
+    """
+    shown = list(_shown(paths, judge.tasks, world, episodes, "held-out episodes"))
+    if not shown:
+        raise ValueError("no held-out episode of the judge's tasks: give --held-out files of the same suites")
+    truth, real, dreamt = [], [], []
+    with progress_bar() as progress:
+        parts = [shown[i : i + batch] for i in range(0, len(shown), batch)]
+        for part in progress.track(parts, description="replay in imagination"):
+            numbers = np.array([pictures.tasks[0] for _, pictures in part])
+            plans = [[*episode.actions[:-1], *_last(episode)] for episode, _ in part]
+            first = {v: np.stack([e.images[v][0] for e, _ in part]) for v in world.view_sizes}
+            body, said = Imagined(judge, World(world), first, numbers), []
+            for t in range(max(map(len, plans))):
+                said.append(body.step(np.stack([plan[min(t, len(plan) - 1)] for plan in plans])).said)
+            said_NT = np.stack(said, 1)
+            for row, (plan, (_, pictures)) in enumerate(zip(plans, part, strict=True)):
+                truth.append(bool(pictures.success.any()))
+                real.append(_confirmed(judge.read(pictures.images, pictures.tasks)[1]))
+                dreamt.append(_confirmed(said_NT[row, : len(plan)]))
+    out: dict[str, Any] = {"episodes": len(truth), "successes": sum(truth)}
+    for name, found in {"judge_on_real_frames": real, "imagined": dreamt}.items():
+        table = np.zeros((2, 2), dtype=int)
+        np.add.at(table, (np.array(truth, dtype=int), np.array(found, dtype=int)), 1)
+        out[name] = {"agree": int(np.trace(table)), "table": table.tolist()}
+    return out
+
+
+def _confirmed(said: np.ndarray) -> bool:
+    """Return whether CONFIRM pictures in a row are called a success."""
+    return any(said[i : i + CONFIRM].all() for i in range(len(said) - CONFIRM + 1))
+
+
 def rank_policies(
     checkpoints: Sequence[Path | str],
     world: Path | str,
@@ -310,13 +364,15 @@ def rank_policies(
     execute: Sequence[int] = (),
     judged: int = 30,
     judge_steps: int = STEPS,
+    held_out: Sequence[Path] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
     """Let every checkpoint act in the simulator and in `world`; write record.json; return the record.
 
     `episodes` of each task from initial state `first` on, side by side; `execute`: replan intervals, several:
-    each a policy of its own, none: the whole chunk; `judged`: demonstrations of each task for the judge. The
-    same call again goes on where it stopped: policies that are done stand in policies.jsonl.
+    each a policy of its own, none: the whole chunk; `judged`: episodes of each file of `demos` for the judge;
+    `held_out`: files of other episodes, whose actions are imagined (`replays`). The same call again goes on
+    where it stopped: policies that are done stand in policies.jsonl.
     """
     _check_arguments(checkpoints, suites, episodes, first, execute)
     model, policies = load(world), []
@@ -326,6 +382,7 @@ def rank_policies(
         policies += [(policy, n) for n in dict.fromkeys(min(n, chunk) for n in execute or [chunk])]
     tasks, pictures = gather(demos, suites, model, judged)
     judge, errors = train_judge(tasks, pictures, judge_steps, seed)
+    again = {"replays": replays(judge, model, held_out, judged)} if held_out else {}
     protocol: dict[str, Any] = {"episodes": episodes, "first": first, "confirm": CONFIRM, "seed": seed}
     protocol["horizons"] = {suite: sim.suite(suite).horizon for suite in suites}
     identity = {
@@ -351,6 +408,7 @@ def rank_policies(
         "judge": {**identity["judge"], **errors},
         "columns": "of each initial state: the simulator's word, the judge's there, the judge's imagined",
         "policies": rows,
+        **again,
         **rank_agreement(rows),
         **provenance(),
     }
