@@ -12,14 +12,17 @@ import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import worldvla
+from worldvla.cli import main
 from worldvla.files import load_tensors, save_tensors, write_digests, write_json
 from worldvla.infer.model import Model, export, load
 from worldvla.infer.policy import Policy
@@ -308,3 +311,56 @@ def test_an_exported_model_is_smaller_and_acts_alike(checkpoint: Path, model: Mo
     for name, weight in exported.transformer.state_dict().items():
         torch.testing.assert_close(weight, model.transformer.state_dict()[name], rtol=1e-2, atol=1e-3)
     assert Policy(exported).act(observe(0)).shape == Policy(model).act(observe(0)).shape
+
+
+def test_what_is_pushed_names_no_folder_of_this_machine(
+    checkpoint: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run writes what an upload sends, which `load` reads again."""
+    record = {"suite": "tabletop_object", "checkpoint": model.identity(), "protocol": {"executed": 3}}
+    record |= {"outcomes": [], "tasks": [], "successes": 19, "episodes": 20, "wilson_95": [0.764, 0.991]}
+    write_json(tmp_path / "eval/record.json", record)
+    words = ["push", str(checkpoint), "Org/tiny", "--results", str(tmp_path / "eval")]
+    assert main([*words, "--dry-run", str(tmp_path / "pushed")]) == 0
+    card = (tmp_path / "pushed/README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert 'worldvla.load("Org/tiny")' in card
+    assert "| tabletop_object | 19 of 20 | 0.764 to 0.991 | 3 |\n\nBy `worldvla eval`, before" in card
+    for path in (tmp_path / "pushed").rglob("*.[jm]*"):
+        assert str(checkpoint.parents[2]) not in path.read_text(), path
+    assert {p.suffix for p in (tmp_path / "pushed").rglob("*") if p.is_file()} == {
+        ".json",
+        ".md",
+        ".safetensors",
+    }
+    assert Policy(load(tmp_path / "pushed")).act(observe(0)).shape == (3, 7)
+
+    sent: list[Any] = []
+
+    def create_repo(_: HfApi, name: str, **options: Any) -> str:
+        sent.append((name, options))
+        return f"https://hub/{name}"
+
+    def upload_folder(_: HfApi, folder_path: Path, **options: Any) -> None:
+        sent.append((options["repo_id"], (folder_path / "README.md").read_text()))
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    assert main([*words, "--private"]) == 0
+    assert sent == [("Org/tiny", {"private": True, "exist_ok": True}), ("Org/tiny", card)]
+
+
+def test_what_cannot_be_pushed_is_said(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = {"suite": "tabletop_object", "checkpoint": {"digest": "of another"}, "protocol": {}}
+    write_json(tmp_path / "record.json", record | {"outcomes": [], "tasks": []})
+    assert main(["push", str(checkpoint), "Org/tiny", "--results", str(tmp_path)]) == 2
+    assert "is of weights of another, these are" in capsys.readouterr().err
+    assert main(["push", str(checkpoint), "tiny"]) == 2
+    assert "expected ORG/NAME" in capsys.readouterr().err
+    assert main(["push", str(checkpoint), "Org/a b"]) == 2
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr(HfApi, "create_repo", Mock(side_effect=OSError("no network")))
+    assert main(["push", str(checkpoint), "Org/tiny"]) == 2
+    assert "the hub does not take Org/tiny (no network): check `hf auth login`" in capsys.readouterr().err

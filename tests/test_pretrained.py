@@ -358,15 +358,19 @@ def test_a_model_of_ours_is_loaded_from_the_hub(tmp_path: Path, monkeypatch: pyt
     files = [p.relative_to(shipped).as_posix() for p in shipped.rglob("*") if p.is_file()]
     asked = []
 
-    def snapshot_download(repo: str, allow_patterns: None, ignore_patterns: list[str]) -> str:
-        asked.append((repo, allow_patterns))
-        shutil.copytree(shipped, tmp_path / "cache", ignore=shutil.ignore_patterns(*ignore_patterns))
+    def snapshot_download(
+        repo: str, allow_patterns: None, ignore_patterns: list[str], revision: str = "main"
+    ) -> str:
+        asked.append((repo, allow_patterns, revision))
+        ignored = shutil.ignore_patterns(*ignore_patterns)
+        shutil.copytree(shipped, tmp_path / "cache", ignore=ignored, dirs_exist_ok=True)
         return str(tmp_path / "cache")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda _: files)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: files)
     model = load("hf://Org/tabletop")
-    assert asked == [("Org/tabletop", None)]
+    load("Org/tabletop@v2")
+    assert asked == [("Org/tabletop", None, "main"), ("Org/tabletop", None, "v2")]
     assert model.path == tmp_path / "cache"
     assert {p.dtype for p in model.transformer.parameters()} == {torch.float32}  # stored in bfloat16
 

@@ -808,6 +808,43 @@ def export(checkpoint: Positional[Checkpoint], *, out: Path, half: bool = False)
         say(f"model: {export(checkpoint, out, half)}   next: worldvla eval {out} --suite SUITE")
 
 
+def push(
+    checkpoint: Positional[str],
+    name: Positional[str],
+    *,
+    results: tuple[Path, ...] = (),
+    dry_run: Path | None = None,
+    private: bool = False,
+) -> None:
+    """Export a checkpoint and upload it to the Hugging Face hub, with a model card and without local paths.
+
+    Args:
+        checkpoint: A checkpoint, or a run directory (its newest checkpoint).
+        name: ORG/NAME of the repository; `worldvla.load("ORG/NAME")` reads it.
+        results: Directories of `worldvla eval` of this checkpoint, for the table of the card.
+        dry_run: Write the folder here instead of uploading it.
+    """
+    import tempfile
+
+    from huggingface_hub.utils import validate_repo_id
+
+    from worldvla.eval.record import read_record, suites_of
+    from worldvla.infer.model import export
+    from worldvla.published import hub
+
+    validate_repo_id(name)
+    if "/" not in name:
+        raise ValueError(f"{name} names no owner: expected ORG/NAME")
+    records = [read_record(path / part) for path in results for part in suites_of(path)[1]]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = export(checkpoint, dry_run or Path(scratch) / "model", repo=name, results=records)
+        if dry_run is not None:
+            say(f"nothing is uploaded: look at {folder / 'README.md'}, then leave out --dry-run")
+            return
+        address = hub.push(folder, name, private)
+    say(f'model: {address}   next: worldvla.load("{name}")')
+
+
 def convert(
     source: Positional[str],
     *,
@@ -1060,6 +1097,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "improve": improve,
     "compare": compare,
     "export": export,
+    "push": push,
     "convert": convert,
     "serve": serve,
     "play": play,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldvla.config import Config, from_json
+from worldvla.config import Config, from_json, to_json
 from worldvla.data.sample import SampleBuilder
 from worldvla.files import (
     check_digests,
@@ -197,11 +197,19 @@ def _base(path: Path, config: Config, manifest: Mapping[str, Any]) -> Path | Non
     )
 
 
-def export(source: Path, out_dir: Path, half: bool = False) -> Path:
+def export(
+    source: Path | str,
+    out_dir: Path,
+    half: bool = False,
+    repo: str = "",
+    results: Sequence[Mapping[str, Any]] = (),
+) -> Path:
     """Copy what acting and imagining need, the transformer's weights in bfloat16, and write a model card for
     the hub; atomic. About a sixth of a checkpoint's size. Low-rank updates are merged: it is a plain one.
 
-    `half`: the image tokenizer is rounded to half precision too, which changes a few codes.
+    `half`: the image tokenizer is rounded to half precision too, which changes a few codes. `repo`: its name
+    on the hub; the config then names stores and files alone, not where they are on this machine.
+    `results`: records of evaluations, for the card; those of another model raise ValueError.
     """
     model = load(source, dtype=torch.bfloat16)  # whole and consistent, or an error
     source = model.path
@@ -220,10 +228,29 @@ def export(source: Path, out_dir: Path, half: bool = False) -> Path:
             manifest = {k: v for k, v in manifest.items() if not k.startswith("base")}
             dtype = read_json(base / "manifest.json").get("dtype", "float32")
             manifest |= {"dtype": dtype, "merged_base": model.manifest["base"]}
+        if repo:
+            write_json(scratch / "config.json", to_json(_portable(model.config)))
+            if not manifest.get("source", "hf:").startswith("hf:"):  # of a converted release: a folder here
+                manifest["source"] = Path(manifest["source"]).name
         write_json(scratch / "manifest.json", manifest)
         write_digests(scratch)
-        write_text(scratch / "README.md", _card(replace(model, manifest=manifest), weights_digest(scratch)))
+        weights, own = weights_digest(scratch), weights_digest(source)
+        for record in results:
+            if (digest := record["checkpoint"].get("digest")) not in (weights, own):
+                raise ValueError(
+                    f"the record of {record['suite']} is of weights {digest}, these are {own}, exported "
+                    f"{weights}: evaluate this checkpoint"
+                )
+        card = _card(replace(model, manifest=manifest), weights, repo or "DIR", results)
+        write_text(scratch / "README.md", card)
     return out_dir
+
+
+def _portable(config: Config) -> Config:
+    """Return the config with names in place of paths."""
+    data = replace(config.data, stores=tuple(Path(store).name for store in config.data.stores))
+    train = replace(config.train, init_from=Path(config.train.init_from).name)
+    return replace(config, tokenizer=Path(config.tokenizer).name, data=data, train=train)
 
 
 def _image(frame: Mapping[str, Any], view: str, size: tuple[int, int]) -> np.ndarray:
@@ -239,8 +266,9 @@ def _image(frame: Mapping[str, Any], view: str, size: tuple[int, int]) -> np.nda
     return image
 
 
-def _card(model: Model, weights: str) -> str:
-    """Return a model card in the hub's form, of what the checkpoint itself knows; `weights`: their digest."""
+def _card(model: Model, weights: str, name: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """Return a model card in the hub's form, of what the checkpoint itself knows and records of evaluations;
+    `weights`: their digest."""
     config, statistics = model.config, model.builder.statistics
     ranges = [("action", statistics.action_low, statistics.action_high)]
     ranges += [("state", statistics.state_low, statistics.state_high)] if config.layout.state else []
@@ -249,7 +277,14 @@ def _card(model: Model, weights: str) -> str:
     facts["stores"] = list(dict.fromkeys(Path(store).name for store in config.data.stores))
     facts["origin"] = Path(config.train.init_from).name
     return template.render(
-        model=model, config=config, statistics=statistics, ranges=ranges, weights=weights, **facts
+        model=model,
+        config=config,
+        statistics=statistics,
+        ranges=ranges,
+        weights=weights,
+        name=name,
+        results=results,
+        **facts,
     )
 
 

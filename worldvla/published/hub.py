@@ -3,6 +3,7 @@
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 ASSETS = Path(__file__).parents[1] / "assets"
 LEFT_OUT = ["*.pth", "*.pt", "*.bin", "*.h5", "*.msgpack", "*.mp4"]
@@ -15,20 +16,23 @@ def locate(name: Path | str) -> Path:
     """Return the folder of a model: `tabletop` or `libero`, which are shipped, a path, `ORG/NAME` on the hub.
 
     `ORG/NAME` is read as a name on the hub only if there is no folder ORG; `hf://ORG/NAME/FOLDER` always is.
-    A download shows its progress and goes on where it stopped.
+    `@REVISION` behind either: a tag, branch or commit. A download shows its progress and goes on where it
+    stopped.
     """
-    text = str(name)
+    text, _, revision = str(name).partition("@")
+    if Path(name).exists():  # a folder may be called so
+        text, revision = str(name), ""
     shipped = sorted(path.parent.name for path in ASSETS.glob("*/manifest.json"))
-    if text in shipped:
+    if text in shipped and not revision:
         return ASSETS / text
     if marked := re.match("hf:/+", text):  # a Path has folded the two slashes into one
-        return _fetch(text[marked.end() :])
-    if (path := Path(text)).exists():
+        return _fetch(text[marked.end() :], revision)
+    if (path := Path(text)).exists() and not revision:
         return path
     if _is_id(text):
-        return _fetch(text)
+        return _fetch(text, revision)
     raise FileNotFoundError(
-        f"no folder {text} (read as a path from {Path.cwd()}): expected a folder, ORG/NAME or "
+        f"no folder {name} (read as a path from {Path.cwd()}): expected a folder, ORG/NAME or "
         f"hf://ORG/NAME/FOLDER on the hub, or a shipped model ({', '.join(shipped)})"
     )
 
@@ -38,6 +42,23 @@ def _is_id(text: str) -> bool:
     return (
         bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text)) and first not in LOCAL and not Path(first).exists()
     )
+
+
+def push(folder: Path, name: str, private: bool) -> str:
+    """Upload a folder as the repository `name`, which is made if it is not there; return its address."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(name, private=private, exist_ok=True))
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by worldvla push")
+    except Exception as error:  # of a dozen classes: network, permissions, names
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(
+            f"the hub does not take {name} ({reason}): check `hf auth login` and the network, and repeat "
+            "the command"
+        ) from error
+    return address
 
 
 def fetch_data(name: Path | str) -> Path:
@@ -63,23 +84,24 @@ def fetch_data(name: Path | str) -> Path:
         ) from error
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, revision: str = "") -> Path:
     """Return the folder of `ORG/NAME[/FOLDER]`, downloaded; a repository of several models needs FOLDER."""
     from huggingface_hub import list_repo_files, snapshot_download
 
     parts = name.split("/")
     repo, folder = "/".join(parts[:2]), "/".join(parts[2:]).strip("/")
+    at: dict[str, Any] = {"revision": revision} if revision else {}
     try:
-        files = list_repo_files(repo)
+        files = list_repo_files(repo, **at)
         models = sorted({f.rpartition("/")[0] for f in files if f.endswith((".safetensors", ".ckpt"))})
         is_there = any(f.startswith(f"{folder}/") for f in files) if folder else "" in models
         if not is_there:
             raise ValueError(f"it has no {folder or 'model of its own'}; its folders are {', '.join(models)}")
         patterns = [f"{folder}/*"] if folder else None
-        return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=LEFT_OUT)) / folder
+        return Path(snapshot_download(repo, allow_patterns=patterns, ignore_patterns=LEFT_OUT, **at)) / folder
     except Exception as error:  # of a dozen classes: network, permissions, names
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not isinstance(error, ValueError) and (kept := _downloaded(repo, folder)) is not None:
+        if not isinstance(error, ValueError) and (kept := _downloaded(repo, folder, at)) is not None:
             text = f"the hub does not give {repo} now ({reason}): its earlier download {kept} is used"
             warnings.warn(text, stacklevel=3)
             return kept
@@ -89,13 +111,13 @@ def _fetch(name: str) -> Path:
         ) from error
 
 
-def _downloaded(repo: str, folder: str) -> Path | None:
+def _downloaded(repo: str, folder: str, at: dict[str, Any]) -> Path | None:
     """Return the folder of an earlier download, None without one."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        path = Path(snapshot_download(repo, local_files_only=True)) / folder
+        path = Path(snapshot_download(repo, local_files_only=True, **at)) / folder
     except LocalEntryNotFoundError:
         return None
     return path if path.is_dir() else None
