@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from worldvla.config import Config
 from worldvla.data.episode import Episode, read_episodes, write_episodes
@@ -99,6 +100,7 @@ def improve(
     kind: Kind = "imagination",
     keep_all: bool = False,
     judge_steps: int = STEPS,
+    dtype: str = "float32",
     seed: int = 0,
 ) -> dict[str, Any]:
     """Improve the policy `checkpoint` in `world`; write record.json, and round_N/{demos,store,run}; return
@@ -106,9 +108,9 @@ def improve(
 
     `demos` give the first frames and teach the judge. `stores`: token stores of real demonstrations, learnt
     beside what is imagined. `episodes` of each task a round; `execute`: replan interval, 0: the whole chunk;
-    `temperature` of the actions; `steps` of training a round.
+    `temperature` of the actions; `steps` of training a round; `dtype` of the world model's transformer.
     """
-    worlds, path, report = load(world), Path(checkpoint), []
+    worlds, path, report = load(world, dtype=getattr(torch, dtype)), Path(checkpoint), []
     tasks, pictures = gather(demos, suites, worlds, 30)
     judge, errors = train_judge(tasks, pictures, judge_steps, seed)
     rng = np.random.default_rng(seed)
@@ -143,7 +145,13 @@ def improve(
         "judge": errors,
         "kind": kind,
         "keep_all": keep_all,
-        "protocol": {"episodes": episodes, "execute": execute, "temperature": temperature, "steps": steps},
+        "protocol": {
+            "episodes": episodes,
+            "execute": execute,
+            "temperature": temperature,
+            "steps": steps,
+            "dtype": dtype,
+        },
         "rounds": report,
         "checkpoint": str(path),
         **provenance(),

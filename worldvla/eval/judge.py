@@ -365,17 +365,19 @@ def rank_policies(
     judged: int = 30,
     judge_steps: int = STEPS,
     held_out: Sequence[Path] = (),
+    dtype: str = "float32",
     seed: int = 0,
 ) -> dict[str, Any]:
     """Let every checkpoint act in the simulator and in `world`; write record.json; return the record.
 
     `episodes` of each task from initial state `first` on, side by side; `execute`: replan intervals, several:
     each a policy of its own, none: the whole chunk; `judged`: episodes of each file of `demos` for the judge;
-    `held_out`: files of other episodes, whose actions are imagined (`replays`). The same call again goes on
+    `held_out`: files of other episodes, whose actions are imagined (`replays`); `dtype` of the world model's
+    transformer. The same call again goes on
     where it stopped: policies that are done stand in policies.jsonl.
     """
     _check_arguments(checkpoints, suites, episodes, first, execute)
-    model, policies = load(world), []
+    model, policies = load(world, dtype=getattr(torch, dtype)), []
     for policy in map(load, checkpoints):
         _check(policy, model)
         chunk = policy.config.layout.chunk
@@ -384,6 +386,7 @@ def rank_policies(
     judge, errors = train_judge(tasks, pictures, judge_steps, seed)
     again = {"replays": replays(judge, model, held_out, judged)} if held_out else {}
     protocol: dict[str, Any] = {"episodes": episodes, "first": first, "confirm": CONFIRM, "seed": seed}
+    protocol["dtype"] = dtype
     protocol["horizons"] = {suite: sim.suite(suite).horizon for suite in suites}
     identity = {
         "world": model.identity(),
