@@ -7,6 +7,7 @@ import functools
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,8 @@ def test_what_succeeds_is_what_happened_and_is_learnt(
     assert count["kept"] == count["judged_successes"] >= 1  # the shipped model can do this
     (file,) = (tmp_path / "real/round_0/demos").rglob("*.hdf5")
     kept, shown = list(read_episodes(file)), list(read_episodes(demos[0]))
-    with closing(sim.make(tasks[0], load(MODEL).view_sizes)) as env:
+    env: Any = sim.make(tasks[0], load(MODEL).view_sizes)
+    with closing(env):
         for episode in kept:  # its first frame is a demonstration's, and its actions do again what they did
             start = next(
                 e for e in shown if np.array_equal(e.images["agentview"][0], episode.images["agentview"][0])
