@@ -16,7 +16,7 @@ import worldvla
 from worldvla.data.collect import collect
 from worldvla.data.episode import read_episodes
 from worldvla.data.store import TokenStore
-from worldvla.eval.improve import improve
+from worldvla.improve import improve
 from worldvla.infer.model import load
 from worldvla.sim import suites as sim
 

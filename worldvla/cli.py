@@ -784,7 +784,7 @@ def improve(
         keep_all: Learn from failures too: the control of what the judge gives.
     """
     from worldvla.data.episode import demonstration_files
-    from worldvla.eval.improve import improve
+    from worldvla.improve import improve
 
     options: dict[str, Any] = {"episodes": episodes, "rounds": rounds, "execute": execute, "steps": steps}
     options |= {
