@@ -174,7 +174,9 @@ def test_save_and_load_give_the_same_tokenizer(tmp_path):
     again = ImageTokenizer.load(tmp_path / "tok")
     assert again.config == TINY
     assert again.digest() == tokenizer.digest()
-    assert {p.name for p in (tmp_path / "tok").iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in (tmp_path / "tok").iterdir()} == {
+        *("ancestors.json", "config.json", "model.safetensors")
+    }
     with torch.no_grad():
         again.post_quant_conv.weight += 1
     assert again.digest() != tokenizer.digest()
@@ -206,7 +208,7 @@ def test_training_learns_and_goes_on_where_it_stopped(config, tmp_path, monkeypa
     assert {"psnr_foreground", "used", "perplexity"} <= record["views"]["wrist"].keys()
     assert record["digest"] == ImageTokenizer.load(tmp_path / "a").digest()
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
-        *("config.json", "model.safetensors", "metrics.jsonl", "report")
+        *("ancestors.json", "config.json", "model.safetensors", "metrics.jsonl", "report")
     }
     pictures = {"agentview.png", "wrist.png", "index.html", "report.json"}
     assert pictures <= {p.name for p in (tmp_path / "a/report").iterdir()}

@@ -423,7 +423,10 @@ def from_json(cls: type[_T], data: dict[str, Any], where: str = "config") -> _T:
         raise ValueError(f"{where}: missing keys {missing}; expected {sorted(hints)}")
     values = {name: _coerce(hints[name], value, f"{where}.{name}") for name, value in data.items()}
     check_values(cls, values, where)
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def check_values(cls: type, values: Mapping[str, Any], where: str) -> None:

@@ -258,7 +258,7 @@ def read_demos(path: Path, images: bool = True) -> Iterator[tuple[str, Episode |
             told = _provenance(path, data)
         for name in names:
             try:
-                with reading(f"{path}: data/{name}", "demonstration"):
+                with reading(f"{path}: data/{name}", "demonstration"), np.errstate(over="ignore"):
                     demo = _at(data, name)
                     if ("sha256" in demo.attrs) != ("sha256" in data.attrs):
                         raise ValueError("the digests of the file or of the demonstration are lost")

@@ -29,6 +29,7 @@ DATA_MB, VIDEO_MB = 100, 200
 FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 INDICES = ("frame_index", "episode_index", "index", "task_index")
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+CHECKED: Any = {"write_page_checksum": True}
 EVERY = 10
 """Every how many-th frame counts in the statistics of pictures."""
 Pictures = Literal["video", "png"]
@@ -135,7 +136,7 @@ class _Writer:
             self.parquet.close()
             self.parquet = None
         if self.parquet is None:
-            self.parquet = pq.ParquetWriter(self.data.next(), self.schema, compression="snappy")
+            self.parquet = pq.ParquetWriter(self.data.next(), self.schema, compression="snappy", **CHECKED)
             self.stack.callback(self.parquet.close)
         self.parquet.write_table(_table(columns, self.schema))
         return {f"data/{key}": value for key, value in self.data.place().items()}
@@ -149,8 +150,8 @@ class _Writer:
         episodes = meta / f"episodes/{FILE.format(chunk_index=0, file_index=0)}.parquet"
         episodes.parent.mkdir(parents=True)
         own = {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-        pq.write_table(pa.Table.from_pylist([row | own for row in self.rows]), episodes)
-        pq.write_table(_tasks(list(self.tasks)), meta / "tasks.parquet")
+        pq.write_table(pa.Table.from_pylist([row | own for row in self.rows]), episodes, **CHECKED)
+        pq.write_table(_tasks(list(self.tasks)), meta / "tasks.parquet", **CHECKED)
         write_json(meta / "stats.json", self._stats(), indent=4)
         info = {
             "codebase_version": "v3.0",

@@ -65,16 +65,20 @@ def _write(
             good[path], wrong = check(path)
             faults += wrong
             progress.advance(bar)
-        if faults and not (skip_bad and any(good.values())):
-            more = f"; and {len(faults) - MOST} more" if len(faults) > MOST else ""
-            fix = "mend or remove them" + ("" if skip_bad else ", or go on without them by --skip-bad")
-            raise ValueError(f"{len(faults)} faults: {'; '.join(faults[:MOST])}{more}: {fix}")
-        if faults:
-            source = source | {"skipped": {"count": len(faults), "faults": faults}}
+        source = source | _skipped(faults, skip_bad and any(good.values()), skip_bad)
         bar = progress.add_task("tokenize episodes", total=sum(map(len, good.values())))
         episodes = (episode for path in files for episode in _chosen(path, good[path]))
         step = lambda _: progress.advance(bar)  # noqa: E731
         write_store(out_dir, episodes, tokenizer, device=device, source=source, on_episode=step)
+
+
+def _skipped(faults: list[str], may_go_on: bool, skip_bad: bool) -> dict[str, Any]:
+    """Return what a manifest says of faults that are left out; raise ValueError if they may not be."""
+    if faults and not may_go_on:
+        more = f"; and {len(faults) - MOST} more" if len(faults) > MOST else ""
+        fix = "mend or remove them" + ("" if skip_bad else ", or go on without them by --skip-bad")
+        raise ValueError(f"{len(faults)} faults: {'; '.join(faults[:MOST])}{more}: {fix}")
+    return {"skipped": {"count": len(faults), "faults": faults}} if faults else {}
 
 
 def _chosen(path: Path, names: Collection[str]) -> Iterator[Episode]:
@@ -153,34 +157,29 @@ def tokenize_source(
 ) -> TokenStore:
     """Write the store of a data set of another format and return it; its facts go into the manifest.
 
-    A broken episode raises ValueError; with `skip_bad` it is left out, and the manifest tells so. Idempotent
-    as `tokenize`.
+    All episodes are read and checked first, and faults are treated as by `tokenize`. Idempotent as it is.
     """
     root, facts = source.path, source.facts()
-    prints = [fingerprint(file) | {"name": file.relative_to(root).as_posix()} for file in source.present()]
-    facts, manifest = facts | {"files": prints}, read_manifest(out_dir)
-    made_of, earlier = (tokenizer.digest(), tokenizer.grey_levels, facts), None
-    if manifest is not None:
-        origin = dict(manifest["source"])
-        skipped = origin.pop("skipped", None)
-        earlier = (manifest["tokenizer"], manifest.get("grey_levels"), origin)
-        earlier = None if skipped and not skip_bad else earlier
-    if earlier != made_of:
-        faults: list[str] = []
-        with progress_bar(transient=True) as progress:
-            bar = progress.add_task("tokenize episodes", total=source.num_episodes)
-
-            def sound() -> Iterator[Episode]:
+    with only_writer(out_dir):
+        prints = [fingerprint(file) | {"name": file.relative_to(root).as_posix()} for file in source.present()]
+        facts, manifest = facts | {"files": prints}, read_manifest(out_dir)
+        made_of, earlier = (tokenizer.digest(), tokenizer.grey_levels, facts), None
+        if manifest is not None:
+            origin = dict(manifest["source"])
+            skipped = origin.pop("skipped", None)
+            earlier = (manifest["tokenizer"], manifest.get("grey_levels"), origin)
+            earlier = None if skipped and not skip_bad else earlier
+        if earlier != made_of:
+            with progress_bar(transient=True) as progress:
+                bar = progress.add_task("check episodes", total=source.num_episodes)
+                faults: list[str] = []
                 for _, episode in source.attempts(True):
-                    if isinstance(episode, Episode):
-                        yield episode
-                    elif skip_bad:
-                        faults.append(str(episode))
-                        facts["skipped"] = {"count": len(faults), "faults": faults}
-                    else:
-                        raise ValueError(f"{episode}: mend or remove it, or go on without it by --skip-bad")
+                    faults += [] if isinstance(episode, Episode) else [str(episode)]
                     progress.advance(bar)
-
-            with only_writer(out_dir):
-                write_store(out_dir, sound(), tokenizer, device=device, source=facts)
+                may_go_on = skip_bad and len(faults) < source.num_episodes
+                facts |= _skipped(faults, may_go_on, skip_bad)
+                bar = progress.add_task("tokenize episodes", total=source.num_episodes - len(faults))
+                episodes = (e for _, e in source.attempts(True) if isinstance(e, Episode))
+                step = lambda _: progress.advance(bar)  # noqa: E731
+                write_store(out_dir, episodes, tokenizer, device=device, source=facts, on_episode=step)
     return TokenStore.open(out_dir, tokenizer.digest())

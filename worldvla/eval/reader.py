@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from worldvla.data.episode import Episode, read_episodes
-from worldvla.files import check_shapes, load_tensors, read_json, save_tensors, write_json
+from worldvla.files import check_shapes, load_tensors, read_json, reading, save_tensors, write_json
 from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_pixels
@@ -131,7 +131,9 @@ class Reader(nn.Module):
         for file in (path, path.with_suffix(".json")):
             if not file.is_file():
                 raise FileNotFoundError(f"no {file}: `worldvla train-reader` makes a reader of frames")
-        reader = cls(read_json(path.with_suffix(".json"))["views"])
+        facts = path.with_suffix(".json")
+        with reading(facts, "facts of a reader", "train it again"):
+            reader = cls(read_json(facts)["views"])
         state = load_tensors(path)
         there, own = ({n: t.shape for n, t in table.items()} for table in (state, reader.state_dict()))
         check_shapes(path, there, own, "train it again")

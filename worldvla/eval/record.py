@@ -1,6 +1,8 @@
 """Records of evaluations: the journal that makes one resumable, its counts, and one out of several shards."""
 
+import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,25 +10,29 @@ from pathlib import Path
 from typing import Any, Self
 
 from worldvla.eval.stats import count
-from worldvla.files import read_json, write_json, write_text
+from worldvla.files import Damaged, read_json, reading, write_json, write_text
 
 TIMES = ("simulation_seconds", "policy_seconds")
+log = logging.getLogger("worldvla")
 
 
 class Journal:
-    """One JSON line a finished episode, after a first line that says what run this is.
+    """One JSON line a finished episode, after a first line that says what run this is; each holds a digest.
 
-    A line that is no outcome, as a kill cuts one short, is dropped. Episodes that ended in an error are not
-    kept: the same command tries them again. A journal of another run (other arguments, versions, commit)
-    raises ValueError.
+    A line that is not as it was written, as a kill cuts one short, is dropped with a remark. Episodes that
+    ended in an error are not kept: the same command tries them again. A journal of another run (other
+    arguments, versions, commit), or whose first line is damaged, raises ValueError.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.outcomes: list[dict[str, Any]] = []
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = [_parse(line) for line in text.splitlines()]
-        if lines and lines[0] is not None:
-            there, now = dict(_flat(lines[0])), dict(_flat(json.loads(json.dumps(identity))))
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        lines = [_parse(line) for line in dict.fromkeys(text.splitlines())]
+        if lines:
+            if lines[0] is None:
+                raise Damaged(f"{path} is damaged in its first line: give another --out, or remove it")
+            has_digests = "sha256" in lines[0]  # earlier versions wrote none
+            there, now = (dict(_flat(_plain(line))) for line in (lines[0], json.loads(json.dumps(identity))))
             names = sorted(name for name in there | now if there.get(name) != now.get(name))
             if names:
                 text = ", ".join(
@@ -35,9 +41,12 @@ class Journal:
                 raise ValueError(
                     f"{path.parent} holds another evaluation ({text}): give another --out, or remove {path}"
                 )
-            whole = [line for line in lines[1:] if line is not None and line.keys() >= {"status", "elapsed"}]
+            sound = [x for x in lines[1:] if x and (not has_digests or _sealed(_plain(x)) == x)]
+            whole = [_plain(line) for line in sound if line.keys() >= {"status", "elapsed"}]
+            if lost := len(lines) - 1 - len(whole):
+                log.warning("%s: dropped %d lines, which a stop cut short or which are damaged", path, lost)
             self.outcomes = [line for line in whole if line["status"] != "error"]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in [dict(identity), *self.outcomes]))
+        write_text(path, "".join(map(_line, [identity, *self.outcomes])))
         self._file = path.open("a", encoding="utf-8")
         self._earlier, self._start = max((o["elapsed"] for o in self.outcomes), default=0.0), time.monotonic()
 
@@ -48,7 +57,7 @@ class Journal:
 
     def add(self, outcome: Mapping[str, Any]) -> None:
         self.outcomes.append({**outcome, "elapsed": round(self.seconds, 1)})
-        self._file.write(json.dumps(self.outcomes[-1]) + "\n")
+        self._file.write(_line(self.outcomes[-1]))
         self._file.flush()
 
     def __enter__(self) -> Self:
@@ -66,6 +75,18 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(_sealed(values)) + "\n"
+
+
+def _sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {**values, "sha256": hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]}
+
+
+def _plain(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name != "sha256"}
+
+
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         data = json.loads(line)
@@ -77,10 +98,8 @@ def _parse(line: str) -> dict[str, Any] | None:
 def read_record(path: Path) -> dict[str, Any]:
     """Read record.json, or that of a result directory; what is no evaluation record raises ValueError."""
     path = path / "record.json" if path.is_dir() else path
-    try:
+    with reading(path, "JSON", "expected a record of `worldvla eval`"):
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): expected a record of `worldvla eval`") from None
     if isinstance(record, dict) and "suites" in record:
         names = ", ".join(part["suite"] for part in record["suites"])
         raise ValueError(f"{path} holds several suites: give the directory of one, beside it: {names}")

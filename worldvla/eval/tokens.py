@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldvla.files import whole_file
+from worldvla.files import reading, whole_file
 from worldvla.infer.model import Model
 from worldvla.infer.policy import Policy
 
@@ -51,7 +51,11 @@ def read_example(directory: Path) -> dict[str, np.ndarray] | None:
     path = directory / FILE
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as data:
+    with (
+        reading(path, "file of arrays", "evaluate again"),
+        path.open("rb") as file,
+        np.load(file, allow_pickle=False) as data,
+    ):
         return {name: data[name] for name in data.files}
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from worldvla.data.episode import Episode, read_episodes
 from worldvla.eval.reader import NAME, Reader, holding
 from worldvla.eval.tokens import write_example
-from worldvla.files import read_json, write_json
+from worldvla.files import check_digests, read_json, write_json
 from worldvla.infer.draft import FrameStats, summary
-from worldvla.infer.model import Model, load
+from worldvla.infer.model import READER_FILES, Model, load
 from worldvla.infer.world import World
 from worldvla.machine import provenance
 from worldvla.sim.protocol import FPS
@@ -266,6 +266,8 @@ def find_reader(model: Model, path: Path | None = None) -> tuple[Reader | None, 
     path = path or (beside if beside.is_file() else None)
     if path is None:
         return None, None
+    if path == beside:
+        check_digests(model.path, READER_FILES)
     reader = Reader.load(path)
     if reader.sizes != {view: tuple(size) for view, size in model.view_sizes.items()}:
         raise ValueError(

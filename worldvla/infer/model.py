@@ -145,7 +145,7 @@ def load(
     check_digests(path, {*FILES, *IMAGE_FILES})
     config = from_json(Config, read_json(path / "config.json"), str(path / "config.json"))
     vocab = from_json(Vocab, read_json(path / "vocab.json"), f"{path}/vocab.json")
-    statistics = Statistics.from_json(read_json(path / "statistics.json"))
+    statistics = Statistics.load(path / "statistics.json")
     text = TextTokenizer.load(path / "text.json")
     image = ImageTokenizer.load(path / "image_tokenizer")
     manifest = read_json(path / "manifest.json")

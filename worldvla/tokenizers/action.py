@@ -9,11 +9,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from worldvla.files import read_json, reading
 from worldvla.vocab import NUM_BIN_CODES
 
 EDGES = np.linspace(-1.0, 1.0, NUM_BIN_CODES)
@@ -101,6 +103,13 @@ class Statistics:
             raise ValueError(f"statistics need exactly the keys {sorted(names)}, got {sorted(data)}")
         ranges = {key: tuple(float(v) for v in value) for key, value in data.items() if key != "kind"}
         return cls(**ranges, kind=data["kind"])
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a JSON file of `to_json`'s dict; a damaged one raises ValueError."""
+        data = read_json(path)
+        with reading(path, "statistics of a model", "restore it"):
+            return cls.from_json(data)
 
     def digest(self) -> str:
         """Sixteen hex digits that change whenever a number does."""

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from worldvla.config import ImageTokenizerConfig, from_json, to_json
-from worldvla.files import check_shapes, load_tensors, read_json, save_tensors, write_json
+from worldvla.files import Damaged, check_shapes, load_tensors, read_json, reading, save_tensors, write_json
 
 PUBLISHED_LEVELS = torch.from_numpy(np.arange(256) / 255.0 * 2 - 1).float()
 """Grey level -> what the published encoder reads, computed in float64 as in WorldVLA's
@@ -414,7 +414,7 @@ class ImageTokenizer(nn.Module):
         return self.quantize.vectors(torch.arange(self.num_codes, device=device)).detach()
 
     def save(self, directory: Path | str) -> None:
-        """Write config.json, model.safetensors and, if there are ancestors, ancestors.json, each whole.
+        """Write config.json, model.safetensors and ancestors.json, which has a digest of all, each whole.
 
         Weights that half precision holds exactly are stored in it.
         """
@@ -422,8 +422,7 @@ class ImageTokenizer(nn.Module):
         tensors = {name: _narrow(value) for name, value in self.state_dict().items()}
         save_tensors(directory / "model.safetensors", tensors)
         write_json(directory / "config.json", to_json(self.config), indent=2)
-        if self.ancestors:
-            write_json(directory / "ancestors.json", {"digests": self.ancestors})
+        write_json(directory / "ancestors.json", {"digests": self.ancestors, "sha256": self._seal()})
 
     @torch.no_grad()
     def round_to_half(self) -> "ImageTokenizer":
@@ -450,8 +449,13 @@ class ImageTokenizer(nn.Module):
         found, own = ({n: t.shape for n, t in table.items()} for table in (state, tokenizer.state_dict()))
         check_shapes(directory / "model.safetensors", found, own, "restore the one of this config.json")
         tokenizer.load_state_dict(state)
-        tokenizer.ancestors = _ancestors(directory)
+        tokenizer.ancestors, seal = _ancestors(directory)
+        if seal not in ("", tokenizer._seal()):
+            raise Damaged(f"{directory} is not as it was written (SHA-256): copy the image tokenizer again")
         return tokenizer.eval().requires_grad_(False)
+
+    def _seal(self) -> str:
+        return hashlib.sha256(" ".join([self.digest(), *self.ancestors]).encode()).hexdigest()
 
     def digest(self) -> str:
         """Return 16 hex digits that change with any weight or setting."""
@@ -471,9 +475,12 @@ def _narrow(value: Tensor) -> Tensor:
     return half if torch.equal(half.float(), value) else value
 
 
-def _ancestors(directory: Path) -> tuple[str, ...]:
+def _ancestors(directory: Path) -> tuple[tuple[str, ...], str]:
+    """Return the ancestors of a tokenizer and the digest of it and them, empty where there is none."""
     path, report = directory / "ancestors.json", directory / "report/report.json"
     if path.is_file():
-        return tuple(read_json(path)["digests"])
+        with reading(path, "list of ancestors", "copy the image tokenizer again"):
+            told = read_json(path)
+            return tuple(map(str, told["digests"])), told.get("sha256", "")
     # Tokenizers of earlier versions keep them in the report of their training.
-    return tuple(read_json(report).get("train", {}).get("init_from", ())) if report.is_file() else ()
+    return tuple(read_json(report).get("train", {}).get("init_from", ())) if report.is_file() else (), ""

@@ -112,7 +112,7 @@ def build(config: Config) -> Pieces:
     stores = [TokenStore.open(Path(path), image.digest()) for path in config.data.stores]
     if config.train.init_from:
         text = TextTokenizer.load(source / "text.json")
-        statistics = Statistics.from_json(read_json(source / "statistics.json"))
+        statistics = Statistics.load(source / "statistics.json")
     else:
         text = _text(config, stores)
         statistics = store_statistics(stores, config.data)

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, Batch
-from worldvla.files import write_text
+from worldvla.files import reading, write_text
 from worldvla.model.transformer import Transformer, previous_ids
 from worldvla.progress import progress_bar
 from worldvla.train.loss import Loss, Targets
@@ -27,6 +27,7 @@ from worldvla.vocab import Vocab
 KINDS = {"action": KIND_ACTION, "image": KIND_IMAGE, "layout": KIND_LAYOUT}
 Forward = Callable[[Batch, Targets], tuple[Tensor, Tensor | None]]
 """Hidden states at the targets' positions, (P, D), and the continuous head's actions (B, U, A), if any."""
+log = logging.getLogger("worldvla")
 
 
 class Recorder:
@@ -43,11 +44,13 @@ class Recorder:
         from torch.utils.tensorboard import SummaryWriter  # one second: only where it is used
 
         path = run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if lines and not lines[-1].endswith("\n"):
-            logging.getLogger("worldvla").warning("%s: dropped its last line, which a stop cut short", path)
-            lines.pop()
-        write_text(path, "".join(line for line in lines if json.loads(line)["step"] <= start))
+        with reading(path, "record of a training", "mend or remove the file"):
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            if lines and not lines[-1].endswith("\n"):
+                log.warning("%s: dropped its last line, which a stop cut short", path)
+                lines.pop()
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+        write_text(path, "".join(kept))
         self._file = path.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -19,13 +19,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from worldvla.data.episode import Episode
-from worldvla.data.sources.source import Names, Plan, Source, decode_picture, dim_names
+from worldvla.data.sources.source import Names, Plan, Source, attempt, decode_picture, dim_names
 from worldvla.files import read_json, reading
 
 DEFAULTS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 """Features that every data set has beside its own."""
 COMPUTE: Any = pc
 """Its functions are made at run time: no stubs name them."""
+VERIFIED: Any = {"page_checksum_verification": True}
+"""Of parquet files whose writer left checksums, as ours does and lerobot's does not."""
 TOLERANCE = 1e-4
 """Seconds by which a timestamp may be off, as in lerobot."""
 FRAME_TOLERANCE = 0.25
@@ -63,7 +65,7 @@ class Table:
     @classmethod
     def read(cls, path: Path, columns: list[str]) -> "Table":
         try:
-            table = pq.read_table(path, columns=columns)
+            table = pq.read_table(path, columns=columns, **VERIFIED)
             episodes = table.column("episode_index").to_numpy()
         except FileNotFoundError:
             raise ValueError(f"no {path}: download the data set again") from None
@@ -153,7 +155,7 @@ def _rows_v3(path: Path, info: dict[str, Any], cameras: list[str]) -> tuple[list
         shown = {name: Video(file, starts[name], starts[name] == last[file]) for name, file in where.items()}
         rows.append(Row(row["episode_index"], row["length"], place(row, "data", info["data_path"]), shown))
     with reading(path / "meta/tasks.parquet", "parquet file", "download the data set again"):
-        tasks = pq.read_table(path / "meta/tasks.parquet").to_pylist()
+        tasks = pq.read_table(path / "meta/tasks.parquet", **VERIFIED).to_pylist()
     texts = {row["task_index"]: next(v for v in row.values() if isinstance(v, str)) for row in tasks}
     return rows, texts
 
@@ -205,11 +207,7 @@ class _Reader:
 
     def attempts(self, images: bool) -> Iterator[tuple[str, Episode | ValueError]]:
         for row in self.rows:
-            name = f"episode {row.index}"
-            try:
-                yield name, self._episode(row, images)
-            except ValueError as error:
-                yield name, ValueError(f"{self.path}: {name}: {error}")
+            yield attempt(self.path, f"episode {row.index}", partial(self._episode, row, images))
 
     def _episode(self, row: Row, images: bool) -> Episode:
         names = [*self.plan.features, "timestamp", "frame_index", "episode_index", "task_index"]
@@ -271,7 +269,8 @@ class _Reader:
 
     def _stills(self, row: Row, name: str) -> Iterator[np.ndarray]:
         """Yield the pictures that lie in the parquet file or, where only their path does, beside it."""
-        table = pq.read_table(row.data, columns=[name], filters=[("episode_index", "=", row.index)])
+        chosen = [("episode_index", "=", row.index)]
+        table = pq.read_table(row.data, columns=[name], filters=chosen, **VERIFIED)
         for frame, cell in enumerate(table.column(name)):
             still = cell.as_py() or {}
             yield decode_picture(name, frame, still.get("bytes") or self.path / (still.get("path") or ""))

@@ -9,7 +9,7 @@ import contextlib
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from worldvla.data.episode import Episode
-from worldvla.data.sources.source import Names, Plan, Source, decode_picture
+from worldvla.data.sources.source import Names, Plan, Source, attempt, decode_picture
 from worldvla.files import read_json
 
 NOT_OURS = ("reward", "discount", "is_first", "is_last", "is_terminal")
@@ -137,7 +137,7 @@ def records(shard: Shard) -> Iterator[bytes | ValueError]:
             size, check = struct.unpack("<QI", head) if len(head) == 12 else (0, None)
             if check != _masked_crc(head[:8]) or found == shard.count:
                 break
-            data, tail = file.read(size), file.read(4)
+            data, tail = file.read(min(size, shard.path.stat().st_size)), file.read(4)
             if len(data) < size or tail != struct.pack("<I", _masked_crc(data)):
                 yield ValueError(f"{shard.path}: record {found} is damaged (CRC-32C): download it again")
             else:
@@ -211,15 +211,12 @@ class _Reader:
 
     def attempts(self, images: bool) -> Iterator[tuple[str, Episode | ValueError]]:
         for number, record in enumerate(record for shard in self.shards for record in records(shard)):
-            name = f"episode {number}"
-            try:
-                if isinstance(record, ValueError):
-                    raise record
-                yield name, self._episode(parse(record), images)
-            except ValueError as error:
-                yield name, ValueError(f"{self.path}: {name}: {error}")
+            yield attempt(self.path, f"episode {number}", partial(self._episode, record, images))
 
-    def _episode(self, values: Mapping[str, Any], images: bool) -> Episode:
+    def _episode(self, record: bytes | ValueError, images: bool) -> Episode:
+        if isinstance(record, ValueError):
+            raise record
+        values = parse(record)
         cameras = [camera.feature for camera in self.plan.cameras.values()]
         wanted = [*self.plan.features, self.instruction, *cameras]
         if missing := [name for name in wanted if f"steps/{name}" not in values]:

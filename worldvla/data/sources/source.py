@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from worldvla.data.episode import Episode
+from worldvla.files import Damaged, one_line, reading
 from worldvla.image import resize_with_pad
 from worldvla.robot import delta_dims
 
@@ -100,6 +101,18 @@ class Source:
         return facts | {"cameras": {v: c | {"stored": list(c["stored"])} for v, c in cameras.items()}}
 
 
+def attempt(path: Path, name: str, read: Callable[[], Episode]) -> tuple[str, Episode | ValueError]:
+    """Return the name of an episode of `path`, and it or what is wrong with it, in one line."""
+    try:
+        with reading(f"{path}: {name}", "episode", "download it again"):
+            try:
+                return name, read()
+            except ValueError as error:
+                raise Damaged(f"{path}: {name}: {one_line(error)}") from None
+    except Damaged as damaged:
+        return name, damaged
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the features of a data set of other people's become Episodes."""
@@ -179,9 +192,8 @@ class Plan:
     def frames(self, view: str, pictures: Iterable[np.ndarray], length: int) -> np.ndarray:
         """Return the `length` frames of a view, uint8 (T, Y, X, 3), from decoded ones; another count or size
         raises ValueError."""
-        camera, count = self.cameras[view], 0
+        camera, count, frames = self.cameras[view], 0, np.empty(0, dtype=np.uint8)
         rows, cols = camera.stored if any(camera.stored) else (camera.rows, camera.cols)
-        frames = np.empty((length, camera.rows, camera.cols, 3), dtype=np.uint8)
         for picture in pictures:
             if count == length:
                 raise ValueError(f"frame {count}: {view} has more frames than the {length} steps")
@@ -189,6 +201,8 @@ class Plan:
                 raise ValueError(
                     f"frame {count}: {view} is {picture.shape}, the data set declares {(rows, cols, 3)}"
                 )
+            if not count:  # of a size that a picture has, not only the data set's word
+                frames = np.empty((length, camera.rows, camera.cols, 3), dtype=np.uint8)
             frames[count] = resize_with_pad(picture, camera.rows, camera.cols)
             count += 1
         if count < length:
