@@ -38,7 +38,7 @@ def test_what_succeeds_is_what_happened_and_is_learnt(
     record = run(tmp_path / "real", kind="simulator")
     (count,) = record["rounds"]
     assert count["episodes"] == 2
-    assert count["kept"] == count["judged_successes"] >= 1  # the shipped model can do this
+    assert count["kept"] == count["successes"] >= 1  # the shipped model can do this
     (file,) = (tmp_path / "real/round_0/demos").rglob("*.hdf5")
     kept, shown = list(read_episodes(file)), list(read_episodes(demos[0]))
     env: Any = sim.make(tasks[0], load(MODEL).view_sizes)
@@ -58,7 +58,19 @@ def test_what_succeeds_is_what_happened_and_is_learnt(
     assert len(TokenStore.open(tmp_path / "real/round_0/store").episodes) == len(kept)
     assert load(record["checkpoint"]).manifest["step"] == 1
 
-    record = run(tmp_path / "dream", keep_all=True)
+    monkeypatch.setattr("worldvla.improve._roll", None)  # nobody acts again
+    assert run(tmp_path / "real", kind="simulator")["checkpoint"] == record["checkpoint"]
+    with pytest.raises(ValueError, match="holds an improvement with another keep_all: give a new --out"):
+        run(tmp_path / "real", kind="simulator", keep_all=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(sim, "tasks", lambda _: tasks)
+    monkeypatch.setattr(sim, "suite", lambda _: short)
+
+    judge = tmp_path / "real/judge.safetensors"
+    with pytest.raises(ValueError, match="knows no tabletop_goal: give a judge of these suites"):
+        improve(MODEL, MODEL, demos, ["tabletop_goal"], tmp_path / "other", judge=judge)
+    monkeypatch.setattr("worldvla.eval.judge.train_judge", None)  # it learnt before
+    record = run(tmp_path / "dream", keep_all=True, judge=judge)
     assert record["rounds"][0]["kept"] == 2
     (file,) = (tmp_path / "dream/round_0/demos").rglob("*.hdf5")
     dreamt = list(read_episodes(file))

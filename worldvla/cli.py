@@ -755,6 +755,7 @@ def improve(
     world: Path,
     demos: Demos,
     suites: tuple[str, ...],
+    judge: Path | None = None,
     stores: tuple[Path, ...] = (),
     out: Path = Path("out/improve"),
     episodes: int = 10,
@@ -771,8 +772,8 @@ def improve(
 
     Args:
         world: The world model that it acts in.
-        demos: HDF5 files, or directories of them, of every task: their first frames start the episodes, and a
-            judge of success is trained on them.
+        demos: HDF5 files, or directories of them, of every task: their first frames start the episodes.
+        judge: judge.safetensors in the folder of a `rank`. Default: one is trained on --demos.
         stores: Token stores of real demonstrations, learnt beside what is imagined.
         out: Directory of the record and, for each round, of demonstrations, their store and the training run.
         episodes: Episodes of each task a round.
@@ -793,12 +794,13 @@ def improve(
         "keep_all": keep_all,
         "dtype": dtype,
         "seed": seed,
+        "judge": judge,
         "stores": stores,
     }
     with only_writer(out):
         record = improve(checkpoint, world, demonstration_files(demos), suites, out, **options)
     for number, row in enumerate(record["rounds"]):
-        done, total = row["judged_successes"], row["episodes"]
+        done, total = row["successes"], row["episodes"]
         say(f"round {number}: {done} of {total} succeeded in {kind}, {row['kept']} kept")
     say(f"new policy: {record['checkpoint']}   record: {out}/record.json")
     say(f"next: worldvla eval {record['checkpoint']} --suite {suites[0]}, then worldvla compare")

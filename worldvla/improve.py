@@ -6,6 +6,7 @@ trained on. `in_simulator` rolls the same episodes out in the simulator and take
 bound; `keep_all` learns from failures too, which is the control. Dims: N episodes.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -18,8 +19,8 @@ import torch
 from worldvla.config import Config
 from worldvla.data.episode import Episode, read_episodes, write_episodes
 from worldvla.data.tokenize import tokenize
-from worldvla.eval.judge import CONFIRM, STEPS, Imagined, Judge, Seen, Simulated, drive, gather, train_judge
-from worldvla.files import write_json
+from worldvla.eval.judge import CONFIRM, STEPS, Imagined, Judge, Seen, Simulated, drive, judge_of
+from worldvla.files import read_json, write_json
 from worldvla.infer.model import Model, load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
@@ -91,6 +92,7 @@ def improve(
     suites: Sequence[str],
     out: Path,
     *,
+    judge: Path | None = None,
     stores: Sequence[Path] = (),
     episodes: int = 10,
     rounds: int = 1,
@@ -104,66 +106,90 @@ def improve(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Improve the policy `checkpoint` in `world`; write record.json, and round_N/{demos,store,run}; return
-    the record, whose `checkpoint` is the new policy.
+    the record, whose `checkpoint` is the new policy. The same call again goes on where it stopped.
 
-    `demos` give the first frames and teach the judge. `stores`: token stores of real demonstrations, learnt
-    beside what is imagined. `episodes` of each task a round; `execute`: replan interval, 0: the whole chunk;
-    `temperature` of the actions; `steps` of training a round; `dtype` of the world model's transformer.
+    `demos` give the first frames, and teach a judge where no `judge` of rank's is given. `stores`: token
+    stores of real demonstrations, learnt beside what is imagined. `episodes` of each task a round; `execute`:
+    replan interval, 0: the whole chunk; `temperature` of the actions; `steps` of training a round; `dtype` of
+    the world model's transformer.
     """
-    worlds, path, report = load(world, dtype=getattr(torch, dtype)), Path(checkpoint), []
-    tasks, pictures = gather(demos, suites, worlds, 30)
-    judge, errors = train_judge(tasks, pictures, judge_steps, seed)
-    rng = np.random.default_rng(seed)
-    for number in range(rounds):
-        folder, policy = out / f"round_{number}", load(path)
-        path = policy.path
-        act = Drawing(Policy(policy), temperature, rng)
-        starts = list(starts_of(demos, tasks, episodes, number * episodes))
-        made: list[Episode] = []
-        with progress_bar() as progress:
-            batches = [starts[i : i + BATCH] for i in range(0, len(starts), BATCH)]
-            for batch in progress.track(batches, description=f"round {number}: act in {kind}"):
-                looks = execute or policy.config.layout.chunk
-                made += _episodes(_roll(act, looks, judge, worlds, batch, kind), batch, tasks)
-        kept = [episode for episode in made if episode.success or keep_all]
-        if not kept:
-            raise ValueError(
-                f"round {number}: none of {len(made)} episodes succeeded in {kind}: start from a better "
-                "policy, or give more --episodes"
-            )
-        files = list(_write(kept, folder / "demos", {"kind": kind, "world": worlds.identity()}))
-        tokenize(files, policy.image, folder / "store")
-        outcome = train(_recipe(policy, [folder / "store", *stores], steps), folder / "run")
-        report.append(
-            {"episodes": len(made), "judged_successes": sum(e.success for e in made), "kept": len(kept)}
-        )
-        path = outcome.checkpoint
-    record = {
-        "policy": load(checkpoint).identity(),
+    first, worlds = load(checkpoint), load(world, dtype=getattr(torch, dtype))
+    settings = {
+        "policy": first.identity(),
         "world": worlds.identity(),
         "suites": list(suites),
-        "judge": errors,
         "kind": kind,
         "keep_all": keep_all,
-        "protocol": {
-            "episodes": episodes,
-            "execute": execute,
-            "temperature": temperature,
-            "steps": steps,
-            "dtype": dtype,
-        },
-        "rounds": report,
-        "checkpoint": str(path),
-        **provenance(),
+        "protocol": {"episodes": episodes, "execute": execute, "temperature": temperature, "steps": steps},
+        "dtype": dtype,
+        "seed": seed,
     }
+    _check_settings(out / "settings.json", settings)
+    if judge is None:
+        critic, errors = judge_of(out / "judge.safetensors", demos, suites, worlds, 30, judge_steps, seed)
+    else:
+        critic, errors = _known_judge(judge, suites, worlds)
+    path, report = first.path, []
+    for number in range(rounds):
+        folder, policy = out / f"round_{number}", load(path)
+        if not (folder / "round.json").is_file():
+            act = Drawing(Policy(policy), temperature, np.random.default_rng([seed, number]))
+            starts = list(starts_of(demos, critic.tasks, suites, episodes, number * episodes))
+            made: list[Episode] = []
+            with progress_bar() as progress:
+                batches = [starts[i : i + BATCH] for i in range(0, len(starts), BATCH)]
+                for batch in progress.track(batches, description=f"round {number}: act in {kind}"):
+                    looks = execute or policy.config.layout.chunk
+                    made += _episodes(_roll(act, looks, critic, worlds, batch, kind), batch, critic.tasks)
+            kept = [episode for episode in made if episode.success or keep_all]
+            if not kept:
+                raise ValueError(
+                    f"round {number}: none of {len(made)} episodes succeeded in {kind}: start from a better "
+                    "policy, or give more --episodes"
+                )
+            _write(kept, folder / "demos", {"kind": kind, "world": worlds.identity()})
+            done = sum(episode.success for episode in made)
+            write_json(folder / "round.json", {"episodes": len(made), "successes": done, "kept": len(kept)})
+        tokenize((folder / "demos").rglob("*.hdf5"), policy.image, folder / "store")
+        outcome = train(_recipe(policy, [folder / "store", *stores], steps), folder / "run")
+        if not outcome.is_finished:
+            raise KeyboardInterrupt
+        report.append(read_json(folder / "round.json"))
+        path = outcome.checkpoint
+    record = {**settings, "judge": errors, "rounds": report, "checkpoint": str(path), **provenance()}
     write_json(out / "record.json", record)
     return record
 
 
-def starts_of(paths: Sequence[Path], tasks: Sequence[Task], number: int, skip: int) -> Iterator[Start]:
-    """Yield `number` first frames of each task after the first `skip`; where there are fewer, over again."""
-    found: list[list[Start]] = [[] for _ in tasks]
-    numbers = {(task.suite, task.name): i for i, task in enumerate(tasks)}
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write what this improvement is; another one in the same folder raises ValueError."""
+    settings = json.loads(json.dumps(settings))
+    if path.is_file() and (earlier := read_json(path)) != settings:
+        differing = [name for name in settings if earlier.get(name) != settings[name]]
+        raise ValueError(
+            f"{path.parent} holds an improvement with another {', '.join(differing)}: give a new --out"
+        )
+    write_json(path, settings)
+
+
+def _known_judge(path: Path, suites: Sequence[str], world: Model) -> tuple[Judge, dict[str, Any]]:
+    judge, told = Judge.load(path)
+    if told["made_of"]["tokenizer"] != world.image.digest():
+        raise ValueError(
+            f"{path} learnt from frames of another image tokenizer: give a judge of {world.path}"
+        )
+    if unknown := set(suites) - {task.suite for task in judge.tasks}:
+        raise ValueError(f"{path} knows no {', '.join(sorted(unknown))}: give a judge of these suites")
+    return judge, told["errors"]
+
+
+def starts_of(
+    paths: Sequence[Path], tasks: Sequence[Task], suites: Sequence[str], number: int, skip: int
+) -> Iterator[Start]:
+    """Yield `number` first frames of each task of `suites` after the first `skip`; where there are fewer,
+    over again."""
+    found: dict[int, list[Start]] = {i: [] for i, task in enumerate(tasks) if task.suite in suites}
+    numbers = {(tasks[i].suite, tasks[i].name): i for i in found}
     for path in paths:
         for episode in read_episodes(path):
             index = numbers.get((episode.suite, episode.task))
@@ -172,7 +198,11 @@ def starts_of(paths: Sequence[Path], tasks: Sequence[Task], number: int, skip: i
             observation = {view: frames[0].copy() for view, frames in episode.images.items()}
             observation["state"] = episode.states[0]
             found[index].append(Start(index, observation, episode.sim_states[0], max(episode.init, 0)))
-    for of_task in found:
+    for index, of_task in found.items():
+        if not of_task:
+            raise ValueError(
+                f"no first frame of {tasks[index].suite}/{tasks[index].name}: give --demos with it"
+            )
         yield from (of_task[(skip + i) % len(of_task)] for i in range(number))
 
 
@@ -215,13 +245,12 @@ def _episodes(roll: Recorded, starts: Sequence[Start], tasks: Sequence[Task]) ->
         )
 
 
-def _write(episodes: Sequence[Episode], folder: Path, made_by: Mapping[str, Any]) -> Iterator[Path]:
-    """Write one file of demonstrations a task, and yield their paths."""
+def _write(episodes: Sequence[Episode], folder: Path, made_by: Mapping[str, Any]) -> None:
+    """Write one file of demonstrations a task."""
     for suite, name in sorted({(e.suite, e.task) for e in episodes}):
         path = folder / suite / f"{name}_demo.hdf5"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_episodes(path, (e for e in episodes if (e.suite, e.task) == (suite, name)), dict(made_by))
-        yield path
 
 
 def _recipe(policy: Model, stores: Sequence[Path], steps: int) -> Config:

@@ -10,7 +10,7 @@ pixels.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldvla.data.episode import Episode, read_episodes
+from worldvla.data.episode import Episode, fingerprint, read_episodes
 from worldvla.eval.record import Journal
 from worldvla.eval.stats import rank_agreement
-from worldvla.files import write_json
+from worldvla.files import check_shapes, load_tensors, read_json, save_tensors, write_json
 from worldvla.infer.model import Model, load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
@@ -86,11 +86,15 @@ class Towers(nn.Module):
 class Judge(nn.Module):
     """Pictures of a known task -> proprioception and the logit of success."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, views: Sequence[str], tasks: Sequence[Task], mean: np.ndarray, std: np.ndarray):
         super().__init__()
         self.tasks = list(tasks)
         self.towers = Towers(views, 3, NUM_STATE_DIMS + len(tasks))
-        self.mean, self.std = torch.from_numpy(mean), torch.from_numpy(std)
+        self.register_buffer("mean", torch.from_numpy(mean))
+        self.register_buffer("std", torch.from_numpy(std))
 
     def forward(self, images: Mapping[str, np.ndarray], tasks: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return states (P, 8), standardised, and logits (P,) for task indices (P,)."""
@@ -105,6 +109,48 @@ class Judge(nn.Module):
         """Return states (P, 8) in their units, float32, and whether the task is done (P,)."""
         states, logits = self(images, tasks)
         return (states * self.std + self.mean).numpy().astype(np.float32), logits.numpy() > 0
+
+    def save(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Write the weights, and beside them as JSON the tasks, the views and `facts`."""
+        save_tensors(path, self.state_dict())
+        tasks = [asdict(task) for task in self.tasks]
+        write_json(path.with_suffix(".json"), {"tasks": tasks, "views": self.towers.views, **facts})
+
+    @classmethod
+    def load(cls, path: Path) -> tuple["Judge", dict[str, Any]]:
+        """Read what `save` wrote: the judge, and all that stands beside it."""
+        for file in (path, path.with_suffix(".json")):
+            if not file.is_file():
+                raise FileNotFoundError(f"no {file}: `worldvla rank` leaves a judge in its folder")
+        told, state = read_json(path.with_suffix(".json")), load_tensors(path)
+        zeros = np.zeros(NUM_STATE_DIMS, dtype=np.float32)
+        judge = cls(told["views"], [Task(**task) for task in told["tasks"]], zeros, zeros)
+        there, own = ({n: t.shape for n, t in table.items()} for table in (state, judge.state_dict()))
+        check_shapes(path, there, own, "train it again")
+        judge.load_state_dict(state)
+        return judge.eval(), told
+
+
+def judge_of(
+    path: Path,
+    paths: Sequence[Path],
+    suites: Sequence[str],
+    model: Model,
+    episodes: int,
+    steps: int,
+    seed: int,
+) -> tuple[Judge, dict[str, Any]]:
+    """Return the judge that stands in `path` and its errors; trained first, unless it is of the same files
+    and settings."""
+    made_of = {"demos": [fingerprint(file) for file in paths], "suites": list(suites), "seed": seed}
+    made_of |= {"tokenizer": model.image.digest(), "episodes": episodes, "steps": steps}
+    if path.is_file():
+        judge, told = Judge.load(path)
+        if told["made_of"] == made_of:
+            return judge, told["errors"]
+    judge, errors = train_judge(*gather(paths, suites, model, episodes), steps, seed)
+    judge.save(path, {"made_of": made_of, "errors": errors})
+    return judge, errors
 
 
 def gather(
@@ -373,8 +419,8 @@ def rank_policies(
     `episodes` of each task from initial state `first` on, side by side; `execute`: replan intervals, several:
     each a policy of its own, none: the whole chunk; `judged`: episodes of each file of `demos` for the judge;
     `held_out`: files of other episodes, whose actions are imagined (`replays`); `dtype` of the world model's
-    transformer. The same call again goes on
-    where it stopped: policies that are done stand in policies.jsonl.
+    transformer. The same call again goes on where it stopped: judge.safetensors and policies.jsonl hold what
+    is done.
     """
     _check_arguments(checkpoints, suites, episodes, first, execute)
     model, policies = load(world, dtype=getattr(torch, dtype)), []
@@ -382,8 +428,8 @@ def rank_policies(
         _check(policy, model)
         chunk = policy.config.layout.chunk
         policies += [(policy, n) for n in dict.fromkeys(min(n, chunk) for n in execute or [chunk])]
-    tasks, pictures = gather(demos, suites, model, judged)
-    judge, errors = train_judge(tasks, pictures, judge_steps, seed)
+    judge, errors = judge_of(out / "judge.safetensors", demos, suites, model, judged, judge_steps, seed)
+    tasks = judge.tasks
     again = {"replays": replays(judge, model, held_out, judged)} if held_out else {}
     protocol: dict[str, Any] = {"episodes": episodes, "first": first, "confirm": CONFIRM, "seed": seed}
     protocol["dtype"] = dtype
