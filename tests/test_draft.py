@@ -18,7 +18,7 @@ from worldvla.batch import Batch, Sample
 from worldvla.config import LayoutConfig
 from worldvla.data.sample import SampleBuilder
 from worldvla.infer.decode import CLOSE
-from worldvla.infer.draft import CHEAP, WIDE, FrameStats, Window, summary
+from worldvla.infer.draft import CHEAP, CHEAP_EACH, WIDE, FrameStats, Window, summary
 from worldvla.model.mask import dense_mask
 from worldvla.model.transformer import Transformer
 from worldvla.tokenizers.action import WORLDVLA
@@ -223,14 +223,14 @@ def test_draws_from_a_guess_follow_the_models_distribution() -> None:
 
 def test_the_window_follows_what_was_accepted_and_the_device() -> None:
     window = Window("cpu")
-    start = window.width(80)
-    assert start == CHEAP
+    assert [window.width(80, rows) for rows in (1, 4, 16, 60, 1000)] == [CHEAP, 17, 12, 9, CHEAP_EACH]
+    assert window.width(10) == 10
     for _ in range(20):
         window.update(window.width(80))
-    assert window.width(80) == 80
+    assert (window.width(80), window.width(80, 60)) == (80, 80)
     for _ in range(20):
         window.update(1)
-    assert window.width(80) == 4
+    assert (window.width(80), window.width(80, 60)) == (CHEAP, 9)
     assert Window("cuda").width(80) == 80
     assert Window("cuda").width(2048) == WIDE
     with pytest.raises(ValueError, match="at least one code, got 0"):

@@ -164,7 +164,7 @@ def decode_frame(
     noise_BN = _noise((num_codes, *choose.shape), batch, temperature, seed, device)
     rows_B1, done_B = torch.arange(batch, device=device)[:, None], np.zeros(batch, dtype=np.int64)
     while (done_B < num_codes).any():
-        first_B, length = _next_window(open_N, done_B, window.width(num_codes), stream.room)
+        first_B, length = _next_window(open_N, done_B, window.width(num_codes, batch), stream.room)
         first_B1, done_B1 = torch.from_numpy(np.stack((first_B, done_B))).to(device)[..., None]
         where_BT = first_B1 + torch.arange(length, device=device)
         x_BTD, after_BT = stream.feed(where_BT, length), where_BT + 1
@@ -178,13 +178,13 @@ def decode_frame(
         counts = (is_kept_BT, is_right_BT, is_kept_BT & is_close_BT, is_kept_BT & ~is_finite_BT)
         kept_B, right_B, close_B, broken_B = torch.stack(counts).sum(2).cpu().numpy()
         _check_finite(not broken_B.any())
-        done_B = done_B + kept_B
+        is_open_B, done_B = done_B < num_codes, done_B + kept_B
         stats.passes += 1
         stats.close += int(close_B.sum())
         if guess_BN is not None:
             stats.judged += int(kept_B.sum())
             stats.accepted += int(right_B.sum())
-            window.update(int(kept_B.max()))
+            window.update(float(kept_B[is_open_B].mean()))
     return stream.tail_BT[:, places_N].cpu().numpy() - vocab.image.start, stats
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-CHEAP = 16
-"""Codes that one pass on a CPU checks for less than twice the price of one (1.7 to 1.9 x at 2 to 35 million
-parameters)."""
+CHEAP, CHEAP_EACH = 24, 8
+"""Codes that one pass on a CPU checks at least: of one row, where a pass costs hardly more than its overhead,
+and of each of many, where it costs what its codes cost. Between them falls the fourth root of the rows."""
 WIDE = 512
 """Codes at most on an accelerator: what bounds there is the memory of their scores."""
 MEMORY = 0.5
@@ -32,8 +32,9 @@ class FrameStats:
 
 
 class Window:
-    """Codes that the next pass checks: on a CPU twice what the last passes gave, or four times while that is
-    cheap; on an accelerator, where a pass over a frame takes hardly longer than one over a code, the frame.
+    """Codes that the next pass checks: on a CPU a few, or twice what the last passes gave, where that is more;
+    of many rows, whose wrong guesses cost more, down to once. On an accelerator, where a pass over a frame
+    takes hardly longer than one over a code, the frame.
 
     Widths follow from the codes, never from a clock: the same call takes the same passes.
     """
@@ -43,15 +44,15 @@ class Window:
             raise ValueError(f"a window checks at least one code, got {fixed}")
         self.fixed = fixed
         self.is_wide = torch.device(device).type != "cpu"
-        self.gain = CHEAP / 2
+        self.gain = 0.0
 
-    def width(self, num_codes: int) -> int:
-        """Return the codes to check next, 1..num_codes."""
-        wanted = max(round(2 * self.gain), min(CHEAP, round(4 * self.gain)))
+    def width(self, num_codes: int, rows: int = 1) -> int:
+        """Return the codes of each of `rows` frames to check next, 1..num_codes."""
+        wanted = max(CHEAP_EACH, round(CHEAP / rows**0.25), round((1 + rows**-0.5) * self.gain))
         return min(num_codes, self.fixed or (WIDE if self.is_wide else wanted))
 
-    def update(self, gain: int) -> None:
-        """Learn that the last pass gave `gain` codes."""
+    def update(self, gain: float) -> None:
+        """Learn that the last pass gave `gain` codes, the mean of the rows."""
         self.gain += MEMORY * (gain - self.gain)
 
 
