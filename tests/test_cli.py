@@ -6,6 +6,7 @@ Run: pytest tests/test_cli.py
 import errno
 import importlib.metadata
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tiny_run import tiny_config, write_checkpoint
 import worldvla
 from worldvla.cli import VERBS, main
 from worldvla.config import Config, from_json, to_json
+from worldvla.files import only_writer
 from worldvla.recipes import RECIPES
 from worldvla.sim.suites import TABLETOP
 from worldvla.train.build import build
@@ -203,6 +205,27 @@ def test_interrupt_is_not_a_traceback(capsys, monkeypatch):
     code, _, err = _run(capsys, "train", "debug")
     assert code == 130
     assert "goes on" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("train debug --out", "collect tabletop_goal --out", "eval random --suite tabletop_goal --out"),
+        "tokenize demos --tokenizer tokenizer --out",
+    ],
+)
+def test_a_second_writer_ends_within_a_second(words, tmp_path):
+    with only_writer(tmp_path / "out"):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "worldvla", *words.split(), str(tmp_path / "out")]
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert second.returncode == 2
+    line = f"{tmp_path}/out is being written by process {os.getpid()} on "
+    assert second.stderr.startswith(f"worldvla {words.split()[0]}: {line}")
+    assert second.stderr.count("\n") == 1
+    # of work, whatever else the machine does
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 @pytest.mark.parametrize(("errors", "allowed", "expected"), [(0, 0, 0), (54, 53, 3), (54, 54, 0)])

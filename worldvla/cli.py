@@ -14,6 +14,7 @@ import textwrap
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -222,19 +223,20 @@ def collect(
     _warn_of_versions(suite)
     if policy is not None and not label and kind == "demonstrations":
         raise ValueError("--policy without --label U teaches nothing: its own actions are no targets")
-    from worldvla.data.collect import collect
-    from worldvla.sim.suites import suite as find_suite
-
     out = out or Path("out/demos") / suite
-    sizes = _views(views) or dict(find_suite(suite).rules.demonstrations)
-    options: dict[str, Any] = {"kind": kind, "episodes": episodes, "tasks": tasks, "views": sizes}
-    options |= {"seed": seed, "workers": workers, "noise": noise, "label": label, "execute": execute}
-    if policy is not None:
-        from worldvla.model.weights import find_checkpoint, weights_digest
+    with only_writer(out):
+        from worldvla.data.collect import collect
+        from worldvla.sim.suites import suite as find_suite
 
-        name = weights_digest(find_checkpoint(policy))
-        options |= {"policy": partial(_act, str(policy)), "policy_name": name}
-    results = collect(suite, out, **options)
+        sizes = _views(views) or dict(find_suite(suite).rules.demonstrations)
+        options: dict[str, Any] = {"kind": kind, "episodes": episodes, "tasks": tasks, "views": sizes}
+        options |= {"seed": seed, "workers": workers, "noise": noise, "label": label, "execute": execute}
+        if policy is not None:
+            from worldvla.model.weights import find_checkpoint, weights_digest
+
+            name = weights_digest(find_checkpoint(policy))
+            options |= {"policy": partial(_act, str(policy)), "policy_name": name}
+        results = collect(suite, out, **options)
     for name, counts in results.items():
         if shares := ", ".join(f"{what} {share:.0%}" for what, share in counts.get("shares", {}).items()):
             say(f"{name}: {counts['episodes']} episodes, {counts['steps']} frames: {shares}")
@@ -418,22 +420,23 @@ def tokenize(
         skip_bad: Go on without demonstrations that are damaged, have no steps or, in HDF5 files, no actions
             of LIBERO's controller; the store's manifest names them.
     """
-    from worldvla.data.episode import demonstration_files
-    from worldvla.data.tokenize import tokenize, tokenize_source
-    from worldvla.tokenizers.image import ImageTokenizer
+    with only_writer(out):
+        from worldvla.data.episode import demonstration_files
+        from worldvla.data.tokenize import tokenize, tokenize_source
+        from worldvla.tokenizers.image import ImageTokenizer
 
-    source = _other_format(paths, camera, action, state, delta)
-    if regenerate:
-        if source is not None:
-            raise ValueError(f"--regenerate: {source.kind} holds no simulator states: leave it out")
-        demos = out.with_name(out.name + ".demos")
-        VERBS["regenerate"](paths, out=demos, views=regenerate, workers=workers)
-        paths = (demos,)
-    encoder = ImageTokenizer.load(tokenizer)
-    if source is None:
-        store = tokenize(demonstration_files(paths), encoder, out, skip_bad=skip_bad)
-    else:
-        store = tokenize_source(source, encoder, out, skip_bad=skip_bad)
+        source = _other_format(paths, camera, action, state, delta)
+        if regenerate:
+            if source is not None:
+                raise ValueError(f"--regenerate: {source.kind} holds no simulator states: leave it out")
+            demos = out.with_name(out.name + ".demos")
+            VERBS["regenerate"](paths, out=demos, views=regenerate, workers=workers)
+            paths = (demos,)
+        encoder = ImageTokenizer.load(tokenizer)
+        if source is None:
+            store = tokenize(demonstration_files(paths), encoder, out, skip_bad=skip_bad)
+        else:
+            store = tokenize_source(source, encoder, out, skip_bad=skip_bad)
     if skipped := store.manifest["source"].get("skipped"):
         say(f"left out: {skipped['count']} with faults, named in {out}/manifest.json")
     kept = (f"{share:.0%} of the codes of {view}" for view, share in store.manifest.get("kept", {}).items())
@@ -477,12 +480,14 @@ def train(config: Recipe, *, out: Path | None = None, overfit: bool = False) -> 
         out: Run directory. Default: out/train/NAME.
         overfit: See batch 0 at every step: a sound model takes its loss to nearly zero.
     """
-    from worldvla.train.loop import train
+    out, is_first = out or Path("out/train") / config.name, os.environ.get("RANK", "0") == "0"
+    with only_writer(out) if is_first else nullcontext():  # before the seconds that it takes to load torch
+        from worldvla.train.loop import train
 
-    outcome = train(config, out or Path("out/train") / config.name, overfit=overfit)
+        outcome = train(config, out, overfit=overfit)
     if not outcome.is_finished:
         raise KeyboardInterrupt
-    if os.environ.get("RANK", "0") == "0":  # torchrun's other processes stay silent
+    if is_first:  # torchrun's other processes stay silent
         say(f"checkpoint: {outcome.checkpoint}   next: worldvla eval {outcome.checkpoint} --suite SUITE")
 
 
@@ -569,18 +574,19 @@ def evaluate(
         shard: I/N: the I-th (from 0) of N equal parts of the episodes; `worldvla merge` joins their records.
         allow_errors: More errors than this make the exit code 3.
     """
-    from worldvla.eval.rollout import Protocol, evaluate, open_actor
-    from worldvla.sim.suites import members
-
-    _warn_of_versions(*members(suite))
-    options = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
     out = out or Path("out/eval") / _short(Path(checkpoint)) / suite
-    parts = (tasks, episodes, first, seed, videos, scene_prefix, _shard(shard))
-    records = []
-    for name in members(suite):
-        protocol, actor = Protocol(name, *parts), open_actor(checkpoint, name, seed, **options)
-        records.append(evaluate(actor, protocol, out / name if name != suite else out, workers))
-    return _report(suite, records, out, allow_errors)
+    with only_writer(out):
+        from worldvla.eval.rollout import Protocol, evaluate, open_actor
+        from worldvla.sim.suites import members
+
+        _warn_of_versions(*members(suite))
+        options = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
+        parts = (tasks, episodes, first, seed, videos, scene_prefix, _shard(shard))
+        records = []
+        for name in members(suite):
+            protocol, actor = Protocol(name, *parts), open_actor(checkpoint, name, seed, **options)
+            records.append(evaluate(actor, protocol, out / name if name != suite else out, workers))
+        return _report(suite, records, out, allow_errors)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -44,7 +44,7 @@ class Journal:
             sound = [x for x in lines[1:] if x and (not has_digests or _sealed(_plain(x)) == x)]
             whole = [_plain(line) for line in sound if line.keys() >= {"status", "elapsed"}]
             if lost := len(lines) - 1 - len(whole):
-                log.warning("%s: dropped %d lines, which a stop cut short or which are damaged", path, lost)
+                log.warning("%s: dropped %d lines, which are cut short or damaged", path, lost)
             self.outcomes = [line for line in whole if line["status"] != "error"]
         write_text(path, "".join(map(_line, [identity, *self.outcomes])))
         self._file = path.open("a", encoding="utf-8")
