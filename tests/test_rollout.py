@@ -29,7 +29,7 @@ from worldvla.eval.actors import (
     RandomActor,
     mean_trajectory,
 )
-from worldvla.eval.record import merge
+from worldvla.eval.record import Journal, merge
 from worldvla.eval.rollout import Protocol, evaluate, open_actor
 from worldvla.sim.protocol import Task
 
@@ -208,6 +208,27 @@ def test_a_stopped_evaluation_goes_on(tmp_path: Path) -> None:
     assert resumed["outcomes"] == whole["outcomes"]
     with pytest.raises(ValueError, match="holds another evaluation"):
         roll(Forward(), tmp_path / "part", 3, seed=1)
+
+
+def test_a_journal_gives_back_what_was_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, identity = tmp_path / "episodes.jsonl", {"suite": "a"}
+
+    def read(text: str) -> list[dict[str, Any]]:
+        path.write_text(text)
+        with Journal(path, identity) as journal:
+            return journal.outcomes
+
+    with Journal(path, identity) as journal:
+        for init in range(3):
+            journal.add({"init": init, "status": "success"})
+    first, a, b, c = path.read_text().splitlines(keepends=True)
+    assert read(first + a + a + b.replace("success", "failure") + c) == [journal.outcomes[i] for i in (0, 2)]
+    assert "dropped 1 lines" in caplog.text
+    old = [{k: v for k, v in json.loads(line).items() if k != "sha256"} for line in (first, a, b, c)]
+    assert read("".join(json.dumps(line) + "\n" for line in old)) == journal.outcomes  # of earlier versions
+    with pytest.raises(ValueError, match="damaged in its first line"):
+        read(first[9:] + a + b + c)
+    assert path.read_text() == first[9:] + a + b + c
 
 
 def test_errors_are_tried_again(tmp_path: Path) -> None:

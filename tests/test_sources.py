@@ -5,6 +5,7 @@ Run: pytest tests/test_sources.py
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -421,11 +422,14 @@ def test_tokenising_again_encodes_only_what_changed(root: Path, tmp_path: Path):
     tokenize_source(open_source(root, Names({"agentview": CAMERAS["wrist"]})), tokenizer, out)
     assert tokenizer.seen == 3 * 90
     put(root, "action", 31, [0.0] * 6)
-    with pytest.raises(ValueError, match="episode 1: frame 1: action has 6"):
+    put(root, "action", 62, [math.nan] * 7)
+    several = "2 faults: .* episode 1: frame 1: action has 6.*episode 2: frame 2: action is not finite"
+    with pytest.raises(ValueError, match=several):
         tokenize_source(open_source(root), tokenizer, out)
+    assert tokenizer.seen == 3 * 90  # nothing is encoded before all is checked
     assert len(TokenStore.open(out)) == 90
     store = tokenize_source(open_source(root), tokenizer, out, skip_bad=True)
-    assert (len(store), store.manifest["source"]["skipped"]["count"]) == (60, 1)
+    assert (len(store), store.manifest["source"]["skipped"]["count"]) == (30, 2)
 
 
 def test_a_store_holds_any_number_of_dims(tmp_path: Path):
