@@ -212,15 +212,15 @@ def _roll(
     """Let the policy act from `starts`, side by side."""
     numbers, first = np.array([start.task for start in starts]), [start.observation for start in starts]
     tasks = [judge.tasks[n] for n in numbers]
+    frames = {view: np.stack([o[view] for o in first]) for view in world.view_sizes}
     with ExitStack() as stack:
         if kind == "simulator":
             envs: list[Any] = [stack.enter_context(closing(sim.make(t, world.view_sizes))) for t in tasks]
             for env, start in zip(envs, starts, strict=True):
                 env.reset(options={"init": start.init})  # fixtures are not in every state
                 env.set_state(start.sim_state)
-            body: Simulated | Imagined = Simulated(judge, world, envs, numbers)
+            body: Simulated | Imagined = Simulated(judge, world, envs, frames, numbers)
         else:
-            frames = {view: np.stack([o[view] for o in first]) for view in world.view_sizes}
             body = Imagined(judge, World(world), frames, numbers)
         recorded = Recorded(body, first, kind == "simulator")
         drive(act, execute, recorded, tasks, first)  # pyright: ignore[reportArgumentType]

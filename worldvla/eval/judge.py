@@ -37,6 +37,9 @@ AFTER = 4
 CONFIRM = 2
 """Pictures in a row that the judge must call a success."""
 STEPS, BATCH, RATE, WIDTH = 2_000, 64, 2e-3, 24
+EARLIER, BEFORE = 8, 4
+"""Pictures of each demonstration that the judge learns from: of its course, at random after the first, and of
+its end."""
 HELD_OUT = 0.1
 """Share of the demonstrations that the judge is not trained on: its errors are measured there."""
 
@@ -161,7 +164,8 @@ def gather(
     """
     tasks = [task for suite in suites for task in sim.tasks(suite)]
     parts = [
-        pictures for _, pictures in _shown(paths, tasks, model, episodes, "demonstrations for the judge")
+        pictures
+        for _, pictures in _shown(paths, tasks, model, episodes, "demonstrations for the judge", is_thin=True)
     ]
     success = {n for p in parts for n in p.tasks[p.success].tolist()}
     for what, of in {
@@ -177,7 +181,7 @@ def gather(
 
 
 def _shown(
-    paths: Sequence[Path], tasks: Sequence[Task], model: Model, episodes: int, title: str
+    paths: Sequence[Path], tasks: Sequence[Task], model: Model, episodes: int, title: str, is_thin: bool
 ) -> Iterator[tuple[Episode, Pictures]]:
     """Yield at most `episodes` episodes of each file of `tasks`, and their pictures."""
     numbers, count = {(task.suite, task.name): i for i, task in enumerate(tasks)}, 0
@@ -192,7 +196,7 @@ def _shown(
                     _check_sizes(path, {v: f.shape[1:3] for v, f in episode.images.items()}, model)
                     if env is None:
                         env = stack.enter_context(closing(sim.make(tasks[number], model.view_sizes)))
-                    yield episode, _pictures(env, episode, number, count, model)
+                    yield episode, _pictures(env, episode, number, count, model, is_thin)
                     count += 1
 
 
@@ -204,19 +208,23 @@ def _check_sizes(path: Path, sizes: Mapping[str, tuple[int, ...]], model: Model)
             )
 
 
-def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model) -> Pictures:
-    """Return the frames of a demonstration and, after its last action, AFTER more of the simulator's."""
+def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model, is_thin: bool) -> Pictures:
+    """Return the frames of a demonstration and, after its last action, AFTER more of the simulator's;
+    `is_thin`: of the former only those that the judge learns from."""
     env.reset(options={"init": max(episode.init, 0)})  # fixtures are not in every state
     env.set_state(episode.sim_states[-1])
     more = [env.step(action) for action in _last(episode)]
-    frames = {v: np.concatenate([episode.images[v], [m[0][v] for m in more]]) for v in model.view_sizes}
-    length = len(episode) + AFTER
+    rows = np.arange(len(episode))
+    if is_thin and len(episode) > EARLIER + BEFORE:
+        drawn = np.random.default_rng(number).permutation(np.arange(1, len(episode) - BEFORE))
+        rows = np.concatenate([rows[:1], np.sort(drawn[: EARLIER - 1]), rows[-BEFORE:]])  # the first: context
+    frames = {v: np.concatenate([episode.images[v][rows], [m[0][v] for m in more]]) for v in model.view_sizes}
     return Pictures(
         {view: model.image.reconstruct(images) for view, images in frames.items()},
-        np.concatenate([episode.states, [step[0]["state"] for step in more]]),
-        np.full(length, task),
-        np.array([False] * len(episode) + [bool(step[4]["success"]) for step in more]),
-        np.full(length, number),
+        np.concatenate([episode.states[rows], [step[0]["state"] for step in more]]),
+        np.full(len(rows) + AFTER, task),
+        np.array([False] * len(rows) + [bool(step[4]["success"]) for step in more]),
+        np.full(len(rows) + AFTER, number),
     )
 
 
@@ -285,17 +293,20 @@ class Seen:
 class Simulated:
     """Episodes in the simulator."""
 
-    def __init__(self, judge: Judge, model: Model, envs: Sequence[Any], numbers: np.ndarray) -> None:
-        self.judge, self.model, self.envs, self.numbers = judge, model, list(envs), numbers
+    def __init__(
+        self, judge: Judge, model: Model, envs: Sequence[Any], first: Frame, numbers: np.ndarray
+    ) -> None:
+        self.judge, self.model, self.envs, self.first, self.numbers = judge, model, list(envs), first, numbers
 
     def keep(self, rows: np.ndarray) -> None:
         self.envs = [env for env, kept in zip(self.envs, rows, strict=True) if kept]
+        self.first = {view: images[rows] for view, images in self.first.items()}
         self.numbers = self.numbers[rows]
 
     def step(self, actions: np.ndarray) -> Seen:
         done = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
         frame = {view: np.stack([step[0][view] for step in done]) for view in self.model.view_sizes}
-        shown = {view: self.model.image.reconstruct(images) for view, images in frame.items()}
+        shown = {v: self.model.image.reconstruct(images, self.first[v]) for v, images in frame.items()}
         states, success = (
             np.stack([step[0]["state"] for step in done]),
             np.array([step[4]["success"] for step in done]),
@@ -367,7 +378,7 @@ def replays(
 
     At most `episodes` of each file of `paths`.
     """
-    shown = list(_shown(paths, judge.tasks, world, episodes, "held-out episodes"))
+    shown = list(_shown(paths, judge.tasks, world, episodes, "held-out episodes", False))
     if not shown:
         raise ValueError("no held-out episode of the judge's tasks: give --held-out files of the same suites")
     truth, real, dreamt = [], [], []
@@ -478,7 +489,7 @@ def _act_twice(
     start = [env.reset(options={"init": init})[0] for env, init in zip(envs, inits, strict=True)]
     tasks, act = [judge.tasks[n] for n in numbers], Policy(policy)
     frames = {view: np.stack([o[view] for o in start]) for view in world.view_sizes}
-    real, control = drive(act, execute, Simulated(judge, world, envs, numbers), tasks, start)
+    real, control = drive(act, execute, Simulated(judge, world, envs, frames, numbers), tasks, start)
     _, imagined = drive(act, execute, Imagined(judge, World(world), frames, numbers), tasks, start)
     return np.array([real, control, imagined], dtype=int).tolist()
 

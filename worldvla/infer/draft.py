@@ -32,9 +32,9 @@ class FrameStats:
 
 
 class Window:
-    """Codes that the next pass checks: on a CPU a few, or twice what the last passes gave, where that is more;
-    of many rows, whose wrong guesses cost more, down to once. On an accelerator, where a pass over a frame
-    takes hardly longer than one over a code, the frame.
+    """Codes that the next pass checks: on a CPU a few, or twice what the last passes gave, where that is
+    more; of many rows, whose wrong guesses cost more, down to once. On an accelerator, where a pass over a
+    frame takes hardly longer than one over a code, the frame.
 
     Widths follow from the codes, never from a clock: the same call takes the same passes.
     """
