@@ -129,6 +129,8 @@ SLOW: dict[str, Callable[[Path], object]] = {
     "vqgan": lambda path: load_image_tokenizer(path / "vqgan.ckpt").digest(),
 }
 READERS = PROTECTED | PLAIN | SLOW
+SOME = {"image_tokenizer": 100, "tfrecord": 100, "old_checkpoint": 50, "lerobot": 25}
+"""Mutations in the fast suite of what is slow to read."""
 
 
 @pytest.fixture
@@ -165,7 +167,7 @@ def _fill(name: str, data: Path) -> None:
         case "lerobot_v2":
             as_v2(data)
         case "demonstrations" | "libero":
-            write_episodes(data / "a_demo.hdf5", [random_episode(i) for i in range(3)], {})
+            write_episodes(data / "a_demo.hdf5", [random_episode(i) for i in range(2)], {})
             with h5py.File(data / "a_demo.hdf5", "a") as file:
                 for group in (file["data"], *file["data"].values()) if name == "libero" else ():  # pyright: ignore[reportAttributeAccessIssue]
                     del group.attrs["sha256"]
@@ -244,14 +246,15 @@ def fuzz(name: str, data: Path, number: int) -> Counter[str]:
 
 @pytest.mark.parametrize("name", PROTECTED)
 def test_nothing_third_comes_of_a_mutation(name: str, whole: Callable[[str], Path]) -> None:
-    counts = fuzz(name, whole(name), 200)
-    assert counts["refused"] > 100 or name == "journal"
+    number = SOME.get(name, 200)
+    counts = fuzz(name, whole(name), number)
+    assert counts["refused"] > number // 2 or name == "journal"
     assert not counts["other"], counts
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_what_has_no_digests_is_refused_in_one_line_or_read(name: str, whole: Callable[[str], Path]) -> None:
-    number = 25 if name == "lerobot" else 100  # which is slow to read
+    number = SOME.get(name, 100)
     assert fuzz(name, whole(name), number)["refused"] > number // 5
 
 

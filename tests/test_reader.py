@@ -14,6 +14,7 @@ from tiny_run import TOKENIZER, _episode
 from worldvla.data.episode import Episode, write_episodes
 from worldvla.eval.reader import Reader, Sights, fit, gather, holding, measure, train_reader
 from worldvla.eval.world import Clip, find_reader, score
+from worldvla.files import write_digests, write_json
 from worldvla.tokenizers.image import ImageTokenizer
 
 SIZES = {"agentview": (16, 16), "wrist": (8, 8)}
@@ -110,6 +111,8 @@ def test_a_reader_is_trained_stored_and_found(tmp_path: Path) -> None:
     sights = gather(files, tokenizer, 90, 0)
     assert np.bincount(sights.is_shown + 2 * sights.is_held_out).tolist() == [48, 12, 24, 6]
     assert path.stat().st_size < 500_000
+    write_json(tmp_path / "manifest.json", {})  # of the checkpoint that it lies in
+    write_digests(tmp_path)
     model = SimpleNamespace(path=tmp_path, view_sizes=SIZES, image=tokenizer)
     reader, told = find_reader(model)  # pyright: ignore[reportArgumentType]
     assert reader is not None
@@ -118,6 +121,9 @@ def test_a_reader_is_trained_stored_and_found(tmp_path: Path) -> None:
     assert told["trained_with_this_tokenizer"]
     model.view_sizes = {"agentview": (8, 8)}
     with pytest.raises(ValueError, match="train a reader of its views"):
+        find_reader(model)  # pyright: ignore[reportArgumentType]
+    write_json(path.with_suffix(".json"), {"views": SIZES})
+    with pytest.raises(ValueError, match=r"reader\.json is not as it was written"):
         find_reader(model)  # pyright: ignore[reportArgumentType]
     write_episodes(tmp_path / "b_demo.hdf5", [episode(rng)], {})
     with pytest.raises(ValueError, match="at least two episodes"):

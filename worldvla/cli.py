@@ -24,7 +24,7 @@ import tyro
 from tyro.conf import Positional
 
 from worldvla.config import Config, ImageTokenizerConfig, TokenizerTraining, to_json
-from worldvla.files import one_line, only_writer
+from worldvla.files import one_line, only_writer, read_json, write_json
 
 if TYPE_CHECKING:
     from worldvla.data.sources.source import Source
@@ -601,7 +601,6 @@ def _report(suite: str, records: Sequence[dict[str, Any]], out: Path, allow_erro
     """Write the page of evaluations, and the record of several; say how they went; return the exit code."""
     from worldvla.eval.page import write_page
     from worldvla.eval.record import of_suites
-    from worldvla.files import write_json
 
     several = [record["suite"] for record in records] != [suite]
     folders = [out / record["suite"] if several else out for record in records]
@@ -1040,7 +1039,6 @@ def doctor(*, quick: bool = False, json: Path | None = None) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from worldvla.files import write_json
     from worldvla.sim.libero import doctor
 
     colours = {"ok": "green", "warning": "yellow", "bad": "red", "skipped": "dim"}
@@ -1085,7 +1083,7 @@ def show_sample(
     from worldvla.train.build import build
 
     path = Path(config) / "config.json"
-    complete = from_json(Config, json.loads(path.read_text())) if path.exists() else recipe(config)
+    complete = from_json(Config, read_json(path), str(path)) if path.exists() else recipe(config)
     if fake:
         builder, sample = show.fake(complete, mode, frame)
     else:

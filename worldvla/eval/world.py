@@ -21,7 +21,7 @@ from torch import Tensor
 from worldvla.data.episode import Episode, read_episodes
 from worldvla.eval.reader import NAME, Reader, holding
 from worldvla.eval.tokens import write_example
-from worldvla.files import check_digests, read_json, write_json
+from worldvla.files import check_digests, read_json, reading, write_json
 from worldvla.infer.draft import FrameStats, summary
 from worldvla.infer.model import READER_FILES, Model, load
 from worldvla.infer.world import World
@@ -273,9 +273,11 @@ def find_reader(model: Model, path: Path | None = None) -> tuple[Reader | None, 
         raise ValueError(
             f"{path} reads {reader.sizes}, the model shows {model.view_sizes}: train a reader of its views"
         )
-    told = read_json(path.with_suffix(".json"))
-    same = told["tokenizer"] == model.image.digest()
-    return reader, {"path": str(path), "errors": told["errors"], "trained_with_this_tokenizer": same}
+    facts = path.with_suffix(".json")
+    with reading(facts, "facts of a reader", "train it again"):
+        told = read_json(facts)
+        same = told["tokenizer"] == model.image.digest()
+        return reader, {"path": str(path), "errors": told["errors"], "trained_with_this_tokenizer": same}
 
 
 def score(
