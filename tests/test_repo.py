@@ -27,11 +27,13 @@ MAY_IMPORT = {
     "image": set(),
     "robot": set(),
     "video": set(),
-    "data": {"tokenizers", "sim", "image", "robot", "video", "published.hub"},
+    "cluster": set(),
+    "data": {"tokenizers", "cluster", "sim", "image", "robot", "video", "published.hub"},
     "infer": {"model", "tokenizers", "data.sample", "published.hub"},
     "published": {"model", "tokenizers"},
     "train": {"model", "tokenizers", "data"},
-    "eval": {"infer", "sim", "data", "tokenizers", "image", "serve.protocol", "serve.client", "video"},
+    "eval": {"infer", "cluster", "sim", "data", "tokenizers", "image", "video"}
+    | {"serve.protocol", "serve.client"},
     # The files of serve stand apart: a client needs the wire alone, the server a model too.
     "serve.protocol": set(),
     "serve.client": {"serve.protocol"},
@@ -195,7 +197,7 @@ def test_dependencies_are_declared():
 
     declared = {canonical(r) for r in project["dependencies"]}
     owners = importlib.metadata.packages_distributions()
-    foreign = {"libero", "robosuite"}  # the libero extra
+    foreign = {"libero", "robosuite", "ray"}  # extras
     for path in MODULES:
         for module in (
             {name.split(".")[0] for name in _imports(path)}

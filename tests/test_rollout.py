@@ -413,7 +413,7 @@ def test_a_model_is_warned_of_a_suite_that_it_was_not_trained_on(capsys: pytest.
     observation = {"agentview": image, "wrist": image[:32, :32], "state": np.zeros(8, np.float32)}
     observation |= {"instruction": "pick it up", "previous": []}
     for name, expected in (("tabletop_goal", ""), ("libero_goal", "not on libero_goal; PSNR of its first")):
-        actor._example = None
+        actor.example = None
         actor.act([Query(Task(name, 0, "a_task", "pick it up"), 0, 0, observation)])
         err = capsys.readouterr().err
         assert expected in err

@@ -65,6 +65,13 @@ Workers = Annotated[
     int,
     tyro.conf.arg(help="Processes that simulate; 0: one a core (a LIBERO worker takes 1.7 GiB of memory)."),
 ]
+ClusterAddress = Annotated[
+    str,
+    tyro.conf.arg(
+        help="HOST:PORT of a Ray cluster that this machine is part of, or local: work on all its nodes; "
+        "--workers are those of each."
+    ),
+]
 Quantize = Annotated[
     Literal["", "int8", "int4"],
     tyro.conf.arg(help="Hold a checkpoint's large matrices in 8 or 4 bits: less memory, not less time."),
@@ -165,6 +172,13 @@ def _act(checkpoint: str) -> Callable[[Any], Any]:
     return Policy(load(checkpoint)).act
 
 
+def _open_cluster(address: str, unit: Literal["core", "node", "gpu"], per_node: int = 0) -> Any:
+    """Open a cluster for a block; without an address the block gets None."""
+    from worldvla.cluster import open_cluster
+
+    return open_cluster(address, unit, per_node) if address else nullcontext()
+
+
 def demo(
     suite: Literal["tabletop", "libero_object", "libero_spatial"] = "tabletop",
     *,
@@ -202,6 +216,7 @@ def collect(
     label: int = 0,
     policy: Path | None = None,
     execute: int = 3,
+    cluster: ClusterAddress = "",
 ) -> None:
     """Write successful episodes of the scripted expert as HDF5, one file a task; keep what exists.
 
@@ -236,7 +251,8 @@ def collect(
 
             name = weights_digest(find_checkpoint(policy))
             options |= {"policy": partial(_act, str(policy)), "policy_name": name}
-        results = collect(suite, out, **options)
+        with _open_cluster(cluster, "core", workers) as pool:
+            results = collect(suite, out, cluster=pool, **options)
     for name, counts in results.items():
         if shares := ", ".join(f"{what} {share:.0%}" for what, share in counts.get("shares", {}).items()):
             say(f"{name}: {counts['episodes']} episodes, {counts['steps']} frames: {shares}")
@@ -551,6 +567,7 @@ def evaluate(
     device: str = "",
     quantize: Quantize = "",
     shard: str = "",
+    cluster: ClusterAddress = "",
     allow_errors: int = 0,
 ) -> int:
     """Roll a checkpoint out on a suite: success with intervals, videos, one HTML page, a JSON record.
@@ -583,9 +600,13 @@ def evaluate(
         options = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
         parts = (tasks, episodes, first, seed, videos, scene_prefix, _shard(shard))
         records = []
-        for name in members(suite):
-            protocol, actor = Protocol(name, *parts), open_actor(checkpoint, name, seed, **options)
-            records.append(evaluate(actor, protocol, out / name if name != suite else out, workers))
+        with _open_cluster(cluster, "gpu" if device.startswith("cuda") else "node") as pool:
+            for name in members(suite):
+                protocol, folder = Protocol(name, *parts), out / name if name != suite else out
+                open_there = partial(open_actor, checkpoint, name, seed, **options)
+                actor = open_there(device="") if pool else open_there()
+                record = evaluate(actor, protocol, folder, workers, cluster=pool, open_there=open_there)
+                records.append(record)
         return _report(suite, records, out, allow_errors)
 
 

@@ -4,13 +4,16 @@ Only the standard library is imported here; torch where a function speaks of its
 """
 
 import importlib.metadata
+import multiprocessing
 import os
 import platform
 import re
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -83,6 +86,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def end_with_parent() -> None:
+    """End this worker when the process that started it does, however that ends."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def num_processes() -> int:
     """Return how many processes torchrun started, this one among them; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -131,6 +141,17 @@ def available_memory(device: str) -> int | None:
 
         return torch.cuda.mem_get_info(device)[0]
     return free_memory() if device == "cpu" else None
+
+
+def peak_memory(device: "torch.device") -> int:
+    """Return the most bytes that this process has held; on a GPU those of tensors, since the last call."""
+    if device.type == "cuda":
+        import torch
+
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def free_memory() -> int | None:

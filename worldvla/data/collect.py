@@ -12,9 +12,8 @@ import importlib.metadata
 import itertools
 import json
 import multiprocessing
-import os
 import shutil
-import threading
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -24,10 +23,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from worldvla.cluster import Cluster
 from worldvla.data.drivers import WORLD_MIX, Act, Driven, Driver, Labeller, Perturbed, world_driver
 from worldvla.data.episode import Episode, facts, read_episodes, write_episodes
-from worldvla.files import only_writer, write_text
-from worldvla.machine import cores
+from worldvla.files import only_writer, whole_file, write_text
+from worldvla.machine import cores, end_with_parent
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import NUM_INITS, Expert, Task
@@ -157,16 +157,20 @@ class Job:
         shutil.rmtree(self.parts)
 
 
-def work_off(jobs: Sequence[Job], workers: int, title: str) -> Iterator[Job]:
-    """Make the attempts that the jobs still need, in `workers` processes (0: one a core), and yield each job
-    as it has all its episodes or no attempt left. Files that are there stay as they are.
+def work_off(
+    jobs: Sequence[Job], workers: int, title: str, cluster: Cluster | None = None
+) -> Iterator[Job]:
+    """Make the attempts that the jobs still need, in `workers` processes (0: one a core) or those of a
+    cluster, and yield each job as it has all its episodes or no attempt left. Files that are there stay as
+    they are.
 
     As many attempts are on their way as episodes are missing, always the lowest numbers not tried yet: which
     attempts are made does not depend on which ends first.
     """
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers or cores(), spawn, initializer=end_with_parent)
-    pending: dict[Future[bool], Job] = {}
+    pool = cluster or ProcessPoolExecutor(workers or cores(), spawn, initializer=end_with_parent)
+    attempt = _attempt_away if cluster else _attempt
+    pending: dict[Future[bool | bytes], tuple[Job, int]] = {}
     untried: dict[Path, Iterator[int]] = {}
     for job in jobs:
         if job.path.exists():  # a kill may have left its parts
@@ -181,26 +185,23 @@ def work_off(jobs: Sequence[Job], workers: int, title: str) -> Iterator[Job]:
                 progress.advance(bar, len(good))
                 untried[job.path] = (i for i in range(job.attempts) if i not in {*good, *bad})
                 for number in itertools.islice(untried[job.path], job.wanted - len(good)):
-                    pending[pool.submit(_attempt, job, number)] = job
-            yield from (job for job in jobs if not any(job is other for other in pending.values()))
+                    pending[pool.submit(attempt, job, number)] = job, number
+            yield from (job for job in jobs if not any(job is other for other, _ in pending.values()))
             while pending:
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    job, success = pending.pop(future), future.result()
-                    progress.advance(bar, success)
+                    (job, number), success = pending.pop(future), future.result()
+                    if isinstance(success, bytes):
+                        with whole_file(job.parts / f"{number}.{'hdf5' if success else 'failed'}") as part:
+                            part.write_bytes(success)
+                    progress.advance(bar, bool(success))
                     number = None if success else next(untried[job.path], None)
                     if number is not None:
-                        pending[pool.submit(_attempt, job, number)] = job
-                    elif not any(job is other for other in pending.values()):
+                        pending[pool.submit(attempt, job, number)] = job, number
+                    elif not any(job is other for other, _ in pending.values()):
                         yield job
     finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def end_with_parent() -> None:
-    """End this worker when the process that started it does, however that ends."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        if not cluster:
+            pool.shutdown(cancel_futures=True)
 
 
 def _attempt(job: Job, number: int) -> bool:
@@ -215,6 +216,13 @@ def _attempt(job: Job, number: int) -> bool:
     else:
         write_episodes(job.parts / f"{number}.hdf5", [episode], {})
     return episode is not None
+
+
+def _attempt_away(job: Job, number: int) -> bytes:
+    """As `_attempt`, on a machine that may not see the folder of parts: return the part, b"" of a failure."""
+    with tempfile.TemporaryDirectory() as folder:
+        there = replace(job, parts=Path(folder))
+        return (there.parts / f"{number}.hdf5").read_bytes() if _attempt(there, number) else b""
 
 
 @contextmanager
@@ -292,10 +300,11 @@ def collect(
     tasks: tuple[int, ...] = (),
     make: Callable[..., Any] = sim.make,
     expert: Callable[[Any], Expert] = sim.expert,
+    cluster: Cluster | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write `episodes` episodes of every task of `suite` (or of those in `tasks`), one file a task.
 
-    `workers`: processes that simulate; 0: one a core that this process may use.
+    `workers`: processes that simulate; 0: one a core that this process may use; a `cluster` has its own.
     `kind`, `noise`, `label`, `policy` and `execute` as of `worldvla collect`; `policy_name` says in the files
     which one it was. Return {task name: {episodes, steps, failed}}: how many were written, how many attempts
     failed; of world data also `shares`, see `facts`. `make`, `expert` and `policy` must be importable by the
@@ -324,7 +333,7 @@ def collect(
         for task in chosen:
             attempt = _Attempt(kind, task, views, seed, noise, label, policy, execute, make, expert)
             jobs.append(Job(paths[task], attempt, episodes, most, out_dir / f".{task.name}.parts"))
-        for job in work_off(jobs, workers, f"collect {suite}"):
+        for job in work_off(jobs, workers, f"collect {suite}", cluster):
             _finish(job, next(task for task in chosen if paths[task] == job.path), arguments)
         return {task.name: _counts(path) for task, path in paths.items()}
 

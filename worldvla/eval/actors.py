@@ -40,6 +40,8 @@ class Actor:
     history = 1
     execute = CHUNK
     """Replan interval: steps between two queries."""
+    example: Mapping[str, Any] | None = None
+    """The first observation that it was shown, where `write_example` reads one."""
 
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
         """Return actions (execute, A) for each, or None: the task's expert takes `execute` steps."""
@@ -82,11 +84,10 @@ class ModelActor(Actor):
             )
         self.head = head
         self._policy = Policy(self.model, head)
-        self._example: Mapping[str, Any] | None = None
 
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
-        if self._example is None:
-            self._example = queries[0].observation
+        if self.example is None:
+            self.example = queries[0].observation
             self._warn_of_an_unseen_suite(queries)
         return list(self._policy.act([q.observation for q in queries])[:, : self.execute])
 
@@ -118,8 +119,8 @@ class ModelActor(Actor):
     def write_example(self, directory: Path) -> None:
         from worldvla.eval.tokens import write_example
 
-        if self._example is not None:
-            write_example(directory, self.model, self._example, self.head)
+        if self.example is not None:
+            write_example(directory, self.model, self.example, self.head)
 
 
 class ExpertActor(Actor):

@@ -2,132 +2,30 @@
 
     record = evaluate(ModelActor("out/train/tabletop"), Protocol("tabletop_object"), Path("out/eval/object"))
 
-Where simulation is cheap all environments are answered at once, in lockstep; where it is dear (LIBERO), each
-as soon as it asks. In both the record is a function of the arguments. The first `execute` actions of an
-actor's chunk are executed (its replan interval), then it is asked again; with a history the frames just
-before go along (WorldVLA eval_solver_libero_256.py:136-312).
+The first `execute` actions of an actor's chunk are executed (its replan interval), then it is asked again;
+with a history the frames just before go along (WorldVLA eval_solver_libero_256.py:136-312).
 """
 
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from worldvla.cluster import Cluster
 from worldvla.data.collect import choose
-from worldvla.eval.actors import (
-    Actor,
-    ActorError,
-    ExpertActor,
-    ModelActor,
-    OpenLoopActor,
-    Query,
-    RandomActor,
-)
+from worldvla.eval.actors import Actor, ActorError, ExpertActor, ModelActor, OpenLoopActor, RandomActor
+from worldvla.eval.crew import Crew, roll_out
 from worldvla.eval.record import Journal, counted
 from worldvla.eval.stats import count
-from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings, Worker, open_workers
+from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings
 from worldvla.files import only_writer, write_json, write_text
 from worldvla.machine import cores, provenance
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import FPS, NUM_INITS, Task
 from worldvla.video import views_side_by_side, write_mp4
-
-MOST_AT_ONCE = 1
-"""Queries answered together out of lockstep. One: the record is then a function of the arguments, as it is in
-lockstep, because no answer depends on who else was waiting."""
-
-
-def roll_out(
-    actor: Actor,
-    jobs: Sequence[Job],
-    settings: Settings,
-    workers: int,
-    on_end: Callable[[Job, Report, float, list[dict[str, np.ndarray]]], None],
-    patience_s: float = PATIENCE_S,
-    lockstep: bool = True,
-) -> None:
-    """Run every job to its end; `on_end(job, last report, seconds, film)` is called once for each.
-
-    `lockstep`: the actor answers once all environments wait: the largest batches, for simulators that are
-    quick. Else it answers whoever waits, MOST_AT_ONCE of them, and nobody waits for another one's reset.
-    """
-    waiting = list(jobs)
-    arrived: dict[Worker, Report] = {}
-    workers = min(workers, len(waiting))
-    with open_workers(workers, settings, patience_s) as pool, _spared_cores(0 if lockstep else workers):
-
-        def begin() -> None:
-            for worker in pool:
-                if worker.job is None and waiting:
-                    worker.begin(_next(waiting, worker.task, {w.task for w in pool}))
-
-        begin()
-        while busy := [w for w in pool if w.job is not None]:
-            silent = [w for w in busy if w not in arrived]
-            if silent and (lockstep or not arrived):
-                left = min(w.deadline for w in silent) - time.monotonic()
-                wait([w.connection for w in silent], max(0.0, left))
-            arrived |= {w: report for w in silent if (report := w.poll()) is not None}
-            if lockstep and len(arrived) < len(busy):
-                continue
-            for worker in [w for w in pool if w in arrived and arrived[w].status != "running"]:
-                report, job, worker.job = arrived.pop(worker), worker.job, None
-                assert job is not None
-                on_end(job, report, time.monotonic() - worker.started, worker.film)
-            begin()  # before the actor computes: the others' simulators go on meanwhile
-            asking = [w for w in pool if w in arrived] if lockstep else list(arrived)[:MOST_AT_ONCE]
-            if not asking:
-                continue
-            queries = [_query(w, arrived.pop(w)) for w in asking]
-            asked = time.monotonic()
-            try:
-                answers = actor.act(queries)
-            except ActorError as error:  # nobody else can go on either
-                steps = dict(zip(asking, (q.step for q in queries), strict=True))
-                steps |= {w: report.steps for w, report in arrived.items()}
-                for worker in pool:
-                    if worker.job is not None:
-                        report = Report("error", reason=str(error), steps=steps.get(worker, 0))
-                        on_end(worker.job, report, time.monotonic() - worker.started, worker.film)
-                raise
-            for worker, actions in zip(asking, answers, strict=True):
-                worker.policy_s += (time.monotonic() - asked) / len(asking)
-                worker.send(actor.execute if actions is None else actions)
-
-
-@contextmanager
-def _spared_cores(busy: int) -> Iterator[None]:
-    """Leave `busy` cores to the workers: threads of torch that wait for one another spin, and a small model's
-    query costs eight times the processor time where they do so beside busy workers.
-    """
-    torch = sys.modules.get("torch")  # absent where the actor needs none
-    before = torch.get_num_threads() if torch else 1
-    if torch:
-        torch.set_num_threads(min(before, max(1, cores() - busy)))
-    try:
-        yield
-    finally:
-        if torch:
-            torch.set_num_threads(before)
-
-
-def _query(worker: Worker, report: Report) -> Query:
-    assert worker.job is not None
-    return Query(worker.job.task, worker.job.init, report.steps, report.observation)
-
-
-def _next(waiting: list[Job], task: Task | None, taken: set[Task | None]) -> Job:
-    """Take one of the same task, else one of a task that no worker has: an environment is dear to make."""
-    same = (i for i, job in enumerate(waiting) if job.task == task)
-    free = (i for i, job in enumerate(waiting) if job.task not in taken)
-    return waiting.pop(next(same, next(free, 0)))
 
 
 @dataclass(frozen=True)
@@ -235,15 +133,18 @@ def evaluate(
     make: MakeEnv = sim.make,
     table: Sequence[Task] | None = None,
     patience_s: float = PATIENCE_S,
+    cluster: Cluster | None = None,
+    open_there: Callable[[], Actor] | None = None,
 ) -> dict[str, Any]:
     """Roll `actor` out; write record.json, videos/ and tokens.npz to `out`; return the record.
 
     The same call again goes on where it stopped. `workers`: processes that step environments; 0: one a core
     that this process may use, and the record says how many. `make`, `table`: another simulator, for tests.
+    With a `cluster`, each of its processes does this with the actor that `open_there` returns.
     """
     if workers < 0:
         raise ValueError(f"expected at least one worker, or 0 for one a core, got {workers}")
-    workers = workers or cores()
+    workers = workers or (cluster.cores if cluster else cores())
     tasks = protocol.choose(sim.tasks(protocol.suite) if table is None else table)
     jobs = protocol.jobs(tasks)
     settings, name = protocol.settings(actor, make), f"{protocol.suite} by {actor.identity()['name']}"
@@ -267,7 +168,10 @@ def evaluate(
             progress.update(bar, advance=1, description=f"{name}  {counts['successes']} succeeded{errors}")
 
         try:
-            if left:
+            if left and cluster and open_there:
+                crew = Crew(open_there, actor.identity(), settings, workers, patience_s, protocol.is_lockstep)
+                actor.example = crew.roll_out(cluster, left, on_end)
+            elif left:
                 roll_out(actor, left, settings, workers, on_end, patience_s, protocol.is_lockstep)
         except ActorError as error:  # what is done is written first
             stopped = error

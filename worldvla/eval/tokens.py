@@ -26,7 +26,7 @@ def write_example(
     layout, arrays = model.config.layout, {}
     vectors: list[np.ndarray] = []
     for view in layout.views:
-        frame = np.asarray(observation[view])
+        frame = np.array(observation[view])  # what comes from another process may be read-only
         codes = model.image.encode(torch.from_numpy(frame[None]).to(model.device))
         arrays[f"{view}_frame"] = frame
         arrays[f"{view}_codes"] = codes[0].cpu().numpy()

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from worldvla.machine import end_with_parent
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import Expert, Task
 
@@ -132,6 +133,7 @@ def _work(connection: Connection, settings: Settings) -> None:
     on with it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
+    end_with_parent()
     connection.send("ready")
     env: Any = None
     episode: Running | None = None
