@@ -129,7 +129,8 @@ def test_checkpoint_is_self_contained(root: Path, tmp_path: Path) -> None:
     config = tiny_config(root)
     path = train(config, tmp_path / "run").checkpoint
     files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
-    tokenizer = {"image_tokenizer/config.json", "image_tokenizer/model.safetensors"}
+    names = "ancestors.json", "config.json", "model.safetensors"
+    tokenizer = {f"image_tokenizer/{name}" for name in names}
     documents = {f"{name}.json" for name in ("config", "vocab", "statistics", "text", "manifest", "trainer")}
     assert files == documents | tokenizer | {"model.safetensors", "trainer.safetensors"}
     assert from_json(Config, json.loads((path / "config.json").read_text())) == config
