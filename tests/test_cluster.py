@@ -56,8 +56,8 @@ def nodes() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{root.parent}:{root}")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        small = {"num_cpus": 1, "object_store_memory": 100_000_000}
-        there = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+        small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100_000_000}
+        there: Any = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
         there.small = small
         there.add_node(**small)
         yield there

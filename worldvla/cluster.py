@@ -110,8 +110,9 @@ class Cluster(ThreadPoolExecutor):
         return super().submit(self._run, fn, args)
 
     def _run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        import ray
+        from ray.exceptions import RayError
 
+        reason = ""
         for _ in range(TRIES):
             host = self._idle.get()
             if host is None:
@@ -119,7 +120,7 @@ class Cluster(ThreadPoolExecutor):
                 raise OSError("the cluster has no node left; the same command goes on where this one stopped")
             try:
                 result = _result(host.call.remote(function, args))
-            except (ray.exceptions.RayError, ConnectionError) as error:
+            except (RayError, ConnectionError) as error:
                 reason = one_line(str(error), 300)
                 self._lose(host)
                 continue
@@ -156,10 +157,11 @@ class Cluster(ThreadPoolExecutor):
 def _result(ref: Any) -> Any:
     """Return what a call answered; what it raised is raised."""
     import ray
+    from ray.exceptions import RayTaskError
 
     try:
         return ray.get(ref)
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         raise error.cause from None
 
 

@@ -1,0 +1,4 @@
+# An optional extra, which type checking does without.
+from typing import Any
+
+def __getattr__(name: str) -> Any: ...
