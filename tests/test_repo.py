@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "sim": set(),
     "image": set(),
     "robot": set(),
+    "track": set(),
     "video": set(),
     "cluster": set(),
     "data": {"tokenizers", "cluster", "sim", "image", "robot", "video", "published.hub"},
     "infer": {"model", "tokenizers", "data.sample", "published.hub"},
     "published": {"model", "tokenizers"},
-    "train": {"model", "tokenizers", "data"},
+    "train": {"model", "tokenizers", "data", "track"},
     "eval": {"infer", "cluster", "sim", "data", "tokenizers", "image", "video"}
     | {"serve.protocol", "serve.client"},
     # The files of serve stand apart: a client needs the wire alone, the server a model too.

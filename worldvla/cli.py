@@ -72,6 +72,10 @@ ClusterAddress = Annotated[
         "--workers are those of each."
     ),
 ]
+Track = Annotated[
+    Literal["", "trackio", "wandb"],
+    tyro.conf.arg(help="Also record there: on this machine, unless its own settings say otherwise."),
+]
 Quantize = Annotated[
     Literal["", "int8", "int4"],
     tyro.conf.arg(help="Hold a checkpoint's large matrices in 8 or 4 bits: less memory, not less time."),
@@ -489,7 +493,7 @@ def export_dataset(
     say(f"data set: {out}, {count} episodes   next: worldvla inspect {out}")
 
 
-def train(config: Recipe, *, out: Path | None = None, overfit: bool = False) -> None:
+def train(config: Recipe, *, out: Path | None = None, overfit: bool = False, track: Track = "") -> None:
     """Train RECIPE; every field of it is an option. The same command goes on after a stop.
 
     Args:
@@ -500,7 +504,7 @@ def train(config: Recipe, *, out: Path | None = None, overfit: bool = False) -> 
     with only_writer(out) if is_first else nullcontext():  # before the seconds that it takes to load torch
         from worldvla.train.loop import train
 
-        outcome = train(config, out, overfit=overfit)
+        outcome = train(config, out, overfit, track)
     if not outcome.is_finished:
         raise KeyboardInterrupt
     if is_first:  # torchrun's other processes stay silent
@@ -569,6 +573,7 @@ def evaluate(
     shard: str = "",
     cluster: ClusterAddress = "",
     allow_errors: int = 0,
+    track: Track = "",
 ) -> int:
     """Roll a checkpoint out on a suite: success with intervals, videos, one HTML page, a JSON record.
 
@@ -595,6 +600,7 @@ def evaluate(
     with only_writer(out):
         from worldvla.eval.rollout import Protocol, evaluate, open_actor
         from worldvla.sim.suites import members
+        from worldvla.track import track_evaluations
 
         _warn_of_versions(*members(suite))
         options = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
@@ -607,6 +613,7 @@ def evaluate(
                 actor = open_there(device="") if pool else open_there()
                 record = evaluate(actor, protocol, folder, workers, cluster=pool, open_there=open_there)
                 records.append(record)
+        track_evaluations(track, out, records, [out / n if n != suite else out for n in members(suite)])
         return _report(suite, records, out, allow_errors)
 
 

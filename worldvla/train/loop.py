@@ -17,12 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, Batch
-from worldvla.config import Config
+from worldvla.config import Config, to_json
 from worldvla.data.loader import MODES
 from worldvla.files import only_writer, read_json
 from worldvla.machine import matmul_rate
@@ -30,6 +31,7 @@ from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import stored
 from worldvla.model.mask import additive_mask, dense_mask
 from worldvla.model.transformer import previous_ids
+from worldvla.track import Tracker, tracked
 from worldvla.train import checkpoint, parallel
 from worldvla.train.build import Pieces, action_scale, build, build_model, fit
 from worldvla.train.corruption import corrupted
@@ -64,10 +66,11 @@ class State:
     """Per-step values since the last record."""
 
 
-def train(config: Config, run_dir: Path | str, overfit: bool = False) -> Outcome:
+def train(config: Config, run_dir: Path | str, overfit: bool = False, tracker: Tracker = "") -> Outcome:
     """Train until config.train.steps, resuming if `run_dir` holds a checkpoint.
 
     `overfit`: every step sees batch 0 and nothing else; a sound model takes its loss to nearly zero.
+    `tracker`: what gets every record too.
     """
     run_dir = Path(run_dir)
     config = fit(config)
@@ -75,7 +78,8 @@ def train(config: Config, run_dir: Path | str, overfit: bool = False) -> Outcome
     with only_writer(run_dir) if is_writer else nullcontext():
         checkpoint.check_config(run_dir, config, is_writer)
         config, remark = with_dtype(config, run_dir)
-        return Trainer(build(config), run_dir, overfit).run(remark)
+        with tracked(tracker if is_writer else "", run_dir, to_json(config)) as module:
+            return Trainer(build(config), run_dir, overfit).run(remark, module)
 
 
 def with_dtype(config: Config, run_dir: Path) -> tuple[Config, str]:
@@ -121,11 +125,11 @@ class Trainer:
         reads_previous = self.config.model.previous_code
         self.forward = make_forward(hidden, config.dtype, head, config.only_head, reads_previous)
 
-    def run(self, remark: str = "") -> Outcome:
-        """Train to the end or until a signal; `remark`: a line to say first."""
+    def run(self, remark: str = "", module: Any = None) -> Outcome:
+        """Train to the end or until a signal; `remark`: a line to say first; `module`: that of a tracker."""
         config, state = self.config.train, self.state
         with (
-            Recorder(self.run_dir, state.step, config.steps, is_silent=parallel.rank() > 0) as recorder,
+            Recorder(self.run_dir, state.step, config.steps, parallel.rank() > 0, module) as recorder,
             _stop_requests() as is_stopping,
             self._prefetch() as fetch,
         ):

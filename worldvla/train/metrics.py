@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -36,9 +36,11 @@ class Recorder:
     Records of steps after `start` (written by a run that died before its next checkpoint) are dropped.
     """
 
-    def __init__(self, run_dir: Path, start: int, num_steps: int, is_silent: bool = False) -> None:
-        """`is_silent`: write and show nothing (every rank but the first)."""
-        self._is_silent = is_silent
+    def __init__(
+        self, run_dir: Path, start: int, num_steps: int, is_silent: bool = False, module: Any = None
+    ) -> None:
+        """`is_silent`: write and show nothing (every rank but the first). `module`: a tracker's, or None."""
+        self._is_silent, self._module = is_silent, module
         if is_silent:
             return
         from torch.utils.tensorboard import SummaryWriter  # one second: only where it is used
@@ -81,6 +83,8 @@ class Recorder:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{event}/{name}", value, step)
+        if self._module is not None:
+            self._module.log({f"{event}/{name}": value for name, value in values.items()}, step=step)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._console.print(f"step {step}  {event}  {shown}", markup=False)
 
