@@ -33,11 +33,11 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def fifty(root: Path, **settings: object) -> Config:
-    """Fifty steps at a constant rate, so that a run of fewer is their beginning."""
+    """Fifty steps at a constant rate, so that a run of fewer is their beginning; weights are averaged."""
     config = tiny_config(
         root, **{"steps": STEPS, "log_every": 1, "save_every": HALF, "eval_every": HALF, **settings}
     )
-    optim = replace(config.optim, learning_rate=1e-3, min_learning_rate=1e-3)
+    optim = replace(config.optim, learning_rate=1e-3, min_learning_rate=1e-3, ema=0.9)
     return replace(config, optim=optim, model=replace(config.model, dropout=0.0))
 
 

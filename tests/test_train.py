@@ -33,7 +33,7 @@ GOLDEN = Path(__file__).parent / "golden" / "loss.txt"
 
 def records(run_dir: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    times = {"train_seconds", "tokens_s", "wait_share"}
+    times = {"train_seconds", "tokens_s", "wait_share", "mfu", "memory_gb"}
     return [{key: value for key, value in line.items() if key not in times} for line in lines]
 
 
@@ -48,7 +48,7 @@ def assert_same_state(a: Path, b: Path) -> None:
 def test_stop_and_resume_is_bit_identical(root: Path, tmp_path: Path, method: Any) -> None:
     config = tiny_config(root, accumulation=2)
     config = replace(config, model=replace(config.model, dropout=0.1))
-    config = replace(config, optim=replace(config.optim, method=method))
+    config = replace(config, optim=replace(config.optim, method=method, ema=0.9 if method == "muon" else 0.0))
     whole = train(config, tmp_path / "whole")
     assert whole.is_finished
     assert whole.step == 8
@@ -291,6 +291,24 @@ def test_accumulation_equals_one_big_batch(root: Path, tmp_path: Path) -> None:
     for values, gradients in results[1:]:
         assert values == pytest.approx(expected_values, rel=1e-5)
         assert all(torch.allclose(gradients[name], expected[name], atol=1e-6, rtol=1e-4) for name in expected)
+
+
+def test_a_checkpoint_holds_the_average_of_weights(root: Path, tmp_path: Path) -> None:
+    config = tiny_config(root)
+    trainer = Trainer(build(replace(config, optim=replace(config.optim, ema=0.5))), tmp_path / "run")
+    weights = {name: p.detach() for name, p in trainer.model.named_parameters()}
+    expected = {name: tensor.clone() for name, tensor in weights.items()}
+    for step, decay in enumerate((1 / 10, 2 / 11, 3 / 12, 4 / 13)):  # on their way to 0.5
+        trainer.step(trainer.pieces.loader.batch(step))
+        trainer.state.step += 1
+        expected = {name: decay * mean + (1 - decay) * weights[name] for name, mean in expected.items()}
+    path = trainer.save()
+    saved, training = load_file(path / "model.safetensors"), load_file(path / "trainer.safetensors")
+    torch.testing.assert_close(saved, expected)
+    assert all(torch.equal(training[f"raw.{name}"], tensor) for name, tensor in weights.items())
+    assert not any(torch.equal(saved[name], tensor) for name, tensor in weights.items())
+    again = Trainer(trainer.pieces, tmp_path / "run")
+    assert all(torch.equal(p, weights[name]) for name, p in again.model.named_parameters())
 
 
 def test_dropout_is_a_function_of_the_step(root: Path, tmp_path: Path) -> None:

@@ -282,6 +282,14 @@ class OptimConfig(Checked):
     betas: tuple[Share, Share] = (0.9, 0.95)
     clip: Positive = 4.0
     """Largest gradient norm."""
+    ema: Share = 0.0
+    """Decay of the exponential moving average of trained weights, such as 0.999: checkpoints then hold it as
+    their model, and validation sees it. 0: off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ema == 1:
+            raise ValueError("optim.ema 1 averages nothing: expected less, such as 0.999, or 0 for off")
 
 
 @dataclass(frozen=True, kw_only=True)

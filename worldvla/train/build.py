@@ -185,16 +185,17 @@ def trainable(model: Transformer, config: Config, weights: Path | None) -> Trans
     return model.requires_grad_(True).train()
 
 
-def held(model: nn.Module) -> dict[str, int]:
-    """Return the bytes of weights, gradients and AdamW's moments of a model, on the meta device too."""
+def held(model: nn.Module, ema: float = 0.0) -> dict[str, int]:
+    """Return the bytes of weights and their average, gradients and AdamW's moments of a model, on the meta
+    device too."""
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) + (trained if ema else 0)
     return {"weights": weights, "gradients": trained, "moments": 2 * trained}
 
 
 def _check_memory(model: Transformer, config: Config) -> None:
     """Raise ValueError with the sum if training `model`, on the meta device, does not fit this process."""
-    parts, device = held(model), config.train.device
+    parts, device = held(model, config.optim.ema), config.train.device
     if config.train.shard != 1:
         shard = config.train.shard or num_processes() // max(1, config.train.replicate)
         parts = {name: size // max(1, shard) for name, size in parts.items()}

@@ -4,6 +4,7 @@
     image_tokenizer/
 
 With `lora.rank`, model.safetensors holds what is trained alone, and the manifest the digest of its base.
+With `optim.ema`, it holds the average of the weights, and trainer.safetensors the weights themselves.
 A directory appears under its name only when complete (written beside it, then renamed).
 """
 
@@ -12,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from worldvla.model.lora import stored
 from worldvla.model.weights import check_fit, read_tensor
 from worldvla.train import parallel
 from worldvla.train.build import Pieces
-from worldvla.train.optim import learning_rate
+from worldvla.train.optim import Average, learning_rate
 
 _ADAMW = ("exp_avg", "exp_avg_sq", "step")
 _FREE = (
@@ -53,16 +54,25 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 
 def save(
-    path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers, trainer: Mapping[str, Any]
+    path: Path,
+    pieces: Pieces,
+    model: nn.Module,
+    optimizers: Optimizers,
+    trainer: Mapping[str, Any],
+    average: Average | None = None,
 ) -> None:
     """Write the checkpoint directory `path`; on any failure nothing of it is left and OSError says why.
 
     `trainer` is the loop's own state (JSON values, "step" among them).
     """
     try:
-        with _scratch(path, parallel.is_spread(model)) as scratch:
+        with (
+            _scratch(path, parallel.is_spread(model)) as scratch,
+            average.in_place() if average else nullcontext(),
+        ):
             _write_tensors(scratch / "model.safetensors", stored(model))
-            _write_tensors(scratch / "trainer.safetensors", _optimizer_tensors(model, optimizers))
+            tensors = _optimizer_tensors(model, optimizers) | _raw(average)
+            _write_tensors(scratch / "trainer.safetensors", tensors)
             if parallel.rank() > 0:
                 return
             write_json(scratch / "config.json", to_json(pieces.config))
@@ -109,7 +119,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         save_tensors(path, tensors)
         return
     for name, tensor in tensors.items():
-        check_finite(path, name, _own(tensor))
+        check_finite(path, name, parallel.local(tensor))
     parts = path.with_suffix("")
     writer = HuggingFaceStorageWriter(str(parts), save_distributed=True, enable_consolidation=True)
     try:
@@ -124,11 +134,14 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         shutil.rmtree(parts)
 
 
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _raw(average: Average | None) -> dict[str, Tensor]:
+    """Return the weights that are in training, while the model is their average."""
+    return {f"raw.{name}": tensor for name, tensor in average.tensors.items()} if average else {}
 
 
-def resume(path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers) -> dict[str, Any]:
+def resume(
+    path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers, average: Average
+) -> dict[str, Any]:
     """Load weights and optimiser; return the loop's own state. Other data raises ValueError."""
     manifest = read_json(path / "manifest.json")
     for name, digest in pieces.digests().items():
@@ -139,7 +152,8 @@ def resume(path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers)
             )
     check_digests(path)
     if parallel.is_spread(model):
-        _resume_rows(path, model, optimizers)
+        _resume_rows(path, model, optimizers, _raw(average))
+        average.swap()
         return read_json(path / "trainer.json")
     load_weights(path, model)
     tensors = load_tensors(path / "trainer.safetensors")
@@ -149,6 +163,9 @@ def resume(path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers)
             stored = {key: tensors[f"{key}.{names[id(parameter)]}"] for key in _state_keys(optimizer)}
             state = {key: value.to(parameter.device) for key, value in stored.items()}
             optimizer.state[parameter] = {k: v.reshape(()) if k == "step" else v for k, v in state.items()}
+    for name, tensor in _raw(average).items():
+        tensor.copy_(tensors[name])
+    average.swap()
     return read_json(path / "trainer.json")
 
 
@@ -160,10 +177,11 @@ def load_weights(path: Path, model: nn.Module) -> None:
         own[name].copy_(tensor)
 
 
-def _resume_rows(path: Path, model: nn.Module, optimizers: Optimizers) -> None:
+def _resume_rows(path: Path, model: nn.Module, optimizers: Optimizers, raw: Mapping[str, Tensor]) -> None:
     """Read each rank's rows of weights and moments, whatever the number of ranks that wrote them."""
     rows = stored(model)
     check_fit(path / "model.safetensors", rows)
+    rows |= raw
     names = {id(p): name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -182,7 +200,7 @@ def load_rows(path: Path, rows: dict[str, Tensor]) -> None:
     """Fill this rank's rows of tensors from the safetensors files of a folder; the rest is never read."""
     state_dict_loader.load(rows, storage_reader=HuggingFaceStorageReader(str(path)))
     for name, tensor in rows.items():
-        check_finite(path, name, _own(tensor))
+        check_finite(path, name, parallel.local(tensor))
 
 
 def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldvla.batch import KIND_ACTION, KIND_IMAGE, Batch
+from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_PROMPT, Batch
 from worldvla.config import Config, to_json
 from worldvla.data.loader import MODES
 from worldvla.files import only_writer, read_json
-from worldvla.machine import matmul_rate
+from worldvla.machine import matmul_rate, peak_memory
 from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import stored
 from worldvla.model.mask import additive_mask, dense_mask
@@ -37,7 +37,7 @@ from worldvla.train.build import Pieces, action_scale, build, build_model, fit
 from worldvla.train.corruption import corrupted
 from worldvla.train.loss import Loss, Targets
 from worldvla.train.metrics import KINDS, Forward, Recorder, validate
-from worldvla.train.optim import build_optimizers, learning_rate
+from worldvla.train.optim import Average, build_optimizers, learning_rate
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """What asks for a checkpoint and the end: Slurm, a cloud that takes its machine back, Ctrl-C."""
@@ -115,10 +115,12 @@ class Trainer:
             checkpoint.load_rows(Path(config.init_from), stored(self.model))
         self.model.to(self.device)
         self.optimizers = build_optimizers(self.model, self.config.optim)
+        self.average = Average(self.model, self.config.optim.ema)
         self.loss = Loss(self.config.loss, pieces.vocab)
         self.state = State()
         if (path := checkpoint.latest(run_dir)) is not None:
-            self.state = State(**checkpoint.resume(path, pieces, self.model, self.optimizers))
+            state = checkpoint.resume(path, pieces, self.model, self.optimizers, self.average)
+            self.state = State(**state)
         hidden, head = torch.compile(self.model) if config.compile else self.model, self.model.action_head
         if config.compile and head is not None:
             head.compile()
@@ -135,6 +137,7 @@ class Trainer:
         ):
             if remark:
                 recorder.say(remark)
+            self.rate = matmul_rate(self.device, config.dtype, 0.05) * parallel.num_ranks()
             size = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             recorder.say(
                 f"{size:,} trained parameters, step {state.step} of {config.steps}, in {self.run_dir}"
@@ -147,8 +150,7 @@ class Trainer:
                 state.step += 1
                 seconds = time.perf_counter() - started
                 state.train_seconds += seconds
-                tokens = sum(batch.ids_BT.numel() for batch in batches)
-                self._note({"tokens": tokens, "seconds": seconds, "waited": waited})
+                self._note({**self._count(batches), "seconds": seconds, "waited": waited})
                 recorder.advance(state.step, state.window["loss"][-1])
                 is_last = state.step == config.steps
                 if is_last or is_due(state.step, config.log_every):
@@ -185,6 +187,7 @@ class Trainer:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.state.step)
         return {**values, "gradient_norm": norm, "learning_rate": rate}
 
     def backward(self, batches: list[Batch]) -> dict[str, float]:
@@ -219,7 +222,7 @@ class Trainer:
         is_writer = parallel.rank() == 0
         if path.exists() or not (is_writer or parallel.is_spread(self.model)):
             return path  # it exists when a finished run is started again
-        checkpoint.save(path, self.pieces, self.model, self.optimizers, vars(self.state))
+        checkpoint.save(path, self.pieces, self.model, self.optimizers, vars(self.state), self.average)
         if is_writer:
             checkpoint.prune(self.run_dir, NUM_KEPT, self.state.best_step)
         return path
@@ -255,10 +258,10 @@ class Trainer:
         if is_without or (parallel.rank() > 0 and not is_spread):
             return
         self.model.eval()
-        with self._autocast():
+        with self._autocast(), self.average.in_place():
             scale = action_scale(self.pieces).to(self.device)
             values = validate(self.forward, self.model, self.loss, self._val_batches(), scale)
-        parallel.release(self.model)
+            parallel.release(self.model)
         recorder.record("val", self.state.step, values)
         if self.state.best_loss is None or values["loss"] < self.state.best_loss:
             self.state.best_loss, self.state.best_step = values["loss"], self.state.step
@@ -281,11 +284,24 @@ class Trainer:
         for name, value in values.items():
             self.state.window.setdefault(name, []).append(value)
 
+    def _count(self, batches: list[Batch]) -> dict[str, float]:
+        """Return a step's tokens, how many are padding, and the operations of the model on the others."""
+        tokens, real, flops = 0, 0, 0
+        for batch in batches:
+            rows, own = len(batch.ids_BT), int((batch.ids_BT != self.pieces.vocab.pad).sum())
+            num_targets = int((batch.kind_BT != KIND_PROMPT).sum())
+            flops += 3 * rows * self.model.flops(own // rows, num_targets // rows)
+            tokens, real = tokens + batch.ids_BT.numel(), real + own
+        return {"tokens": tokens, "padded": tokens - real, "flops": flops}
+
     def _drain(self) -> dict[str, float]:
         """Return the means since the last record and forget them: of times and tokens, their rates."""
         window, self.state.window = self.state.window, {}
-        tokens, seconds, waited = (sum(window.pop(name, ())) for name in ("tokens", "seconds", "waited"))
+        names = ("tokens", "seconds", "waited", "padded", "flops")
+        tokens, seconds, waited, padded, flops = (sum(window.pop(name, ())) for name in names)
         rates = {"tokens_s": round(tokens / seconds, 1), "wait_share": round(waited / seconds, 4)}
+        rates |= {"padding_share": round(padded / tokens, 4), "mfu": round(flops / seconds / self.rate, 4)}
+        rates["memory_gb"] = round(peak_memory(self.device) / 1e9, 3)
         means = {name: sum(values) / len(values) for name, values in window.items()}
         return {**means, **rates, "train_seconds": round(self.state.train_seconds, 1)}
 

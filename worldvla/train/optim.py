@@ -1,12 +1,17 @@
-"""OptimConfig -> the optimisers, each over its own parameters, and the learning rate of each step."""
+"""OptimConfig -> the optimisers, each over its own parameters, the learning rate of each step, and the
+average of weights.
+"""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from worldvla.config import OptimConfig
+from worldvla.train.parallel import local
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
@@ -44,6 +49,39 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     if not hidden:
         return [adamw]
     return [adamw, torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]
+
+
+class Average:
+    """The exponential moving average of a model's trained weights; of nothing with a decay of 0."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad and decay}
+        self.tensors = {name: p.detach().clone() for name, p in self.weights.items()}
+
+    def update(self, step: int) -> None:
+        """Count in the weights after step 0, 1, ..; the decay grows: the first ones would stay for long."""
+        if self.tensors:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            weights = [local(p.detach()) for p in self.weights.values()]
+            torch._foreach_lerp_([local(t) for t in self.tensors.values()], weights, 1 - decay)
+
+    def swap(self) -> None:
+        """Let the model and this change places: the model is the average, `tensors` are the weights."""
+        for name, tensor in self.tensors.items():
+            own, mean = local(self.weights[name].detach()), local(tensor)
+            weights = own.clone()
+            own.copy_(mean)
+            mean.copy_(weights)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model be the average inside the block."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

@@ -141,6 +141,11 @@ def held_whole(model: Transformer) -> set[nn.Parameter]:
     return {p for module in (*norms, *heads) for p in module.parameters()}
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's rows of a sharded tensor, any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_spread(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 

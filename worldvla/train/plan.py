@@ -64,7 +64,7 @@ def need(config: Config, gpus: int = 1) -> Need:
     batch = Batch.stack([sample], builder.vocab.pad)
     model = trainable(_empty(config, builder.vocab), config, None)
     shard = config.train.shard or gpus
-    parts = held(model)
+    parts = held(model, config.optim.ema)
     if config.optim.method == "muon":
         hidden = (p for p in model.layers.parameters() if p.requires_grad and p.ndim == 2)
         parts["moments"] -= sum(p.nbytes for p in hidden)
@@ -73,7 +73,7 @@ def need(config: Config, gpus: int = 1) -> Need:
         trained = sum(p.nbytes for p in alone if p.requires_grad)
         buffers = sum(b.nbytes for b in model.buffers())  # packed matrices
         whole = {
-            "weights": sum(p.nbytes for p in alone) + buffers,
+            "weights": sum(p.nbytes for p in alone) + buffers + (trained if config.optim.ema else 0),
             "gradients": trained,
             "moments": 2 * trained,
         }
