@@ -424,7 +424,7 @@ class ImageTokenizer(nn.Module):
         tensors = {name: _narrow(value) for name, value in self.state_dict().items()}
         save_tensors(directory / "model.safetensors", tensors)
         write_json(directory / "config.json", to_json(self.config), indent=2)
-        write_json(directory / "ancestors.json", {"digests": self.ancestors, "sha256": self._seal()})
+        write_json(directory / "ancestors.json", {"ancestors": self.ancestors, "sha256": self._seal()})
 
     @torch.no_grad()
     def round_to_half(self) -> "ImageTokenizer":
@@ -452,7 +452,7 @@ class ImageTokenizer(nn.Module):
         check_shapes(directory / "model.safetensors", found, own, "restore the one of this config.json")
         tokenizer.load_state_dict(state)
         tokenizer.ancestors, seal = _ancestors(directory)
-        if seal not in ("", tokenizer._seal()):
+        if seal not in (None, tokenizer._seal()):
             raise Damaged(f"{directory} is not as it was written (SHA-256): copy the image tokenizer again")
         return tokenizer.eval().requires_grad_(False)
 
@@ -477,12 +477,16 @@ def _narrow(value: Tensor) -> Tensor:
     return half if torch.equal(half.float(), value) else value
 
 
-def _ancestors(directory: Path) -> tuple[tuple[str, ...], str]:
-    """Return the ancestors of a tokenizer and the digest of it and them, empty where there is none."""
+def _ancestors(directory: Path) -> tuple[tuple[str, ...], str | None]:
+    """Return the ancestors of a tokenizer and the digest of it and them, None of earlier versions."""
     path, report = directory / "ancestors.json", directory / "report/report.json"
     if path.is_file():
         with reading(path, "list of ancestors", "copy the image tokenizer again"):
             told = read_json(path)
-            return tuple(map(str, told["digests"])), told.get("sha256", "")
+            if told.keys() == {"digests"}:  # an earlier version
+                return tuple(map(str, told["digests"])), None
+            if told.keys() != {"ancestors", "sha256"}:
+                raise ValueError(f"keys {sorted(told)}, expected ancestors and sha256")
+            return tuple(map(str, told["ancestors"])), str(told["sha256"])
     # Tokenizers of earlier versions keep them in the report of their training.
-    return tuple(read_json(report).get("train", {}).get("init_from", ())) if report.is_file() else (), ""
+    return tuple(read_json(report).get("train", {}).get("init_from", ())) if report.is_file() else (), None
