@@ -74,12 +74,12 @@ def test_environments_are_stepped_as_a_vector():
 def test_videos_are_recorded(tmp_path: Path):
     pytest.importorskip("moviepy", reason="gymnasium.wrappers.RecordVideo needs it")
     env = gym.make("worldvla/tabletop_goal-v0", task=3, render_mode="rgb_array")
-    env = gym.wrappers.RecordVideo(env, str(tmp_path))
+    env = gym.wrappers.RecordVideo(env, str(tmp_path / "videos"))
     env.reset(seed=0)
     for _ in range(3):
         env.step(env.action_space.sample())
     env.close()
-    assert (tmp_path / "rl-video-episode-0.mp4").stat().st_size > 0
+    assert (tmp_path / "videos/rl-video-episode-0.mp4").stat().st_size > 0
 
 
 def test_ppo_of_stable_baselines3_trains_on_both_views():
