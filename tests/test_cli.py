@@ -237,7 +237,7 @@ def test_errors_of_an_evaluation_make_the_exit_code_and_are_counted(
     record = {"successes": 1, "episodes": 55, "grasped": 1, "errors": errors, "wilson_95": [0.1, 0.9]}
     record |= {"outcomes": outcomes, "protocol": {}, "checkpoint": {"name": "random"}}
     record["suite"] = "tabletop_object"
-    monkeypatch.setattr("worldvla.eval.rollout.evaluate", lambda *_args: record)
+    monkeypatch.setattr("worldvla.eval.rollout.evaluate", lambda *_args, **_options: record)
     monkeypatch.setattr("worldvla.eval.page.write_page", lambda path, *_args, **_options: path)
     words = ("eval", "random", "--suite", "tabletop_object", "--allow-errors", allowed, "--out", tmp_path)
     code, out, _ = _run(capsys, *words)

@@ -61,10 +61,9 @@ class Average:
 
     def update(self, step: int) -> None:
         """Count in the weights after step 0, 1, ..; the decay grows: the first ones would stay for long."""
-        if self.tensors:
-            decay = min(self.decay, (1 + step) / (10 + step))
-            weights = [local(p.detach()) for p in self.weights.values()]
-            torch._foreach_lerp_([local(t) for t in self.tensors.values()], weights, 1 - decay)
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, tensor in self.tensors.items():
+            local(tensor).lerp_(local(self.weights[name].detach()), 1 - decay)
 
     def swap(self) -> None:
         """Let the model and this change places: the model is the average, `tensors` are the weights."""
