@@ -158,6 +158,14 @@ def test_checkpoint_is_self_contained(root: Path, tmp_path: Path) -> None:
     assert expected <= values.keys()
 
 
+def test_what_a_kill_left_of_pruning_is_removed(root: Path, tmp_path: Path) -> None:
+    newest = train(tiny_config(root), tmp_path / "run").checkpoint
+    shutil.copytree(newest, newest.with_name("step_2"))  # killed before it was pruned, or amid that
+    shutil.copytree(newest, newest.with_name(".step_1.0123abcd.tmp"))
+    train(tiny_config(root), tmp_path / "run")
+    assert sorted(p.name for p in newest.parent.iterdir()) == ["step_4", "step_8"]
+
+
 def test_nothing_is_left_of_a_save_that_failed(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

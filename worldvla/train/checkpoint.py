@@ -11,6 +11,7 @@ A directory appears under its name only when complete (written beside it, then r
 import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -215,8 +216,8 @@ def latest(run_dir: Path) -> Path | None:
 def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
     """Delete all checkpoints but the `keep` newest ones and that of `best_step`."""
     for path in sorted(_all(run_dir), key=_step)[:-keep]:
-        if _step(path) != best_step:
-            shutil.rmtree(path)
+        if _step(path) != best_step:  # under a scratch name first, so that a kill leaves no half of it
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")))
 
 
 def check_config(run_dir: Path, config: Config, is_writer: bool = True) -> None:

@@ -220,10 +220,9 @@ class Trainer:
     def save(self) -> Path:
         path = self.run_dir / "ckpt" / f"step_{self.state.step}"
         is_writer = parallel.rank() == 0
-        if path.exists() or not (is_writer or parallel.is_spread(self.model)):
-            return path  # it exists when a finished run is started again
-        checkpoint.save(path, self.pieces, self.model, self.optimizers, vars(self.state), self.average)
-        if is_writer:
+        if not path.exists() and (is_writer or parallel.is_spread(self.model)):
+            checkpoint.save(path, self.pieces, self.model, self.optimizers, vars(self.state), self.average)
+        if is_writer:  # a kill may have come between the last checkpoint and this
             checkpoint.prune(self.run_dir, NUM_KEPT, self.state.best_step)
         return path
 
