@@ -18,8 +18,8 @@ from worldvla.infer.world import World
 Frames = dict[str, np.ndarray]
 
 
-def spaces(world: World) -> tuple[gym.spaces.Dict, gym.spaces.Box]:
-    """Return the observation and the action space of one world."""
+def spaces(world: World) -> tuple[gym.Space[Any], gym.Space[np.ndarray]]:
+    """Return the observation space (a Dict of views) and the action space of one world."""
     model = world.model
     views: dict[str, Any] = {
         view: gym.spaces.Box(0, 255, (*size, 3), np.uint8) for view, size in model.view_sizes.items()
@@ -103,7 +103,7 @@ class WorldVectorEnv(gym.vector.VectorEnv[Frames, np.ndarray, np.ndarray]):
         if options:
             raise ValueError(f"unknown option of reset {next(iter(options))!r}: expected none")
         chosen = self.np_random.integers(len(self.starts), size=self.num_envs)
-        views = self.single_observation_space
+        views = self.world.model.view_sizes
         first = {view: np.stack([self.starts[i][view] for i in chosen]) for view in views}
         frames: Any = self.world.reset(first)
         self._steps = 0
