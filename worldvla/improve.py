@@ -135,21 +135,8 @@ def improve(
         if not (folder / "round.json").is_file():
             act = Drawing(Policy(policy), temperature, np.random.default_rng([seed, number]))
             starts = list(starts_of(demos, critic.tasks, suites, episodes, number * episodes))
-            made: list[Episode] = []
-            with progress_bar() as progress:
-                batches = [starts[i : i + BATCH] for i in range(0, len(starts), BATCH)]
-                for batch in progress.track(batches, description=f"round {number}: act in {kind}"):
-                    looks = execute or policy.config.layout.chunk
-                    made += _episodes(_roll(act, looks, critic, worlds, batch, kind), batch, critic.tasks)
-            kept = [episode for episode in made if episode.success or keep_all]
-            if not kept:
-                raise ValueError(
-                    f"round {number}: none of {len(made)} episodes succeeded in {kind}: start from a better "
-                    "policy, or give more --episodes"
-                )
-            _write(kept, folder / "demos", {"kind": kind, "world": worlds.identity()})
-            done = sum(episode.success for episode in made)
-            write_json(folder / "round.json", {"episodes": len(made), "successes": done, "kept": len(kept)})
+            looks = execute or policy.config.layout.chunk
+            _demonstrate(folder, act, looks, critic, worlds, starts, kind, keep_all)
         tokenize((folder / "demos").rglob("*.hdf5"), policy.image, folder / "store")
         outcome = train(_recipe(policy, [folder / "store", *stores], steps), folder / "run")
         if not outcome.is_finished:
@@ -159,6 +146,33 @@ def improve(
     record = {**settings, "judge": errors, "rounds": report, "checkpoint": str(path), **provenance()}
     write_json(out / "record.json", record)
     return record
+
+
+def _demonstrate(
+    folder: Path,
+    act: Drawing,
+    execute: int,
+    judge: Judge,
+    world: Model,
+    starts: Sequence[Start],
+    kind: Kind,
+    keep_all: bool,
+) -> None:
+    """Let the policy act from `starts`; write what is to be learnt to demos/, and counts to round.json."""
+    made: list[Episode] = []
+    with progress_bar() as progress:
+        batches = [starts[i : i + BATCH] for i in range(0, len(starts), BATCH)]
+        for batch in progress.track(batches, description=f"{folder.name}: act in {kind}"):
+            made += _episodes(_roll(act, execute, judge, world, batch, kind), batch, judge.tasks)
+    kept = [episode for episode in made if episode.success or keep_all]
+    if not kept:
+        raise ValueError(
+            f"{folder.name}: none of {len(made)} episodes succeeded in {kind}: start from a better policy, "
+            "or give more --episodes"
+        )
+    _write(kept, folder / "demos", {"kind": kind, "world": world.identity()})
+    done = sum(episode.success for episode in made)
+    write_json(folder / "round.json", {"episodes": len(made), "successes": done, "kept": len(kept)})
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:

@@ -434,11 +434,8 @@ def rank_policies(
     is done.
     """
     _check_arguments(checkpoints, suites, episodes, first, execute)
-    model, policies = load(world, dtype=getattr(torch, dtype)), []
-    for policy in map(load, checkpoints):
-        _check(policy, model)
-        chunk = policy.config.layout.chunk
-        policies += [(policy, n) for n in dict.fromkeys(min(n, chunk) for n in execute or [chunk])]
+    model = load(world, dtype=getattr(torch, dtype))
+    policies = _with_intervals(checkpoints, model, execute)
     judge, errors = judge_of(out / "judge.safetensors", demos, suites, model, judged, judge_steps, seed)
     tasks = judge.tasks
     again = {"replays": replays(judge, model, held_out, judged)} if held_out else {}
@@ -474,6 +471,18 @@ def rank_policies(
     }
     write_json(out / "record.json", record)
     return record
+
+
+def _with_intervals(
+    checkpoints: Sequence[Path | str], world: Model, execute: Sequence[int]
+) -> list[tuple[Model, int]]:
+    """Return every policy with each replan interval of `execute`, at most its chunk; by default that."""
+    policies = []
+    for policy in map(load, checkpoints):
+        _check(policy, world)
+        chunk = policy.config.layout.chunk
+        policies += [(policy, n) for n in dict.fromkeys(min(n, chunk) for n in execute or [chunk])]
+    return policies
 
 
 def _act_twice(
