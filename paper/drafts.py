@@ -27,7 +27,7 @@ WIDTHS = (4, 16, 80)
 def roll_out(model: Model, episode: Episode, steps: int, window: int | None, drafts: bool = True) -> tuple:
     """Return the codes (steps + 1, N) of an imagined episode, and the passes and seconds of each step."""
     world = World(model, drafts)
-    world.reset({view: images[0] for view, images in episode.images.items()})
+    world.reset({v: images[0] for v, images in episode.images.items()} | {"state": episode.states[0]})
     world._window = Window(model.device, window)
     codes, seconds = [np.concatenate([c.ravel() for c in world.codes.values()])], []
     for action in episode.actions[:steps]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.tiny_run import tiny_config, write_tiny
-from worldvla.batch import KIND_IMAGE, Batch
+from worldvla.batch import KIND_IMAGE, KIND_STATE, Batch
 from worldvla.config import Config, ImageTokenizerConfig
 from worldvla.data.store import code_type
 from worldvla.infer.model import export, load
@@ -40,24 +40,32 @@ CELLS = ImageTokenizerConfig(
 )
 
 
-def clip_config(root: Path) -> Config:
+def clip_config(root: Path, world_state: bool = False) -> Config:
     base = tiny_config(root, steps=4)
     return replace(
         base,
-        layout=replace(base.layout, clip=2, history=1),
+        layout=replace(base.layout, clip=2, history=1, world_state=world_state),
         model=replace(base.model, code_levels=(4, 4), previous_code=True),
         loss=replace(base.loss, supervise="decoded"),
         data=replace(base.data, sequence_length=120, corrupt=0.2, world_fraction=0.5),
     )
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture(scope="module", params=[False, True], ids=["frames", "states_and_frames"])
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("clips")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         write_tiny(root, CELLS)
-        yield train(clip_config(root), root / "run").checkpoint
+        yield train(clip_config(root, request.param), root / "run").checkpoint
+
+
+def states_and_codes(world: World) -> np.ndarray:
+    """Return all that a world says of its one frame, in order of generation."""
+    parts = [grid.reshape(-1) for grid in world.codes.values()]
+    if world.state is not None:
+        parts = [world.model.builder.statistics.encode_states(world.state), *parts]
+    return np.concatenate(parts)
 
 
 def world_batch(config: Config) -> Batch:
@@ -75,6 +83,21 @@ def test_a_clip_is_a_frame_then_actions_and_frames_by_turns(trained: Path) -> No
     np.testing.assert_array_equal(np.flatnonzero(kinds == KIND_IMAGE), targets)
     one = pieces.builder.world_template(1)
     np.testing.assert_array_equal(one.table[:, :-1], template.table[:, : len(one) - 1])
+    num_states = config.layout.num_state_dims if config.layout.world_state else 0
+    assert template.states.size == 3 * num_states
+    np.testing.assert_array_equal(np.flatnonzero(kinds == KIND_STATE), template.states[1:].flatten())
+    for places, views in zip(template.states, template.images, strict=False):
+        assert places.max() < views[0].min()
+
+
+def test_the_state_of_each_frame_stands_before_it(trained: Path) -> None:
+    pieces = build(load(trained).config)
+    batch, template = world_batch(pieces.config), pieces.builder.world_template(2)
+    store, ids = pieces.loader.stores[0], pieces.vocab.state
+    known = pieces.statistics.encode_states(store.states) + ids.start
+    for row in batch.ids_BT.numpy():
+        said = row[template.states]
+        assert not said.size or any((known[i : i + 3] == said).all() for i in range(len(known) - 2))
 
 
 def test_the_previous_code_stands_before_each_target(trained: Path) -> None:
@@ -109,22 +132,25 @@ def test_guessing_changes_no_code_and_history_is_that_of_training(trained: Path,
     model = load(trained)
     rng = np.random.default_rng(0)
     frame = {v: rng.integers(0, 256, (*s, 3), dtype=np.uint8) for v, s in model.view_sizes.items()}
+    frame["state"] = build(model.config).loader.stores[0].states[0]
     actions = rng.uniform(-1, 1, (3, 7)).astype(np.float32)
     runs = []
     for speculative in (True, False):
         world = World(model, speculative, temperature)
         world.reset(frame)
-        codes = [np.concatenate([c.reshape(-1) for c in world.codes.values()])]
+        codes = [states_and_codes(world)]
         for action in actions:
             world.step(action)
-            codes.append(np.concatenate([c.reshape(-1) for c in world.codes.values()]))
+            codes.append(states_and_codes(world))
         runs.append(np.array(codes))
     np.testing.assert_array_equal(*runs)
     if temperature:
         return
     builder, transformer = model.builder, model.transformer
-    split = [builder.split_views(codes) for codes in runs[0]]
-    batch = Batch.stack([builder.world(split[1:3], actions[1:3], split[3])], model.vocab.pad)
+    num_states = model.config.layout.num_state_dims if model.config.layout.world_state else 0
+    states, images = np.split(runs[0], [num_states], axis=1)
+    split = [builder.split_views(codes) for codes in images]
+    batch = Batch.stack([builder.world(split[1:3], actions[1:3], split[3], states[1:4])], model.vocab.pad)
     places = batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT
     previous = previous_ids(batch.ids_BT, batch.row_BT, batch.col_BT)
     with torch.no_grad():
@@ -132,7 +158,24 @@ def test_guessing_changes_no_code_and_history_is_that_of_training(trained: Path,
     last = np.concatenate(builder.world_template(2).images[2])
     assert transformer.code_head is not None
     chosen, _ = transformer.code_head.choose(x_BTD[0, last - 1])
-    np.testing.assert_array_equal(chosen, runs[0][3])
+    np.testing.assert_array_equal(chosen, images[3])
+    places_S = builder.world_template(2).states[2:].reshape(-1)
+    scores = transformer.logits(x_BTD[0, places_S - 1], model.vocab.state)
+    np.testing.assert_array_equal(scores.argmax(-1), states[3])
+
+
+def test_a_world_of_states_needs_one_to_begin(trained: Path) -> None:
+    model = load(trained)
+    frame = {v: np.zeros((*s, 3), np.uint8) for v, s in model.view_sizes.items()}
+    if not model.config.layout.world_state:
+        World(model).reset(frame)
+        return
+    with pytest.raises(ValueError, match="add 'state'"):
+        World(model).reset(frame)
+    with pytest.raises(ValueError, match="finite and have shape"):
+        World(model).reset({**frame, "state": np.full(model.config.layout.num_state_dims, np.nan)})
+    with pytest.raises(ValueError, match="hold states here"):
+        model.builder.world_prompt([[np.zeros(n, int) for n in model.config.layout.codes_per_view]], np.zeros(7))
 
 
 def test_training_learns_a_batch_of_clips(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_scores_are_those_of_earlier_records() -> None:
 def test_clips_start_at_the_truth_and_end_where_it_does(root: Path) -> None:
     model = load(root / "run")
     clips = choose(sorted(root.glob("*.hdf5")), 3, 4, seed=0, shorter=True)
-    frames, stats = imagine(model, clips)
+    frames, _, stats = imagine(model, clips)
     kinds = {"model": frames, **references(model, clips)}
     for i, clip in enumerate(clips):
         assert clip.steps == min(4, len(clip.episode) - 1)
@@ -92,7 +92,7 @@ def test_clips_start_at_the_truth_and_end_where_it_does(root: Path) -> None:
             assert frames[i][view].shape == clip.real[view].shape
             np.testing.assert_array_equal(frames[i][view][0], kinds["ceiling"][i][view][0])
     assert [len(steps) for steps in stats] == [4]
-    alone, _ = imagine(model, clips, batch_size=1)
+    alone, _, _ = imagine(model, clips, batch_size=1)
     for one, together in zip(alone, frames, strict=True):
         np.testing.assert_array_equal(one["wrist"], together["wrist"])
 

@@ -16,6 +16,8 @@ KIND_IMAGE = 2
 """A target of the world model that is an image code."""
 KIND_LAYOUT = 3
 """A target of the world model that is structure: begin, grid, newline, end, the closing separator."""
+KIND_STATE = 4
+"""A target of the world model that is a state dim (layout.world_state)."""
 
 
 @dataclass(frozen=True)

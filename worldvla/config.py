@@ -142,7 +142,10 @@ class LayoutConfig(Checked):
     chunk: Count = 5
     """K, actions of a chunk."""
     state: bool = False
-    """State tokens after the text (RynnVLA-002)."""
+    """State tokens after the text of a policy sample (RynnVLA-002)."""
+    world_state: bool = False
+    """State tokens before each frame of a world sample: the model says where the hand will be, then shows
+    it, and imagination has a state for the policy. Off, as published: frames alone."""
     num_action_dims: Count = 7
     num_state_dims: Whole = 8
     selective_mask: bool = True
@@ -183,9 +186,9 @@ class LayoutConfig(Checked):
         64 tokens are allowed for the text of a prompt; rows of image codes end in a token of their own.
         """
         frame = sum(rows * (cols + 1) + 4 for rows, cols in self.grids)
-        block, state = self.num_action_dims + 2, self.num_state_dims + 2 if self.state else 0
-        policy = state + self.history * frame + self.chunk * block
-        world = 2 * frame + block
+        block, state = self.num_action_dims + 2, self.num_state_dims + 2
+        policy = self.state * state + self.history * frame + self.chunk * block
+        world = 2 * (frame + self.world_state * state) + block
         return -(-(64 + 3 + max(policy, world)) // 64) * 64
 
     @property
@@ -250,6 +253,8 @@ class ModelConfig(Checked):
 class LossConfig(Checked):
     image_weight: Amount = 0.04
     """alpha (WorldVLA pretrain_ck.py:932; paper)."""
+    state_weight: Amount = 0.1
+    """Of the world model's state dims, with layout.world_state; only where `reduction` is "paper"."""
     z_weight: Amount = 1e-5
     """Weight of mean logsumexp^2 (published value)."""
     reduction: Literal["paper", "published"] = "paper"
@@ -262,8 +267,8 @@ class LossConfig(Checked):
     chosen from. all (as published): begin and end tokens too, and against the whole vocabulary, which costs
     most of a small model's step."""
     action_smoothing: Amount = 0.0
-    """Standard deviation, in bins, of the Gaussian that replaces the one-hot target of an action dim (0:
-    one-hot, as published)."""
+    """Standard deviation, in bins, of the Gaussian that replaces the one-hot target of an action dim, and of a
+    state dim that the world model says (0: one-hot, as published)."""
     head_weight: Amount = 10.0
     """Of the continuous head's mean absolute error, where there is a head (RynnVLA-002
     pretrain_ck_action_head.py:274)."""

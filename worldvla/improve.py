@@ -235,7 +235,8 @@ def _roll(
                 env.set_state(start.sim_state)
             body: Simulated | Imagined = Simulated(judge, world, envs, frames, numbers)
         else:
-            body = Imagined(judge, World(world), frames, numbers)
+            states = np.stack([o["state"] for o in first])
+            body = Imagined(judge, World(world), frames, states, numbers)
         recorded = Recorded(body, first, kind == "simulator")
         drive(act, execute, recorded, tasks, first)  # pyright: ignore[reportArgumentType]
     return recorded

@@ -171,6 +171,18 @@ def tabletop_world3() -> Config:
     )
 
 
+def tabletop_state() -> Config:
+    """`tabletop_world3`, trained on to say the robot's state before it shows the next frame."""
+    base = tabletop_world()
+    return replace(
+        base,
+        name="tabletop_state",
+        layout=replace(base.layout, world_state=True),
+        data=replace(base.data, sequence_length=448),
+        train=replace(base.train, init_from="out/tabletop/world_model"),
+    )
+
+
 def tabletop_pilot() -> Config:
     """The pilot of `tabletop` on one suite: at least 70 % on unseen initial states before a longer run."""
     base = tabletop()
@@ -310,6 +322,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop_world": tabletop_world,
     "tabletop_world2": tabletop_world2,
     "tabletop_world3": tabletop_world3,
+    "tabletop_state": tabletop_state,
     "tabletop_pilot": tabletop_pilot,
     "debug": debug,
     "finetune": finetune,

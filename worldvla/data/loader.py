@@ -76,7 +76,9 @@ class FrameTable:
             np.cumsum([0, *lengths])[:-1],
             [[store.codes[view] for view in layout.views] for store in stores],
             np.repeat(texts, [e.length for e in episodes]),
-            statistics.encode_states(states) + vocab.state.start if layout.state else None,
+            statistics.encode_states(states) + vocab.state.start
+            if layout.state or layout.world_state
+            else None,
             statistics.encode_world_actions(actions) + vocab.action.start,
             np.concatenate([(quantize(v) + vocab.action.start).astype(np.int32) for v in values]),
             np.concatenate([v.astype(np.float32) for v in values]),
@@ -101,11 +103,12 @@ class FrameTable:
             [codes[i].astype(np.int64) + vocab.image.start for codes in views]
             for i in range(local, local + len(template.images))
         )
+        states_FS = None if self.states_FS is None else self.states_FS[frame : frame + len(template.states)]
         if mode == "world":
-            template.fill(table[0], images, self.actions_FA[frame : frame + self.builder.layout.clip])
+            actions = self.actions_FA[frame : frame + self.builder.layout.clip]
+            template.fill(table[0], images, actions, states_FS)
         else:
-            state = None if self.states_FS is None else self.states_FS[frame]
-            template.fill(table[0], images, self.chunks_FUA[frame], state)
+            template.fill(table[0], images, self.chunks_FUA[frame], states_FS)
 
     def longest(self) -> int:
         """Return the number of tokens of the longest sample."""

@@ -1,7 +1,8 @@
 """Instruction, state, image codes, actions -> Sample: the only place that knows the order of a sequence.
 
 policy  bos text [STATE] IMG.. sep | ACT x K sep
-world   bos text IMG ([ACT] sep IMG(next)) x C sep      C = layout.clip, published: 1; only the first IMG is given
+world   bos text FRAME ([ACT] sep FRAME) x C sep        C = layout.clip, published: 1; only the first is given
+FRAME   [STATE] IMG..                                    STATE with layout.world_state: the hand before its image
 IMG     boi [h w] (a row of codes [newline]) x R eoi     h, w and newlines only where the vocabulary has them
 ACT     boa a1..aA eoa        STATE  bostate s1..sS eostate
 
@@ -17,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, KIND_PROMPT, Sample
+from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, KIND_PROMPT, KIND_STATE, Sample
 from worldvla.config import LayoutConfig
 from worldvla.tokenizers.action import Statistics
 from worldvla.vocab import Vocab, to_ids
@@ -47,8 +48,9 @@ class Template:
     """(5, T) int64: ids, chunk, kind, row, col."""
     prompt: int
     """Tokens before what decoding writes: the chunk, or the last frame."""
-    state: np.ndarray
-    """Positions of the state codes, (S,) or (0,)."""
+    states: np.ndarray
+    """Positions of the state codes: (1, S) in a policy template, (C + 1, S) in a world template with states;
+    else (0, S)."""
     images: tuple[tuple[np.ndarray, ...], ...]
     """Positions of the image codes, (N,) a frame and view; a world template's first frame is given."""
     actions: np.ndarray
@@ -62,18 +64,18 @@ class Template:
         ids: np.ndarray,
         frames: Iterable[Sequence[np.ndarray]],
         actions: np.ndarray | None,
-        state: np.ndarray | None = None,
+        states: np.ndarray | None = None,
     ) -> None:
         """Write what is open into `ids` (T,), a copy of the table's first row. All are ids of the vocabulary:
-        `frames`, oldest first, (N,) a view; `actions` (U, A) or (C, A); `state` (S,). What
-        is None and frames that are missing stay open."""
+        `frames`, oldest first, (N,) a view; `actions` (U, A) or (C, A); `states` (F, S), oldest first. What
+        is None and frames and states that are missing stay open."""
         for positions, frame in zip(self.images, frames, strict=False):
             for places, codes in zip(positions, frame, strict=True):
                 ids[places] = codes
         if actions is not None:
             ids[self.actions] = actions
-        if state is not None:
-            ids[self.state] = state
+        if states is not None:
+            ids[self.states[: len(states)]] = states
 
 
 class SampleBuilder:
@@ -87,7 +89,8 @@ class SampleBuilder:
                 f"vocabulary {vocab.name} has room for {len(vocab.text)}: raise num_text"
             )
         dims = [("action", len(statistics.action_low), layout.num_action_dims)]
-        dims += [("state", len(statistics.state_low), layout.num_state_dims)] if layout.state else []
+        has_states = layout.state or layout.world_state
+        dims += [("state", len(statistics.state_low), layout.num_state_dims)] if has_states else []
         for name, got, expected in dims:
             if got != expected:
                 raise ValueError(f"statistics have {got} {name} dims, the layout {expected}: use its own")
@@ -107,7 +110,7 @@ class SampleBuilder:
         `frames`: 1..M frames, oldest first, each the codes (N,) of every view.
         """
         template = self.policy_template(instruction, len(frames))
-        return self._fill(template, frames, None, self._state_ids(state), template.prompt)
+        return self._fill(template, frames, None, self._policy_state(state), template.prompt)
 
     def policy(
         self,
@@ -123,23 +126,33 @@ class SampleBuilder:
                 f"a policy sample needs actions of shape {template.actions.shape}, got {np.shape(actions_UA)}"
             )
         actions = to_ids(self.statistics.encode_actions(actions_UA), self.vocab.action)
-        return self._fill(template, frames, actions, self._state_ids(state))
+        return self._fill(template, frames, actions, self._policy_state(state))
 
-    def world_prompt(self, frames: Sequence[Sequence[np.ndarray]], actions: np.ndarray | None) -> Sample:
+    def world_prompt(
+        self,
+        frames: Sequence[Sequence[np.ndarray]],
+        actions: np.ndarray | None,
+        states: np.ndarray | None = None,
+    ) -> Sample:
         """Return everything before the next frame: C frames, oldest first, and the action after each, (C, A) or (A,)
-        of one; unused without conditioning."""
-        template = self.world_template(len(frames))
-        return self._fill(template, frames, self._action_ids(actions, len(frames)), stop=template.prompt)
+        of one; unused without conditioning. `states`: the codes (C, S) of each frame's, with
+        layout.world_state."""
+        number, template = len(frames), self.world_template(len(frames))
+        codes = self._world_states(states, number)
+        return self._fill(template, frames, self._action_ids(actions, number), codes, template.prompt)
 
     def world(
         self,
         frames: Sequence[Sequence[np.ndarray]],
         actions: np.ndarray | None,
         next_frame: Sequence[np.ndarray],
+        states: np.ndarray | None = None,
     ) -> Sample:
-        """Return a world sample: C frames, the action (C, A) after each, and the frame after the last."""
-        template = self.world_template(len(frames))
-        return self._fill(template, [*frames, next_frame], self._action_ids(actions, len(frames)))
+        """Return a world sample: C frames, the action (C, A) after each, and the frame after the last;
+        `states`: the codes (C + 1, S) of all, with layout.world_state."""
+        number, template = len(frames), self.world_template(len(frames))
+        codes = self._world_states(states, number + 1)
+        return self._fill(template, [*frames, next_frame], self._action_ids(actions, number), codes)
 
     def action_block_positions(self, prompt: int) -> np.ndarray:
         """Return the positions (K, A + 2) of each action's begin, dims and end after `prompt` tokens."""
@@ -152,7 +165,8 @@ class SampleBuilder:
         return _sample(template.table[:, template.prompt :])
 
     def world_tail(self) -> Sample:
-        """Return what follows a world prompt, code 0 where the kind is KIND_IMAGE; the rest is forced."""
+        """Return what follows a world prompt, code 0 where the kind is KIND_STATE or KIND_IMAGE; the rest is
+        forced."""
         template = self.world_template()
         return _sample(template.table[:, template.prompt :])
 
@@ -187,11 +201,7 @@ class SampleBuilder:
     def _write_policy(self, instruction: str, num_frames: int) -> Template:
         layout, vocab, draft = self.layout, self.vocab, _Draft()
         self._write_text(draft, layout.policy_prompt.format(task=instruction))
-        state = np.zeros(0, dtype=np.int64)
-        if layout.state:
-            draft.add(vocab.bostate)
-            state = np.array([draft.add(vocab.state.start) for _ in range(layout.num_state_dims)])
-            draft.add(vocab.eostate)
+        states = [self._write_state(draft)] if layout.state else []
         images = tuple(self._write_frame(draft) for _ in range(num_frames))
         draft.add(vocab.sep)
         prompt, draft.kind = len(draft), KIND_ACTION
@@ -199,11 +209,12 @@ class SampleBuilder:
             self._write_action(draft, k if layout.selective_mask else 0) for k in range(1, layout.chunk + 1)
         ]
         draft.add(vocab.sep)
-        return Template(draft.table(), prompt, state, images, np.array(actions))
+        return Template(draft.table(), prompt, self._places(states), images, np.array(actions))
 
     def _write_world(self, num_frames: int) -> Template:
         layout, vocab, draft = self.layout, self.vocab, _Draft()
         self._write_text(draft, layout.world_prompt)
+        states = [self._write_state(draft)] if layout.world_state else []
         images, actions, prompt = [self._write_frame(draft)], [], 0
         for _ in range(num_frames):
             draft.kind = KIND_PROMPT
@@ -211,15 +222,25 @@ class SampleBuilder:
                 actions.append(self._write_action(draft, 0))
             draft.add(vocab.sep)
             prompt, draft.kind = len(draft), KIND_LAYOUT
+            states += [self._write_state(draft, KIND_STATE)] if layout.world_state else []
             images.append(self._write_frame(draft, KIND_IMAGE))
         draft.add(vocab.sep)
         positions = np.array(actions, dtype=np.int64).reshape(-1, layout.num_action_dims)
-        return Template(draft.table(), prompt, np.zeros(0, dtype=np.int64), tuple(images), positions)
+        return Template(draft.table(), prompt, self._places(states), tuple(images), positions)
 
     def _write_text(self, draft: "_Draft", text: str) -> None:
         draft.add(self.vocab.bos)
         for id_ in to_ids(np.array(self.text.encode(text), dtype=np.int64), self.vocab.text).tolist():
             draft.add(id_)
+
+    def _write_state(self, draft: "_Draft", kind: int = KIND_PROMPT) -> list[int]:
+        draft.add(self.vocab.bostate)
+        positions = [draft.add(self.vocab.state.start, kind) for _ in range(self.layout.num_state_dims)]
+        draft.add(self.vocab.eostate)
+        return positions
+
+    def _places(self, states: list[list[int]]) -> np.ndarray:
+        return np.array(states, dtype=np.int64).reshape(-1, self.layout.num_state_dims)
 
     def _write_frame(self, draft: "_Draft", kind: int = KIND_PROMPT) -> tuple[np.ndarray, ...]:
         """Write one image block a view; the places of a view start after those of the views before it."""
@@ -254,22 +275,31 @@ class SampleBuilder:
         template: Template,
         frames: Sequence[Sequence[np.ndarray]],
         actions: np.ndarray | None,
-        state: np.ndarray | None = None,
+        states: np.ndarray | None = None,
         stop: int | None = None,
     ) -> Sample:
         """Return the first `stop` tokens of the template, filled; `frames` in codes, the rest in ids."""
         table = template.table.copy()
-        template.fill(table[0], map(self._frame_ids, frames), actions, state)
+        template.fill(table[0], map(self._frame_ids, frames), actions, states)
         return _sample(table[:, :stop])
 
-    def _state_ids(self, state: np.ndarray | None) -> np.ndarray | None:
+    def _policy_state(self, state: np.ndarray | None) -> np.ndarray | None:
         if not self.layout.state:
             return None
         if state is None:
             raise ValueError(
                 f"the layout has state tokens, got no state: pass {self.layout.num_state_dims} values"
             )
-        return to_ids(self.statistics.encode_states(state), self.vocab.state)
+        return to_ids(self.statistics.encode_states(state), self.vocab.state)[None]
+
+    def _world_states(self, codes: np.ndarray | None, number: int) -> np.ndarray | None:
+        if not self.layout.world_state:
+            return None
+        expected = (number, self.layout.num_state_dims)
+        if codes is None or np.shape(codes) != expected:
+            shape = "none" if codes is None else f"shape {np.shape(codes)}"
+            raise ValueError(f"world samples hold states here: expected codes of shape {expected}, got {shape}")
+        return to_ids(codes, self.vocab.state)
 
     def _action_ids(self, actions: np.ndarray | None, number: int) -> np.ndarray | None:
         if not self.layout.action_conditioning:

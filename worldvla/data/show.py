@@ -7,19 +7,26 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, KIND_PROMPT, Sample
+from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, KIND_PROMPT, KIND_STATE, Sample
 from worldvla.config import Config
 from worldvla.data.sample import SampleBuilder, prompt_texts
 from worldvla.tokenizers.action import Statistics
 from worldvla.tokenizers.text import TextTokenizer
-from worldvla.vocab import chameleon, compact, to_codes
+from worldvla.vocab import NUM_BIN_CODES, chameleon, compact, to_codes
 
-NAMES = {KIND_PROMPT: "prompt", KIND_ACTION: "action", KIND_IMAGE: "image", KIND_LAYOUT: "layout"}
+NAMES = {
+    KIND_PROMPT: "prompt",
+    KIND_ACTION: "action",
+    KIND_IMAGE: "image",
+    KIND_LAYOUT: "layout",
+    KIND_STATE: "state",
+}
 COLORS = {
     KIND_PROMPT: "bright_black",
     KIND_ACTION: "dark_orange",
     KIND_IMAGE: "deep_sky_blue1",
     KIND_LAYOUT: "green",
+    KIND_STATE: "magenta",
 }
 FAKE_CODES = 1024
 
@@ -52,7 +59,8 @@ def fake(config: Config, mode: str, seed: int) -> tuple[SampleBuilder, Sample]:
     ]
     actions = rng.uniform(-1, 1, (layout.chunk, layout.num_action_dims))
     if mode == "world":
-        return builder, builder.world(frames[:1], actions[0], frames[1])
+        states = rng.integers(0, NUM_BIN_CODES, (2, layout.num_state_dims))
+        return builder, builder.world(frames[:1], actions[0], frames[1], states)
     return builder, builder.policy(task, rng.uniform(-1, 1, layout.num_state_dims), frames[1:], actions)
 
 

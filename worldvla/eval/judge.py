@@ -315,11 +315,13 @@ class Simulated:
 
 
 class Imagined:
-    """The same in a world model; the judge is asked for what no frame says."""
+    """The same in a world model; the judge is asked for what neither frame nor world says."""
 
-    def __init__(self, judge: Judge, world: World, first: Frame, numbers: np.ndarray) -> None:
+    def __init__(
+        self, judge: Judge, world: World, first: Frame, states: np.ndarray, numbers: np.ndarray
+    ) -> None:
         self.judge, self.world, self.numbers = judge, world, numbers
-        world.reset(first)
+        world.reset({**first, "state": states})
 
     def keep(self, rows: np.ndarray) -> None:
         self.world.keep(rows)
@@ -328,7 +330,7 @@ class Imagined:
     def step(self, actions: np.ndarray) -> Seen:
         frame: Any = self.world.step(actions)
         states, said = self.judge.read(frame, self.numbers)
-        return Seen(frame, states, said, said)
+        return Seen(frame, states if self.world.state is None else self.world.state, said, said)
 
 
 def drive(
@@ -388,7 +390,8 @@ def replays(
             numbers = np.array([pictures.tasks[0] for _, pictures in part])
             plans = [[*episode.actions[:-1], *_last(episode)] for episode, _ in part]
             first = {v: np.stack([e.images[v][0] for e, _ in part]) for v in world.view_sizes}
-            body, said = Imagined(judge, World(world), first, numbers), []
+            states = np.stack([e.states[0] for e, _ in part])
+            body, said = Imagined(judge, World(world), first, states, numbers), []
             for t in range(max(map(len, plans))):
                 said.append(body.step(np.stack([plan[min(t, len(plan) - 1)] for plan in plans])).said)
             said_NT = np.stack(said, 1)
@@ -499,7 +502,9 @@ def _act_twice(
     tasks, act = [judge.tasks[n] for n in numbers], Policy(policy)
     frames = {view: np.stack([o[view] for o in start]) for view in world.view_sizes}
     real, control = drive(act, execute, Simulated(judge, world, envs, frames, numbers), tasks, start)
-    _, imagined = drive(act, execute, Imagined(judge, World(world), frames, numbers), tasks, start)
+    states = np.stack([o["state"] for o in start])
+    dream = Imagined(judge, World(world), frames, states, numbers)
+    _, imagined = drive(act, execute, dream, tasks, start)
     return np.array([real, control, imagined], dtype=int).tolist()
 
 

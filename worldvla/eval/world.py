@@ -111,9 +111,12 @@ def evaluate_world(
     for chosen in sets.values():
         check(model, chosen)
     for horizon, chosen in sets.items():
-        imagined, stats = imagine(model, chosen, title=f"imagine {horizon} steps", temperature=temperature)
+        imagined, said, stats = imagine(
+            model, chosen, title=f"imagine {horizon} steps", temperature=temperature
+        )
         kinds = {"model": imagined, **references(model, chosen)}
         section = {"horizon": horizon, **score(chosen, kinds, eye)}
+        section |= {"said": of_states(chosen, said)} if said else {}
         section["decoding"] = summary(stats, sum(model.config.layout.codes_per_view))
         section["clips"] = [clip.describe() for clip in chosen]
         for i, (clip, frames) in enumerate(list(zip(chosen, imagined, strict=True))[:videos]):
@@ -195,8 +198,9 @@ def imagine(
     batch_size: int = 32,
     title: str = "imagine",
     temperature: float = 0.0,
-) -> tuple[list[Frames], list[list[FrameStats]]]:
-    """Return the frames of every clip as the model imagines them, and what each step of a batch took.
+) -> tuple[list[Frames], list[np.ndarray], list[list[FrameStats]]]:
+    """Return the frames of every clip as the model imagines them; their states (T + 1, S), of a model that
+    says them (else no list); and what each step of a batch took.
 
     `actions`: (T, A) for every clip in place of its own.
     """
@@ -204,20 +208,40 @@ def imagine(
     plans = [actions[i] if len(actions) else clip.actions for i, clip in enumerate(clips)]
     actions_NTA = np.stack([np.pad(plan, ((0, steps - len(plan)), (0, 0)), "edge") for plan in plans])
     frames: list[Frames] = []
+    said: list[np.ndarray] = []
     stats, world = [], World(model, temperature=temperature)
     batches = [slice(i, i + batch_size) for i in range(0, len(clips), batch_size)]
     jobs = [(rows, t) for rows in batches for t in range(steps + 1)]
     film: list[Mapping[str, np.ndarray]] = []
+    states: list[np.ndarray] = []
     for rows, t in track(jobs, title, console=Console(stderr=True)):
         if t == 0:
-            film = [world.reset({v: np.stack([c.real[v][0] for c in clips[rows]]) for v in views})]  # pyright: ignore
+            first = {v: np.stack([c.real[v][0] for c in clips[rows]]) for v in views}
+            first["state"] = np.stack([c.episode.states[c.start] for c in clips[rows]])
+            film, states = [world.reset(first)], []  # pyright: ignore[reportAssignmentType]
         else:
             film.append(world.step(actions_NTA[rows, t - 1]))  # pyright: ignore[reportArgumentType]
+        if world.state is not None:
+            states.append(world.state)
         if t == steps:
+            if states:
+                said += [np.stack(states)[: clip.steps + 1, n] for n, clip in enumerate(clips[rows])]
             for n, clip in enumerate(clips[rows]):
                 frames.append({v: np.stack([f[v][n] for f in film[: clip.steps + 1]]) for v in views})
             stats.append(world.stats)
-    return frames, stats
+    return frames, said, stats
+
+
+def of_states(clips: Sequence[Clip], said: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Return how far the hand is from where the model says that it is: `median_cm` and `p90_cm` a step."""
+    pairs = zip(clips, said, strict=True)
+    errors = [
+        100 * np.linalg.norm(own[1:, :3] - clip.episode.states[clip.later, :3], axis=1) for clip, own in pairs
+    ]
+    return {
+        "median_cm": by_step(errors, np.median),
+        "p90_cm": by_step(errors, lambda x: np.quantile(x, 0.9)),
+    }
 
 
 def references(model: Model, clips: Sequence[Clip]) -> dict[str, list[Frames]]:

@@ -1,7 +1,8 @@
 """Prompts -> action codes or image codes: structure forced, scores taken over one modality only.
 
 Dims: B batch, T positions fed at once, S slots of the cache, F fields of a slot, G actions decoded in
-parallel, U actions of a chunk, A action dims, N open codes of a frame, V scores of one code.
+parallel, U actions of a chunk, A action dims, N open codes of a frame (those of its state, if it has one, before
+those of its views), V scores of one code.
 
 The mask makes the U actions of a chunk independent given the prompt, and structure is never sampled, so their
 positions are known before any is decoded: block u token j stands at P + (A + 2)(u - 1) + j. All U are decoded
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldvla.batch import KIND_IMAGE, Batch, Sample
+from worldvla.batch import KIND_IMAGE, KIND_STATE, Batch, Sample
 from worldvla.infer.draft import FrameStats, Window
 from worldvla.infer.graphs import Room, Runner
 from worldvla.model.mask import dense_mask
@@ -138,10 +139,10 @@ def decode_frame(
     temperature: float = 0.0,
     seed: Seeds = 0,
 ) -> tuple[np.ndarray, FrameStats]:
-    """Return image codes (B, N) int64 of the next frame, all views in order of generation, and their cost.
+    """Return codes (B, N) int64 of the next frame, in order of generation, and their cost.
 
-    `tail`: `SampleBuilder.world_tail`; its open positions have kind KIND_IMAGE. `guess_BN`: codes, of which a
-    pass verifies a window; without, one code a pass. The codes do not depend on the guess: each is the
+    `tail`: `SampleBuilder.world_tail`; its open positions are those of KIND_STATE and KIND_IMAGE. `guess_BN`:
+    codes, of which a pass verifies a window; without, one code a pass. The codes do not depend on the guess: each is the
     model's choice given all before it. With a temperature that choice is the best of scores / temperature +
     Gumbel noise, drawn once for each row and position, which makes it a draw from the softmax and, given the
     noise, as certain as a greedy one.
@@ -149,8 +150,11 @@ def decode_frame(
     if tail.chunk.any() or KIND_IMAGE not in tail.kind:
         raise ValueError("a frame needs the tail of a world sample, got another: SampleBuilder.world_tail()")
     stream = _Stream(runner, prompts, tail, vocab.pad)
-    open_N, batch, device = np.flatnonzero(tail.kind == KIND_IMAGE), len(prompts), stream.tail_BT.device
-    num_codes, places_N = len(open_N), torch.from_numpy(open_N).to(device)
+    open_N = np.flatnonzero((tail.kind == KIND_IMAGE) | (tail.kind == KIND_STATE))
+    num_codes, batch, device = len(open_N), len(prompts), stream.tail_BT.device
+    places_N = torch.from_numpy(open_N).to(device)
+    is_state_T = torch.from_numpy(tail.kind == KIND_STATE).to(device)
+    start_T = torch.where(is_state_T, vocab.state.start, vocab.image.start)  # id of code 0
     nth_T = torch.full((len(tail),), -1, device=device)  # which code stands there; structure: none
     nth_T[places_N] = torch.arange(num_codes, device=device)
     if guess_BN is not None:
@@ -158,10 +162,12 @@ def decode_frame(
             raise ValueError(
                 f"a guess of {batch} frames needs codes {(batch, num_codes)}, got {guess_BN.shape}"
             )
-        stream.tail_BT[:, places_N] = torch.from_numpy(guess_BN).to(device) + vocab.image.start
+        stream.tail_BT[:, places_N] = torch.from_numpy(guess_BN).to(device) + start_T[places_N]
     window = Window(fixed=1) if guess_BN is None else window or Window(device)
-    choose, stats = _Chooser(runner.model, vocab.image, temperature), FrameStats(codes=batch * num_codes)
-    noise_BN = _noise((num_codes, *choose.shape), batch, temperature, seed, device)
+    choose, stats = _Chooser(runner.model, vocab, temperature), FrameStats(codes=batch * num_codes)
+    num_states = int((tail.kind == KIND_STATE).sum())
+    noise_BN = _noise((num_codes - num_states, *choose.shape), batch, temperature, seed, device)
+    noise_BSV = _noise((num_states, NUM_BIN_CODES), batch, temperature, seed, device)
     rows_B1, done_B = torch.arange(batch, device=device)[:, None], np.zeros(batch, dtype=np.int64)
     while (done_B < num_codes).any():
         first_B, length = _next_window(open_N, done_B, window.width(num_codes, batch), stream.room)
@@ -169,9 +175,14 @@ def decode_frame(
         where_BT = first_B1 + torch.arange(length, device=device)
         x_BTD, after_BT = stream.feed(where_BT, length), where_BT + 1
         nth_BT = nth_T[after_BT]
-        noise = None if noise_BN is None else noise_BN[rows_B1, nth_BT.clamp_min(0)]
+        noise = None if noise_BN is None else noise_BN[rows_B1, (nth_BT - num_states).clamp_min(0)]
         codes_BT, is_close_BT, is_finite_BT = choose(x_BTD, noise)
-        choice_BT, is_new_BT = codes_BT + vocab.image.start, nth_BT >= done_B1
+        if num_states and (done_B < num_states).any():
+            is_state_BT = is_state_T[after_BT]
+            noise = None if noise_BSV is None else noise_BSV[rows_B1, nth_BT.clamp(0, num_states - 1)]
+            parts = zip(choose.states(x_BTD, noise), (codes_BT, is_close_BT, is_finite_BT), strict=True)
+            codes_BT, is_close_BT, is_finite_BT = (torch.where(is_state_BT, a, b) for a, b in parts)
+        choice_BT, is_new_BT = codes_BT + start_T[after_BT], nth_BT >= done_B1
         ids_BT = stream.tail_BT.gather(1, after_BT)
         is_kept_BT, is_right_BT = verify(ids_BT, choice_BT, is_new_BT)
         stream.tail_BT.scatter_(1, after_BT, torch.where(is_new_BT, choice_BT, ids_BT))
@@ -185,7 +196,7 @@ def decode_frame(
             stats.judged += int(kept_B.sum())
             stats.accepted += int(right_B.sum())
             window.update(float(kept_B[is_open_B].mean()))
-    return stream.tail_BT[:, places_N].cpu().numpy() - vocab.image.start, stats
+    return (stream.tail_BT[:, places_N] - start_T[places_N]).cpu().numpy(), stats
 
 
 def _next_window(open_N: np.ndarray, done_B: np.ndarray, width: int, room: Room) -> tuple[np.ndarray, int]:
@@ -235,26 +246,34 @@ def _scores(x_BTD: Tensor, head_VD: Tensor) -> Tensor:
 
 
 class _Chooser:
-    """Hidden states -> image codes: by one softmax over all codes, or level by level."""
+    """Hidden states -> image codes, by one softmax over all codes or level by level; and -> state codes."""
 
-    def __init__(self, model: Transformer, image: range, temperature: float) -> None:
+    def __init__(self, model: Transformer, vocab: Vocab, temperature: float) -> None:
         self.code_head, self.temperature, self.dtype = model.code_head, temperature, model.head.weight.dtype
-        self.head_VD = None if self.code_head is not None else _head(model, image)
+        self.head_VD = None if self.code_head is not None else _head(model, vocab.image)
+        self.state_VD = _head(model, vocab.state)
         levels = self.code_head.levels.sizes if self.code_head is not None else ()
-        self.shape = (len(levels), max(levels)) if levels else (len(image),)
-        """Scores of one code."""
+        self.shape = (len(levels), max(levels)) if levels else (len(vocab.image),)
+        """Scores of one image code."""
 
     def __call__(self, x_BTD: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes (B, T), and where rounding may have decided, and where the scores are finite."""
+        """Return image codes (B, T), and where rounding may have decided, and where the scores are finite."""
         if self.head_VD is not None:
-            scores_BTV = _disturbed(_scores(x_BTD, self.head_VD), self.temperature, noise)
-            return scores_BTV.argmax(-1), *_near_ties(scores_BTV, self.dtype)
+            return self._best(x_BTD, self.head_VD, noise)
         assert self.code_head is not None
         noise_PEL = None if noise is None else noise.flatten(0, 1)
         codes_P, lead_P = self.code_head.choose(x_BTD.flatten(0, 1), self.temperature, noise_PEL)
         limit = CLOSE.get(self.dtype, CLOSE[torch.bfloat16])
         shape = x_BTD.shape[:2]
         return codes_P.view(shape), (lead_P < limit).view(shape), lead_P.isfinite().view(shape)
+
+    def states(self, x_BTD: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same of state codes."""
+        return self._best(x_BTD, self.state_VD, noise)
+
+    def _best(self, x_BTD: Tensor, head_VD: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        scores_BTV = _disturbed(_scores(x_BTD, head_VD), self.temperature, noise)
+        return scores_BTV.argmax(-1), *_near_ties(scores_BTV, self.dtype)
 
 
 def _noise(

@@ -3,7 +3,8 @@
     starts = [real.reset(options={"init": i})[0] for i in range(50)]
     env = WorldEnv(model.world(), starts, horizon=40, judge=judge)
 
-Only frames are imagined, no states. Actions are in physical units, between those of the training data.
+Frames are imagined, and the robot's state where the model says it (layout.world_state). Actions are in
+physical units, between those of the training data.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +20,21 @@ Frames = dict[str, np.ndarray]
 
 
 def spaces(world: World) -> tuple[gym.Space[Any], gym.Space[np.ndarray]]:
-    """Return the observation space (a Dict of views) and the action space of one world."""
+    """Return the observation space (a Dict of views, and `state`) and the action space of one world."""
     model = world.model
     views: dict[str, Any] = {
         view: gym.spaces.Box(0, 255, (*size, 3), np.uint8) for view, size in model.view_sizes.items()
     }
-    statistics = model.builder.statistics
+    statistics, layout = model.builder.statistics, model.config.layout
+    if layout.world_state:
+        views["state"] = gym.spaces.Box(-np.inf, np.inf, (layout.num_state_dims,), np.float32)
     low, high = (np.array(v, np.float32) for v in (statistics.action_low, statistics.action_high))
     return gym.spaces.Dict(views), gym.spaces.Box(low, high)
+
+
+def _observation(world: World, frames: Any) -> Frames:
+    """Return the frames, and the state where the world says one."""
+    return frames if world.state is None else {**frames, "state": world.state}
 
 
 class WorldEnv(gym.Env[Frames, np.ndarray]):
@@ -60,11 +68,12 @@ class WorldEnv(gym.Env[Frames, np.ndarray]):
         start = (options or {}).get("start", int(self.np_random.integers(len(self.starts))))
         if not 0 <= start < len(self.starts):
             raise ValueError(f"start must be in 0..{len(self.starts) - 1}, got {start}")
-        self._steps, self._frames = 0, self.world.reset(self.starts[start])
+        frames = self.world.reset(self.starts[start])
+        self._steps, self._frames = 0, _observation(self.world, frames)
         return self._frames, {"start": start}
 
     def step(self, action: np.ndarray) -> tuple[Frames, float, bool, bool, dict[str, Any]]:
-        self._steps, self._frames = self._steps + 1, self.world.step(action)
+        self._steps, self._frames = self._steps + 1, _observation(self.world, self.world.step(action))
         reward, is_over = self.judge(self._frames) if self.judge else (0.0, False)
         return self._frames, reward, is_over, self._steps >= self.horizon, {}
 
@@ -103,9 +112,9 @@ class WorldVectorEnv(gym.vector.VectorEnv[Frames, np.ndarray, np.ndarray]):
         if options:
             raise ValueError(f"unknown option of reset {next(iter(options))!r}: expected none")
         chosen = self.np_random.integers(len(self.starts), size=self.num_envs)
-        views = self.world.model.view_sizes
-        first = {view: np.stack([self.starts[i][view] for i in chosen]) for view in views}
-        frames: Any = self.world.reset(first)
+        names = self.single_observation_space.spaces  # pyright: ignore[reportAttributeAccessIssue]
+        first = {name: np.stack([self.starts[i][name] for i in chosen]) for name in names}
+        frames = _observation(self.world, self.world.reset(first))
         self._steps = 0
         return frames, {"start": chosen}
 
@@ -114,7 +123,7 @@ class WorldVectorEnv(gym.vector.VectorEnv[Frames, np.ndarray, np.ndarray]):
         if self._steps >= self.horizon:
             first, info = self.reset()
             return first, nothing, nothing > 0, nothing > 0, info
-        frames: Any = self.world.step(actions)
+        frames = _observation(self.world, self.world.step(actions))
         self._steps += 1
         rewards = np.asarray(self.judge(frames), np.float64) if self.judge else nothing
         return frames, rewards, nothing > 0, np.full(self.num_envs, self._steps >= self.horizon), {}

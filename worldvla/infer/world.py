@@ -4,7 +4,8 @@ environment.
 Frames are dicts of views, uint8 (Y, X, 3), or (B, Y, X, 3) for B worlds at once; a model of one view
 takes and returns the array itself. The codes that it generates are fed back as they are, never decoded and
 encoded again; a model of clips (layout.clip) reads as many of the last frames. The first frame stays the
-context of a decoder that copies what stands still.
+context of a decoder that copies what stands still. A model that says states (layout.world_state) begins from
+the frame's and keeps `state` beside the frames.
 """
 
 from collections.abc import Mapping
@@ -35,16 +36,27 @@ class World:
         self._window = Window(model.device)
         self._tail = model.builder.world_tail()
         self._codes: list[np.ndarray] = []
-        """Of the last frames, oldest first, (B, N)."""
+        """Of the last frames, oldest first, (B, S + N): their states', if the model says them, and views'."""
         self._actions: list[np.ndarray] = []
         """Between them, (B, A)."""
         self._context: dict[str, np.ndarray] = {}
         self._is_batch = self._is_dict = False
+        layout = model.config.layout
+        self._num_states = layout.num_state_dims if layout.world_state else 0
 
     @property
     def codes(self) -> dict[str, np.ndarray]:
         """View -> codes (B, R, Q) of the current frames."""
-        return self.model.grids(self._current())
+        return self.model.grids(self._current()[:, self._num_states :])
+
+    @property
+    def state(self) -> np.ndarray | None:
+        """The robot's state in the current frames, (S,) or (B, S) float32 in its units; None of a model that
+        says none."""
+        if not self._num_states:
+            return None
+        states_BS = self.model.builder.statistics.decode_states(self._current()[:, : self._num_states])
+        return states_BS.astype(np.float32) if self._is_batch else states_BS[0].astype(np.float32)
 
     def reset(self, frame: np.ndarray | Mapping[str, Any]) -> Frame:
         """Start from `frame` (an observation will do); return it as its codes show it."""
@@ -66,7 +78,8 @@ class World:
         else:
             frames = [frame]
         self.stats, self._window = [], Window(self.model.device)
-        self._codes = [np.stack([np.concatenate(codes) for codes in self.model.encode_frames(frames)])]
+        codes_BN = np.stack([np.concatenate(codes) for codes in self.model.encode_frames(frames)])
+        self._codes = [np.concatenate((self._encode_states(frame, len(codes_BN)), codes_BN), 1)]
         self._actions = []
         self._context = {view: np.stack([np.asarray(f[view]) for f in frames]) for view in views}
         return self.frame()
@@ -84,8 +97,9 @@ class World:
         clip, builder = self.model.config.layout.clip, self.model.builder
         self._actions = [*self._actions, actions_BA][-clip:]
         frames, actions = self._codes[-clip:], np.stack(self._actions, 1)
+        states, images = np.split(np.stack(frames, 1), [self._num_states], axis=2)
         prompts = [
-            builder.world_prompt([builder.split_views(codes_BN[row]) for codes_BN in frames], actions[row])
+            builder.world_prompt([builder.split_views(own) for own in images[row]], actions[row], states[row])
             for row in range(len(actions))
         ]
         seeds = [
@@ -115,13 +129,27 @@ class World:
 
     def frame(self) -> Frame:
         """Return the current frame, decoded."""
-        frames = self.model.decode_frames(self._current(), self._context)
+        frames = self.model.decode_frames(self._current()[:, self._num_states :], self._context)
         if not self._is_batch:
             frames = {view: images[0] for view, images in frames.items()}
         return frames if self._is_dict else frames[self.model.config.layout.views[0]]
 
+    def _encode_states(self, frame: Mapping[str, Any], number: int) -> np.ndarray:
+        """Return the codes (B, S) of the states of a first frame."""
+        if not self._num_states:
+            return np.zeros((number, 0), dtype=np.int64)
+        if frame.get("state") is None:
+            raise ValueError(
+                f"the model begins from a frame and the robot's state, got the keys {sorted(frame)}: add 'state'"
+            )
+        states = np.asarray(frame["state"], dtype=np.float64)
+        expected = (number, self._num_states) if self._is_batch else (self._num_states,)
+        if states.shape != expected or not np.isfinite(states).all():
+            raise ValueError(f"the state must be finite and have shape {expected}, got {states.shape}")
+        return self.model.builder.statistics.encode_states(states.reshape(number, -1)).astype(np.int64)
+
     def _current(self) -> np.ndarray:
-        """Return the codes of the current frames, (B, N)."""
+        """Return the codes of the current frames, (B, S + N)."""
         if not self._codes:
             raise ValueError("the world has no frame yet: call reset(frame) first")
         return self._codes[-1]

@@ -1,4 +1,4 @@
-"""Hidden states + Batch -> loss: actions + alpha x world tokens + z-loss, at supervised positions only; and,
+"""Hidden states + Batch -> loss: actions + alpha x world tokens + beta x world states + z-loss, at supervised positions only; and,
 with a continuous head, its mean absolute error.
 
 Dims: B batch, T positions, P supervised positions of a batch, N action dims among them, D width, V vocab, U
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from worldvla.batch import KIND_ACTION, KIND_PROMPT, Batch
+from worldvla.batch import KIND_ACTION, KIND_PROMPT, KIND_STATE, Batch
 from worldvla.config import LossConfig
 from worldvla.model.codes import CodeHead
 from worldvla.vocab import Vocab
@@ -57,6 +57,8 @@ class Totals:
 
     action: int
     world: int
+    """Of the world model, but for state dims."""
+    state: int
     class_weight: float
     """Sum of the published class weights."""
     values: int
@@ -64,7 +66,7 @@ class Totals:
 
     @property
     def supervised(self) -> int:
-        return self.action + self.world
+        return self.action + self.world + self.state
 
 
 class Loss:
@@ -81,6 +83,7 @@ class Loss:
         if self.config.supervise == "all":
             return every
         is_chosen_P = self._is_in(every, self.vocab.action) | self._is_in(every, self.vocab.image)
+        is_chosen_P |= self._is_in(every, self.vocab.state)
         columns = ("positions_P", "ids_P", "kind_P")
         return replace(every, **{name: getattr(every, name)[is_chosen_P] for name in columns})
 
@@ -89,10 +92,13 @@ class Loss:
         return (targets.ids_P >= span.start) & (targets.ids_P < span.stop)
 
     def totals(self, targets: Sequence[Targets]) -> Totals:
-        num_action = sum(int((t.kind_P == KIND_ACTION).sum()) for t in targets)
+        num_action, num_state = (
+            sum(int((t.kind_P == kind).sum()) for t in targets) for kind in (KIND_ACTION, KIND_STATE)
+        )
         class_weight = sum(float(self.class_weight(t.ids_P).sum()) for t in targets)
         num_values = sum(len(t.values_N) for t in targets)
-        return Totals(num_action, sum(len(t) for t in targets) - num_action, class_weight, num_values)
+        num_world = sum(len(t) for t in targets) - num_action - num_state
+        return Totals(num_action, num_world, num_state, class_weight, num_values)
 
     def class_weight(self, ids_P: Tensor) -> Tensor:
         """Return the published weight of each id: alpha in a slice one id too early (pretrain_ck.py:931)."""
@@ -104,9 +110,10 @@ class Loss:
         """Return the factor of each target's cross-entropy in the loss, normalisation included."""
         if self.config.reduction == "published":
             return self.class_weight(targets.ids_P) / max(totals.class_weight, 1e-8)
-        is_action_P = targets.kind_P == KIND_ACTION
+        is_action_P, is_state_P = targets.kind_P == KIND_ACTION, targets.kind_P == KIND_STATE
         world_weight = self.config.image_weight / max(totals.world, 1)
-        return torch.where(is_action_P, 1.0 / max(totals.action, 1), world_weight)
+        weight_P = torch.where(is_action_P, 1.0 / max(totals.action, 1), world_weight)
+        return torch.where(is_state_P, self.config.state_weight / max(totals.state, 1), weight_P)
 
     def __call__(
         self,
@@ -123,14 +130,16 @@ class Loss:
         """
         weight_P = self.weights(targets, totals)
         z_weight, smooth_CC = self.config.z_weight / max(totals.supervised, 1), self.smooth_CC
-        action, image = self.vocab.action, self.vocab.image
+        action, image, state = self.vocab.action, self.vocab.image, self.vocab.state
         if self.config.supervise == "all":
             smooth = None if smooth_CC is None else Smooth(action.start, smooth_CC)
             return head_loss(x_PD, head_VD, targets.ids_P, weight_P, z_weight, smooth)
         total, cross_entropy_P = x_PD.new_zeros(()), torch.empty(len(targets), device=x_PD.device)
         smooth = None if smooth_CC is None else Smooth(0, smooth_CC)
-        for span, smooth_of_span in ((action, smooth), (image, None)):
+        for span, smooth_of_span in ((action, smooth), (image, None), (state, smooth)):
             rows = self._is_in(targets, span).nonzero().squeeze(1)
+            if span == state and not totals.state:
+                continue
             if code_head is not None and span == image:
                 nats_R = code_head.cross_entropy(x_PD[rows], targets.ids_P[rows] - span.start)
                 total, cross_entropy_P[rows] = total + (weight_P[rows] * nats_R).sum(), nats_R.detach()

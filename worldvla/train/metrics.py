@@ -17,14 +17,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, Batch
+from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, KIND_STATE, Batch
 from worldvla.files import reading, write_text
 from worldvla.model.transformer import Transformer, previous_ids
 from worldvla.progress import progress_bar
 from worldvla.train.loss import Loss, Targets
 from worldvla.vocab import Vocab
 
-KINDS = {"action": KIND_ACTION, "image": KIND_IMAGE, "layout": KIND_LAYOUT}
+KINDS = {"action": KIND_ACTION, "image": KIND_IMAGE, "layout": KIND_LAYOUT, "state": KIND_STATE}
 Forward = Callable[[Batch, Targets], tuple[Tensor, Tensor | None]]
 """Hidden states at the targets' positions, (P, D), and the continuous head's actions (B, U, A), if any."""
 log = logging.getLogger("worldvla")
@@ -111,9 +111,9 @@ def validate(
 ) -> dict[str, float]:
     """Return the mean cross-entropy per kind of target, and how good the greedy actions and codes are.
 
-    Keys appear only for what the batches hold: loss; {action,image,layout}_loss (nats); {changed,kept}_loss,
+    Keys appear only for what the batches hold: loss; {action,image,layout,state}_loss (nats); {changed,kept}_loss,
     of image codes that differ from the code at their place one frame earlier, and of those that do not;
-    {action,image}_accuracy; first_{x,y,z,xyz}_l1, of the first action of a chunk; end_xyz_l1, of the whole
+    {action,image}_accuracy; state_bins, the distance of a state dim in bins; first_{x,y,z,xyz}_l1, of the first action of a chunk; end_xyz_l1, of the whole
     chunk's motion; still_xyz_l1 and still_end_xyz_l1, the same of predicting no motion; gripper_accuracy;
     action_l1, of all dims, against what they were before they became bins; head_*, of the continuous head.
     """
@@ -158,6 +158,10 @@ def greedy(
         else:
             guess_P = model.logits(x_PD[is_image_P], vocab.image).argmax(-1)
         out["image_accuracy"] = guess_P == targets.ids_P[is_image_P] - vocab.image.start
+    is_state_P = targets.kind_P == KIND_STATE
+    if is_state_P.any():
+        guess_P = model.logits(x_PD[is_state_P], vocab.state).argmax(-1)
+        out["state_bins"] = (guess_P - (targets.ids_P[is_state_P] - vocab.state.start)).abs()
     is_bin_P = (targets.ids_P >= vocab.action.start) & (targets.ids_P < vocab.action.stop)
     if is_bin_P.any():
         shape = (-1, scale.chunk, len(scale.no_motion_A))  # every policy sample holds a whole chunk

@@ -268,7 +268,8 @@ class Session:
 
     def _policy_action(self) -> np.ndarray:
         if not self._chunk:
-            seen = {**self.frame, "state": self.state, "instruction": self.task.instruction}
+            state = self.state if self.world.state is None else self.world.state
+            seen = {**self.frame, "state": state, "instruction": self.task.instruction}
             actions = self.playable.policy.act({**seen, "previous": list(self._previous)})
             self._chunk = list(actions[:REPLAN])
         return self._chunk.pop(0)
