@@ -97,7 +97,7 @@ def test_targets_are_not_quantised(root: Path) -> None:
     off = np.abs(values.numpy() - dequantize(codes))
     assert 1e-4 < off.mean() < off.max() <= 1 / 255 + 1e-6  # within their bins, not at the centres
     stored = np.load(root / "store/actions.npy")
-    low, high = pieces.statistics.action_low, pieces.statistics.action_high
+    low, high = pieces.builder.statistics.action_low, pieces.builder.statistics.action_high
     rows = normalize(stored, low, high).astype(np.float32)
     chunk_UA = values[: K * A].view(K, A).numpy()
     assert any(np.array_equal(rows[i : i + K], chunk_UA) for i in range(len(rows)))

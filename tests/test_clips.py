@@ -94,7 +94,7 @@ def test_the_state_of_each_frame_stands_before_it(trained: Path) -> None:
     pieces = build(load(trained).config)
     batch, template = world_batch(pieces.config), pieces.builder.world_template(2)
     store, ids = pieces.loader.stores[0], pieces.vocab.state
-    known = pieces.statistics.encode_states(store.states) + ids.start
+    known = pieces.builder.statistics.encode_states(store.states) + ids.start
     for row in batch.ids_BT.numpy():
         said = row[template.states]
         assert not said.size or any((known[i : i + 3] == said).all() for i in range(len(known) - 2))

@@ -17,9 +17,10 @@ from token_stubs import CountedWords, PixelSums, random_episode
 from worldvla.batch import KIND_ACTION, Batch, Sample
 from worldvla.config import DataConfig, LayoutConfig
 from worldvla.data.episode import Episode
-from worldvla.data.loader import MODES, Loader, Mode, prompted, split, store_statistics
+from worldvla.data.loader import MODES, Loader, Mode, dataset_statistics, prompted, split, store_statistics
 from worldvla.data.sample import SampleBuilder
 from worldvla.data.store import TokenStore, write_store
+from worldvla.tokenizers.action import DatasetStatistics
 from worldvla.vocab import compact
 
 LAYOUT = replace(TINY, world_prompt="imagine")
@@ -39,7 +40,8 @@ def make(
     stores: list[TokenStore], data: DataConfig = DATA, layout: LayoutConfig = LAYOUT, **changes: int
 ) -> Loader:
     settings = {"batch_size": 10, "seed": 3, **changes}
-    builder = SampleBuilder(layout, compact(64, 20), CountedWords(size=20), store_statistics(stores, data))
+    statistics = dataset_statistics(stores, data, {})
+    builder = SampleBuilder(layout, compact(64, 20), CountedWords(size=20), statistics)
     return Loader(stores, builder, data, **settings)
 
 
@@ -213,6 +215,61 @@ def test_the_share_of_world_samples_is_exact(stores: list[TokenStore], fraction:
         per_batch.append(counts["world"])
     assert sum(per_batch) == int(fraction * 250)
     assert max(per_batch) - min(per_batch) <= 1
+
+
+def test_stores_are_drawn_by_weight(stores: list[TokenStore], monkeypatch: pytest.MonkeyPatch):
+    """Exactly so in every block, each store without replacement, any step first; a store of perturbed steps
+    alone has no policy samples and counts among the world samples only."""
+    monkeypatch.setattr("worldvla.data.loader.BLOCK", 60)
+    aimless = [replace(e, is_expert=np.zeros(len(e), dtype=np.bool_)) for e in EPISODES[:4]]
+    path = write_store(stores[0].path.with_name("aimless"), aimless, PixelSums())
+    mixed = [*stores, TokenStore.open(path)]
+    data = replace(DATA, stores=("a", "b", "aimless"), weights=(4, 1, 1), val_fraction=0.0)
+    loader = make(mixed, data)
+    taken = {mode: loader._take(mode, 0, 600) for mode in MODES}
+    shares: dict[Mode, tuple[int, ...]] = {"policy": (48, 12, 0), "world": (40, 10, 10)}
+    for mode in MODES:
+        store_M = loader.frames.stores_F[taken[mode]]
+        assert [tuple(np.bincount(b, minlength=3)) for b in store_M.reshape(10, 60)] == [shares[mode]] * 10
+        for store in np.unique(store_M):
+            own, count = taken[mode][store_M == store], len(loader._sources[mode][store])
+            for epoch in np.split(own, range(count, len(own), count)):
+                assert len(set(epoch.tolist())) == len(epoch)
+        other = make(mixed, data)
+        assert (np.concatenate([other._take(mode, 333, 600), other._take(mode, 0, 333)])
+                == np.roll(taken[mode], -333)).all()  # fmt: skip
+    assert (make(mixed, data, seed=4)._take("policy", 0, 60) != taken["policy"][:60]).any()
+    with pytest.raises(ValueError, match=r"store 1 gets less than one of 60 samples; give it more weight"):
+        make(mixed, replace(data, weights=(4, 0.001, 1))).batch(0)
+    with pytest.raises(ValueError, match=r"data\.weights has 2 values, data\.stores 3: give one a store"):
+        replace(data, weights=(1, 2))
+
+
+def test_each_dataset_is_read_by_its_own_ranges(tmp_path: Path, stores: list[TokenStore]):
+    """Stores of one name share them; a sample's ids are those that its own dataset alone would give."""
+    wide = [replace(e, actions=10 * e.actions, states=3 + e.states) for e in EPISODES]
+    mixed = [*stores, TokenStore.open(write_store(tmp_path / "wide", wide, PixelSums()))]
+    data = replace(DATA, stores=("a", "b", "wide"), datasets=("arm", "arm", "wide arm"))
+    loader = make(mixed, data)
+    alone = make(stores, DATA), make(mixed[2:], replace(DATA, stores=("wide",)))
+    known = loader.builder.all_statistics
+    assert isinstance(known, DatasetStatistics)
+    assert list(known.sets.values()) == [one.builder.statistics for one in alone]
+    assert known.sets["wide arm"].action_high[0] > 5 > known.sets["arm"].action_high[0]
+    num_frames = sum(map(len, EPISODES))
+    for frame in range(0, num_frames - 1, 3):
+        for first, one in zip((0, num_frames), alone, strict=True):
+            for mode in MODES:
+                got, want = loader.sample(first + frame, mode), one.sample(frame, mode)
+                assert (got.ids == want.ids).all()
+    with pytest.raises(ValueError, match=r"datasets 'arm', 'wide arm'; name one of them"):
+        _ = loader.builder.statistics
+    arm = known.sets["arm"]
+    short = DatasetStatistics({"arm": arm, "short": replace(arm, action_low=(-1,) * 6, action_high=(1,) * 6)})
+    with pytest.raises(ValueError, match=r"statistics have 6 action dims, the layout 7"):
+        SampleBuilder(LAYOUT, loader.builder.vocab, CountedWords(size=20), short)
+    with pytest.raises(ValueError, match="a name must not be empty"):
+        replace(data, datasets=("arm", "", "x"))
 
 
 def test_batches_are_as_long_as_their_longest_sample(stores: list[TokenStore]):

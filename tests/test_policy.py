@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,15 +21,23 @@ import torch
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_run import _episode, tiny_config, write_tiny
 
 import worldvla
 from worldvla.cli import main
+from worldvla.data.store import write_store
 from worldvla.files import load_tensors, save_tensors, write_digests, write_json
 from worldvla.infer.model import Model, export, load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
+from worldvla.serve.exact import BatchedPolicy
+from worldvla.serve.protocol import pack
+from worldvla.serve.server import Served, read_request
 from worldvla.sim.suites import make, tasks
+from worldvla.tokenizers.action import DatasetStatistics
 from worldvla.tokenizers.image import ImageTokenizer
+from worldvla.train.build import build
+from worldvla.train.loop import train
 
 Observation = dict[str, Any]
 
@@ -311,6 +320,93 @@ def test_an_exported_model_is_smaller_and_acts_alike(checkpoint: Path, model: Mo
     for name, weight in exported.transformer.state_dict().items():
         torch.testing.assert_close(weight, model.transformer.state_dict()[name], rtol=1e-2, atol=1e-3)
     assert Policy(exported).act(observe(0)).shape == Policy(model).act(observe(0)).shape
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that was trained on two datasets, the second with tenfold actions and other states."""
+    root = tmp_path_factory.mktemp("mixture")
+    write_tiny(root)
+    config, image = tiny_config(root, steps=2), ImageTokenizer.load(root / "image_tokenizer")
+    wide = [replace(_episode(np.random.default_rng(7), i), instruction="lift") for i in range(6)]
+    wide = [replace(e, actions=10 * e.actions, states=2 + e.states) for e in wide]
+    write_store(root / "wide", wide, image, source={"fps": 30.0})
+    stores = (*config.data.stores, str(root / "wide"))
+    data = replace(config.data, stores=stores, datasets=("arm", "wide"), weights=(3.0, 1.0))
+    return train(replace(config, data=data), root / "run").checkpoint
+
+
+def test_a_dataset_of_a_mixture_is_chosen_by_unnorm_key(mixture: Path, tmp_path: Path) -> None:
+    """In the observation, when it is loaded or when it is exported: the same actions, those of its ranges."""
+    model = load(mixture)
+    assert model.unnorm_keys == ["arm", "wide"]
+    assert model.manifest["features"] == {"datasets": {"arm": {}, "wide": {"fps": 30.0}}}
+    both = [observe(i) | {"unnorm_key": key} for i in range(3) for key in ("arm", "wide")]
+    actions = Policy(model).act(both)
+    assert np.abs(actions[1::2]).max() > 1.5 > np.abs(actions[::2]).max()
+    chosen = {key: load(mixture, unnorm_key=key) for key in ("arm", "wide")}
+    assert chosen["wide"].manifest["features"] == {"fps": 30.0}
+    assert chosen["wide"].identity()["unnorm_key"] == "wide"
+    for observation, expected in zip(both, actions, strict=True):
+        one = chosen[observation["unnorm_key"]]
+        np.testing.assert_array_equal(Policy(one).act(observation), expected)
+        np.testing.assert_array_equal(Policy(one).act(without_key(observation)), expected)
+    assert main(["export", str(mixture), "--out", str(tmp_path / "wide"), "--unnorm-key", "wide"]) == 0
+    exported, rounded = load(tmp_path / "wide"), load(mixture, dtype=torch.bfloat16, unnorm_key="wide")
+    assert exported.builder.statistics == chosen["wide"].builder.statistics
+    for observation in both[1::2]:
+        np.testing.assert_array_equal(Policy(exported).act(observation), Policy(rounded).act(observation))
+    World(exported).reset(observe(0))
+    assert "| action (minmax, wide) |" in (tmp_path / "wide/README.md").read_text()
+    assert "| state (minmax, arm) |" in (export(mixture, tmp_path / "both") / "README.md").read_text()
+
+
+def test_no_dataset_is_guessed(mixture: Path, model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("", "tall"):
+        with pytest.raises(ValueError, match=f"unnorm_key '{key}': .* datasets 'arm', 'wide'; name one"):
+            Policy(load(mixture)).act(observe(0) | {"unnorm_key": key})
+    with pytest.raises(ValueError, match="unnorm_key must be the name of a dataset, got 3"):
+        Policy(load(mixture)).act(observe(0) | {"unnorm_key": 3})
+    with pytest.raises(ValueError, match="unnorm_key 'wide': the model was trained on the datasets 'arm'"):
+        Policy(load(mixture, unnorm_key="arm")).act(observe(0) | {"unnorm_key": "wide"})
+    with pytest.raises(ValueError, match="one dataset, without a name"):
+        Policy(model).act(observe(0) | {"unnorm_key": "wide"})
+    world = World(load(mixture))
+    world.reset(observe(0))
+    with pytest.raises(ValueError, match="name one of them"):
+        world.step(np.zeros(7))
+    assert main(["eval", str(mixture), "--suite", "tabletop_object", "--out", str(mixture / "eval")]) == 2
+    assert "--unnorm-key of `worldvla eval`" in capsys.readouterr().err
+
+
+def test_a_new_dataset_brings_its_own_ranges(mixture: Path) -> None:
+    """Where training goes on from a mixture, a name that it knows keeps its ranges, whatever the new data."""
+    known, config = load(mixture).builder.all_statistics, load(mixture).config
+    data = replace(config.data, datasets=("wide", "new"))
+    start = replace(config, train=replace(config.train, init_from=str(mixture)))
+    found = build(replace(start, data=data)).statistics
+    assert isinstance(known, DatasetStatistics)
+    assert isinstance(found, DatasetStatistics)
+    assert found.sets["wide"] == known.sets["wide"]
+    assert found.sets["new"] == known.sets["wide"]  # computed: the same store
+    with pytest.raises(ValueError, match=r"was trained on the datasets 'arm', 'wide': give each store one"):
+        build(replace(start, data=replace(config.data, datasets=())))
+
+
+def test_a_server_of_a_mixture_wants_a_dataset_in_each_request(mixture: Path) -> None:
+    policy = BatchedPolicy(load(mixture), "discrete")
+    served = Served(act=policy.act, views=policy.model.view_sizes, check=policy.check, history=2)
+    sent = observe(0) | {"prompt": "do 0"}
+    for key in ("arm", "wide"):
+        seen, _ = read_request(pack(sent | {"unnorm_key": key}), served)
+        direct = policy.alone.act(observe(0) | {"unnorm_key": key})
+        np.testing.assert_array_equal(policy.act([seen, seen])[1], direct)
+    with pytest.raises(ValueError, match="name one of them"):
+        read_request(pack(sent), served)
+
+
+def without_key(observation: Observation) -> Observation:
+    return {name: value for name, value in observation.items() if name != "unnorm_key"}
 
 
 def test_what_is_pushed_names_no_folder_of_this_machine(

@@ -148,12 +148,17 @@ def test_requests_are_openpis() -> None:
             assert (actor.execute, actor.history) == (5, 1)
             (actions,) = actor.act([look(agentview=image(3, 256), wrist=image(4, 256))])
             actor.act([look(5, agentview=image(3, 256), wrist=image(4, 256))])
+        with closing(RemoteActor(at, "libero_object", unnorm_key="bridge")) as actor:
+            actor.act([look()])
+            assert actor.identity()["unnorm_key"] == "bridge"
         server.shutdown()
         thread.join()
     assert actions is not None
     assert actions.dtype == np.float32
     np.testing.assert_array_equal(actions, np.arange(35).reshape(5, 7))
-    first, second = echo
+    first, second, of_dataset = echo
+    assert of_dataset.pop("unnorm_key") == "bridge"
+    assert set(of_dataset) == set(request())
     assert set(first) == set(second) == set(request())
     assert first["observation/image"].shape == (224, 224, 3)
     assert (first["observation/wrist_image"] == 4).all()

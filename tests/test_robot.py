@@ -22,6 +22,8 @@ def test_differences_become_targets_of_the_same_names():
     targets = deltas.add(np.array([[1.0, 2.0, 3.0]]), np.array([[10.0, 20.0, 30.0]]))
     assert targets.tolist() == [[31.0, 2.0, 13.0]]  # the gripper's command is none
     assert Deltas.of({"action_names": NAMES, "state_names": NAMES}).pairs == {}
+    with pytest.raises(ValueError, match=r"datasets \['home'\]: expected those of one"):
+        Deltas.of({"datasets": {"home": features}})
 
 
 def reach(joints: np.ndarray) -> np.ndarray:

@@ -364,6 +364,11 @@ def test_an_environment_that_raised_is_closed(monkeypatch: pytest.MonkeyPatch) -
         ),
         ("random", {"head": "discrete"}, "not for random"),
         ("ws://host", {"device": "cuda"}, "not for a policy server: give it to `worldvla serve` as --device"),
+        (
+            "expert",
+            {"unnorm_key": "home"},
+            "--unnorm-key is for a policy server or a checkpoint, not for expert",
+        ),
         ("some/where", {"demos": Path("x")}, "--demos is for open-loop, not for a checkpoint"),
         ("open-loop", {}, "needs --demos"),
     ],

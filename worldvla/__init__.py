@@ -52,15 +52,17 @@ def load(
     device: str = "cpu",
     dtype: "torch.dtype | None" = None,
     quantize: Literal["", "int8", "int4"] = "",
+    unnorm_key: str = "",
 ) -> WorldVLA:
     """Return a shipped model (`tabletop`, `libero`), that of a checkpoint directory, the newest of a run, or
     one on the hub (`ORG/NAME`, `hf://ORG/NAME/FOLDER`).
 
-    `quantize` holds its large matrices in 8 or 4 bits.
+    `quantize` holds its large matrices in 8 or 4 bits. `unnorm_key`: of a model of several datasets, the one
+    whose ranges of actions and states are used.
     """
     from worldvla.infer.model import load as load_model
 
-    return WorldVLA(load_model(name, device, dtype, quantize))
+    return WorldVLA(load_model(name, device, dtype, quantize, unnorm_key))
 
 
 def make(

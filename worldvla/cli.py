@@ -76,6 +76,10 @@ Track = Annotated[
     Literal["", "trackio", "wandb"],
     tyro.conf.arg(help="Also record there: on this machine, unless its own settings say otherwise."),
 ]
+UnnormKey = Annotated[
+    str,
+    tyro.conf.arg(help="Of a model of several datasets, the name of the one whose ranges are used."),
+]
 Quantize = Annotated[
     Literal["", "int8", "int4"],
     tyro.conf.arg(help="Hold a checkpoint's large matrices in 8 or 4 bits: less memory, not less time."),
@@ -570,6 +574,7 @@ def evaluate(
     workers: Workers = 0,
     device: str = "",
     quantize: Quantize = "",
+    unnorm_key: UnnormKey = "",
     shard: str = "",
     cluster: ClusterAddress = "",
     allow_errors: int = 0,
@@ -604,6 +609,7 @@ def evaluate(
 
         _warn_of_versions(*members(suite))
         options = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
+        options["unnorm_key"] = unnorm_key
         parts = (tasks, episodes, first, seed, videos, scene_prefix, _shard(shard))
         records = []
         with _open_cluster(cluster, "gpu" if device.startswith("cuda") else "node") as pool:
@@ -839,16 +845,20 @@ def improve(
     say(f"next: worldvla eval {record['checkpoint']} --suite {suites[0]}, then worldvla compare")
 
 
-def export(checkpoint: Positional[Checkpoint], *, out: Path, half: bool = False) -> None:
+def export(
+    checkpoint: Positional[Checkpoint], *, out: Path, half: bool = False, unnorm_key: UnnormKey = ""
+) -> None:
     """Copy a checkpoint without its training state, weights in bfloat16: what is shipped and served.
 
     Args:
         half: Round the image tokenizer to half precision too, which changes a few codes.
+        unnorm_key: Of a model of several datasets, keep the ranges of this one alone.
     """
     from worldvla.infer.model import export
 
     with only_writer(out):
-        say(f"model: {export(checkpoint, out, half)}   next: worldvla eval {out} --suite SUITE")
+        model = export(checkpoint, out, half, unnorm_key=unnorm_key)
+    say(f"model: {model}   next: worldvla eval {out} --suite SUITE")
 
 
 def push(
@@ -940,6 +950,7 @@ def serve(
     head: Literal["discrete", "continuous"] = "discrete",
     device: str = "cpu",
     quantize: Quantize = "",
+    unnorm_key: UnnormKey = "",
 ) -> None:
     """Serve a checkpoint to any openpi client; clients must send the key WORLDVLA_API_KEY, where that is set.
 
@@ -962,6 +973,7 @@ def serve(
         resize=resize,
         device=device,
         quantize=quantize,
+        unnorm_key=unnorm_key,
         host=host,
         port=port,
         insecure=insecure,
@@ -1116,7 +1128,9 @@ def show_sample(
         builder, sample = show.fake(complete, mode, frame)
     else:
         pieces = build(complete)
-        builder, sample = pieces.builder, pieces.loader.sample(frame, mode)
+        names = complete.data.datasets
+        builder = pieces.builder.only(names[pieces.loader.frames.stores_F[frame]] if names else "")
+        sample = pieces.loader.sample(frame, mode)
     Console(width=width).print(show.show(sample, builder, f"{complete.name} {mode}"))
 
 

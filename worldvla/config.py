@@ -301,6 +301,12 @@ class OptimConfig(Checked):
 class DataConfig(Checked):
     stores: tuple[str, ...]
     """TokenStore directories."""
+    weights: tuple[Positive, ...] = ()
+    """Of each store: its share of the policy samples, and of the world samples, beside the other stores that
+    have such samples. Empty: every sample counts the same."""
+    datasets: tuple[str, ...] = ()
+    """Name of each store's dataset: stores of one name share the statistics of actions and states, and a
+    request says which to use (`unnorm_key`). Empty: all stores are one dataset, without a name."""
     world_fraction: Share = 0.5
     """Share of world samples in the stream; 0 trains the policy alone, 1 the world model alone."""
     val_fraction: Share = 0.02
@@ -317,6 +323,16 @@ class DataConfig(Checked):
     """Start LIBERO-10's instructions by their scene, as published (docs/DETAILS.md, 4)."""
     pad_chunks: bool = False
     """Chunks that pass the end of an episode repeat its last action; off: there are none (as published)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("weights", "datasets"):
+            if (given := getattr(self, name)) and len(given) != len(self.stores):
+                raise ValueError(
+                    f"data.{name} has {len(given)} values, data.stores {len(self.stores)}: give one a store"
+                )
+        if not all(self.datasets or ("one",)):
+            raise ValueError(f"data.datasets {self.datasets}: a name must not be empty")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,10 @@ class Deltas:
 
     @classmethod
     def of(cls, features: Mapping[str, Any]) -> "Deltas":
-        """`features`: those of a checkpoint's manifest, or of a server's metadata."""
+        """`features`: those of a checkpoint's manifest, or of a server's metadata; of a model of several
+        datasets those of one, features["datasets"][unnorm_key]."""
+        if "datasets" in features:
+            raise ValueError(f"features of the datasets {list(features['datasets'])}: expected those of one")
         if not (delta := features.get("delta")):
             return cls({})
         names = features["action_names"]

@@ -1,13 +1,14 @@
 """TokenStores -> Batches: a pure function of (seed, step), so resuming needs nothing but the step.
 
 Policy and world samples are two streams, each a fresh permutation of its frames every epoch, without
-replacement. Instructions, actions and states are encoded once at the start (`FrameTable`), and a batch is
-copied from templates (`data/sample.py`): about 2 ms for 64 samples. With several ranks, rank r of W takes
+replacement. With `data.weights` each store is permuted by itself, and the stores are mixed by weight.
+Instructions, actions and states are encoded once at the start (`FrameTable`), and a batch is copied from
+templates (`data/sample.py`): about 2 ms for 64 samples. With several ranks, rank r of W takes
 `batch(step * W + r)`.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -20,13 +21,15 @@ from worldvla.config import DataConfig, LayoutConfig
 from worldvla.data.sample import DTYPES, ROWS, SampleBuilder, Template
 from worldvla.data.store import EpisodeRow, TokenStore
 from worldvla.sim.suites import with_scene
-from worldvla.tokenizers.action import Statistics, compute_statistics, quantize
+from worldvla.tokenizers.action import DatasetStatistics, Statistics, choose, compute_statistics, quantize
 from worldvla.vocab import Vocab
 
 Mode = Literal["policy", "world"]
 MODES: tuple[Mode, Mode] = ("policy", "world")
 VAL_SEED = 0
 """Order of the validation samples: the same for every training seed, so that runs compare."""
+BLOCK = 2**16
+"""Samples among which stores have exactly the shares of their weights, rounded to one sample."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,16 @@ class FrameTable:
         cls,
         stores: Sequence[TokenStore],
         builder: SampleBuilder,
-        scene_prefix: bool,
+        data: DataConfig,
         chunks: list[np.ndarray],
     ) -> "FrameTable":
         """`chunks`: of each store the actions (F, U, A) of every frame's chunk, in physical units."""
-        layout, vocab, statistics = builder.layout, builder.vocab, builder.statistics
-        actions, states = (
-            np.concatenate([getattr(s, name) for s in stores]) for name in ("actions", "states")
-        )
-        values = [statistics.normalize_actions(c) for c in chunks]
+        layout, vocab = builder.layout, builder.vocab
+        own = [choose(builder.all_statistics, key) for key in data.datasets or ("",) * len(stores)]
+        known = list(zip(own, stores, strict=True))
+        values = [s.normalize_actions(c) for s, c in zip(own, chunks, strict=True)]
         episodes = [e for store in stores for e in store.episodes]
-        texts = np.array([prompted(e, scene_prefix) for e in episodes], dtype=object)
+        texts = np.array([prompted(e, data.scene_prefix) for e in episodes], dtype=object)
         lengths = [len(store) for store in stores]
         return cls(
             builder,
@@ -76,10 +78,11 @@ class FrameTable:
             np.cumsum([0, *lengths])[:-1],
             [[store.codes[view] for view in layout.views] for store in stores],
             np.repeat(texts, [e.length for e in episodes]),
-            statistics.encode_states(states) + vocab.state.start
+            np.concatenate([s.encode_states(store.states) for s, store in known]) + vocab.state.start
             if layout.state or layout.world_state
             else None,
-            statistics.encode_world_actions(actions) + vocab.action.start,
+            np.concatenate([s.encode_world_actions(store.actions) for s, store in known])
+            + vocab.action.start,
             np.concatenate([(quantize(v) + vocab.action.start).astype(np.int32) for v in values]),
             np.concatenate([v.astype(np.float32) for v in values]),
         )
@@ -134,7 +137,7 @@ class Loader:
         self.stores = stores
         check_stores(stores, builder.layout, builder.vocab)
         targets = [policy_targets(store, builder.layout.chunk, data.pad_chunks) for store in stores]
-        self.frames = FrameTable.of(stores, builder, data.scene_prefix, [chunks for chunks, _ in targets])
+        self.frames = FrameTable.of(stores, builder, data, [chunks for chunks, _ in targets])
         lengths = [e.length for store in stores for e in store.episodes]
         held_out = np.repeat(np.concatenate(split(stores, data.val_fraction)), lengths)
         _, stops = frame_spans(stores)
@@ -146,7 +149,9 @@ class Loader:
         rng = {mode: np.random.default_rng(VAL_SEED) for mode in MODES}
         self._val = {mode: rng[mode].permutation(np.flatnonzero(is_start[mode] & held_out)) for mode in MODES}
         self._share = Fraction(str(data.world_fraction))
-        self._orders: dict[tuple[Mode, int], np.ndarray] = {}
+        self._sources = {mode: self._split_sources(own) for mode, own in self._train.items()}
+        self._orders: dict[tuple[Mode, int], tuple[int, np.ndarray]] = {}
+        self._blocks: dict[Mode, tuple[int, np.ndarray, np.ndarray]] = {}
         self._check()
 
     def batch(self, step: int) -> list[Batch]:
@@ -184,22 +189,63 @@ class Loader:
         self.frames.fill(table, frame, mode)
         return Sample(**{name: table[k].astype(DTYPES[name]) for k, name in enumerate(ROWS)})
 
+    def _split_sources(self, frames: np.ndarray) -> list[np.ndarray]:
+        """Return what a stream is mixed from: the samples of each store, or without weights of all."""
+        if not self.data.weights:
+            return [frames]
+        return [frames[self.frames.stores_F[frames] == store] for store in range(len(self.stores))]
+
     def _take(self, mode: Mode, first: int, last: int) -> np.ndarray:
         """Return the frames of samples first .. last - 1 of a stream."""
-        count, parts = self.num_train(mode), []
+        parts = [np.zeros(0, dtype=np.int64)]
         while first < last:
-            epoch, inside = divmod(first, count)
-            stop = min(count, inside + last - first)
-            parts.append(self._order(mode, epoch)[inside:stop])
+            block, inside = divmod(first, BLOCK)
+            stop = min(BLOCK, inside + last - first)
+            sources_M, numbers_M = (column[inside:stop] for column in self._mixed(mode, block))
+            frames_M = np.empty(stop - inside, dtype=np.int64)
+            for source in np.unique(sources_M).tolist():
+                is_own = sources_M == source
+                frames_M[is_own] = self._frames_of(mode, source, numbers_M[is_own])
+            parts.append(frames_M)
             first += stop - inside
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        return np.concatenate(parts)
 
-    def _order(self, mode: Mode, epoch: int) -> np.ndarray:
-        if (mode, epoch) not in self._orders:
-            self._orders = {key: order for key, order in self._orders.items() if key[0] != mode}
-            rng = np.random.default_rng((self.seed, MODES.index(mode), epoch))
-            self._orders[mode, epoch] = rng.permutation(self._train[mode])
-        return self._orders[mode, epoch]
+    def _mixed(self, mode: Mode, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return, of the samples of a block, the source of each and its number in that source, (BLOCK,)."""
+        if (kept := self._blocks.get(mode)) is None or kept[0] != block:
+            counts = self._counts(mode)
+            sources_M = np.repeat(np.arange(len(counts)), counts)
+            if self.data.weights:
+                rng = np.random.default_rng((self.seed, MODES.index(mode), block, BLOCK))
+                sources_M = rng.permutation(sources_M)
+            numbers_M = np.empty(BLOCK, dtype=np.int64)
+            for source, count in enumerate(counts.tolist()):
+                numbers_M[sources_M == source] = block * count + np.arange(count)
+            self._blocks[mode] = kept = block, sources_M, numbers_M
+        return kept[1:]
+
+    def _counts(self, mode: Mode) -> np.ndarray:
+        """Return how many samples of a block each source gives: by its weight, if it has such samples."""
+        weights = np.array(self.data.weights or (1.0,)) * [len(own) > 0 for own in self._sources[mode]]
+        counts = np.diff(np.rint(np.cumsum(weights / weights.sum()) * BLOCK).astype(np.int64), prepend=0)
+        if (bad := (weights > 0) & (counts == 0)).any():
+            raise ValueError(
+                f"data.weights {self.data.weights}: store {int(bad.argmax())} gets less than one of {BLOCK} "
+                "samples; give it more weight, or leave it out"
+            )
+        return counts
+
+    def _frames_of(self, mode: Mode, source: int, numbers: np.ndarray) -> np.ndarray:
+        """Return the frames of the samples of these numbers, which ascend, of one source."""
+        own = self._sources[mode][source]
+        epochs, inside = np.divmod(numbers, len(own))
+        parts = []
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            if (kept := self._orders.get((mode, source))) is None or kept[0] != epoch:
+                seed = (self.seed, MODES.index(mode), epoch) + ((1 + source,) if self.data.weights else ())
+                self._orders[mode, source] = kept = epoch, np.random.default_rng(seed).permutation(own)
+            parts.append(kept[1][inside[epochs == epoch]])
+        return np.concatenate(parts)
 
     def _assemble(self, frames: np.ndarray, mode: Mode) -> Batch:
         """Return the samples of the frames (B,), padded to the longest, at most the sequence length."""
@@ -228,6 +274,8 @@ class Loader:
                 raise ValueError(
                     f"the stores hold no {mode} sample (episodes too short?): collect more or set pad_chunks"
                 )
+            if share:
+                self._counts(mode)
 
 
 def prompted(episode: EpisodeRow, scene_prefix: bool) -> str:
@@ -311,12 +359,25 @@ def _hash(index: int, episode: EpisodeRow) -> float:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 256**6
 
 
-def store_statistics(stores: Sequence[TokenStore], data: DataConfig) -> Statistics:
-    """Return the normalisation statistics of all training episodes (held-out ones are not looked at)."""
+def store_statistics(stores: Sequence[TokenStore], data: DataConfig, dataset: str = "") -> Statistics:
+    """Return the normalisation statistics of all training episodes (held-out ones are not looked at), or of
+    those of one dataset of `data.datasets`."""
     kept = [
         ~np.repeat(h, [e.length for e in s.episodes])
         for s, h in zip(stores, split(stores, data.val_fraction), strict=True)
     ]
-    actions = np.concatenate([s.actions[k] for s, k in zip(stores, kept, strict=True)])
-    states = np.concatenate([s.states[k] for s, k in zip(stores, kept, strict=True)])
+    rows = [i for i in range(len(stores)) if not dataset or data.datasets[i] == dataset]
+    actions = np.concatenate([stores[i].actions[kept[i]] for i in rows])
+    states = np.concatenate([stores[i].states[kept[i]] for i in rows])
     return compute_statistics(actions, states, data.statistics)
+
+
+def dataset_statistics(
+    stores: Sequence[TokenStore], data: DataConfig, known: Mapping[str, Statistics]
+) -> Statistics | DatasetStatistics:
+    """Return the statistics of all stores or, where `data.datasets` names them, of each dataset; those of a
+    name in `known` are taken from there."""
+    if not data.datasets:
+        return store_statistics(stores, data)
+    names = dict.fromkeys(data.datasets)
+    return DatasetStatistics({n: known.get(n) or store_statistics(stores, data, n) for n in names})

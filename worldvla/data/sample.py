@@ -20,7 +20,7 @@ import numpy as np
 
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, KIND_PROMPT, KIND_STATE, Sample
 from worldvla.config import LayoutConfig
-from worldvla.tokenizers.action import Statistics
+from worldvla.tokenizers.action import DatasetStatistics, Statistics, choose
 from worldvla.vocab import Vocab, to_ids
 
 ROWS = tuple(f.name for f in fields(Sample))
@@ -81,19 +81,17 @@ class Template:
 class SampleBuilder:
     """Builds samples from physical values and image codes; caches one template per instruction and length."""
 
-    def __init__(self, layout: LayoutConfig, vocab: Vocab, text: Text, statistics: Statistics) -> None:
-        self.layout, self.vocab, self.text, self.statistics = layout, vocab, text, statistics
+    def __init__(
+        self, layout: LayoutConfig, vocab: Vocab, text: Text, statistics: Statistics | DatasetStatistics
+    ) -> None:
+        self.layout, self.vocab, self.text, self.all_statistics = layout, vocab, text, statistics
         if text.size > len(vocab.text):
             raise ValueError(
                 f"the text tokenizer has {text.size} tokens, "
                 f"vocabulary {vocab.name} has room for {len(vocab.text)}: raise num_text"
             )
-        dims = [("action", len(statistics.action_low), layout.num_action_dims)]
-        has_states = layout.state or layout.world_state
-        dims += [("state", len(statistics.state_low), layout.num_state_dims)] if has_states else []
-        for name, got, expected in dims:
-            if got != expected:
-                raise ValueError(f"statistics have {got} {name} dims, the layout {expected}: use its own")
+        for own in statistics.sets.values() if isinstance(statistics, DatasetStatistics) else (statistics,):
+            self._check_dims(own)
         if vocab.grid_start is not None and any(
             side % CODES_PER_GRID_PATCH for grid in layout.grids for side in grid
         ):
@@ -102,15 +100,40 @@ class SampleBuilder:
             )
         self._templates: dict[tuple[str | None, int], Template] = {}
 
+    @property
+    def statistics(self) -> Statistics:
+        """Those of the only dataset; of several, ValueError says how to choose one."""
+        return choose(self.all_statistics, "")
+
+    def only(self, key: str) -> "SampleBuilder":
+        """Return a builder that knows the statistics of the dataset `key` alone."""
+        own = choose(self.all_statistics, key)
+        statistics = DatasetStatistics({key: own}) if key else own
+        return SampleBuilder(self.layout, self.vocab, self.text, statistics)
+
+    def _check_dims(self, statistics: Statistics) -> None:
+        dims = [("action", len(statistics.action_low), self.layout.num_action_dims)]
+        has_states = self.layout.state or self.layout.world_state
+        dims += [("state", len(statistics.state_low), self.layout.num_state_dims)] if has_states else []
+        for name, got, expected in dims:
+            if got != expected:
+                raise ValueError(f"statistics have {got} {name} dims, the layout {expected}: use its own")
+
     def policy_prompt(
-        self, instruction: str, state: np.ndarray | None, frames: Sequence[Sequence[np.ndarray]]
+        self,
+        instruction: str,
+        state: np.ndarray | None,
+        frames: Sequence[Sequence[np.ndarray]],
+        unnorm_key: str = "",
     ) -> Sample:
         """Return everything before the first action.
 
-        `frames`: 1..M frames, oldest first, each the codes (N,) of every view.
+        `frames`: 1..M frames, oldest first, each the codes (N,) of every view. `unnorm_key`: the dataset
+        whose statistics the state is read by.
         """
         template = self.policy_template(instruction, len(frames))
-        return self._fill(template, frames, None, self._policy_state(state), template.prompt)
+        state = self._policy_state(state, unnorm_key)
+        return self._fill(template, frames, None, state, template.prompt)
 
     def policy(
         self,
@@ -283,14 +306,14 @@ class SampleBuilder:
         template.fill(table[0], map(self._frame_ids, frames), actions, states)
         return _sample(table[:, :stop])
 
-    def _policy_state(self, state: np.ndarray | None) -> np.ndarray | None:
+    def _policy_state(self, state: np.ndarray | None, key: str = "") -> np.ndarray | None:
         if not self.layout.state:
             return None
         if state is None:
             raise ValueError(
                 f"the layout has state tokens, got no state: pass {self.layout.num_state_dims} values"
             )
-        return to_ids(self.statistics.encode_states(state), self.vocab.state)[None]
+        return to_ids(choose(self.all_statistics, key).encode_states(state), self.vocab.state)[None]
 
     def _world_states(self, codes: np.ndarray | None, number: int) -> np.ndarray | None:
         if not self.layout.world_state:

@@ -69,11 +69,13 @@ class ModelActor(Actor):
         device: str = "cpu",
         head: str = "discrete",
         quantize: Literal["", "int8", "int4"] = "",
+        unnorm_key: str = "",
     ) -> None:
         from worldvla.infer.model import load
         from worldvla.infer.policy import Policy
 
-        self.model = load(checkpoint, device, quantize=quantize)
+        self.model = load(checkpoint, device, quantize=quantize, unnorm_key=unnorm_key)
+        _ = self.model.builder.statistics  # of one dataset, or an error that says how to choose
         self.views = self.model.view_sizes
         layout = self.model.config.layout
         self.history, self.execute = layout.history, layout.chunk if execute is None else execute

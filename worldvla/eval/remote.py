@@ -18,7 +18,16 @@ from websockets.sync.client import connect
 
 from worldvla.eval.actors import CHUNK, Actor, ActorError, Query
 from worldvla.image import resize_with_pad
-from worldvla.serve.protocol import IMAGE_KEYS, MAX_BYTES, PORT, PROMPT_KEY, STATE_KEY, pack, unpack
+from worldvla.serve.protocol import (
+    IMAGE_KEYS,
+    MAX_BYTES,
+    PORT,
+    PROMPT_KEY,
+    STATE_KEY,
+    UNNORM_KEY,
+    pack,
+    unpack,
+)
 from worldvla.sim.protocol import NUM_ACTION_DIMS
 from worldvla.sim.suites import suite
 
@@ -47,6 +56,7 @@ class RemoteActor(Actor):
         execute: int | None = None,
         api_key: str | None = None,
         patience_s: float = PATIENCE_S,
+        unnorm_key: str = "",
     ) -> None:
         parts = urlsplit(address)
         if parts.scheme not in SCHEMES or not parts.hostname:
@@ -54,7 +64,7 @@ class RemoteActor(Actor):
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         self.address = f"{SCHEMES[parts.scheme]}://{host}:{parts.port or PORT}{parts.path}"
         self.patience_s = patience_s
-        self.suite = suite_name
+        self.suite, self.unnorm_key = suite_name, unnorm_key
         self._requests = 0
         self._stack = contextlib.ExitStack()  # websockets wants its connections entered
         # Also at the end of the program: a client that just goes is a traceback in a server's log.
@@ -79,6 +89,7 @@ class RemoteActor(Actor):
             "address": self.address,
             "sent": {view: list(size) for view, size in self.sent.items()},
             "server": _plain(self.metadata),
+            **self._dataset(),
         }
 
     def close(self) -> None:
@@ -157,6 +168,7 @@ class RemoteActor(Actor):
             **self._pictures(observation),
             STATE_KEY: np.asarray(observation["state"], dtype=np.float32),
             PROMPT_KEY: observation["instruction"],
+            **self._dataset(),
         }
         if self.history > 1:
             message["previous"] = [self._pictures(frame) for frame in observation["previous"]]
@@ -166,6 +178,9 @@ class RemoteActor(Actor):
         answer = self._receive(self.patience_s, "answer")
         self._requests += 1
         return self._actions(answer)
+
+    def _dataset(self) -> dict[str, str]:
+        return {UNNORM_KEY: self.unnorm_key} if self.unnorm_key else {}
 
     def _pictures(self, frame: Mapping[str, Any]) -> dict[str, np.ndarray]:
         return {IMAGE_KEYS[view]: resize_with_pad(frame[view], *size) for view, size in self.sent.items()}

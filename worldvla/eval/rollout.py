@@ -226,8 +226,8 @@ TAKES: dict[str, set[str]] = {
     "random": set(),
     "expert": set(),
     "open-loop": {"demos"},
-    "a policy server": {"execute"},
-    "a checkpoint": {"execute", "head", "device", "quantize"},
+    "a policy server": {"execute", "unnorm_key"},
+    "a checkpoint": {"execute", "head", "device", "quantize", "unnorm_key"},
 }
 """Who acts -> the options that are about it."""
 
@@ -243,7 +243,7 @@ def open_actor(name: str, suite: str, seed: int = 0, **options: Any) -> Actor:
     for option in sorted(used.keys() - TAKES[kind]):
         takers = " or ".join(who for who, options in TAKES.items() if option in options)
         fix = f"give it to `worldvla serve` as --{option}" if "://" in name else "leave it out"
-        raise ValueError(f"--{option} is for {takers}, not for {kind}: {fix}")
+        raise ValueError(f"--{option.replace('_', '-')} is for {takers}, not for {kind}: {fix}")
     if kind == "random":
         return RandomActor(seed)
     if kind == "expert":

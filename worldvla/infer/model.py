@@ -42,7 +42,7 @@ from worldvla.model.weights import (
     weights_digest,
 )
 from worldvla.published.hub import locate
-from worldvla.tokenizers.action import Statistics
+from worldvla.tokenizers.action import DatasetStatistics, load_statistics
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.vocab import Vocab
@@ -66,9 +66,17 @@ class Model:
     transformer: Transformer
     manifest: dict[str, Any]
     quantize: Quantize = ""
+    unnorm_key: str = ""
+    """The dataset whose statistics it was loaded with; empty: those of all its datasets."""
 
     def __repr__(self) -> str:
         return f"Model({self.config.name!r}, {self.transformer.num_parameters():,} parameters, {self.path})"
+
+    @property
+    def unnorm_keys(self) -> list[str]:
+        """Return the names of the datasets whose statistics it has, if they have names."""
+        statistics = self.builder.all_statistics
+        return list(statistics.sets) if isinstance(statistics, DatasetStatistics) else []
 
     @property
     def view_sizes(self) -> dict[str, tuple[int, int]]:
@@ -93,7 +101,9 @@ class Model:
             "step": self.manifest.get("step"),
             "digest": weights_digest(self.path),
             "parameters": self.transformer.num_parameters(),
-        } | ({"quantize": self.quantize} if self.quantize else {})
+            **({"quantize": self.quantize} if self.quantize else {}),
+            **({"unnorm_key": self.unnorm_key} if self.unnorm_key else {}),
+        }
 
     def encode_frames(self, frames: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, ...]]:
         """Return each frame's codes of every view, (N,) each.
@@ -130,14 +140,19 @@ class Model:
 
 
 def load(
-    path: Path | str, device: str = "cpu", dtype: torch.dtype | None = None, quantize: Quantize = ""
+    path: Path | str,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: Quantize = "",
+    unnorm_key: str = "",
 ) -> Model:
     """Read a checkpoint, the newest one of a run directory, or one on the hub (published/hub.py).
 
     What does not belong together raises ValueError. `dtype` of the transformer: by default float32, and of a
     converted release the type that it is stored in (bfloat16), as published code evaluates it. `quantize`:
     hold the linear layers of the blocks in 8 or 4 bits (model/quantize.py). Low-rank updates are merged into
-    their base, which their manifest names.
+    their base, which their manifest names. `unnorm_key`: use the model for this dataset of a mixture; without
+    it a policy wants one in each observation.
     """
     path = find_checkpoint(locate(path))
     if missing := [name for name in FILES if not (path / name).is_file()]:
@@ -145,7 +160,7 @@ def load(
     check_digests(path, {*FILES, *IMAGE_FILES})
     config = from_json(Config, read_json(path / "config.json"), str(path / "config.json"))
     vocab = from_json(Vocab, read_json(path / "vocab.json"), f"{path}/vocab.json")
-    statistics = Statistics.load(path / "statistics.json")
+    statistics = load_statistics(path / "statistics.json")
     text = TextTokenizer.load(path / "text.json")
     image = ImageTokenizer.load(path / "image_tokenizer")
     manifest = read_json(path / "manifest.json")
@@ -162,6 +177,8 @@ def load(
             f"{vocab.num_image_codes}: use those of one run"
         )
     builder = SampleBuilder(config.layout, vocab, text, statistics)
+    if unnorm_key:
+        builder, manifest = builder.only(unnorm_key), _of_dataset(manifest, unnorm_key)
     layout = config.layout
     sizes = layout.num_rows, layout.num_cols, layout.action_shape
     transformer = empty_model(config.model, vocab.size, *sizes)
@@ -169,7 +186,14 @@ def load(
     stored: torch.dtype = getattr(torch, read_json((base or path) / "manifest.json").get("dtype", "float32"))
     shapes, tensors = merged(weights, base / WEIGHTS, config.lora) if base else read_tensors(weights)
     _load_weights(base or path, shapes, tensors, transformer, device, dtype or stored, quantize or None)
-    return Model(path, config, vocab, builder, image.to(device), transformer, manifest, quantize)
+    return Model(path, config, vocab, builder, image.to(device), transformer, manifest, quantize, unnorm_key)
+
+
+def _of_dataset(manifest: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the manifest with the features of one dataset in place of those of all."""
+    features = manifest.get("features", {}).get("datasets", {}).get(key)
+    rest = {name: value for name, value in manifest.items() if name != "features"}
+    return rest | {"features": features} if features else rest
 
 
 def _base(path: Path, config: Config, manifest: Mapping[str, Any]) -> Path | None:
@@ -203,15 +227,17 @@ def export(
     half: bool = False,
     repo: str = "",
     results: Sequence[Mapping[str, Any]] = (),
+    unnorm_key: str = "",
 ) -> Path:
     """Copy what acting and imagining need, the transformer's weights in bfloat16, and write a model card for
     the hub; atomic. About a sixth of a checkpoint's size. Low-rank updates are merged: it is a plain one.
 
     `half`: the image tokenizer is rounded to half precision too, which changes a few codes. `repo`: its name
     on the hub; the config then names stores and files alone, not where they are on this machine.
-    `results`: records of evaluations, for the card; those of another model raise ValueError.
+    `results`: records of evaluations, for the card; those of another model raise ValueError. `unnorm_key`:
+    keep the statistics of this dataset of a mixture alone, so that nobody need choose.
     """
-    model = load(source, dtype=torch.bfloat16)  # whole and consistent, or an error
+    model = load(source, dtype=torch.bfloat16, unnorm_key=unnorm_key)  # whole and consistent, or an error
     source = model.path
     with whole_folder(out_dir) as scratch:
         (scratch / "image_tokenizer").mkdir()
@@ -224,6 +250,9 @@ def export(
             rounded = model.image.round_to_half()
             rounded.save(scratch / "image_tokenizer")
             manifest["image_tokenizer"] = rounded.digest()
+        if unnorm_key:
+            write_json(scratch / "statistics.json", model.builder.all_statistics.to_json())
+            manifest["statistics"] = model.builder.all_statistics.digest()
         if base := _base(source, model.config, model.manifest):
             manifest = {k: v for k, v in manifest.items() if not k.startswith("base")}
             dtype = read_json(base / "manifest.json").get("dtype", "float32")
@@ -269,9 +298,13 @@ def _image(frame: Mapping[str, Any], view: str, size: tuple[int, int]) -> np.nda
 def _card(model: Model, weights: str, name: str, results: Sequence[Mapping[str, Any]]) -> str:
     """Return a model card in the hub's form, of what the checkpoint itself knows and records of evaluations;
     `weights`: their digest."""
-    config, statistics = model.config, model.builder.statistics
-    ranges = [("action", statistics.action_low, statistics.action_high)]
-    ranges += [("state", statistics.state_low, statistics.state_high)] if config.layout.state else []
+    config, statistics, ranges = model.config, model.builder.all_statistics, []
+    sets = statistics.sets if isinstance(statistics, DatasetStatistics) else {"": statistics}
+    for dataset, own in sets.items():
+        where = f"{own.kind}, {dataset}" if dataset else own.kind
+        ranges.append((f"action ({where})", own.action_low, own.action_high))
+        if config.layout.state:
+            ranges.append((f"state ({where})", own.state_low, own.state_high))
     template = jinja2.Template(CARD.read_text(encoding="utf-8"), undefined=jinja2.StrictUndefined)
     facts = {"layout": config.layout, "manifest": model.manifest, "share": config.data.world_fraction}
     facts["stores"] = list(dict.fromkeys(Path(store).name for store in config.data.stores))
@@ -279,7 +312,6 @@ def _card(model: Model, weights: str, name: str, results: Sequence[Mapping[str, 
     return template.render(
         model=model,
         config=config,
-        statistics=statistics,
         ranges=ranges,
         weights=weights,
         name=name,

@@ -2,7 +2,7 @@
 
 An observation is `{"<view>": uint8 (Y, X, 3), ..., "state": float32 (8,), "instruction": str}` as in
 sim/protocol.py, and for models with a history `"previous"`: image dicts of the steps before, oldest first
-(fewer at an episode's start; more are ignored).
+(fewer at an episode's start; more are ignored). Of a model of several datasets it names one, `"unnorm_key"`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from worldvla.batch import Sample
 from worldvla.infer.decode import Seeds, chunk_path, decode_chunk, regress_chunk
 from worldvla.infer.model import Model
-from worldvla.tokenizers.action import denormalize
+from worldvla.tokenizers.action import choose, denormalize, dequantize
 
 Observation = Mapping[str, Any]
 HEADS = ("discrete", "continuous")
@@ -68,23 +68,21 @@ class Policy:
         self, observation: Observation | Sequence[Observation], temperature: float = 0.0, seed: Seeds = 0
     ) -> Decision:
         """Return what `act` does, with the model's confidence, which costs nothing."""
-        layout, statistics = self.model.config.layout, self.model.builder.statistics
+        layout = self.model.config.layout
         if isinstance(observation, Mapping):
             one = self.decide([observation], temperature, seed)
             return Decision(one.actions[0], one.entropy[0], one.margin[0])
         if not observation:
             nothing = np.zeros((0, layout.chunk, layout.num_action_dims), dtype=np.float32)
             return Decision(nothing, nothing, nothing)
-        low, high = (np.asarray(v, dtype=np.float32) for v in (statistics.action_low, statistics.action_high))
         if self.head == "continuous":
             if temperature != 0:
                 raise ValueError(
                     f"the continuous head draws nothing: temperature must be 0, got {temperature}"
                 )
             values = regress_chunk(self.model.transformer, self.model.vocab, self.prompts(observation))
-            actions = denormalize(values, statistics.action_low, statistics.action_high).astype(np.float32)
-            unknown = np.full_like(actions, np.nan)
-            return Decision(np.clip(actions, low, high), unknown, unknown)
+            unknown = np.full(np.shape(values), np.nan, dtype=np.float32)
+            return Decision(self._physical(values, observation), unknown, unknown)
         chunk = decode_chunk(
             self.model.runner,
             self.model.vocab,
@@ -94,8 +92,19 @@ class Policy:
             temperature,
             seed,
         )
-        actions = np.clip(statistics.decode_actions(chunk.codes_BUA), low, high)
+        actions = self._physical(dequantize(chunk.codes_BUA), observation)
         return Decision(actions, chunk.entropy_BUA, chunk.margin_BUA)
+
+    def _physical(self, values_BUA: np.ndarray, observations: Sequence[Observation]) -> np.ndarray:
+        """Return normalised actions in physical units, float32, by the statistics that each observation asks
+        for."""
+        rows = []
+        for values_UA, observation in zip(values_BUA, observations, strict=True):
+            own = choose(self.model.builder.all_statistics, unnorm_key(observation))
+            low, high = (np.asarray(v, dtype=np.float32) for v in (own.action_low, own.action_high))
+            actions = denormalize(values_UA, own.action_low, own.action_high).astype(np.float32)
+            rows.append(np.clip(actions, low, high))
+        return np.stack(rows)
 
     def prompts(self, observations: Sequence[Observation]) -> list[Sample]:
         """Return the sequences that the model reads; bad input raises ValueError."""
@@ -111,7 +120,8 @@ class Policy:
                     f"an observation needs an instruction, a text that is not empty, got {instruction!r}"
                 )
             state = self._state(observation) if layout.state else None
-            prompt = self.model.builder.policy_prompt(instruction, state, [next(codes) for _ in sequence])
+            key, shown = unnorm_key(observation), [next(codes) for _ in sequence]
+            prompt = self.model.builder.policy_prompt(instruction, state, shown, key)
             if (length := len(prompt) + len(self._tail)) > data.sequence_length:
                 raise ValueError(
                     f"the instruction {instruction[:40]!r} makes a sequence of {length} tokens, the model "
@@ -132,6 +142,14 @@ class Policy:
                 f"state must be float ({num_dims},), got {state.dtype} {state.shape}: see docs/CONVENTIONS.md"
             )
         return state
+
+
+def unnorm_key(observation: Observation) -> str:
+    """Return the name of the dataset whose statistics an observation asks for; empty: the only one."""
+    key = observation.get("unnorm_key", "")
+    if not isinstance(key, str):
+        raise ValueError(f"unnorm_key must be the name of a dataset, got {key!r:.60}")
+    return key
 
 
 def _previous(observation: Observation, history: int) -> list[Mapping[str, Any]]:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from worldvla.data.sample import SampleBuilder
 from worldvla.infer.model import Model
-from worldvla.infer.policy import Observation, Policy
+from worldvla.infer.policy import Observation, Policy, unnorm_key
+from worldvla.tokenizers.action import choose
 from worldvla.tokenizers.image import FiniteScalarQuantizer, ImageTokenizer, to_pixels
 from worldvla.tokenizers.text import TextTokenizer
 
@@ -66,7 +67,7 @@ class BatchedPolicy:
         careful_model = dataclasses.replace(model, image=careful)
         self.together = Policy(careful_model, head) if self.is_exact else self.alone
         builder = model.builder  # one of its own, for `check` runs in another thread
-        self._builder = SampleBuilder(builder.layout, builder.vocab, builder.text, builder.statistics)
+        self._builder = SampleBuilder(builder.layout, builder.vocab, builder.text, builder.all_statistics)
 
     @property
     def max_prompt(self) -> int:
@@ -75,7 +76,9 @@ class BatchedPolicy:
         return max(map(len, table)) * self.model.config.data.sequence_length
 
     def check(self, observation: Observation) -> None:
-        """Raise ValueError for a prompt that the model cannot read: too long, or of letters unknown to it."""
+        """Raise ValueError for a prompt that the model cannot read, too long or of letters unknown to it, and
+        for a dataset that it does not know."""
+        choose(self._builder.all_statistics, unnorm_key(observation))
         num_frames = 1 + min(len(observation.get("previous", ())), self.model.config.layout.history - 1)
         length = len(self._builder.policy_template(observation["instruction"], num_frames))
         if length > (longest := self.model.config.data.sequence_length):

@@ -24,8 +24,9 @@ MAX_ITEMS, MAX_TEXT = 65_536, 2**20
 IMAGE_KEYS = {"agentview": "observation/image", "wrist": "observation/wrist_image"}
 """View -> openpi's name of its picture."""
 STATE_KEY, PROMPT_KEY = "observation/state", "prompt"
-HISTORY_KEY, DEADLINE_KEY = "previous", "deadline_ms"
-"""Ours: pictures of the steps just before, oldest first; ms from a request's arrival to its answer."""
+HISTORY_KEY, DEADLINE_KEY, UNNORM_KEY = "previous", "deadline_ms", "unnorm_key"
+"""Ours: pictures of the steps just before, oldest first; ms from a request's arrival to its answer; of a
+model of several datasets, the one whose statistics are used."""
 REFUSED_KINDS = "OVc"
 
 

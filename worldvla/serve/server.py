@@ -45,6 +45,7 @@ from worldvla.serve.protocol import (
     PORT,
     PROMPT_KEY,
     STATE_KEY,
+    UNNORM_KEY,
     pack,
     unpack,
 )
@@ -114,19 +115,24 @@ def serve_checkpoint(
     resize: bool = False,
     device: str = "cpu",
     quantize: Literal["", "int8", "int4"] = "",
+    unnorm_key: str = "",
     **options: Any,
 ) -> None:
-    """Serve a checkpoint until interrupted; `options` as of `serve`, `head` as of `Model.policy`."""
+    """Serve a checkpoint until interrupted; `options` as of `serve`, `head` as of `Model.policy`.
+
+    Of a model of several datasets each request names one, unless `unnorm_key` does for all.
+    """
     from worldvla.infer.model import load
     from worldvla.serve.exact import BatchedPolicy
 
-    model = load(checkpoint, device, quantize=quantize)
+    model = load(checkpoint, device, quantize=quantize, unnorm_key=unnorm_key)
     layout = model.config.layout
     policy = BatchedPolicy(model, head)
     metadata = {
         **{key: value for key, value in model.identity().items() if key != "path"},
         **({"features": model.manifest["features"]} if "features" in model.manifest else {}),
         "quantize": quantize,
+        **({"unnorm_keys": model.unnorm_keys} if model.unnorm_keys else {}),
         "chunk": layout.chunk,
         "history": layout.history,
         "head": head,
@@ -383,6 +389,8 @@ def read_request(data: bytes | str, served: Served) -> tuple[Observation, float]
         observation["state"] = _state(message, served.num_state_dims)
     if served.history > 1:
         observation["previous"] = _previous(message, served)
+    if UNNORM_KEY in message:
+        observation["unnorm_key"] = message[UNNORM_KEY]
     if served.check is not None:
         served.check(observation)
     return observation, _patience_s(message)

@@ -104,16 +104,55 @@ class Statistics:
         ranges = {key: tuple(float(v) for v in value) for key, value in data.items() if key != "kind"}
         return cls(**ranges, kind=data["kind"])
 
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a JSON file of `to_json`'s dict; a damaged one raises ValueError."""
-        data = read_json(path)
-        with reading(path, "statistics of a model", "restore it"):
-            return cls.from_json(data)
-
     def digest(self) -> str:
         """Sixteen hex digits that change whenever a number does."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(self.to_json())
+
+
+@dataclass(frozen=True)
+class DatasetStatistics:
+    """The statistics of each dataset of a mixture. Its name is what OpenVLA calls `unnorm_key`."""
+
+    sets: dict[str, Statistics]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dict of JSON values."""
+        return {"datasets": {name: own.to_json() for name, own in self.sets.items()}}
+
+    def digest(self) -> str:
+        """Sixteen hex digits that change whenever a name or a number does."""
+        return _digest(self.to_json())
+
+
+def load_statistics(path: Path) -> Statistics | DatasetStatistics:
+    """Read a JSON file of `to_json`'s dict, of one dataset or of several; a damaged one raises ValueError."""
+    data = read_json(path)
+    with reading(path, "statistics of a model", "restore it"):
+        if set(data) != {"datasets"}:
+            return Statistics.from_json(data)
+        return DatasetStatistics({name: Statistics.from_json(own) for name, own in data["datasets"].items()})
+
+
+def choose(statistics: Statistics | DatasetStatistics, key: str) -> Statistics:
+    """Return the statistics of the dataset `key`, which may be empty where there is one dataset only; another
+    name raises ValueError."""
+    if isinstance(statistics, Statistics):
+        if key:
+            raise ValueError(f"unnorm_key {key!r}: the model has one dataset, without a name; leave it out")
+        return statistics
+    if not key and len(statistics.sets) == 1:
+        return next(iter(statistics.sets.values()))
+    if key not in statistics.sets:
+        names = ", ".join(map(repr, statistics.sets))
+        raise ValueError(
+            f"unnorm_key {key!r}: the model was trained on the datasets {names}; name one of them in the "
+            "observation or `load`, or by --unnorm-key of `worldvla eval`, `serve` and `export`"
+        )
+    return statistics.sets[key]
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 WORLDVLA = Statistics(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from worldvla.config import Config
-from worldvla.data.loader import Loader, prompted, store_statistics
+from worldvla.data.loader import Loader, dataset_statistics, prompted
 from worldvla.data.sample import SampleBuilder, prompt_texts
 from worldvla.data.store import TokenStore
 from worldvla.files import check_digests, read_json
@@ -19,7 +19,7 @@ from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import add_updates, refuse_updates
 from worldvla.model.transformer import Transformer
 from worldvla.model.weights import assign, check_fit, empty_model, header, read_tensor, weights_digest
-from worldvla.tokenizers.action import Statistics, dequantize, normalize
+from worldvla.tokenizers.action import DatasetStatistics, Statistics, dequantize, load_statistics, normalize
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.train.metrics import ActionScale
@@ -31,7 +31,7 @@ class Pieces:
     config: Config
     image: ImageTokenizer
     text: TextTokenizer
-    statistics: Statistics
+    statistics: Statistics | DatasetStatistics
     vocab: Vocab
     builder: SampleBuilder
     loader: Loader
@@ -39,10 +39,12 @@ class Pieces:
     """Of low-rank updates: digest of the weights that they belong to."""
 
     def features(self) -> dict[str, Any]:
-        """Return what the numbers and pictures of a checkpoint are on the robot, as its first store tells."""
-        names = ("fps", "action_names", "state_names", "delta", "cameras", "revision")
-        source = self.loader.stores[0].manifest["source"]
-        return {name: source[name] for name in names if name in source}
+        """Return what the numbers and pictures of a checkpoint are on the robot, as its first store tells; of
+        a mixture {"datasets": {name: as the first store of that name tells}}."""
+        told = [_features(store) for store in self.loader.stores]
+        if not (names := self.config.data.datasets):
+            return told[0]
+        return {"datasets": {name: told[names.index(name)] for name in dict.fromkeys(names)}}
 
     def digests(self) -> dict[str, str]:
         """Return what a checkpoint's ids and numbers mean, as short hashes; equal digests, equal meaning."""
@@ -90,7 +92,8 @@ def build(config: Config) -> Pieces:
     """Open the stores and make the rest from them; the same config and stores give the same pieces.
 
     With train.init_from, text tokenizer and statistics are those of that checkpoint: the ids whose embeddings
-    it brings keep their meaning (published code let two normalisations share the same action ids).
+    it brings keep their meaning (published code let two normalisations share the same action ids). Only a
+    dataset whose name it does not know has statistics of its own.
     """
     config = fit(config)
     lora, source = config.lora, Path(config.train.init_from)
@@ -112,10 +115,10 @@ def build(config: Config) -> Pieces:
     stores = [TokenStore.open(Path(path), image.digest()) for path in config.data.stores]
     if config.train.init_from:
         text = TextTokenizer.load(source / "text.json")
-        statistics = Statistics.load(source / "statistics.json")
+        statistics = _init_statistics(source, stores, config)
     else:
         text = _text(config, stores)
-        statistics = store_statistics(stores, config.data)
+        statistics = dataset_statistics(stores, config.data, {})
     levels = config.model.code_levels
     if levels and levels != image.config.fsq_levels:
         raise ValueError(
@@ -213,10 +216,34 @@ def _check_memory(model: Transformer, config: Config) -> None:
 
 def action_scale(pieces: Pieces) -> ActionScale:
     """Return how the action codes of this run read in normalised units."""
-    low, high = pieces.statistics.action_low, pieces.statistics.action_high
     centres_C = torch.from_numpy(dequantize(np.arange(NUM_BIN_CODES))).float()
-    no_motion_A = torch.from_numpy(normalize(np.zeros(len(low)), low, high)).float()
+    if isinstance(pieces.statistics, Statistics):
+        low, high = pieces.statistics.action_low, pieces.statistics.action_high
+        no_motion_A = torch.from_numpy(normalize(np.zeros(len(low)), low, high)).float()
+    else:
+        no_motion_A = torch.full((pieces.config.layout.num_action_dims,), torch.nan)
     return ActionScale(centres_C, no_motion_A, pieces.config.layout.chunk)
+
+
+def _features(store: TokenStore) -> dict[str, Any]:
+    names = ("fps", "action_names", "state_names", "delta", "cameras", "revision")
+    return {name: store.manifest["source"][name] for name in names if name in store.manifest["source"]}
+
+
+def _init_statistics(
+    source: Path, stores: list[TokenStore], config: Config
+) -> Statistics | DatasetStatistics:
+    """Return the statistics of a run that goes on from the checkpoint `source`."""
+    known = load_statistics(source / "statistics.json")
+    sets = known.sets if isinstance(known, DatasetStatistics) else {}
+    if config.data.datasets:
+        return dataset_statistics(stores, config.data, sets)
+    if sets:
+        raise ValueError(
+            f"train.init_from: {source} was trained on the datasets {', '.join(map(repr, sets))}: give each "
+            "store one of these names, or a new one, in data.datasets"
+        )
+    return known
 
 
 def _check_codes(image: ImageTokenizer, tokenizer: str, source: Path) -> None:

@@ -99,6 +99,7 @@ class ActionScale:
 
     centres_C: Tensor
     no_motion_A: Tensor
+    """NaN of a mixture of datasets, where a zero action has no one code."""
     chunk: int
 
     def to(self, device: torch.device) -> Self:
@@ -170,9 +171,10 @@ def greedy(
         out["action_accuracy"] = guess_BUA == truth_BUA
         guess_BUA, truth_BUA = scale.centres_C[guess_BUA], scale.centres_C[truth_BUA]
         out |= motion_errors(guess_BUA, truth_BUA)
-        still_BUA = scale.no_motion_A.expand_as(truth_BUA)
-        out["still_xyz_l1"] = (still_BUA - truth_BUA)[:, 0, :3].abs()
-        out["still_end_xyz_l1"] = motion_errors(still_BUA, truth_BUA)["end_xyz_l1"]
+        if not scale.no_motion_A.isnan().any():
+            still_BUA = scale.no_motion_A.expand_as(truth_BUA)
+            out["still_xyz_l1"] = (still_BUA - truth_BUA)[:, 0, :3].abs()
+            out["still_end_xyz_l1"] = motion_errors(still_BUA, truth_BUA)["end_xyz_l1"]
         if len(targets.values_N):
             out["action_l1"] = (guess_BUA - targets.values_N.view_as(guess_BUA)).abs()
     return out

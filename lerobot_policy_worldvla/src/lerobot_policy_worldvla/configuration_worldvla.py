@@ -21,6 +21,8 @@ class WorldVLAConfig(PreTrainedConfig):
     """Or `continuous`, of a checkpoint that has that head."""
     quantize: str = ""
     """`int8` or `int4`: hold its large matrices in 8 or 4 bits."""
+    unnorm_key: str = ""
+    """Of a checkpoint of several datasets, the one whose statistics are used."""
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {feature.value: NormalizationMode.IDENTITY for feature in FeatureType}
     )

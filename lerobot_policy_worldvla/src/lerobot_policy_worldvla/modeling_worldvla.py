@@ -34,8 +34,10 @@ class WorldVLAPolicy(PreTrainedPolicy):
         super().__init__(config)
         if not config.checkpoint:
             raise ValueError("no checkpoint: give --policy.checkpoint, or --policy.path of a saved policy")
-        loaded = worldvla.load(config.checkpoint, config.device, quantize=config.quantize)
+        options = {"quantize": config.quantize, "unnorm_key": config.unnorm_key}
+        loaded = worldvla.load(config.checkpoint, config.device, **options)
         self.model, self.policy = loaded.model, loaded.policy(config.head)
+        _ = self.model.builder.statistics  # of one dataset, or an error that says how to choose
         self.transformer, self.image = self.model.transformer, self.model.image
         facts, layout = self.model.manifest.get("features", {}), self.model.config.layout
         for view in () if config.views else layout.views:

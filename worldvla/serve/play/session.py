@@ -87,6 +87,7 @@ def open_playable(
     if temperature < 0:
         raise ValueError(f"the temperature must be 0 or more, got {temperature}")
     model = load(checkpoint, device)
+    _ = model.builder.statistics  # of one dataset, or an error that says how to choose
     config = model.config
     if not config.data.world_fraction:
         raise ValueError(
