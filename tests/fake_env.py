@@ -56,6 +56,9 @@ class FakeEnv:
         images = {view: np.full((*size, 3), colour) for view, size in self.views.items()}
         return {**images, "state": np.full(8, self.place, dtype=np.float32)}
 
+    def get_state(self) -> np.ndarray:
+        return np.array([self.place])
+
     def _observe_if(self) -> dict[str, Any]:
         return self.observe() if self.rendering else {"state": np.full(8, self.place, dtype=np.float32)}
 

@@ -154,6 +154,33 @@ def test_recordings_are_a_film_and_episodes_of_both_worlds(session: Session, tmp
         env.step(action)
 
 
+def test_a_demonstration_ends_at_its_success_and_teaches_what_a_person_did(session: Session, tmp_path: Path):
+    session.record()
+    for driver in ("policy", "person", "person", "person"):
+        session.drive(driver)
+        session.move = (0.0, 0.6, 0.0, 0.0)
+        session.step()
+    recording = session.stop_recording()
+    assert recording is not None
+    failed = next(read_episodes(recording.write_demonstration(tmp_path / "failed_demo.hdf5")))
+    assert (len(failed), failed.success, failed.is_expert.any()) == (4, False, False)
+    recording.success_steps = 3
+    done = next(read_episodes(recording.write_demonstration(tmp_path / "done_demo.hdf5")))
+    assert (len(done), done.success, done.is_expert.tolist()) == (3, True, [False, True, True])
+    np.testing.assert_array_equal(done.images["wrist"], failed.images["wrist"][:3])
+    np.testing.assert_array_equal(done.states, failed.states[:3])
+
+
+def test_the_step_of_success_is_noted(session: Session, monkeypatch: pytest.MonkeyPatch):
+    session.record()
+    step = session._env.step
+    for done in (False, True, True):
+        monkeypatch.setattr(session._env, "step", lambda a, d=done: (*step(a)[:2], d, False, {"grasped": d}))
+        session.step()
+    assert session.recording is not None
+    assert session.recording.success_steps == 2
+
+
 def test_bench_counts_every_frame(playable: Playable):
     found = bench(playable, SUITE, 0, 2)
     assert found["frames"] == 2
@@ -335,6 +362,27 @@ def test_a_page_plays(playable: Playable, tmp_path: Path):
             assert "no initial state 50" in (await text(page, "error"))["text"]
 
     run_served(playable, tmp_path, use)
+
+
+def test_every_episode_is_saved_where_that_is_asked_for(playable: Playable, tmp_path: Path):
+    async def use(address: str, client: aiohttp.ClientSession) -> None:
+        async with client.ws_connect(f"{address}socket") as page:
+            for init in (3, 4):
+                await page.send_json({**START, "init": init})
+                while (await frame(page))[0]["init"] != init:
+                    pass
+                await page.send_json({**STILL, "right": 0.5})
+                while (await frame(page))[0]["steps"] < 2:
+                    pass
+                await page.send_json(STILL)
+        while len(list((tmp_path / "data").glob("*_demo.hdf5"))) < 2:
+            await asyncio.sleep(0.05)
+
+    run_served(playable, tmp_path / "films", use, save_dataset=tmp_path / "data")
+    episodes = [e for file in (tmp_path / "data").glob("*_demo.hdf5") for e in read_episodes(file)]
+    assert sorted(e.init for e in episodes) == [3, 4]
+    assert {e.instruction for e in episodes} == {playable.task(SUITE, 0).instruction}
+    assert not (tmp_path / "films").exists()
 
 
 def test_who_may_not_play_is_turned_away(playable: Playable, tmp_path: Path):

@@ -19,6 +19,9 @@ import numpy as np
 import pytest
 from fake_env import CRASH, DIE, HANG, SLOW_S, TABLE, make, make_slow
 
+from worldvla.cli import main
+from worldvla.data.episode import Episode, read_episodes
+from worldvla.data.sources import open_source
 from worldvla.eval import rollout, workers
 from worldvla.eval.actors import (
     Actor,
@@ -63,6 +66,45 @@ def roll(
 def test_workers_need_no_torch() -> None:
     code = "import sys, worldvla.eval.rollout; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_episodes_are_saved_as_demonstrations(tmp_path: Path) -> None:
+    """Every step has its picture, the seed of an episode and its end stand in it, the record stays the same,
+    and LeRobot's format is a command away."""
+    actor = Forward(views={"agentview": (8, 8)})
+    record = roll(actor, tmp_path / "out", tasks=(0, 2), seed=5, save=tmp_path / "demos")
+    plain = roll(Forward(views={"agentview": (8, 8)}), tmp_path / "plain", tasks=(0, 2), seed=5)
+    assert [o["steps"] for o in record["outcomes"]] == [o["steps"] for o in plain["outcomes"]]
+    files = sorted((tmp_path / "demos").glob("*.hdf5"))
+    assert [f.name for f in files] == [f"move_{t}_{i:02d}_demo.hdf5" for t in (0, 2) for i in (0, 1)]
+    (episode,) = read_episodes(files[1])
+    assert (episode.task, episode.init, episode.seed, episode.success) == ("move_0", 1, 5, True)
+    assert episode.instruction == "move dot 0"
+    assert len(episode) == 5
+    assert (episode.actions == np.float32(0.2)).all()
+    assert episode.images["agentview"][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]  # the dot's steps so far
+    np.testing.assert_allclose(episode.states[:, 0], 0.2 * np.arange(5), atol=1e-6)
+    np.testing.assert_allclose(episode.sim_states[:, 0], 0.2 * np.arange(5), atol=1e-6)
+    assert not episode.is_expert.any()
+    assert not next(read_episodes(files[3])).success
+    out = tmp_path / "lerobot"
+    assert main(["export-dataset", str(tmp_path / "demos"), "--out", str(out), "--pictures", "png"]) == 0
+    read = [e for _, e in open_source(out).attempts(True) if isinstance(e, Episode)]
+    assert [e.instruction for e in read] == ["move dot 0"] * 2 + ["move dot 2"] * 2
+    np.testing.assert_array_equal(read[1].actions, episode.actions)
+    np.testing.assert_array_equal(read[1].images["agentview"], episode.images["agentview"])
+
+
+def test_saved_episodes_are_all_of_one_evaluation(tmp_path: Path) -> None:
+    """The same call again adds what is missing; what was not saved, and another policy's, is refused."""
+    views = {"agentview": (8, 8)}
+    roll(Forward(views=views), tmp_path / "out", tasks=(0,), episodes=1, save=tmp_path / "demos")
+    roll(Forward(views=views), tmp_path / "out", tasks=(0,), episodes=2, save=tmp_path / "demos")
+    assert len(list((tmp_path / "demos").glob("*.hdf5"))) == 2
+    with pytest.raises(ValueError, match=r"holds episodes that are not in .*other: give another --out"):
+        roll(Forward(views=views), tmp_path / "out", tasks=(0,), episodes=2, save=tmp_path / "other")
+    with pytest.raises(ValueError, match="choose another directory"):
+        roll(RandomActor(0), tmp_path / "random", tasks=(0,), save=tmp_path / "demos")
 
 
 def test_success_and_failure_are_told_apart(tmp_path: Path) -> None:

@@ -575,6 +575,7 @@ def evaluate(
     device: str = "",
     quantize: Quantize = "",
     unnorm_key: UnnormKey = "",
+    save_dataset: Path | None = None,
     shard: str = "",
     cluster: ClusterAddress = "",
     allow_errors: int = 0,
@@ -598,6 +599,9 @@ def evaluate(
         head: Head of a checkpoint that acts. Default: discrete.
         videos: Filmed episodes of each task.
         device: Where a checkpoint computes. Default: cpu.
+        save_dataset: Directory for the episodes as HDF5 demonstrations, successes and failures, with images
+            of every step, which are then all rendered. States 0 to 49 are for evaluation: add --first 50 to
+            train on them.
         shard: I/N: the I-th (from 0) of N equal parts of the episodes; `worldvla merge` joins their records.
         allow_errors: More errors than this make the exit code 3.
     """
@@ -617,8 +621,13 @@ def evaluate(
                 protocol, folder = Protocol(name, *parts), out / name if name != suite else out
                 open_there = partial(open_actor, checkpoint, name, seed, **options)
                 actor = open_there(device="") if pool else open_there()
-                record = evaluate(actor, protocol, folder, workers, cluster=pool, open_there=open_there)
+                save = save_dataset and (save_dataset / name if name != suite else save_dataset)
+                record = evaluate(
+                    actor, protocol, folder, workers, cluster=pool, open_there=open_there, save=save
+                )
                 records.append(record)
+        if save_dataset:
+            say(f"data set: {save_dataset}   next: worldvla export-dataset {save_dataset} --out DIR")
         track_evaluations(track, out, records, [out / n if n != suite else out for n in members(suite)])
         return _report(suite, records, out, allow_errors)
 
@@ -996,6 +1005,7 @@ def play(
     threads: int = 1,
     device: str = "cpu",
     out: Path = Path("out/play"),
+    save_dataset: Path | None = None,
     bench: int = 0,
 ) -> None:
     """Drive the hand through a world model's imagination in the browser, beside the simulator.
@@ -1009,6 +1019,8 @@ def play(
         port: Port to listen on; 0: any free port.
         threads: CPU threads for inference; a small model is fastest on one.
         out: Directory of recordings.
+        save_dataset: Directory for every episode that is played, as HDF5 demonstrations of the simulator's
+            frames, without pressing C.
         bench: Measure this many frames driven by a person and by the policy, print a line of JSON and stop.
     """
     from worldvla.serve.play.session import open_playable
@@ -1040,7 +1052,8 @@ def play(
             api_key=os.environ.get("WORLDVLA_API_KEY", ""),
             threads=threads,
             out=out,
-            on_start=lambda at: say(f"play at {at}   recordings: {out}"),
+            save_dataset=save_dataset,
+            on_start=lambda at: say(f"play at {at}   recordings: {save_dataset or out}"),
         )
     )
 

@@ -164,13 +164,12 @@ class OpenLoopActor(Actor):
         """Average the episodes of every HDF5 file in `directory`."""
         from worldvla.data.episode import demonstration_files, read_episodes
 
-        trajectories: dict[str, np.ndarray] = {}
+        by_task: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         for file in demonstration_files([directory]):
-            episodes = list(read_episodes(file, images=False))
-            trajectories[episodes[0].task] = mean_trajectory(
-                [e.actions for e in episodes], [e.is_expert for e in episodes]
-            )
-        return cls(trajectories, str(directory))
+            for episode in read_episodes(file, images=False):
+                by_task.setdefault(episode.task, []).append((episode.actions, episode.is_expert))
+        means = {task: mean_trajectory(*zip(*own, strict=True)) for task, own in by_task.items()}
+        return cls(means, str(directory))
 
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
         return [self._act(query) for query in queries]

@@ -7,6 +7,7 @@ with a history the frames just before go along (WorldVLA eval_solver_libero_256.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from worldvla.cluster import Cluster
-from worldvla.data.collect import choose
+from worldvla.data.collect import choose, guard
 from worldvla.eval.actors import Actor, ActorError, ExpertActor, ModelActor, OpenLoopActor, RandomActor
 from worldvla.eval.crew import Crew, roll_out
 from worldvla.eval.record import Journal, counted
 from worldvla.eval.stats import count
-from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings
+from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings, saved
 from worldvla.files import only_writer, write_json, write_text
 from worldvla.machine import cores, provenance
 from worldvla.progress import progress_bar
@@ -90,11 +91,15 @@ class Protocol:
             raise ValueError(f"scene_prefix: the tasks of {self.suite} name no scene, those of libero_10 do")
         return prefixed
 
-    def settings(self, actor: Actor, make: MakeEnv) -> Settings:
-        """Return what the workers need to know: `actor` may see nothing, films need pictures all the same."""
+    def settings(self, actor: Actor, make: MakeEnv, save: Path | None = None) -> Settings:
+        """Return what the workers need to know: `actor` may see nothing, films and what is saved in `save`
+        need pictures all the same."""
         side = 64 if self.is_lockstep else 128
-        views = dict(actor.views) or ({"agentview": (side, side)} if self.videos else {})
-        return Settings(make, views, bool(actor.views), actor.history, self.is_lockstep, self.seed)
+        views = {"agentview": (side, side)} if self.videos else {}
+        if save is not None:
+            views = dict(sim.suite(self.suite).rules.demonstrations)
+        views = dict(actor.views) or views
+        return Settings(make, views, bool(actor.views), actor.history, self.is_lockstep, self.seed, save)
 
     def describe(self, actor: Actor, workers: int) -> dict[str, Any]:
         """Return what a record says of how its episodes were run."""
@@ -135,29 +140,34 @@ def evaluate(
     patience_s: float = PATIENCE_S,
     cluster: Cluster | None = None,
     open_there: Callable[[], Actor] | None = None,
+    save: Path | None = None,
 ) -> dict[str, Any]:
     """Roll `actor` out; write record.json, videos/ and tokens.npz to `out`; return the record.
 
     The same call again goes on where it stopped. `workers`: processes that step environments; 0: one a core
     that this process may use, and the record says how many. `make`, `table`: another simulator, for tests.
-    With a `cluster`, each of its processes does this with the actor that `open_there` returns.
+    With a `cluster`, each of its processes does this with the actor that `open_there` returns. `save`: folder
+    for the episodes as demonstrations, one file each; on a file system that all of a cluster's nodes see.
     """
     if workers < 0:
         raise ValueError(f"expected at least one worker, or 0 for one a core, got {workers}")
     workers = workers or (cluster.cores if cluster else cores())
     tasks = protocol.choose(sim.tasks(protocol.suite) if table is None else table)
     jobs = protocol.jobs(tasks)
-    settings, name = protocol.settings(actor, make), f"{protocol.suite} by {actor.identity()['name']}"
+    settings, name = protocol.settings(actor, make, save), f"{protocol.suite} by {actor.identity()['name']}"
     if make is sim.make:
         sim.check_drawing(protocol.suite, settings.views)
     stopped: ActorError | None = None
     with (
         only_writer(out),
         Journal(out / "episodes.jsonl", protocol.identity(actor)) as journal,
+        guard(save / "eval.json", protocol.identity(actor)) if save else nullcontext(),
         progress_bar() as progress,
     ):
         done = {(o["task"], o["init"]) for o in journal.outcomes}
         left = [job for job in jobs if (job.task.index, job.init) not in done]
+        if save is not None and not all(saved(save, job).exists() for job in jobs if job not in left):
+            raise ValueError(f"{out} holds episodes that are not in {save}: give another --out")
         bar = progress.add_task(name, total=len(jobs), completed=len(jobs) - len(left))
         fps = FPS[protocol.simulator] / (1 if settings.film_all else actor.execute)
 

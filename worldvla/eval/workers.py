@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from worldvla.data.episode import Episode, write_episodes
 from worldvla.machine import end_with_parent
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import Expert, Task
@@ -47,6 +48,8 @@ class Settings:
     film_all: bool
     """Films hold every step; else only the frames that are rendered anyway."""
     seed: int
+    save: Path | None = None
+    """Folder for the episodes; every step is then rendered."""
 
 
 @dataclass
@@ -77,12 +80,16 @@ class Running:
         self.report = Report("running")
         self.recent: deque[dict[str, np.ndarray]] = deque(maxlen=max(1, settings.history))
         self.expert: Expert | None = None
+        self.now: dict[str, Any] = {}
+        self.steps: list[tuple[dict[str, Any], np.ndarray, np.ndarray, bool]] = []
+        """With `settings.save`: observation, simulator's state, action, whether it is the expert's."""
 
     def start(self) -> Report:
-        self.env.rendering = self.settings.needs_images or self.job.film
-        observation, _ = self.env.reset(seed=self.settings.seed, options={"init": self.job.init})
-        self._see(observation)
-        return self._tell(observation)
+        settings = self.settings
+        self.env.rendering = settings.needs_images or self.job.film or settings.save is not None
+        self.now, _ = self.env.reset(seed=settings.seed, options={"init": self.job.init})
+        self._see(self.now)
+        return self._tell(self.now)
 
     def execute(self, actions: np.ndarray | int) -> Report:
         """Execute actions (n, 7), or n actions of the expert, until they or the episode end."""
@@ -91,11 +98,16 @@ class Running:
         observation: dict[str, Any] = {}
         for i in range(num_steps):
             left = num_steps - 1 - i
-            self.env.rendering = (settings.needs_images and left < settings.history) or (
-                self.job.film and (settings.film_all or left == 0)
+            self.env.rendering = (
+                (settings.needs_images and left < settings.history)
+                or (self.job.film and (settings.film_all or left == 0))
+                or settings.save is not None
             )
             action = self._expert_action() if isinstance(actions, int) else actions[i]
+            if settings.save is not None:
+                self.steps.append((self.now, self.env.get_state(), action, isinstance(actions, int)))
             observation, _, terminated, truncated, info = self.env.step(action)
+            self.now = observation
             report.steps += 1
             report.grasped = report.grasped or bool(info["grasped"])
             if terminated or truncated or report.steps >= self.env.horizon:
@@ -103,6 +115,8 @@ class Running:
                 if self.job.film and not self.env.rendering:
                     observation = self.env.observe()
                 self._see(observation)
+                if settings.save is not None:
+                    self._save(settings.save)
                 return self._tell({})
             self._see(observation)
         return self._tell(observation)
@@ -118,6 +132,25 @@ class Running:
             if self.job.film:
                 self.report.frames.append(images)
 
+    def _save(self, folder: Path) -> None:
+        """Write the episode; steps of a policy are no policy's targets."""
+        task, init = self.job.task, self.job.init
+        seen, states, actions, is_expert = zip(*self.steps, strict=True)
+        episode = Episode(
+            instruction=task.instruction,
+            suite=task.suite,
+            task=task.name,
+            actions=np.array(actions, dtype=np.float32),
+            states=np.array([o["state"] for o in seen], dtype=np.float32),
+            images={view: np.array([o[view] for o in seen]) for view in self.settings.views},
+            sim_states=np.array(states, dtype=np.float64),
+            is_expert=np.array(is_expert, dtype=np.bool_),
+            init=init,
+            seed=self.settings.seed,
+            success=self.report.status == "success",
+        )
+        write_episodes(saved(folder, self.job), [episode], {"made_by": "worldvla eval", "suite": task.suite})
+
     def _tell(self, observation: dict[str, Any]) -> Report:
         previous = list(self.recent)[:-1]
         self.report.observation = {
@@ -126,6 +159,11 @@ class Running:
             "previous": previous,
         }
         return self.report
+
+
+def saved(folder: Path, job: Job) -> Path:
+    """Return the file of an episode that is saved in `folder`."""
+    return folder / f"{job.task.name}_{job.init:02d}_demo.hdf5"
 
 
 def _work(connection: Connection, settings: Settings) -> None:

@@ -67,17 +67,19 @@ async def serve(
     api_key: str = "",
     threads: int = 1,
     out: Path = Path("out/play"),
+    save_dataset: Path | None = None,
     on_start: Callable[[str], Any] = log.info,
 ) -> None:
     """Serve the page until cancelled or SIGTERM; `on_start` gets its address, for port 0 that of a free port.
 
-    `threads`: of inference, which all sessions share; a small model is fastest on one.
+    `threads`: of inference, which all sessions share; a small model is fastest on one. `save_dataset`: record
+    every episode from its start on, and write it there as a demonstration in place of a film in `out`.
     """
     is_loopback = _is_loopback(host)
     if not (api_key or is_loopback):
         raise ValueError(f"anyone who reaches {host} could play and write recordings: set WORLDVLA_API_KEY")
     with ThreadPoolExecutor(1, "imagine", torch.set_num_threads, (threads,)) as thread:
-        house = _House(playable, start, out, thread, api_key, is_loopback)
+        house = _House(playable, start, out, save_dataset, thread, api_key, is_loopback)
         runner = web.AppRunner(house.app(), access_log=None, shutdown_timeout=2)
         await runner.setup()
         try:
@@ -115,11 +117,13 @@ class _House:
         playable: Playable,
         start: Start,
         out: Path,
+        save_dataset: Path | None,
         thread: ThreadPoolExecutor,
         api_key: str,
         is_loopback: bool,
     ) -> None:
         self.playable, self.start, self.out, self.thread = playable, start, out, thread
+        self.save_dataset = save_dataset
         self.api_key, self.is_loopback = api_key, is_loopback
         self.connections: set[web.WebSocketResponse] = set()
         self.recordings: dict[str, Path] = {}
@@ -316,13 +320,18 @@ class _Connection:
                 await self._in_thread(self.session.start, *place)
         except ValueError as error:
             await self._say("error", str(error))
+        else:
+            if self.session is not None and self.house.save_dataset:
+                self.session.record()
 
     async def _finish_recording(self) -> None:
         if self.session is None or (recording := self.session.stop_recording()) is None:
             return
         name = f"{recording.task.suite}_{recording.task.index}_{time.strftime('%Y%m%d_%H%M%S')}"
-        folder = await asyncio.to_thread(_write, recording, self.house.out / name)
-        files = {f"{folder.name}/{path.name}": path for path in sorted(folder.iterdir())}
+        folder, paths = await asyncio.to_thread(
+            _write, recording, self.house.save_dataset or self.house.out, name, bool(self.house.save_dataset)
+        )
+        files = {f"{folder.name}/{path.name}": path for path in paths}
         self.house.recordings |= files
         with contextlib.suppress(ConnectionError):
             steps = len(recording.actions)
@@ -339,11 +348,15 @@ class _Connection:
         return await asyncio.get_running_loop().run_in_executor(self.house.thread, partial(do, *args))
 
 
-def _write(recording: Recording, folder: Path) -> Path:
-    number = 2
-    while folder.exists():  # two of one second
-        folder, number = folder.with_name(f"{folder.name.split('-')[0]}-{number}"), number + 1
-    return recording.write(folder)
+def _write(recording: Recording, out: Path, name: str, as_demonstration: bool) -> tuple[Path, list[Path]]:
+    """Write a recording under `out`; return the folder and its new files."""
+    suffix = "_demo.hdf5" if as_demonstration else ""
+    path, number = out / f"{name}{suffix}", 2
+    while path.exists():  # two of one second
+        path, number = out / f"{name}-{number}{suffix}", number + 1
+    if as_demonstration:
+        return out, [recording.write_demonstration(path)]
+    return path, sorted(recording.write(path).iterdir())
 
 
 def read_message(text: str) -> tuple[str, dict[str, Any]]:

@@ -122,7 +122,9 @@ class Recording:
     states: list[np.ndarray] = field(default_factory=list)
     sim_states: list[np.ndarray] = field(default_factory=list)
     actions: list[np.ndarray] = field(default_factory=list)
-    success: bool = False
+    by_person: list[bool] = field(default_factory=list)
+    success_steps: int = 0
+    """Steps up to the first success; 0: none."""
 
     def write(self, folder: Path) -> Path:
         """Write play.mp4 (imagined, then real views, side by side) and one HDF5 file of each world; return
@@ -133,23 +135,38 @@ class Recording:
         ]
         write_mp4(folder / "play.mp4", views_side_by_side(both), self.rate)
         for name, frames in {"imagined": self.imagined, "simulator": self.real}.items():
-            made_by = {"made_by": "worldvla play", "images": name, "suite": self.task.suite}
-            write_episodes(folder / f"{name}_demo.hdf5", [self._episode(frames)], made_by)
+            self._write(folder / f"{name}_demo.hdf5", name, self._episode(frames))
         return folder
 
-    def _episode(self, frames: Sequence[Frame]) -> Episode:
+    def write_demonstration(self, path: Path) -> Path:
+        """Write the simulator's frames up to the first success as one HDF5 file and return its path. What a
+        person did is a policy's target (is_expert) if it succeeded."""
+        end = self.success_steps or len(self.actions)
+        is_expert = np.array(self.by_person, dtype=np.bool_) & bool(self.success_steps)
+        self._write(path, "simulator", self._episode(self.real, end, is_expert[:end]))
+        return path
+
+    def _write(self, path: Path, images: str, episode: Episode) -> None:
+        write_episodes(
+            path, [episode], {"made_by": "worldvla play", "images": images, "suite": self.task.suite}
+        )
+
+    def _episode(
+        self, frames: Sequence[Frame], end: int | None = None, is_expert: np.ndarray | None = None
+    ) -> Episode:
+        frames, actions = frames[:end], self.actions[:end]
         return Episode(
             instruction=self.task.instruction,
             suite=self.task.suite,
             task=self.task.name,
-            actions=np.stack(self.actions),
-            states=np.stack(self.states),
+            actions=np.stack(actions),
+            states=np.stack(self.states[:end]),
             images={view: np.stack([frame[view] for frame in frames]) for view in frames[0]},
-            sim_states=np.stack(self.sim_states),
-            is_expert=np.zeros(len(self.actions), dtype=np.bool_),
+            sim_states=np.stack(self.sim_states[:end]),
+            is_expert=np.zeros(len(actions), dtype=np.bool_) if is_expert is None else is_expert,
             init=self.init,
             seed=-1,
-            success=self.success,
+            success=bool(self.success_steps),
         )
 
 
@@ -242,6 +259,7 @@ class Session:
             recording.states.append(self.state)
             recording.sim_states.append(self._env.get_state())
             recording.actions.append(action)
+            recording.by_person.append(self.driver == "person")
         self._previous.append(self.frame)
         self.frame = self._views(self.world.step(action))
         self._env.rendering = self.is_shown or recording is not None
@@ -251,8 +269,8 @@ class Session:
         self.steps, self.imagined = self.steps + 1, self.imagined + 1
         if success and self.success_step is None:
             self.success_step = self.steps
-        if recording is not None:
-            recording.success |= bool(success)
+        if recording is not None and success and not recording.success_steps:
+            recording.success_steps = len(recording.actions)
         if self._times and began - self._times[-1] > 1:  # it stood still
             self._times.clear()
         self._times.append(time.perf_counter())
