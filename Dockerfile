@@ -3,7 +3,7 @@
 #   docker run -p 8000:8000 -e WORLDVLA_API_KEY=SECRET worldvla
 #   docker build -t worldvla:cuda --build-arg TORCH=cu130 .
 #   docker run --gpus all -p 8000:8000 -e WORLDVLA_API_KEY=SECRET worldvla:cuda tabletop --host 0.0.0.0 --device cuda
-FROM python:3.11-slim-bookworm
+FROM python:3.11-slim-bookworm AS base
 
 # EGL lets MuJoCo render without a display: Mesa's on the CPU, the driver's own on a GPU.
 RUN apt-get update \
@@ -14,6 +14,18 @@ ENV MUJOCO_GL=egl NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics PYTHONUNBU
 
 # Suffix of PyTorch's wheels: cpu, or a CUDA version such as cu130. Of two equal versions, pip prefers the one with a suffix.
 ARG TORCH=cpu
+
+# For .devcontainer/devcontainer.json: the checkout is mounted, and `make` installs from it.
+FROM base AS dev
+ARG TORCH
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends chromium git make \
+    && rm -rf /var/lib/apt/lists/*
+ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/$TORCH
+USER worldvla
+
+FROM base
+ARG TORCH
 WORKDIR /source
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY worldvla worldvla

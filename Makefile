@@ -38,12 +38,24 @@ golden: $(STAMP)
 	for script in tests/golden_*.py; do $(BIN)/python $$script || exit 1; done
 	-git --no-pager diff --stat -- tests/golden
 
-# build and twine get an environment of their own, because twine's pins differ from those of development.
+# build and twine get an environment of their own, because twine's pins differ from those of development. Links of the
+# README lead nowhere on an index page: with REPOSITORY=URL of the repository they become absolute, else text.
+REPOSITORY ?=
+ifeq ($(REPOSITORY),)
+LINKS := s/!\[[^]]*\]\((docs|paper)[^)]*\)//; s/\[([^]]*)\]\((docs|paper)[^)]*\)/\1/g
+else
+LINKS := s,(!\[[^]]*\]\()docs/,\1$(REPOSITORY)/raw/main/docs/,; s,\]\((docs|paper)/,]($(REPOSITORY)/blob/main/\1/,g
+endif
 dist:
 	$(PYTHON) -m venv out/dist-tools
 	out/dist-tools/bin/python -m pip install --quiet $(PIP_ARGS) build twine
-	rm -rf out/dist
-	out/dist-tools/bin/python -m build --outdir out/dist
+	rm -rf out/dist out/dist-source
+	mkdir -p out/dist-source
+	cp -r worldvla client pyproject.toml MANIFEST.in LICENSE out/dist-source
+	sed -E '$(LINKS)' README.md > out/dist-source/README.md
+	$(if $(REPOSITORY),printf '\n[project.urls]\nRepository = "%s"\n' '$(REPOSITORY)' >> out/dist-source/pyproject.toml)
+	out/dist-tools/bin/python -m build --outdir out/dist out/dist-source
+	out/dist-tools/bin/python -m build --wheel --outdir out/dist out/dist-source/client
 	out/dist-tools/bin/python -m twine check --strict out/dist/*
 
 format: $(STAMP)

@@ -4,18 +4,26 @@ wheel, and the tree names what is on the disk. `make check` builds the site.
 Run: pytest tests/test_docs.py
 """
 
+import ast
 import contextlib
+import importlib.metadata
 import io
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import venv
+import zipfile
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+from policy_server import policy_server
 
+import worldvla
 from worldvla.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +136,59 @@ def test_the_wheel_is_the_package_alone_and_runs_the_snippet_of_the_readme(tmp_p
     outcome, file = done.stdout.splitlines()
     assert outcome == "success (64, 64, 3)"
     assert Path(file).is_relative_to(site)
+
+
+ASK = """
+import sys
+import numpy as np
+from worldvla.robot import Limits
+from worldvla.serve.client import Client
+
+picture = np.full((4, 4, 3), 3, np.uint8)
+with Client("ws://" + sys.argv[1]) as client:
+    answer = client.infer({"agentview": picture, "state": np.full(8, 0.25), "prompt": "go"})
+print(answer["actions"].shape, client.metadata["name"], "torch" in sys.modules)
+"""
+
+
+def test_the_wheel_of_the_client_talks_to_a_server_without_torch(tmp_path: Path) -> None:
+    """In a venv with what it declares alone, nothing of the checkout in reach. Python 3.10 reads it."""
+    for folder in ("client", "worldvla"):
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "assets")
+        )
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "-w", tmp_path, tmp_path / "client"], check=True, capture_output=True)
+    venv.create(tmp_path / "env", symlinks=True)
+    (site,) = tmp_path.glob("env/lib/python*/site-packages")
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    sources = [p for p in site.rglob("*.py") if "worldvla" in p.parts]
+    names = {p.relative_to(site).as_posix() for p in sources}
+    assert names == {
+        f"worldvla/{n}.py" for n in ("__init__", "robot", "serve/__init__", "serve/client", "serve/protocol")
+    }
+    for source in sources:
+        ast.parse(source.read_text(), feature_version=(3, 10))
+    (told,) = importlib.metadata.distributions(name="worldvla-client", path=[str(site)])
+    assert told.version == worldvla.__version__
+    packages = [re.match(r"[a-z]+", line) for line in told.requires or ()]
+    for name in [*(match[0] for match in packages if match), "numpy.libs"]:
+        (site / name).symlink_to(Path(np.__file__).parents[1] / name)
+    with policy_server() as at:
+        words = [tmp_path / "env/bin/python", "-I", "-c", ASK, at]
+        done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout == "(5, 7) right False\n", done.stderr
+
+
+def test_the_development_container_is_a_stage_of_the_dockerfile() -> None:
+    settings = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    stages = re.findall(r"^FROM \S+(?: AS (\w+))?$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert settings["build"]["target"] in stages
+    assert stages[-1] == "", "`docker build .` makes the last stage, which must stay the server"
+    target = settings["postCreateCommand"].removeprefix("make ")
+    assert target == ".venv/.installed"
+    assert "STAMP := $(VENV)/.installed" in (ROOT / "Makefile").read_text()
 
 
 def _files(root: Path) -> set[str]:
