@@ -8,20 +8,23 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_run import _episode, tiny_config, write_tiny
+from torch import Tensor
 
 from worldvla.cli import main
 from worldvla.data.collect import FIRST_INIT
 from worldvla.data.episode import read_episodes, write_episodes
-from worldvla.files import read_json
+from worldvla.files import read_json, save_tensors
+from worldvla.train import checkpoint
 from worldvla.train.checkpoint import latest
 from worldvla.train.loop import train
 
@@ -175,4 +178,32 @@ def test_a_kill_at_any_moment_loses_one_item(verb: str, kills: int, root: Path, 
             rounds += 1
             out = prepare(str(rounds))
     shutil.rmtree(out, ignore_errors=True)
+    assert not list(tmp_path.rglob(".*")), "scratch files or locks are left"
+
+
+def _killed_amid_a_checkpoint(root: Path, out: Path) -> None:
+    """Train until half of the checkpoint of step 6 is written and step 8 is done; then end by SIGKILL."""
+
+    def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        if ".step_6." in str(path) and path.stem == "trainer":
+            while '"step": 8' not in (out / "metrics.jsonl").read_text():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_tensors(path, tensors)
+
+    checkpoint.save_tensors = write
+    train(tiny_config(root, steps=12, save_every=3, log_every=1), out)
+
+
+def test_a_kill_amid_a_checkpoint_costs_the_steps_since_the_one_before(root: Path, tmp_path: Path) -> None:
+    train(tiny_config(root, steps=12, save_every=3), tmp_path / "whole")
+    process = SERVER.Process(target=_killed_amid_a_checkpoint, args=(root, tmp_path / "run"))
+    process.start()
+    process.join(120)
+    process.kill()
+    assert process.exitcode == -signal.SIGKILL
+    assert latest(tmp_path / "run") == tmp_path / "run/ckpt/step_3"
+    assert list((tmp_path / "run/ckpt").glob(".step_6.*.tmp/model.safetensors"))
+    train(tiny_config(root, steps=12, save_every=3), tmp_path / "run")
+    assert RESULT["train"](tmp_path / "run") == RESULT["train"](tmp_path / "whole")
     assert not list(tmp_path.rglob(".*")), "scratch files or locks are left"

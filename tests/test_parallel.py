@@ -83,6 +83,14 @@ def test_fifty_steps_are_those_of_one_process(root: Path, name: str) -> None:
         assert max(float((many[key] - one[key]).abs().max()) for key in one) < 1e-3
 
 
+@pytest.mark.parametrize(("run", "ended"), [("one", "half"), ("two_sharded", "begun")])
+def test_what_is_written_while_training_goes_on_is_what_it_was_then(root: Path, run: str, ended: str) -> None:
+    for file in ("model.safetensors", "trainer.safetensors"):
+        left, right = (load_file(root / name / f"ckpt/step_{HALF}" / file) for name in (run, ended))
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left)
+
+
 def test_a_sharded_checkpoint_has_the_files_and_digests_of_any(root: Path) -> None:
     one, many = ({str(f.relative_to(p)) for f in p.rglob("*")} for p in (root / "one", root / "four_sharded"))
     assert {name for name in one if "tfevents" not in name} == {

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from tiny_run import joined, tiny_config, train_in_parts
 
 from worldvla.batch import Batch
 from worldvla.config import Config, LoraConfig, OptimConfig, from_json
-from worldvla.files import write_digests
+from worldvla.files import save_tensors, write_digests
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train import checkpoint, loop, parallel
 from worldvla.train.build import build
@@ -166,18 +167,49 @@ def test_what_a_kill_left_of_pruning_is_removed(root: Path, tmp_path: Path) -> N
     assert sorted(p.name for p in newest.parent.iterdir()) == ["step_4", "step_8"]
 
 
-def test_nothing_is_left_of_a_save_that_failed(
+def test_nothing_is_left_of_a_save_that_failed_and_training_ends(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if ".step_4." in str(path):  # while training goes on; the last one would succeed
+            raise OSError(28, "No space left on device")
+        save_tensors(path, tensors)
 
     monkeypatch.setattr(checkpoint, "save_tensors", full)
-    with pytest.raises(OSError, match=r"cannot save .*No space left.*free some space"):
+    with pytest.raises(OSError, match=r"cannot save .*step_4: .*No space left.*free some space"):
         train(tiny_config(root), tmp_path / "run")
     assert list((tmp_path / "run/ckpt").iterdir()) == []
     monkeypatch.undo()
     assert train(tiny_config(root), tmp_path / "run").is_finished
+
+
+@pytest.mark.parametrize("free", [10**12, 0])
+def test_training_goes_on_while_a_checkpoint_is_written_if_its_copy_fits(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    step, happened, may_end = Trainer.step, [], threading.Event()
+
+    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        save_tensors(path, tensors)
+        if path.stem == "trainer":
+            if free and ".step_4." in str(path):
+                assert may_end.wait(60)
+            happened.append(path.parent.name.split(".")[1])
+
+    def taken(self: Trainer, batches: list[Batch]) -> dict[str, float]:
+        happened.append(self.state.step)
+        if self.state.step == 7:
+            may_end.set()
+        return step(self, batches)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", write)
+    monkeypatch.setattr(checkpoint, "available_memory", lambda _: free)
+    monkeypatch.setattr(Trainer, "step", taken)
+    train(tiny_config(root, steps=10), tmp_path / "run")
+    order = [happened.index(what) for what in ("step_4", "step_8", "step_10")]
+    assert order == sorted(order)
+    assert (happened.index("step_4") > happened.index(7)) == bool(free)
+    assert free or happened.index("step_4") < happened.index(4)
 
 
 def test_another_config_is_refused_by_name(root: Path, tmp_path: Path) -> None:

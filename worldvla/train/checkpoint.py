@@ -5,21 +5,25 @@
 
 With `lora.rank`, model.safetensors holds what is trained alone, and the manifest the digest of its base.
 With `optim.ema`, it holds the average of the weights, and trainer.safetensors the weights themselves.
-A directory appears under its name only when complete (written beside it, then renamed).
+A directory appears under its name only when complete (written beside it, then renamed). `Background` writes
+it while training goes on.
 """
 
+import copy
 import logging
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -38,7 +42,7 @@ from worldvla.files import (
     write_digests,
     write_json,
 )
-from worldvla.machine import provenance
+from worldvla.machine import available_memory, provenance
 from worldvla.model.lora import stored
 from worldvla.model.weights import check_fit, read_tensor
 from worldvla.train import parallel
@@ -51,7 +55,11 @@ _FREE = (
     *("shard", "replicate"),
 )
 """Fields of TrainConfig that may change between the parts of a run."""
+NUM_KEPT = 2
+"""Newest checkpoints that stay; the best one by validation loss stays too."""
 Optimizers = Sequence[torch.optim.Optimizer]
+Files = Mapping[str, Mapping[str, Tensor]]
+"""The safetensors files of a checkpoint: name -> what it holds."""
 
 
 def save(
@@ -66,14 +74,89 @@ def save(
 
     `trainer` is the loop's own state (JSON values, "step" among them).
     """
+    with average.in_place() if average else nullcontext():
+        _write(path, pieces, _files(model, optimizers, average), trainer)
+
+
+class Background:
+    """Writes checkpoints while training goes on, one after the other, from copies in the machine's memory.
+    Where a copy would take more than half of what is free, training waits instead.
+
+    Ranks that share a model save together, over a group of their own: the thread that writes sends beside the
+    one that trains. An error of the writer is raised by the next call, whichever it is, or after the block.
+    """
+
+    def __init__(self, is_spread: bool) -> None:
+        self._group = parallel.second_group() if is_spread else None
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self.wait()
+
+    def save(
+        self,
+        path: Path,
+        pieces: Pieces,
+        model: nn.Module,
+        optimizers: Optimizers,
+        trainer: Mapping[str, Any],
+        average: Average,
+    ) -> None:
+        """Wait for the checkpoint before and copy this one; then it is written, and old ones are pruned."""
+        self.wait()
+        with average.in_place():
+            files = _files(model, optimizers, average)
+            size = sum(parallel.local(t).nbytes for tensors in files.values() for t in tensors.values())
+            free = available_memory("cpu")
+            fits = free is None or 2 * size * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= free
+            if fits:
+                files = {f: {n: t.to("cpu", copy=True) for n, t in ts.items()} for f, ts in files.items()}
+            state = copy.deepcopy(dict(trainer))
+            self._last = self._pool.submit(self._save, path, pieces, files, state)
+            if not fits:
+                self.wait()
+
+    def _save(self, path: Path, pieces: Pieces, files: Files, trainer: dict[str, Any]) -> None:
+        _write(path, pieces, files, trainer, self._group)
+        if parallel.rank() == 0:
+            prune(path.parents[1], trainer["best_step"])
+
+    def check(self) -> None:
+        """Raise what went wrong, if anything has."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raise what went wrong."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+
+def _files(model: nn.Module, optimizers: Optimizers, average: Average | None) -> Files:
+    """Return the tensors of a checkpoint, not copied; the model is the average, where there is one."""
+    trainer = _optimizer_tensors(model, optimizers) | _raw(average)
+    return {"model.safetensors": stored(model), "trainer.safetensors": trainer}
+
+
+def _write(
+    path: Path,
+    pieces: Pieces,
+    files: Files,
+    trainer: Mapping[str, Any],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    together = any(isinstance(t, DTensor) for tensors in files.values() for t in tensors.values())
     try:
-        with (
-            _scratch(path, parallel.is_spread(model)) as scratch,
-            average.in_place() if average else nullcontext(),
-        ):
-            _write_tensors(scratch / "model.safetensors", stored(model))
-            tensors = _optimizer_tensors(model, optimizers) | _raw(average)
-            _write_tensors(scratch / "trainer.safetensors", tensors)
+        with _scratch(path, together, group) as scratch:
+            for name, tensors in files.items():
+                _write_tensors(scratch / name, tensors, group)
             if parallel.rank() > 0:
                 return
             write_json(scratch / "config.json", to_json(pieces.config))
@@ -102,16 +185,16 @@ def save(
 
 
 @contextmanager
-def _scratch(path: Path, together: bool) -> Iterator[Path]:
+def _scratch(path: Path, together: bool, group: dist.ProcessGroup | None) -> Iterator[Path]:
     """Give the scratch folder that becomes `path`, the first rank's to all that save a model together."""
     if together and parallel.rank() > 0:
-        yield Path(parallel.from_first(""))
+        yield Path(parallel.from_first("", group))
         return
     with whole_folder(path) as scratch:
-        yield Path(parallel.from_first(str(scratch))) if together else scratch
+        yield Path(parallel.from_first(str(scratch), group)) if together else scratch
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Write a safetensors file; of a sharded model each rank writes its rows, and the first joins them.
 
     No rank holds more than its rows and one tensor. A failure of one raises OSError in all.
@@ -126,7 +209,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         # A tensor without dims would be joined as 0.
         joined = {name: t if t.ndim else t.reshape(1) for name, t in tensors.items()}
-        state_dict_saver.save(joined, storage_writer=writer)
+        state_dict_saver.save(joined, storage_writer=writer, process_group=group)
     except CheckpointException as error:
         reasons = {f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items()}
         raise OSError(one_line("; ".join(sorted(reasons)))) from None
@@ -213,9 +296,9 @@ def latest(run_dir: Path) -> Path | None:
     return max(_all(run_dir), key=_step, default=None)
 
 
-def prune(run_dir: Path, keep: int, best_step: int | None) -> None:
-    """Delete all checkpoints but the `keep` newest ones and that of `best_step`."""
-    for path in sorted(_all(run_dir), key=_step)[:-keep]:
+def prune(run_dir: Path, best_step: int | None) -> None:
+    """Delete all checkpoints but the newest ones and that of `best_step`."""
+    for path in sorted(_all(run_dir), key=_step)[:-NUM_KEPT]:
         if _step(path) != best_step:  # under a scratch name first, so that a kill leaves no half of it
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")))
 

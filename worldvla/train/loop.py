@@ -41,8 +41,6 @@ from worldvla.train.optim import Average, build_optimizers, learning_rate
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """What asks for a checkpoint and the end: Slurm, a cloud that takes its machine back, Ctrl-C."""
-NUM_KEPT = 2
-"""Newest checkpoints that stay; the best one by validation loss stays too."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +115,11 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, self.config.optim)
         self.average = Average(self.model, self.config.optim.ema)
         self.loss = Loss(self.config.loss, pieces.vocab)
-        self.state = State()
+        self.state, self.saved = State(), -1
         if (path := checkpoint.latest(run_dir)) is not None:
             state = checkpoint.resume(path, pieces, self.model, self.optimizers, self.average)
             self.state = State(**state)
+            self.saved = self.state.step
         hidden, head = torch.compile(self.model) if config.compile else self.model, self.model.action_head
         if config.compile and head is not None:
             head.compile()
@@ -134,6 +133,7 @@ class Trainer:
             Recorder(self.run_dir, state.step, config.steps, parallel.rank() > 0, module) as recorder,
             _stop_requests() as is_stopping,
             self._prefetch() as fetch,
+            checkpoint.Background(parallel.is_spread(self.model)) as background,
         ):
             if remark:
                 recorder.say(remark)
@@ -157,8 +157,10 @@ class Trainer:
                     recorder.record("train", state.step, self._drain())
                 if is_last or is_due(state.step, config.eval_every):
                     self._validate(recorder)
+                background.check()
                 if not is_last and is_due(state.step, config.save_every):
-                    self.save()
+                    self.save(background)
+            background.wait()
             is_finished = state.step >= config.steps
             path = self.save()
             recorder.say(f"{'finished' if is_finished else 'stopped'} at step {state.step}: {path}")
@@ -217,13 +219,19 @@ class Trainer:
         per_kind |= {"head_l1": torch.cat(errors)} if errors else {}
         return {"loss": total} | {name: float(v.mean()) for name, v in per_kind.items() if len(v)}
 
-    def save(self) -> Path:
-        path = self.run_dir / "ckpt" / f"step_{self.state.step}"
+    def save(self, background: checkpoint.Background | None = None) -> Path:
+        """Save the state that the run is in, unless it is saved; with `background`, while it goes on."""
+        path, state = self.run_dir / "ckpt" / f"step_{self.state.step}", self.state
         is_writer = parallel.rank() == 0
-        if not path.exists() and (is_writer or parallel.is_spread(self.model)):
-            checkpoint.save(path, self.pieces, self.model, self.optimizers, vars(self.state), self.average)
+        is_new, self.saved = self.saved != state.step, state.step
+        if is_new and (is_writer or parallel.is_spread(self.model)):
+            what = path, self.pieces, self.model, self.optimizers, vars(state), self.average
+            if background is not None:
+                background.save(*what)
+                return path
+            checkpoint.save(*what)
         if is_writer:  # a kill may have come between the last checkpoint and this
-            checkpoint.prune(self.run_dir, NUM_KEPT, self.state.best_step)
+            checkpoint.prune(self.run_dir, state.best_step)
         return path
 
     def _batches(self, step: int) -> list[Batch]:

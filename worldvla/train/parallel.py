@@ -68,6 +68,14 @@ def start(config: TrainConfig) -> torch.device:
     return device
 
 
+def second_group() -> dist.ProcessGroup:
+    """Return another group of all ranks, on their CPUs: two threads that send in one group would mix up."""
+    group = dist.new_group(timeout=HANDSHAKE, backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    _set_pg_timeout(default_pg_timeout, group)
+    return group
+
+
 def _num_restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
@@ -251,15 +259,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(answer)
 
 
-def from_first(text: str) -> str:
+def from_first(text: str, group: dist.ProcessGroup | None = None) -> str:
     """Return the text that the first rank has; its bytes are sent, not a pickle."""
     if num_ranks() == 1:
         return text
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     size = torch.tensor(len(data), device=device)
-    dist.broadcast(size, 0)
+    dist.broadcast(size, 0, group)
     if rank() > 0:
         data = data.new_empty(int(size))
-    dist.broadcast(data, 0)
+    dist.broadcast(data, 0, group)
     return bytes(data.tolist()).decode()
