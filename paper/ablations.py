@@ -9,6 +9,7 @@ A row differs from `full` in nothing but what it states: the same data, steps, o
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -222,6 +223,30 @@ MODELS = {
 """Models of LIBERO beside the rows."""
 
 
+SCALES = {"1m": (3, 80, 2, 216), "3m": (4, 160, 4, 432), "10m": (7, 288, 6, 768), "30m": (10, 448, 7, 1200)}
+"""Layers, width, heads and hidden width of the scaling law's models, which are named by their parameters."""
+DEMONSTRATIONS = {10: "10_", 32: "32_", 100: ""}
+"""Demonstrations of a task that they are trained on, each as often -> how names of stores begin."""
+
+
+def scaled(size: str, episodes: int, seed: int = 0) -> Config:
+    """Return `full_even` on tabletop with another size and amount of data; steps grow with the data."""
+    layers, width, heads, hidden = SCALES[size]
+    base = config_of("full_even", "tabletop", seed)
+    model = replace(base.model, num_layers=layers, width=width, num_heads=heads, num_kv_heads=heads)
+    stores = tuple(f"{ROOT['tabletop']}/store_{DEMONSTRATIONS[episodes]}{suite}" for suite in TABLETOP)
+    return replace(
+        base,
+        name=f"scaled_{size}_{episodes}",
+        model=replace(model, hidden=hidden),
+        data=replace(base.data, stores=stores),
+        train=replace(base.train, steps=20 * episodes, eval_every=0, save_every=200),
+    )
+
+
+SCALED = {f"scaled_{size}_{n}": partial(scaled, size, n) for n in DEMONSTRATIONS for size in SCALES}
+
+
 def main(
     name: tyro.conf.Positional[str],
     suites: Suites = "tabletop",
@@ -233,9 +258,10 @@ def main(
     rate: float | None = None,
 ) -> None:
     """Print the config of a row or model, or train it into `out`, with `steps`, `method`, `rate` if given."""
-    if name not in ROWS | MODELS:
-        raise SystemExit(f"no row {name!r}: expected one of {', '.join([*ROWS, *MODELS])}")
-    config = config_of(name, suites, seed) if name in ROWS else MODELS[name]()
+    others = MODELS | SCALED
+    if name not in ROWS | others:
+        raise SystemExit(f"no row {name!r}: expected one of {', '.join([*ROWS, *others])}")
+    config = config_of(name, suites, seed) if name in ROWS else others[name]()
     optim = replace(config.optim, method=method or config.optim.method)
     if rate:
         optim = replace(optim, learning_rate=rate, warmup_steps=50)

@@ -5,6 +5,7 @@
     python -m paper.run chunk full --device cuda --jobs 8 --only train
     python -m paper.run libero_goal libero_10             models of LIBERO beside the rows
     python -m paper.run experts optimizer worlds bench    everything else
+    python -m paper.run scaling_small                     the scaling law at 1 M and 3 M; `scaling`: to 30 M
 
 Run it again after a stop: finished steps are skipped, the others go on. Records are folders under `out`, and
 `python -m paper.records pack OUT` adds them to paper/records. On two cores the stores take ten minutes
@@ -19,12 +20,13 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from paper.ablations import MODELS, ROOT, ROWS, STORES, Suites
+from paper.ablations import DEMONSTRATIONS, MODELS, ROOT, ROWS, SCALES, STORES, Suites
 from worldvla.files import read_json, write_json
 from worldvla.machine import cores, provenance
 
@@ -294,6 +296,26 @@ def worlds(run: Run) -> None:
         tool("chunk_error", f"{of} --out {results}/{record}.json")
 
 
+def scaling(run: Run, sizes: Sequence[str] = tuple(SCALES)) -> None:
+    """Train models of several sizes on several amounts of data, cheapest first; the losses are of
+    demonstrations from another seed."""
+    make_stores(run)
+    root, results = run.root, run.out / "scaling"
+    fewer = {name: f"--episodes {n} --label 10" for n, name in DEMONSTRATIONS.items() if name}
+    for name, more in (fewer | {"held_out_": "--episodes 5 --seed 9"}).items():
+        for suite in STORES["tabletop"]:
+            collect(suite, root / f"{name}demos" / suite, f"{more} --views {VIEWS['tabletop']}")
+            tokenize(root / f"{name}demos" / suite, root, root / f"store_{name}{suite}")
+    held_out = " ".join(str(root / f"store_held_out_{suite}") for suite in STORES["tabletop"])
+    for name in (f"scaled_{size}_{n}" for size in sizes for n in DEMONSTRATIONS):
+        model, result = root / name, results / name
+        run.train(name, root / f"run_{name}", model)
+        if not (result / "row.json").exists():
+            evaluate(run, model, result, "")
+            tool("scaling", f"measure {model} --out {result}/row.json --stores {held_out}")
+    tool("scaling", f"fit {results} --out {results}/scaling.svg")
+
+
 BENCHES = {
     "decoding": "bench --sizes 3m 25m 92m",
     "decoding_bfloat16": "bench --sizes 25m 92m --dtype bfloat16",
@@ -332,6 +354,8 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "optimizer": optimizer,
     "worlds": worlds,
     "bench": bench,
+    "scaling": scaling,
+    "scaling_small": partial(scaling, sizes=("1m", "3m")),
 }
 
 
@@ -347,7 +371,7 @@ def main(
     """Remake the records of rows, LIBERO models and parts.
 
     Args:
-        names: Rows and models of paper/ablations.py; experts, optimizer, worlds, bench.
+        names: Rows and models of paper/ablations.py; experts, optimizer, worlds, bench, scaling.
         suites: Of rows: the four tabletop suites, or libero_object and libero_spatial.
         seed: Seeds of the rows.
         device: Where training runs. On cpu two processes of one thread share a batch.

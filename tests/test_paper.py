@@ -8,16 +8,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tiny_run import tiny_config
 
-from paper import run
-from paper.ablations import ROWS, config_of
+from paper import run, scaling
+from paper.ablations import ROWS, SCALED, config_of
 from paper.records import Records, paired, read_folder, write
 from paper.tables import ROOT, TABLES, effect, fill
-from worldvla.config import Config, from_json
+from worldvla.config import Config, from_json, to_json
 from worldvla.eval.compare import compare
 from worldvla.eval.stats import Pairs, count
+from worldvla.files import read_json, write_json
+from worldvla.infer.model import export, load
+from worldvla.model.weights import empty_model
 from worldvla.recipes import recipe
+from worldvla.train.loop import train
 
 
 def record(won: str) -> dict:
@@ -138,6 +144,8 @@ def test_a_run_skips_what_is_done_and_trains_before_what_needs_it(
             lines = ({"event": "train", "train_seconds": 36.0}, {"event": "val", "loss": 1.0})
             (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (out / "config.json").write_text("{}")
+        if "scaling measure" in words:
+            write_json(Path(command[command.index("--out") + 1]), {})
 
     monkeypatch.setattr(run, "call", fake)
     run.main(("head_after", "world"))
@@ -152,3 +160,52 @@ def test_a_run_skips_what_is_done_and_trains_before_what_needs_it(
     assert not [words for words in calls if " eval " in words or "ablations" in words]
     with pytest.raises(SystemExit, match="unknown nothing: expected action"):
         run.main(("nothing",))
+    for times in (6, 0):
+        calls.clear()
+        run.main(("scaling_small",))
+        for word in ("paper.ablations scaled_", "paper.scaling measure"):
+            assert sum(word in words for words in calls) == times
+        assert calls[-1].startswith("paper.scaling fit")
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_model_of_the_scaling_law_has_the_size_of_its_name(name: str) -> None:
+    size, demonstrations = name.split("_")[1:]
+    config = SCALED[name]()
+    millions = empty_model(config.model, 5_000, 13, 9, config.layout.action_shape).num_parameters() / 1e6
+    assert millions == pytest.approx(float(size.removesuffix("m")), rel=0.1)
+    assert config.train.steps == 20 * int(demonstrations)
+
+
+def test_a_scaling_law_has_its_exponents_inside_their_intervals() -> None:
+    rng, law = np.random.default_rng(0), {"size": 0.1, "data": 0.3}
+    n, d = (a.flatten() for a in np.meshgrid([2e5, 1e6, 7e6], [1e4, 3e4, 1e5]))
+    inside = []
+    for _ in range(200):
+        losses = 20 * n ** -law["size"] * d ** -law["data"] * np.exp(rng.normal(0, 0.05, len(n)))
+        found = scaling.exponents(n.tolist(), d.tolist(), losses.tolist())
+        inside += [found[name][1] <= value <= found[name][2] for name, value in law.items()]
+    assert 0.92 < np.mean(inside) < 0.98
+    with pytest.raises(ValueError, match="3 runs of 3 sizes and 1 amounts of data do not determine"):
+        scaling.exponents(n[:3].tolist(), d[:3].tolist(), [3.0, 2.0, 1.0])
+
+
+def test_models_are_measured_on_other_data_and_fitted(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(root, steps=2, compile=False)
+    model = export(train(config, tmp_path / "run").checkpoint, tmp_path / "model")
+    write_json(model / "train.json", {"config": to_json(config), "hours": 0.5})
+    row = tmp_path / "results/a/row.json"
+    scaling.measure(model, (str(root / "store"),), row)
+    found = read_json(row)
+    assert (found["frames"], found["samples"]) == (48, 8)
+    assert found["block_parameters"] < found["parameters"] == load(model).transformer.num_parameters()
+    for i, name in enumerate("bcd", 1):
+        grown = {"block_parameters": 10_000 * i, "frames": 48 * (1 + i % 2), "flops": found["flops"] * 1.3**i}
+        write_json(tmp_path / f"results/{name}/row.json", found | grown)
+    scaling.fit(tmp_path / "results", tmp_path / "law.svg")
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [r["compute"] for r in said["rows"]] == ["a", "a", "b", "b"]
+    assert said["scaling"].keys() == {"action_loss", "image_loss"}
+    assert "policy loss" in (tmp_path / "law.svg").read_text()
