@@ -52,11 +52,14 @@ def _rank(rank: int, num: int, port: int, runs: tuple[tuple[Config, Path], ...])
         train(config, run_dir)
 
 
-def torchrun(num: int, run_dir: Path, restarts: int = 0) -> "subprocess.Popen[str]":
-    """Start torchrun on one node of `num` ranks that train what run_dir/config.json says; its output is one
-    pipe."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num)]
+def torchrun(num: int, run_dir: Path, restarts: int = 0, port: int = 0) -> "subprocess.Popen[str]":
+    """Start torchrun on a node of `num` ranks that train what run_dir/config.json says; its output is one
+    pipe. With a `port`, it is one of two nodes, which meet there.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num)]
     command += ["--max-restarts", str(restarts), "--monitor-interval", "0.2"]
+    two = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    command += [*two, "--local-addr", "127.0.0.1"] if port else ["--standalone"]
     command += [str(Path(__file__)), str(run_dir)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # parallel.start says why
