@@ -28,6 +28,7 @@ from worldvla.files import one_line, only_writer, read_json, write_json
 
 if TYPE_CHECKING:
     from worldvla.data.sources.source import Source
+    from worldvla.eval.rollout import Protocol
 
 EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED = 2, 3, 130
 Demos = Annotated[tuple[Path, ...], tyro.conf.arg(help="HDF5 files, or directories of them.")]
@@ -472,7 +473,6 @@ def export_dataset(
     path: Positional[Path],
     *,
     out: Path,
-    format: Literal["lerobot"] = "lerobot",
     pictures: Literal["video", "png"] = "video",
     fps: float = 0.0,
     camera: CameraNames = (),
@@ -485,13 +485,11 @@ def export_dataset(
     Args:
         path: An HDF5 file, a directory of them, or a LeRobot or RLDS data set.
         out: Directory of the data set.
-        format: LeRobotDataset v3.0.
         pictures: video: H.264, small and lossy; png: lossless, in the parquet files.
         fps: Steps per second, if the data set does not say.
     """
     from worldvla.data.export import export_lerobot
 
-    del format  # there is but one
     source = _source(path, camera, action, state, delta)
     count = export_lerobot(source, out, pictures, fps)
     say(f"data set: {out}, {count} episodes   next: worldvla inspect {out}")
@@ -606,30 +604,36 @@ def evaluate(
         allow_errors: More errors than this make the exit code 3.
     """
     out = out or Path("out/eval") / _short(Path(checkpoint)) / suite
-    with only_writer(out):
-        from worldvla.eval.rollout import Protocol, evaluate, open_actor
-        from worldvla.sim.suites import members
+    with only_writer(out), _open_cluster(cluster, "gpu" if device.startswith("cuda") else "node") as pool:
+        from worldvla.eval.rollout import Protocol, open_actor
         from worldvla.track import track_evaluations
 
-        _warn_of_versions(*members(suite))
         options = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
-        options["unnorm_key"] = unnorm_key
-        parts = (tasks, episodes, first, seed, videos, scene_prefix, _shard(shard))
-        records = []
-        with _open_cluster(cluster, "gpu" if device.startswith("cuda") else "node") as pool:
-            for name in members(suite):
-                protocol, folder = Protocol(name, *parts), out / name if name != suite else out
-                open_there = partial(open_actor, checkpoint, name, seed, **options)
-                actor = open_there(device="") if pool else open_there()
-                save = save_dataset and (save_dataset / name if name != suite else save_dataset)
-                record = evaluate(
-                    actor, protocol, folder, workers, cluster=pool, open_there=open_there, save=save
-                )
-                records.append(record)
-        if save_dataset:
-            say(f"data set: {save_dataset}   next: worldvla export-dataset {save_dataset} --out DIR")
-        track_evaluations(track, out, records, [out / n if n != suite else out for n in members(suite)])
+        act = partial(open_actor, checkpoint, seed=seed, unnorm_key=unnorm_key, **options)
+        whole = Protocol(suite, tasks, episodes, first, seed, videos, scene_prefix, _shard(shard))
+        records, folders = _evaluate_members(whole, act, out, workers, pool, save_dataset)
+        track_evaluations(track, out, records, folders)
         return _report(suite, records, out, allow_errors)
+
+
+def _evaluate_members(
+    whole: "Protocol", act: Callable[..., Any], out: Path, workers: int, pool: Any, save: Path | None
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Evaluate the suites that `whole` is of, each in a folder of its own where they are several; return
+    their records and folders."""
+    from worldvla.eval.rollout import evaluate
+    from worldvla.sim.suites import members
+
+    records, folders = [], {name: name if name != whole.suite else "." for name in members(whole.suite)}
+    _warn_of_versions(*folders)
+    for name, folder in folders.items():
+        there = partial(act, name)
+        actor, protocol = there(device="") if pool else there(), replace(whole, suite=name)
+        how = {"cluster": pool, "open_there": there, "save": save and save / folder}
+        records += [evaluate(actor, protocol, out / folder, workers, **how)]
+    if save:
+        say(f"data set: {save}   next: worldvla export-dataset {save} --out DIR")
+    return records, [out / folder for folder in folders.values()]
 
 
 def _shard(text: str) -> tuple[int, int]:
