@@ -42,6 +42,7 @@ import worldvla
 from worldvla.batch import Batch, Sample
 from worldvla.config import LayoutConfig, ModelConfig
 from worldvla.data.sample import SampleBuilder
+from worldvla.data.show import CountedWords
 from worldvla.infer.cache import Cache
 from worldvla.infer.decode import best_bin, decode_chunk, decode_frame
 from worldvla.infer.graphs import Runner
@@ -87,15 +88,6 @@ class Case:
     who: dict[str, Any]
     """What a record names as the model."""
     runner: Runner
-
-
-class Words:
-    """Text of as many tokens as it has words: ids of the published table that stand for text."""
-
-    size = 65_536
-
-    def encode(self, text: str) -> list[int]:
-        return [self.size - 1 - i for i, _ in enumerate(text.split())]
 
 
 def timed(action: Callable[[], object], seconds: float, least: int = 3) -> list[float]:
@@ -171,7 +163,7 @@ def case_of(
         runner, samples = Runner(loaded.transformer, compiled), (prompt, world_prompt)
         return Case(loaded.transformer, loaded.vocab, loaded.builder, *samples, codes[None], who, runner)
     rng, vocab = np.random.default_rng(0), chameleon()
-    builder = SampleBuilder(LayoutConfig(chunk=10), vocab, Words(), WORLDVLA)
+    builder = SampleBuilder(LayoutConfig(chunk=10), vocab, CountedWords(60_000), WORLDVLA)
     with torch.device(device):
         model = Transformer(SIZES[size], vocab.size).eval().requires_grad_(False).to(dtype)
     if size not in ON_GPU:

@@ -15,11 +15,11 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from token_stubs import CountedWords
 
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_LAYOUT, KIND_PROMPT, Sample
 from worldvla.config import LayoutConfig
 from worldvla.data.sample import SampleBuilder
+from worldvla.data.show import CountedWords
 from worldvla.published.names import RELEASES
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA, Statistics
 from worldvla.vocab import Vocab, chameleon, compact

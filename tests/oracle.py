@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from token_stubs import CountedWords
 from torch import Tensor
 
 from worldvla.batch import Batch, Sample
 from worldvla.config import LayoutConfig, ModelConfig
 from worldvla.data.sample import SampleBuilder
+from worldvla.data.show import CountedWords
 from worldvla.model.transformer import Transformer
 from worldvla.published.names import published_names
 from worldvla.tokenizers.action import RYNNVLA, WORLDVLA

@@ -175,7 +175,9 @@ def test_a_world_of_states_needs_one_to_begin(trained: Path) -> None:
     with pytest.raises(ValueError, match="finite and have shape"):
         World(model).reset({**frame, "state": np.full(model.config.layout.num_state_dims, np.nan)})
     with pytest.raises(ValueError, match="hold states here"):
-        model.builder.world_prompt([[np.zeros(n, int) for n in model.config.layout.codes_per_view]], np.zeros(7))
+        model.builder.world_prompt(
+            [[np.zeros(n, int) for n in model.config.layout.codes_per_view]], np.zeros(7)
+        )
 
 
 def test_training_learns_a_batch_of_clips(tmp_path: Path) -> None:

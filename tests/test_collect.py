@@ -323,7 +323,8 @@ def test_play_touches_and_moves_things_smoothly(suite):
     assert means["jerk"] < 0.35, means
 
 
-def test_replay_reports_success_and_drift(tmp_path):
+def test_replay_reports_success_and_drift(tmp_path, monkeypatch):
+    monkeypatch.setattr(sim, "make", Line)
     env = Line(TASK)
     episode = record(env, Perturbed(Right(env), np.random.default_rng(0), 0.15), init=60, seed=0)
     assert episode is not None
@@ -334,8 +335,8 @@ def test_replay_reports_success_and_drift(tmp_path):
     )
     foreign = replace(episode, init=-1)  # starts from the stored state, not from an index
     write_episodes(tmp_path / "a.hdf5", [episode, short, foreign], {})
-    assert list(rerun(tmp_path / "a.hdf5", make=Line)) == [(0, True, 0.0), (1, False, 0.0), (2, True, 0.0)]
-    slow = [done.success for done in rerun(tmp_path / "a.hdf5", lambda actions: actions * 0.5, make=Line)]
+    assert list(rerun(tmp_path / "a.hdf5")) == [(0, True, 0.0), (1, False, 0.0), (2, True, 0.0)]
+    slow = [done.success for done in rerun(tmp_path / "a.hdf5", lambda actions: actions * 0.5)]
     assert slow == [False] * 3
     write_episodes(tmp_path / "b.hdf5", [replace(episode, task="juggle")], {})
     with pytest.raises(ValueError, match="tabletop_object has no task 'juggle'"):

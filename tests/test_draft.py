@@ -12,11 +12,11 @@ import pytest
 import torch
 from test_decode import LAYOUT, build, decode_frame, frame, g_test
 from tiny_run import MODEL
-from token_stubs import CountedWords
 
 from worldvla.batch import Batch, Sample
 from worldvla.config import LayoutConfig
 from worldvla.data.sample import SampleBuilder
+from worldvla.data.show import CountedWords
 from worldvla.infer.decode import CLOSE
 from worldvla.infer.draft import CHEAP, CHEAP_EACH, WIDE, FrameStats, Window, summary
 from worldvla.model.mask import dense_mask

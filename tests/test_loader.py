@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from tiny_run import LAYOUT as TINY
-from token_stubs import CountedWords, PixelSums, random_episode
+from token_stubs import PixelSums, random_episode
 
 from worldvla.batch import KIND_ACTION, Batch, Sample
 from worldvla.config import DataConfig, LayoutConfig
 from worldvla.data.episode import Episode
 from worldvla.data.loader import MODES, Loader, Mode, dataset_statistics, prompted, split, store_statistics
 from worldvla.data.sample import SampleBuilder
+from worldvla.data.show import CountedWords
 from worldvla.data.store import TokenStore, write_store
 from worldvla.tokenizers.action import DatasetStatistics
 from worldvla.vocab import compact

@@ -147,9 +147,9 @@ def test_a_released_head_answers_as_torchs_own_modules_do(
 def test_releases_say_what_was_published() -> None:
     """M, K, views, state and pixels of reference part 1 and 5, and the tokens of an image: 276 and 1060."""
     from oracle import VOCAB
-    from token_stubs import CountedWords
 
     from worldvla.data.sample import SampleBuilder
+    from worldvla.data.show import CountedWords
 
     lengths = {}
     for name, release in RELEASES.items():

@@ -60,17 +60,11 @@ def test_the_experts_answers_are_kept_and_not_mixed(tmp_path: Path):
         write_store(tmp_path / "mixed", [told[0], EPISODES[1]], PixelSums())
 
 
-def test_batches_do_not_change_the_codes(store: Path, tmp_path: Path):
-    other = write_store(tmp_path / "other", EPISODES, PixelSums(), batch_size=2)
+def test_batches_do_not_change_the_codes(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("worldvla.data.store.BATCH", 2)
+    other = write_store(tmp_path / "other", EPISODES, PixelSums())
     for name in ("codes_agentview.npy", "codes_wrist.npy", "actions.npy", "manifest.json", "episodes.json"):
         assert (store / name).read_bytes() == (other / name).read_bytes()
-
-
-def test_views_can_be_chosen(tmp_path: Path):
-    write_store(tmp_path / "store", EPISODES, PixelSums(), views=["wrist"])
-    assert TokenStore.open(tmp_path / "store").grids == {"wrist": (2, 2)}
-    with pytest.raises(ValueError, match=r"lacks views .'top'"):
-        write_store(tmp_path / "other", EPISODES, PixelSums(), views=["top"])
 
 
 def test_the_manifest_says_how_many_codes_the_next_frame_keeps(tmp_path: Path):
@@ -172,9 +166,11 @@ def test_no_store_at_all(tmp_path: Path):
 def test_episodes_that_do_not_fit_together_raise(tmp_path: Path):
     with pytest.raises(ValueError, match="no episodes"):
         write_store(tmp_path / "store", [], PixelSums())
-    bigger = random_episode(0, views=("wrist",))
+    with pytest.raises(ValueError, match=r"lacks views .'agentview'"):
+        write_store(tmp_path / "store", [EPISODES[0], random_episode(0, views=("wrist",))], PixelSums())
+    wide = {view: images.repeat(2, axis=2) for view, images in EPISODES[1].images.items()}
     with pytest.raises(ValueError, match="changes grid"):
-        write_store(tmp_path / "store", [EPISODES[0], bigger], PixelSums(), views=["wrist"])
+        write_store(tmp_path / "store", [EPISODES[0], replace(EPISODES[1], images=wide)], PixelSums())
     wild = PixelSums(num_codes=800)
     wild.encode = lambda images: PixelSums(num_codes=900).encode(images) + 100
     with pytest.raises(ValueError, match=r"expected \[0, 800\)"):

@@ -1,20 +1,10 @@
-"""Stand-ins for tests of the data side: counted words, codes that are pixel sums, random episodes."""
+"""Stand-ins for tests of the data side: codes that are pixel sums, random episodes."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from worldvla.data.episode import Episode
-
-
-class CountedWords:
-    """Word i of a text gets code `first` + i, whatever the word."""
-
-    def __init__(self, first: int = 0, size: int = 300) -> None:
-        self.first, self.size = first, size
-
-    def encode(self, text: str) -> list[int]:
-        return [self.first + i for i, _ in enumerate(text.split())]
 
 
 class PixelSums:

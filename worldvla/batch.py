@@ -68,15 +68,9 @@ class Batch:
         return self.ids_BT if self.wrong_BT is None else self.wrong_BT
 
     @classmethod
-    def stack(cls, samples: Sequence[Sample], pad: int, length: int | None = None) -> Self:
-        """Pad to `length` (default: the longest). A longer sample raises ValueError; nothing is cut."""
-        longest = max(len(s) for s in samples)
-        length = longest if length is None else length
-        if longest > length:
-            raise ValueError(
-                f"a sample has {longest} tokens, the sequence length is {length}: raise data.sequence_length"
-            )
-        out = {}
+    def stack(cls, samples: Sequence[Sample], pad: int) -> Self:
+        """Pad to the longest."""
+        length, out = max(len(s) for s in samples), {}
         for f in fields(Sample):
             array = np.full((len(samples), length), pad if f.name == "ids" else 0, dtype=np.int64)
             for i, sample in enumerate(samples):

@@ -65,9 +65,9 @@ def play(env: Any, episode: Episode, actions_TA: np.ndarray) -> Episode | None:
     )
 
 
-def _environment(episode: Episode, views: Views, make: Callable[..., Any]) -> Any:
+def _environment(episode: Episode, views: Views) -> Any:
     task = task_of(episode)
-    return kept((make, task, views), lambda: (make(task, views),))[0]
+    return kept((sim.make, task, views), lambda: (sim.make(task, views),))[0]
 
 
 # -- replay --------------------------------------------------------------------------------------------------
@@ -84,16 +84,14 @@ class Replayed(NamedTuple):
 
 
 def rerun(
-    path: Path,
-    transform: Callable[[np.ndarray], np.ndarray] = lambda actions: actions,
-    make: Callable[..., Any] = sim.make,
+    path: Path, transform: Callable[[np.ndarray], np.ndarray] = lambda actions: actions
 ) -> Iterator[Replayed]:
     """Re-execute each stored episode from its first state to success or its end; nothing is rendered.
 
     `transform` changes the actions (T, 7) before they are executed, such as `through_bins`.
     """
     for i, episode in enumerate(read_episodes(Path(path), images=False)):
-        env = _environment(episode, {}, make)
+        env = _environment(episode, {})
         start(env, episode)
         success, drift = False, 0.0
         for action, state in zip(transform(episode.actions), episode.sim_states, strict=True):
@@ -148,20 +146,14 @@ class _Attempt:
 
     path: Path
     views: Views
-    make: Callable[..., Any]
 
     def __call__(self, number: int) -> Episode | None:
         episode = next(itertools.islice(read_episodes(self.path, images=False), number, None))
-        return play(_environment(episode, self.views, self.make), episode, kept_actions(episode))
+        return play(_environment(episode, self.views), episode, kept_actions(episode))
 
 
 def regenerate(
-    files: Sequence[Path],
-    out_dir: Path,
-    views: Views,
-    *,
-    workers: int = 0,
-    make: Callable[..., Any] = sim.make,
+    files: Sequence[Path], out_dir: Path, views: Views, *, workers: int = 0
 ) -> dict[str, Counts]:
     """Write one file in `out_dir` for each of `files`; return what became of their demonstrations, by name.
 
@@ -179,7 +171,7 @@ def regenerate(
         for path in files:
             out, digest = out_dir / path.name, digests[path.name]
             number, parts = count_episodes(path), out_dir / f".{path.stem}.{digest}.parts"
-            jobs.append(Job(out, _Attempt(path, views, make), number, number, parts))
+            jobs.append(Job(out, _Attempt(path, views), number, number, parts))
             if out.exists() and (other := facts(out).get("sha256")) != digest:
                 raise ValueError(
                     f"{out} was made of a file {other}, not of {path} ({digest}): choose another directory"
@@ -194,7 +186,7 @@ def _finish(job: Job, digest: str) -> None:
     attempt: Any = job.attempt
     path, (good, bad) = attempt.path, job.done()
     if not good:
-        wrong = [*wrong_pictures(path, attempt.make), *inverted_gripper(path, attempt.make)]
+        wrong = [*wrong_pictures(path), *inverted_gripper(path)]
         why = "; ".join(wrong) or "were they made with another version of the simulator?"
         raise ValueError(f"{path}: none of {len(bad)} demonstrations succeeds again; {why}")
     episodes = list(read_episodes(path, images=False))
@@ -206,12 +198,12 @@ def _finish(job: Job, digest: str) -> None:
 # -- what can be wrong with files that others made -----------------------------------------------------------
 
 
-def wrong_pictures(path: Path, make: Callable[..., Any] = sim.make) -> list[str]:
+def wrong_pictures(path: Path) -> list[str]:
     """Return one line for each view whose pictures are not upright: the first one of the file's first
     demonstration beside the simulator's in the same state."""
     episode = next(read_episodes(path))
     sizes = {view: (images.shape[1], images.shape[2]) for view, images in episode.images.items()}
-    env = _environment(episode, sizes, make)
+    env = _environment(episode, sizes)
     env.reset(options={"init": max(episode.init, 0)})
     env.set_state(episode.sim_states[0])
     seen, found = env.observe(), []
@@ -228,10 +220,10 @@ def wrong_pictures(path: Path, make: Callable[..., Any] = sim.make) -> list[str]
     return found
 
 
-def inverted_gripper(path: Path, make: Callable[..., Any] = sim.make) -> list[str]:
+def inverted_gripper(path: Path) -> list[str]:
     """Return a line if the file's first demonstration succeeds with the gripper's sign changed alone."""
     episode = next(read_episodes(path, images=False))
-    env = _environment(episode, {}, make)
+    env = _environment(episode, {})
     flipped = episode.actions * np.array([1, 1, 1, 1, 1, 1, -1], dtype=np.float32)
     if play(env, episode, episode.actions) is not None or play(env, episode, flipped) is None:
         return []

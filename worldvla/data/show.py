@@ -35,8 +35,8 @@ FAKE_CODES = 1024
 class CountedWords:
     """Stands in for the published text tokenizer, which is not ours to ship: word i gets code `first` + i."""
 
-    first: int = 20000
-    size: int = 65536
+    first: int = 0
+    size: int = 65_536
 
     def encode(self, text: str) -> list[int]:
         return [self.first + i for i, _ in enumerate(text.split())]
@@ -47,7 +47,7 @@ def fake(config: Config, mode: str, seed: int) -> tuple[SampleBuilder, Sample]:
     layout, rng, task = config.layout, np.random.default_rng(seed), "open the drawer"
     is_published = config.vocab == "chameleon"
     text = (
-        CountedWords() if is_published else TextTokenizer.train(prompt_texts(layout, [task]), config.num_text)
+        CountedWords(20_000) if is_published else TextTokenizer.train(prompt_texts(layout, [task]), config.num_text)
     )
     vocab = chameleon() if is_published else compact(FAKE_CODES, text.size)
     action, state = (1.0,) * layout.num_action_dims, (1.0,) * layout.num_state_dims

@@ -12,7 +12,7 @@ Observation t is the one before action t. F frames of all episodes follow one an
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from worldvla.data.episode import Episode, first_bad
 from worldvla.files import check_digests, reading, whole_folder, write_digests, write_json, write_text
 
 FORMAT = "worldvla-store-1"
+BATCH = 64
+"""Frames that are encoded together."""
 
 
 class FrameTokenizer(Protocol):
@@ -149,21 +151,18 @@ def write_store(
     episodes: Iterable[Episode],
     tokenizer: FrameTokenizer,
     *,
-    views: Sequence[str] | None = None,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
     source: dict[str, Any] | None = None,
     on_episode: Callable[[Episode], None] = lambda _: None,
 ) -> Path:
     """Encode every frame of every view once and write the store; it appears at `path` complete or not at all.
 
-    `views`: default, those of the first episode. `source` goes into the manifest.
+    The views are those of the first episode. `source` goes into the manifest.
     """
     path = Path(path)
     if path.exists() and read_manifest(path) is None and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and is no token store: choose another directory or remove it")
     with whole_folder(path) as scratch, ExitStack() as stack:
-        writer = _Writer(scratch, stack, lambda images: encode(images, tokenizer, batch_size, device), views)
+        writer = _Writer(scratch, stack, tokenizer)
         for episode in episodes:
             writer.add(episode)
             on_episode(episode)
@@ -174,15 +173,13 @@ def write_store(
     return path
 
 
-def encode(
-    images: np.ndarray, tokenizer: FrameTokenizer, batch_size: int = 64, device: torch.device | str = "cpu"
-) -> np.ndarray:
+def encode(images: np.ndarray, tokenizer: FrameTokenizer) -> np.ndarray:
     """Return the codes (T, R, Q) of frames (T, Y, X, 3) uint8, uint16 or uint32 (`code_type`)."""
     parts = []
     with torch.inference_mode():
-        for i in range(0, len(images), batch_size):
-            batch = torch.from_numpy(np.ascontiguousarray(images[i : i + batch_size])).to(device)
-            parts.append(tokenizer.encode(batch).cpu().numpy())
+        for i in range(0, len(images), BATCH):
+            batch = torch.from_numpy(np.ascontiguousarray(images[i : i + BATCH]))
+            parts.append(tokenizer.encode(batch).numpy())
     codes = np.concatenate(parts)
     if codes.min() < 0 or codes.max() >= tokenizer.num_codes:
         raise ValueError(
@@ -199,14 +196,9 @@ def code_type(num_codes: int) -> type[np.generic]:
 class _Writer:
     """The files of a store being written, episode after episode."""
 
-    def __init__(
-        self,
-        directory: Path,
-        stack: ExitStack,
-        encode: Callable[[np.ndarray], np.ndarray],
-        views: Sequence[str] | None,
-    ) -> None:
-        self.directory, self.stack, self.encode, self.views = directory, stack, encode, views
+    def __init__(self, directory: Path, stack: ExitStack, tokenizer: FrameTokenizer) -> None:
+        self.directory, self.stack, self.tokenizer = directory, stack, tokenizer
+        self.views: list[str] | None = None
         self.columns: dict[str, _Column] = {}
         self.grids: dict[str, tuple[int, ...]] = {}
         self.rows: list[EpisodeRow] = []
@@ -214,13 +206,11 @@ class _Writer:
         self.kept: dict[str, list[np.ndarray]] = {}
 
     def add(self, episode: Episode) -> None:
-        if not len(episode.actions):
-            raise ValueError(f"an episode of {episode.task!r} has no steps: collect it again")
         self.views = list(episode.images) if self.views is None else self.views
         if missing := [view for view in self.views if view not in episode.images]:
             raise ValueError(f"episode of {episode.task!r} lacks views {missing}, has {list(episode.images)}")
         for view in self.views:
-            codes = self.encode(episode.images[view])
+            codes = encode(episode.images[view], self.tokenizer)
             grid = self.grids.setdefault(view, codes.shape[1:])
             if grid != codes.shape[1:]:
                 raise ValueError(f"view {view} changes grid from {grid} to {codes.shape[1:]}: use one size")

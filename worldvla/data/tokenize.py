@@ -3,12 +3,11 @@
 `worldvla tokenize data/tabletop_object --tokenizer out/tokenizer --out out/store`
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from worldvla.data.episode import Episode, fingerprint, read_demos
 from worldvla.data.sources.hdf5 import ACTION_NAMES
@@ -24,11 +23,7 @@ SEVERAL = 10
 
 
 def tokenize(
-    files: Iterable[Path],
-    tokenizer: FrameTokenizer,
-    out_dir: Path,
-    device: torch.device | str = "cpu",
-    skip_bad: bool = False,
+    files: Iterable[Path], tokenizer: FrameTokenizer, out_dir: Path, skip_bad: bool = False
 ) -> TokenStore:
     """Write the store of all episodes in `files` and return it.
 
@@ -37,39 +32,64 @@ def tokenize(
     tokenizer is opened as it is.
     """
     files = sorted(set(files), key=lambda file: (file.name, str(file)))
-    with only_writer(out_dir):
-        prints, manifest = [fingerprint(path) for path in files], read_manifest(out_dir)
-        made_of, earlier = (tokenizer.digest(), tokenizer.grey_levels, prints), None
-        if manifest is not None:  # before stores named the rule of grey levels, it was float32
-            rule, source = manifest.get("grey_levels", "float32"), manifest.get("source", {})
-            earlier = manifest["tokenizer"], rule, source.get("files")
-            earlier = None if "skipped" in source and not skip_bad else earlier
-        if earlier != made_of:
-            _write(files, tokenizer, out_dir, device, skip_bad, {"files": prints})
-    return TokenStore.open(out_dir, tokenizer.digest())
+    good: dict[Path, list[str]] = {}
+
+    def checked() -> Iterator[tuple[int, list[str]]]:
+        for path in files:
+            good[path], faults = check(path)
+            yield len(good[path]), faults
+
+    episodes = (episode for path in files for episode in _chosen(path, good[path]))
+    facts = {"files": [fingerprint(path) for path in files]}
+    return _write(out_dir, tokenizer, facts, skip_bad, len(files), checked(), episodes)
+
+
+def tokenize_source(
+    source: Source, tokenizer: FrameTokenizer, out_dir: Path, skip_bad: bool = False
+) -> TokenStore:
+    """Write the store of a data set of another format, as `tokenize`; its facts go into the manifest."""
+    root = source.path
+    prints = [fingerprint(file) | {"name": file.relative_to(root).as_posix()} for file in source.present()]
+    attempts = (episode for _, episode in source.attempts(True))
+    checked = ((1, []) if isinstance(e, Episode) else (0, [str(e)]) for e in attempts)
+    episodes = (e for _, e in source.attempts(True) if isinstance(e, Episode))
+    facts = source.facts() | {"files": prints}
+    return _write(out_dir, tokenizer, facts, skip_bad, source.num_episodes, checked, episodes)
 
 
 def _write(
-    files: Sequence[Path],
-    tokenizer: FrameTokenizer,
     out_dir: Path,
-    device: torch.device | str,
+    tokenizer: FrameTokenizer,
+    facts: dict[str, Any],
     skip_bad: bool,
-    source: dict[str, Any],
-) -> None:
-    with progress_bar(transient=True) as progress:
-        bar = progress.add_task("check files", total=len(files))
-        good: dict[Path, list[str]] = {}
-        faults: list[str] = []
-        for path in files:
-            good[path], wrong = check(path)
-            faults += wrong
-            progress.advance(bar)
-        source = source | _skipped(faults, skip_bad and any(good.values()), skip_bad)
-        bar = progress.add_task("tokenize episodes", total=sum(map(len, good.values())))
-        episodes = (episode for path in files for episode in _chosen(path, good[path]))
-        step = lambda _: progress.advance(bar)  # noqa: E731
-        write_store(out_dir, episodes, tokenizer, device=device, source=source, on_episode=step)
+    total: int,
+    checked: Iterable[tuple[int, list[str]]],
+    episodes: Iterable[Episode],
+) -> TokenStore:
+    """Write the store of `episodes`, which are read once all `total` of `checked`, (sound episodes, faults),
+    have been; a store of the same `facts` by the same tokenizer is opened as it is."""
+    with only_writer(out_dir):
+        if not _is_made(out_dir, tokenizer, facts, skip_bad):
+            with progress_bar(transient=True) as progress:
+                bar, count, faults = progress.add_task("check episodes", total=total), 0, list[str]()
+                for number, wrong in checked:
+                    count, faults = count + number, faults + wrong
+                    progress.advance(bar)
+                facts = facts | _skipped(faults, skip_bad and count > 0, skip_bad)
+                bar = progress.add_task("tokenize episodes", total=count)
+                step = lambda _: progress.advance(bar)  # noqa: E731
+                write_store(out_dir, episodes, tokenizer, source=facts, on_episode=step)
+    return TokenStore.open(out_dir, tokenizer.digest())
+
+
+def _is_made(out_dir: Path, tokenizer: FrameTokenizer, facts: dict[str, Any], skip_bad: bool) -> bool:
+    if (manifest := read_manifest(out_dir)) is None:
+        return False
+    source = dict(manifest.get("source", {}))
+    is_whole = source.pop("skipped", None) is None
+    rule = manifest.get("grey_levels", "float32")  # before stores named the rule
+    made_by = (tokenizer.digest(), tokenizer.grey_levels)
+    return (manifest["tokenizer"], rule) == made_by and source == facts and (is_whole or skip_bad)
 
 
 def _skipped(faults: list[str], may_go_on: bool, skip_bad: bool) -> dict[str, Any]:
@@ -147,39 +167,3 @@ def _wrong_gripper(hands: np.ndarray) -> str:
         )
     return ""
 
-
-def tokenize_source(
-    source: Source,
-    tokenizer: FrameTokenizer,
-    out_dir: Path,
-    device: torch.device | str = "cpu",
-    skip_bad: bool = False,
-) -> TokenStore:
-    """Write the store of a data set of another format and return it; its facts go into the manifest.
-
-    All episodes are read and checked first, and faults are treated as by `tokenize`. Idempotent as it is.
-    """
-    root, facts = source.path, source.facts()
-    with only_writer(out_dir):
-        prints = [fingerprint(file) | {"name": file.relative_to(root).as_posix()} for file in source.present()]
-        facts, manifest = facts | {"files": prints}, read_manifest(out_dir)
-        made_of, earlier = (tokenizer.digest(), tokenizer.grey_levels, facts), None
-        if manifest is not None:
-            origin = dict(manifest["source"])
-            skipped = origin.pop("skipped", None)
-            earlier = (manifest["tokenizer"], manifest.get("grey_levels"), origin)
-            earlier = None if skipped and not skip_bad else earlier
-        if earlier != made_of:
-            with progress_bar(transient=True) as progress:
-                bar = progress.add_task("check episodes", total=source.num_episodes)
-                faults: list[str] = []
-                for _, episode in source.attempts(True):
-                    faults += [] if isinstance(episode, Episode) else [str(episode)]
-                    progress.advance(bar)
-                may_go_on = skip_bad and len(faults) < source.num_episodes
-                facts |= _skipped(faults, may_go_on, skip_bad)
-                bar = progress.add_task("tokenize episodes", total=source.num_episodes - len(faults))
-                episodes = (e for _, e in source.attempts(True) if isinstance(e, Episode))
-                step = lambda _: progress.advance(bar)  # noqa: E731
-                write_store(out_dir, episodes, tokenizer, device=device, source=facts, on_episode=step)
-    return TokenStore.open(out_dir, tokenizer.digest())
