@@ -157,9 +157,7 @@ class Job:
         shutil.rmtree(self.parts)
 
 
-def work_off(
-    jobs: Sequence[Job], workers: int, title: str, cluster: Cluster | None = None
-) -> Iterator[Job]:
+def work_off(jobs: Sequence[Job], workers: int, title: str, cluster: Cluster | None = None) -> Iterator[Job]:
     """Make the attempts that the jobs still need, in `workers` processes (0: one a core) or those of a
     cluster, and yield each job as it has all its episodes or no attempt left. Files that are there stay as
     they are.

@@ -66,9 +66,7 @@ def export_lerobot(source: Source, out: Path, pictures: Pictures = "video", fps:
 class _Writer:
     """The files of a data set being written, episode after episode."""
 
-    def __init__(
-        self, root: Path, source: Source, pictures: Pictures, fps: float, stack: ExitStack
-    ) -> None:
+    def __init__(self, root: Path, source: Source, pictures: Pictures, fps: float, stack: ExitStack) -> None:
         self.root, self.source, self.pictures, self.stack = root, source, pictures, stack
         self.fps = int(fps) if fps == int(fps) else fps
         self.views = {f"observation.images.{view}": view for view in source.cameras}
@@ -100,7 +98,11 @@ class _Writer:
             "index": start + steps,
             "task_index": np.full(length, task),
         }
-        row: dict[str, Any] = {"episode_index": len(self.rows), "tasks": [episode.instruction], "length": length}
+        row: dict[str, Any] = {
+            "episode_index": len(self.rows),
+            "tasks": [episode.instruction],
+            "length": length,
+        }
         row |= {"dataset_from_index": start, "dataset_to_index": start + length}
         for name, view in self.views.items():
             frames = episode.images[view]
@@ -174,11 +176,18 @@ class _Writer:
         stats = {}
         for name, parts in self.numbers.items():
             values = np.concatenate(parts).astype(np.float64)
-            stats[name] = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
+            stats[name] = {
+                "min": values.min(0),
+                "max": values.max(0),
+                "mean": values.mean(0),
+                "std": values.std(0),
+            }
             stats[name] |= {q: np.quantile(values, share, axis=0) for q, share in QUANTILES.items()}
             stats[name] = {k: v.tolist() for k, v in stats[name].items()} | {"count": [len(values)]}
         for name, levels in self.levels.items():
-            stats[name] = _picture_stats(levels) | {"count": [sum(-(-r["length"] // EVERY) for r in self.rows)]}
+            stats[name] = _picture_stats(levels) | {
+                "count": [sum(-(-r["length"] // EVERY) for r in self.rows)]
+            }
         return stats
 
 
@@ -279,7 +288,9 @@ def _tasks(texts: list[str]) -> pa.Table:
 
     columns = [column("task_index", "int64", "int64"), column("task", "unicode", "object")]
     pandas = {"index_columns": ["task"], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
-    table = pa.table({"task_index": pa.array(range(len(texts)), pa.int64()), "task": pa.array(texts, pa.string())})
+    table = pa.table(
+        {"task_index": pa.array(range(len(texts)), pa.int64()), "task": pa.array(texts, pa.string())}
+    )
     return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
 
 

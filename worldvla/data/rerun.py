@@ -152,9 +152,7 @@ class _Attempt:
         return play(_environment(episode, self.views), episode, kept_actions(episode))
 
 
-def regenerate(
-    files: Sequence[Path], out_dir: Path, views: Views, *, workers: int = 0
-) -> dict[str, Counts]:
+def regenerate(files: Sequence[Path], out_dir: Path, views: Views, *, workers: int = 0) -> dict[str, Counts]:
     """Write one file in `out_dir` for each of `files`; return what became of their demonstrations, by name.
 
     `workers`: processes that simulate; 0: one a core that this process may use.

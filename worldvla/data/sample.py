@@ -2,7 +2,7 @@
 
 policy  bos text [STATE] IMG.. sep | ACT x K sep
 world   bos text FRAME ([ACT] sep FRAME) x C sep        C = layout.clip, published: 1; only the first is given
-FRAME   [STATE] IMG..                                    STATE with layout.world_state: the hand before its image
+FRAME   [STATE] IMG..                                 STATE with layout.world_state: the hand before its image
 IMG     boi [h w] (a row of codes [newline]) x R eoi     h, w and newlines only where the vocabulary has them
 ACT     boa a1..aA eoa        STATE  bostate s1..sS eostate
 
@@ -157,8 +157,8 @@ class SampleBuilder:
         actions: np.ndarray | None,
         states: np.ndarray | None = None,
     ) -> Sample:
-        """Return everything before the next frame: C frames, oldest first, and the action after each, (C, A) or (A,)
-        of one; unused without conditioning. `states`: the codes (C, S) of each frame's, with
+        """Return everything before the next frame: C frames, oldest first, and the action after each, (C, A)
+        or (A,) of one; unused without conditioning. `states`: the codes (C, S) of each frame's, with
         layout.world_state."""
         number, template = len(frames), self.world_template(len(frames))
         codes = self._world_states(states, number)
@@ -214,7 +214,8 @@ class SampleBuilder:
         """Return the template of a world sample with 1..C frames before the last one."""
         if not 1 <= num_frames <= self.layout.clip:
             raise ValueError(
-                f"a world sample holds 1..{self.layout.clip} frames before the last (layout.clip), got {num_frames}"
+                f"a world sample holds 1..{self.layout.clip} frames before the last (layout.clip), "
+                f"got {num_frames}"
             )
         key = (None, num_frames)
         if key not in self._templates:
@@ -321,7 +322,9 @@ class SampleBuilder:
         expected = (number, self.layout.num_state_dims)
         if codes is None or np.shape(codes) != expected:
             shape = "none" if codes is None else f"shape {np.shape(codes)}"
-            raise ValueError(f"world samples hold states here: expected codes of shape {expected}, got {shape}")
+            raise ValueError(
+                f"world samples hold states here: expected codes of shape {expected}, got {shape}"
+            )
         return to_ids(codes, self.vocab.state)
 
     def _action_ids(self, actions: np.ndarray | None, number: int) -> np.ndarray | None:
@@ -330,7 +333,9 @@ class SampleBuilder:
         expected = (number, self.layout.num_action_dims)
         if actions is None or np.shape(actions := np.atleast_2d(actions)) != expected:
             shape = "none" if actions is None else f"shape {np.shape(actions)}"
-            raise ValueError(f"a world sample of {number} frames needs actions of shape {expected}, got {shape}")
+            raise ValueError(
+                f"a world sample of {number} frames needs actions of shape {expected}, got {shape}"
+            )
         return to_ids(self.statistics.encode_world_actions(actions), self.vocab.action)
 
     def _frame_ids(self, frame: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -47,7 +47,9 @@ def fake(config: Config, mode: str, seed: int) -> tuple[SampleBuilder, Sample]:
     layout, rng, task = config.layout, np.random.default_rng(seed), "open the drawer"
     is_published = config.vocab == "chameleon"
     text = (
-        CountedWords(20_000) if is_published else TextTokenizer.train(prompt_texts(layout, [task]), config.num_text)
+        CountedWords(20_000)
+        if is_published
+        else TextTokenizer.train(prompt_texts(layout, [task]), config.num_text)
     )
     vocab = chameleon() if is_published else compact(FAKE_CODES, text.size)
     action, state = (1.0,) * layout.num_action_dims, (1.0,) * layout.num_state_dims

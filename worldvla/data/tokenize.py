@@ -137,8 +137,8 @@ def _wrong_actions(episode: Episode) -> str:
     low, high = episode.actions.min(0), episode.actions.max(0)
     for dim in np.flatnonzero(np.maximum(-low, high) > 1 + 1e-6):
         return (
-            f"actions[:, {dim}] ({ACTION_NAMES[dim]}) range from {low[dim]:.3g} to {high[dim]:.3g}, expected [-1, 1] "
-            "of the controller: are they scaled, or absolute poses?"
+            f"actions[:, {dim}] ({ACTION_NAMES[dim]}) range from {low[dim]:.3g} to {high[dim]:.3g}, expected "
+            "[-1, 1] of the controller: are they scaled, or absolute poses?"
         )
     places = episode.states[:, :3]
     moves = len(places) > 1 and np.ptp(places, 0).max() > 0.05
@@ -166,4 +166,3 @@ def _wrong_gripper(hands: np.ndarray) -> str:
             "change its sign"
         )
     return ""
-

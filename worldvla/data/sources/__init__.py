@@ -39,7 +39,11 @@ def open_source(path: Path, names: Names | None = None) -> Source:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
     except (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration, MemoryError) as error:
         reason = one_line(f"{type(error).__name__}: {error}")
-        what = f"{path}/meta is not a valid LeRobotDataset" if kind == "lerobot" else f"{path} is not a valid RLDS data set"
+        what = (
+            f"{path}/meta is not a valid LeRobotDataset"
+            if kind == "lerobot"
+            else f"{path} is not a valid RLDS data set"
+        )
         raise Damaged(f"{what} ({reason}): download it again") from None
 
 

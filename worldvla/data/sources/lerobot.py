@@ -31,12 +31,12 @@ VERIFIED: Any = {"page_checksum_verification": True}
 TOLERANCE = 1e-4
 """Seconds by which a timestamp may be off, as in lerobot."""
 FRAME_TOLERANCE = 0.25
-"""Share of a frame's time by which a frame of a video may be off: lerobot's writer drifts (its issue 3177)."""
+"""Share of a frame's time by which a video's frame may be off: lerobot's writer drifts (its issue 3177)."""
 
 
 @dataclass(frozen=True)
 class Video:
-    """Where an episode's frames of one camera are: from `start` seconds on in the file, in v2.x alone in it."""
+    """Where an episode's frames of a camera are: from `start` seconds on in the file, in v2.x alone in it."""
 
     path: Path
     start: float
@@ -261,10 +261,8 @@ class _Reader:
 
     def _pictures(self, row: Row, view: str, times: np.ndarray) -> np.ndarray:
         name = self.plan.cameras[view].feature
-        if name in row.videos:
-            frames = decode(row.videos[name], times, self.fps)
-        else:
-            frames = self._stills(row, name)
+        video = row.videos.get(name)
+        frames = decode(video, times, self.fps) if video else self._stills(row, name)
         return self.plan.frames(view, frames, len(times))
 
     def _stills(self, row: Row, name: str) -> Iterator[np.ndarray]:

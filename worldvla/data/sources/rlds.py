@@ -1,8 +1,9 @@
 """RLDS as TensorFlow Datasets writes it -> Source, without TensorFlow: OpenVLA's LIBERO, Open X-Embodiment.
 
-<name>/<version>/features.json and dataset_info.json say what the TFRecord shards beside them hold. A record is
-an episode, a tf.train.Example whose features are flat: steps/action has T * 7 floats, steps/observation/image
-T encoded pictures. Formats: tensorflow_datasets 4.9.10 core/example_serializer.py; TensorFlow tfrecord.
+<name>/<version>/features.json and dataset_info.json say what the TFRecord shards beside them hold. A record
+is an episode, a tf.train.Example whose features are flat: steps/action has T * 7 floats,
+steps/observation/image T encoded pictures. Formats: tensorflow_datasets 4.9.10 core/example_serializer.py;
+TensorFlow tfrecord.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from worldvla.files import read_json
 NOT_OURS = ("reward", "discount", "is_first", "is_last", "is_terminal")
 """Numbers of a step that are neither action nor state."""
 OPEN_X_ACTION = ("world_vector", "rotation_delta", "gripper_closedness_action", "open_gripper")
-"""Parts of an action that is a dict, in the order of OpenVLA's (prismatic/vla/datasets/rlds/oxe/transforms.py)."""
+"""Parts of an action that is a dict, in OpenVLA's order (prismatic/vla/datasets/rlds/oxe/transforms.py)."""
 INSTRUCTIONS = ("language_instruction", "observation/natural_language_instruction")
 CRC_MASK = 0xA282EAD8
 
@@ -53,7 +54,9 @@ def open_rlds(path: Path, names: Names) -> Source:
         raise ValueError(f"{path}/dataset_info.json lists no episodes: download the data set again")
     texts = [name for name in INSTRUCTIONS if name in steps]
     if not texts:
-        raise ValueError(f"{path} has no instruction: expected the text {' or '.join(INSTRUCTIONS)} in a step")
+        raise ValueError(
+            f"{path} has no instruction: expected the text {' or '.join(INSTRUCTIONS)} in a step"
+        )
     pictures = {n: _size(n, f, shards) for n, f in steps.items() if _channels(f) == "3"}
     usual = parts if parts and "action" not in numbers else "action", "observation/state"
     plan = Plan.of(str(info["name"]), names, pictures, numbers, usual)
@@ -156,7 +159,7 @@ def _masked_crc(data: bytes) -> int:
 
 @cache
 def _example() -> type[Any]:
-    """Return the message tf.train.Example; its map is declared as what it is on the wire, repeated entries."""
+    """Return the message tf.train.Example; its map is declared as it is on the wire, repeated entries."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="worldvla", syntax="proto3")
 
@@ -228,8 +231,8 @@ class _Reader:
             whole, size = divmod(len(values[name]), self.sizes[name])
             if size or whole != len(texts):
                 raise ValueError(
-                    f"frame {min(whole, len(texts))}: {name} has {len(values[name])} numbers in {len(texts)} steps, "
-                    f"expected {self.sizes[name]} a step"
+                    f"frame {min(whole, len(texts))}: {name} has {len(values[name])} numbers in {len(texts)} "
+                    f"steps, expected {self.sizes[name]} a step"
                 )
             columns[name] = values[name].astype(np.float32).reshape(whole, -1)
         for frame in [i for i, text in enumerate(texts) if text != texts[0]]:

@@ -1,4 +1,4 @@
-"""Source: the episodes of a data set of any format, one in memory at a time, and what the set says of itself."""
+"""Source: the episodes of a data set of any format, one in memory at a time, and what it says of itself."""
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ class Names:
     cameras: Mapping[str, str] = field(default_factory=dict)
     """View -> feature."""
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """View -> rows, columns in pixels that its frames are resized to, as `worldvla serve --resize` does it."""
+    """View -> rows, columns in pixels that its frames are resized to, as by `worldvla serve --resize`."""
     action: str = ""
     """A feature, or several with commas between."""
     state: str = ""
@@ -76,7 +76,7 @@ class Source:
     attempts: Callable[[bool], Iterator[tuple[str, Episode | ValueError]]]
     """Read, with images or without, episode after episode: its name, and itself or what is wrong with it."""
     delta: tuple[str, ...] = ()
-    """Names of the action dims that are differences to the state at their step, where the files hold targets."""
+    """Names of the action dims that are differences to the state at their step, where files hold targets."""
     revision: str = ""
     """Commit of a download from the hub, otherwise empty."""
 
@@ -144,7 +144,9 @@ class Plan:
         guesses += guess + other
         delta = _delta_dims(action, state) if names.delta else {}
         if names.delta:
-            guesses.append("--delta: the state is subtracted from " + ", ".join(action.names[i] for i in delta))
+            guesses.append(
+                "--delta: the state is subtracted from " + ", ".join(action.names[i] for i in delta)
+            )
         if unknown := sorted(set(names.sizes) - set(views)):
             raise ValueError(f"no view {unknown[0]!r} to resize: the views are {', '.join(views)}")
         cameras = {v: Camera(n, *pictures[n]) for v, n in views.items()}
@@ -219,7 +221,7 @@ class Plan:
 def _choose(
     numbers: Mapping[str, tuple[str, ...]], asked: str, usual: str, what: str
 ) -> tuple[Vector, list[str]]:
-    """Return the numbers for `what` (action, state) and, where they are other features than usual, the guess."""
+    """Return the numbers for `what` (action, state) and, where they are no usual features, the guess."""
     if missing := [name for name in asked.split(",") if asked and name not in numbers]:
         raise ValueError(f"no feature {missing[0]!r} for --{what}: the data set has {', '.join(numbers)}")
     chosen, guess = asked or usual, []
@@ -264,7 +266,8 @@ def _delta_dims(action: Vector, state: Vector) -> dict[int, int]:
     """Return action dim -> state dim that is subtracted from it; no pair raises ValueError."""
     if not (pairs := delta_dims(action.names, state.names)):
         raise ValueError(
-            f"--delta: no action dim ({', '.join(action.names)}) matches a state ({', '.join(state.names)}): leave it out"
+            f"--delta: no action dim ({', '.join(action.names)}) matches a state "
+            f"({', '.join(state.names)}): leave it out"
         )
     return pairs
 

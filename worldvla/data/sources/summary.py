@@ -1,4 +1,4 @@
-"""What a data set holds, in lines of text: sizes, ranges, idle steps, and what does not look like our actions."""
+"""What a data set holds, in lines of text: sizes, ranges, idle steps, what does not look like our actions."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,8 @@ def summary(source: Source, on_episode: Callable[[str, Episode], None] = lambda 
         else:
             faults.append(str(episode))
     steps = sum(map(len, episodes))
-    yield f"{source.kind}: {source.num_episodes} episodes, {steps} steps, {source.fps or 'unknown'} steps a second"
+    rate = f"{source.fps or 'unknown'} steps a second"
+    yield f"{source.kind}: {source.num_episodes} episodes, {steps} steps, {rate}"
     for view, camera in source.cameras.items():
         yield f"camera {view} = {camera.feature}, {camera.rows} x {camera.cols} pixels"
         if any(camera.stored):
@@ -40,9 +41,11 @@ def summary(source: Source, on_episode: Callable[[str, Episode], None] = lambda 
         yield from _ranges(f"state = {source.state}", source.state.names, np.concatenate(states))
         yield f"idle: {_idle(states):.1%} of the steps move no state by {STILL:.1%} of its range"
         for dim in _absolute(actions, states):
-            yield f"action {source.action.names[dim]} follows the state of the next step. If it is absolute, --delta turns it into a difference"
+            fix = "If it is absolute, --delta turns it into a difference"
+            yield f"action {source.action.names[dim]} follows the state of the next step. {fix}"
         hand = np.concatenate(actions)[:, -1]
-        yield f"gripper, if it is the last action: {hand.min():.3g} to {hand.max():.3g}; LIBERO: -1 open, 1 closed"
+        span = f"{hand.min():.3g} to {hand.max():.3g}"
+        yield f"gripper, if it is the last action: {span}; LIBERO: -1 open, 1 closed"
     for text, count in Counter(e.instruction for e in episodes).items():
         alike = consistency([e for e in episodes if e.instruction == text])
         yield f"instruction {text!r}: {count} episodes" + (f", {alike}" if alike else "")
@@ -56,8 +59,9 @@ def _ranges(title: str, names: tuple[str, ...], values: np.ndarray) -> Iterator[
 
 
 def consistency(episodes: Sequence[Episode]) -> str:
-    """Say how far the demonstrations of one task differ where the gripper first closes: in the yaw of the hand,
-    and in the way there, as far as it is not straight. Where two ways of doing it are mixed, a policy may learn neither.
+    """Say how far the demonstrations of one task differ where the gripper first closes: in the yaw of the
+    hand, and in the way there, as far as it is not straight. Where two ways of doing it are mixed, a policy
+    may learn neither.
 
     Of actions and states as LIBERO's (7 and 8 numbers); of others, and without two grasps, the empty string.
     """
@@ -80,7 +84,7 @@ def consistency(episodes: Sequence[Episode]) -> str:
 
 
 def _bend(route: np.ndarray) -> np.ndarray:
-    """Return how far a route (T, 3) is off the straight line between its ends, at POINTS of it, (POINTS, 3)."""
+    """Return how far a route (T, 3) is off the straight line between its ends, at POINTS of it, (P, 3)."""
     along = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(route, axis=0), axis=1))])
     share = np.linspace(0.0, 1.0, POINTS)
     points = np.stack([np.interp(share * along[-1], along, column) for column in route.T], axis=1)
