@@ -3,11 +3,11 @@
 Run: python -m paper.axes --suite libero_goal --task 0 --out out/axes.png
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 from PIL import Image, ImageDraw
 
 from worldvla.sim import suites as sim
@@ -36,17 +36,14 @@ def sheet(suite: str, task: int, states: int) -> Image.Image:
     return page
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", default="libero_goal")
-    parser.add_argument("--task", type=int, default=0)
-    parser.add_argument("--states", type=int, default=6)
-    parser.add_argument("--out", type=Path, default=Path("out/axes.png"))
-    args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet(args.suite, args.task, args.states).save(args.out)
-    print(args.out)
+def main(
+    suite: str = "libero_goal", task: int = 0, states: int = 6, out: Path = Path("out/axes.png")
+) -> None:
+    """Draw the axes of robustness of a task, from so many initial states."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet(suite, task, states).save(out)
+    print(out)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -13,14 +13,14 @@ goes on meanwhile. Methods, all with the same policy, episodes and horizon:
   ours      the same with the blend of AsyncClient: actions of overlapping chunks are averaged
 """
 
-import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import tyro
 
 from worldvla.eval.stats import Pairs, mcnemar, paired_interval, wilson
 from worldvla.files import write_json
@@ -36,7 +36,8 @@ STEP_MS = 100
 EXECUTE = 3
 """Actions of a chunk that the shipped model's evaluations execute."""
 STILL = [0.0] * 6 + [float("nan")]
-METHODS = ("blocking", "naive", "latest", "ours")
+Method = Literal["blocking", "naive", "latest", "ours"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass
@@ -127,24 +128,24 @@ def paired(before: list[bool], after: list[bool]) -> dict[str, Any]:
     return points | {"p": mcnemar(only_a, only_b)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint", default="tabletop")
-    parser.add_argument("--episodes", type=int, default=200)
-    parser.add_argument("--delays", type=int, nargs="+", default=[0, 100, 200, 300, 400, 500])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--width", type=int, default=20)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+def main(
+    checkpoint: str = "tabletop",
+    episodes: int = 200,
+    delays: tuple[int, ...] = (0, 100, 200, 300, 400, 500),
+    methods: tuple[Method, ...] = METHODS,
+    width: int = 20,
+    out: Path | None = None,
+) -> None:
+    """Measure success by delay, in ms; `width`: episodes side by side; `out`: JSON with each outcome too."""
     torch.set_num_threads(1)
-    policy = Policy(load(args.checkpoint))
+    policy = Policy(load(checkpoint))
     tasks = [task for suite in suites.TABLETOP for task in suites.tasks(suite)]
-    episodes = [(tasks[i % len(tasks)], i // len(tasks)) for i in range(args.episodes)]
-    outcomes: dict[str, dict[int, list[bool]]] = {method: {} for method in args.methods}
+    chosen = [(tasks[i % len(tasks)], i // len(tasks)) for i in range(episodes)]
+    outcomes: dict[str, dict[int, list[bool]]] = {method: {} for method in methods}
     with progress_bar() as progress:
-        cells = [(method, delay) for delay in args.delays for method in args.methods]
+        cells = [(method, delay) for delay in delays for method in methods]
         for method, delay in progress.track(cells, description="method and delay"):
-            outcomes[method][delay] = run(policy, method, delay // STEP_MS, episodes, args.width)
+            outcomes[method][delay] = run(policy, method, delay // STEP_MS, chosen, width)
     rows = []
     for method, by_delay in outcomes.items():
         for delay, won in by_delay.items():
@@ -158,10 +159,10 @@ def main() -> None:
             print(f"{method:<9}{delay:>4} ms  {sum(won):>3}/{len(won)}  {text}")
     record = {"bench": "delay", "model": policy.model.identity(), "rows": rows, **provenance()}
     record |= {"outcomes": {m: {str(d): won for d, won in by.items()} for m, by in outcomes.items()}}
-    if args.out:
-        write_json(args.out, record)
+    if out:
+        write_json(out, record)
     print(json.dumps({k: v for k, v in record.items() if k != "outcomes"}))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -7,7 +7,6 @@ Both execute the same actions (the expert's, found before and not timed) at the 
 two looks; with a checkpoint both also ask it at every look, and pay for it.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -109,30 +109,27 @@ def _state(seen: dict[str, Any]) -> np.ndarray:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--suite", default="libero_object")
-    parser.add_argument("--task", type=int, default=0)
-    parser.add_argument("--episodes", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--checkpoint", type=Path)
-    args = parser.parse_args()
-    task = sim.tasks(args.suite)[args.task]
-    model = None if args.checkpoint is None else ModelActor(args.checkpoint, EXECUTE)
-    actions = expert_actions(task, range(args.episodes))
+def main(
+    suite: str = "libero_object",
+    task: int = 0,
+    episodes: int = 10,
+    workers: int = 2,
+    checkpoint: Path | None = None,
+) -> None:
+    """Measure both, with the expert's actions; a checkpoint is asked too."""
+    model = None if checkpoint is None else ModelActor(checkpoint, EXECUTE)
+    actions = expert_actions(sim.tasks(suite)[task], range(episodes))
     with tempfile.TemporaryDirectory() as directory:
-        protocol = Protocol(args.suite, (args.task,), args.episodes, videos=0)
-        record = evaluate(Replay(actions, model), protocol, Path(directory), args.workers)
-    plain = plain_loop(task, actions, model)
+        protocol = Protocol(suite, (task,), episodes, videos=0)
+        record = evaluate(Replay(actions, model), protocol, Path(directory), workers)
+    plain = plain_loop(sim.tasks(suite)[task], actions, model)
     hours = {"ours": record["seconds"] / 3600, "plain loop": plain["seconds"] / 3600}
     numbers = {
-        "episodes_hour": args.episodes / hours["ours"],
-        "episodes_hour_plain": args.episodes / hours["plain loop"],
+        "episodes_hour": episodes / hours["ours"],
+        "episodes_hour_plain": episodes / hours["plain loop"],
         "ratio": hours["plain loop"] / hours["ours"],
         # What the episodes need on these cores: the workers' own seconds, spread over them.
-        "wall_over_simulation": record["seconds"] / (record["simulation_seconds"] / args.workers),
+        "wall_over_simulation": record["seconds"] / (record["simulation_seconds"] / workers),
         "successes": record["successes"],
         "successes_plain": plain["successes"],
         "steps": float(sum(map(len, actions.values()))),
@@ -141,9 +138,9 @@ def main() -> None:
     for name, value in numbers.items():
         table.add_row(name, f"{value:.2f}")
     Console(stderr=True).print(table)
-    what = {"suite": args.suite, "task": args.task, "episodes": args.episodes, "workers": args.workers}
+    what = {"suite": suite, "task": task, "episodes": episodes, "workers": workers}
     print(json.dumps({"bench_eval": numbers, **what, "model": model and model.identity(), **provenance()}))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

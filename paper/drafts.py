@@ -7,15 +7,16 @@ The model imagines the first steps of every episode, one frame at a time. Guesse
 are counted on the frames of one code a pass; the used one, which the model's own choices replace, is run.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
+from tyro.conf import Positional
 
-from worldvla.data.episode import Episode, read_episodes
+from worldvla.data.episode import Episode, demonstration_files, read_episodes
 from worldvla.infer.draft import Window
 from worldvla.infer.model import Model, load
 from worldvla.infer.world import World
@@ -48,36 +49,27 @@ def count(guess_N: np.ndarray, frame_N: np.ndarray, width: int) -> int:
     return passes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint")
-    parser.add_argument("demos", type=Path)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    model = load(args.checkpoint)
-    episodes = [e for path in sorted(args.demos.glob("*.hdf5")) for e in read_episodes(path)]
-    if not episodes:
-        parser.exit(2, f"{parser.prog}: {args.demos} holds no *.hdf5 files: `worldvla collect` makes them\n")
+def main(checkpoint: Positional[str], demos: Positional[Path], steps: int = 10, threads: int = 1) -> None:
+    """Imagine the first steps of the episodes in `demos`."""
+    torch.set_num_threads(threads)
+    model = load(checkpoint)
+    episodes = [e for path in demonstration_files([demos]) for e in read_episodes(path)]
     roll_out(model, episodes[0], 2, None)  # warm
-    alone = [roll_out(model, e, args.steps, None, drafts=False) for e in episodes]
+    alone = [roll_out(model, e, steps, None, drafts=False) for e in episodes]
     plain = [codes for codes, _, _ in alone]
     print(f"| guess | {' | '.join(map(str, WIDTHS))} | as above |")
     for back, name in ((1, "the current frame"), (2, "the frame before it")):
         pairs = [(c[max(0, t - back)], c[t]) for c in plain for t in range(1, len(c))]
         means = [np.mean([count(*pair, width) for pair in pairs]) for width in WIDTHS]
         print(f"| {name} | {' | '.join(f'{m:.1f}' for m in means)} | |")
-    used = {width: [roll_out(model, e, args.steps, width) for e in episodes] for width in (*WIDTHS, None)}
+    used = {width: [roll_out(model, e, steps, width) for e in episodes] for width in (*WIDTHS, None)}
     same = all(
         np.array_equal(c, p) for rows in used.values() for (c, _, _), p in zip(rows, plain, strict=True)
     )
     passes = {width: np.array([p for _, p, _ in rows]) for width, rows in used.items()}
     print(f"| the model's own choices after it | {' | '.join(f'{p.mean():.1f}' for p in passes.values())} |")
-    steps = ", ".join(f"{n:.1f}" for n in passes[None].mean(0))
-    print(f"by step, as above: {steps}; {'the same codes as' if same else 'NOT the codes of'} one a pass")
+    by_step = ", ".join(f"{n:.1f}" for n in passes[None].mean(0))
+    print(f"by step, as above: {by_step}; {'the same codes as' if same else 'NOT the codes of'} one a pass")
     ways = {"one code a pass": alone, "by drafts": used[None]}
     numbers = {
         name: {
@@ -87,10 +79,10 @@ def main() -> None:
         for name, rows in ways.items()
     }
     before, after = (of["ms_frame"] for of in numbers.values())
-    told = {"faster": round(before / after, 2), "same_codes": same, "frames": len(episodes) * args.steps}
-    what = {"model": model.identity(), "steps": args.steps, "threads": args.threads}
+    told = {"faster": round(before / after, 2), "same_codes": same, "frames": len(episodes) * steps}
+    what = {"model": model.identity(), "steps": steps, "threads": threads}
     print(json.dumps({"drafts": numbers | told, **what, **provenance()}))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -10,7 +10,6 @@ backward pass needs, CUDA's own memory, keys and values. `measured` (--measure, 
 that was allocated over two steps on one sample or one pass, weights drawn; empty where it did not fit.
 """
 
-import argparse
 import gc
 import json
 import sys
@@ -19,8 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import tyro
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import Positional
 
 from worldvla.config import Config, LoraConfig
 from worldvla.machine import provenance
@@ -147,23 +148,17 @@ def _summed(**parts: int) -> dict[str, int]:
     return parts | {"total": sum(parts.values())}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", nargs="?", default="libero_256_goal")
-    parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--measure", action="store_true", help="on a CUDA device too")
-    args = parser.parse_args()
-    config = recipe(args.recipe)
+def main(name: Positional[str] = "libero_256_goal", lora_rank: int = 16, measure: bool = False) -> None:
+    """Count the bytes of the recipe `name`; `measure`: on a CUDA device too."""
+    config = recipe(name)
     vocab = chameleon() if config.vocab == "chameleon" else compact(8192, config.num_text)
-    table, rows = Table("GB = 10^9 bytes", *COLUMNS), modes(config, vocab.size, args.lora_rank, args.measure)
-    for name, row in rows.items():
-        table.add_row(name, *(f"{row[c] / 1e9:.2f}" if row.get(c) else "" for c in COLUMNS))
+    table, rows = Table("GB = 10^9 bytes", *COLUMNS), modes(config, vocab.size, lora_rank, measure)
+    for mode, row in rows.items():
+        table.add_row(mode, *(f"{row[c] / 1e9:.2f}" if row.get(c) else "" for c in COLUMNS))
     Console(file=sys.stderr, width=110).print(table)
-    where = provenance() if args.measure else {}
-    print(json.dumps({"memory": rows, "recipe": args.recipe, "lora_rank": args.lora_rank, **where}))
+    where = provenance() if measure else {}
+    print(json.dumps({"memory": rows, "recipe": name, "lora_rank": lora_rank, **where}))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

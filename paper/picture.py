@@ -3,12 +3,12 @@
 Run: python -m paper.picture --speed bench/decoding bench/decoding_bfloat16 --out docs/speed.svg
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import tyro
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -48,17 +48,13 @@ def draw_speed(names: Sequence[str]) -> Figure:
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs/speed.svg")
-    parser.add_argument("--speed", nargs="+", help="records of paper.bench: draw these")
-    args = parser.parse_args()
-    out: Path = args.out
+def main(speed: tuple[str, ...], out: Path = Path(__file__).parent.parent / "docs/speed.svg") -> None:
+    """Draw the records `speed` of paper.bench."""
     mpl.rcParams.update({"svg.hashsalt": "worldvla", "font.family": "DejaVu Sans"})
     metadata = {"Date": None} if out.suffix == ".svg" else None
-    draw_speed(args.speed).savefig(out, metadata=metadata, dpi=130, facecolor="white")
+    draw_speed(speed).savefig(out, metadata=metadata, dpi=130, facecolor="white")
     print(f"picture: {out}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

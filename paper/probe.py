@@ -8,7 +8,6 @@ held-out episodes. The gate: no axis of the target worse than 1.2 cm, the distan
 the pixels. The third row answers its task's median: codes must beat it.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from tyro.conf import Positional
 
+from worldvla.data.episode import demonstration_files
+from worldvla.files import write_json
 from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_pixels
@@ -257,28 +260,24 @@ def table(record: dict[str, Any]) -> Table:
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("tokenizer", type=Path)
-    parser.add_argument("demos", type=Path, nargs="+", help="HDF5 files of one suite, or a directory of them")
-    parser.add_argument("--views", nargs="+", default=["agentview", "wrist"])
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="write the record as JSON here too")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    files = [f for path in args.demos for f in (sorted(path.glob("*.hdf5")) if path.is_dir() else [path])]
-    record = probe(from_episodes(files), ImageTokenizer.load(args.tokenizer), args.views, steps=args.steps)
-    record |= provenance()
+def main(
+    tokenizer: Positional[Path],
+    demos: Positional[tuple[Path, ...]],
+    views: tuple[str, ...] = ("agentview", "wrist"),
+    steps: int = 1500,
+    threads: int = 2,
+    out: Path | None = None,
+) -> None:
+    """Probe the codes of `demos`: HDF5 files of one suite, or directories; write the record to `out`."""
+    torch.set_num_threads(threads)
+    files = demonstration_files(demos)
+    record = probe(from_episodes(files), ImageTokenizer.load(tokenizer), views, steps=steps) | provenance()
     Console().print(table(record))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=2) + "\n")
+    if out:
+        write_json(out, record)
     print(json.dumps(record["gate"]))
     raise SystemExit(0 if record["gate"]["passed"] else 1)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -4,7 +4,6 @@ pytest tests/test_memory.py
 """
 
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -60,9 +59,8 @@ def test_a_loaded_model_holds_what_is_counted(root: Path, quantize: Quantize) ->
     assert real == pytest.approx(counted["total"], rel=0.05)
 
 
-def test_the_published_size(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_published_size(capsys: pytest.CaptureFixture[str]) -> None:
     """What docs/MODELS.md states: 7,013,158,912 parameters, of them 6,476,005,376 in large matrices."""
-    monkeypatch.setattr(sys, "argv", ["memory"])
     memory.main()
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["memory"]
     assert rows["infer bfloat16"]["total"] == 2 * 7_013_158_912
