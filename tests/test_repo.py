@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "data": {"tokenizers", "cluster", "sim", "image", "robot", "video", "published.hub"},
     "infer": {"model", "tokenizers", "data.sample", "published.hub"},
     "published": {"model", "tokenizers"},
-    "train": {"model", "tokenizers", "data", "track"},
+    "train": {"model", "tokenizers", "data", "track", "video"},
     "eval": {"infer", "cluster", "sim", "data", "tokenizers", "image", "video"}
     | {"serve.protocol", "serve.client"},
     # The files of serve stand apart: a client needs the wire alone, the server a model too.

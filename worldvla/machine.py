@@ -4,6 +4,7 @@ Only the standard library is imported here; torch where a function speaks of its
 """
 
 import importlib.metadata
+import ipaddress
 import multiprocessing
 import os
 import platform
@@ -91,6 +92,13 @@ def end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host's name or address means this machine alone."""
+    with suppress(ValueError):  # a name, or nothing: every network
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    return False
 
 
 def num_processes() -> int:

@@ -31,7 +31,6 @@ class Journal:
         if lines:
             if lines[0] is None:
                 raise Damaged(f"{path} is damaged in its first line: give another --out, or remove it")
-            has_digests = "sha256" in lines[0]  # earlier versions wrote none
             there, now = (dict(_flat(_plain(line))) for line in (lines[0], json.loads(json.dumps(identity))))
             names = sorted(name for name in there | now if there.get(name) != now.get(name))
             if names:
@@ -41,7 +40,7 @@ class Journal:
                 raise ValueError(
                     f"{path.parent} holds another evaluation ({text}): give another --out, or remove {path}"
                 )
-            sound = [x for x in lines[1:] if x and (not has_digests or _sealed(_plain(x)) == x)]
+            sound = [x for x in lines[1:] if x and _sealed(_plain(x)) == x]
             whole = [_plain(line) for line in sound if line.keys() >= {"status", "elapsed"}]
             if lost := len(lines) - 1 - len(whole):
                 log.warning("%s: dropped %d lines, which are cut short or damaged", path, lost)

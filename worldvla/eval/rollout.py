@@ -25,6 +25,7 @@ from worldvla.files import only_writer, write_json, write_text
 from worldvla.machine import cores, provenance
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
+from worldvla.sim.libero.doctor import verdict
 from worldvla.sim.protocol import FPS, NUM_INITS, Task
 from worldvla.video import views_side_by_side, write_mp4
 
@@ -223,6 +224,7 @@ def _record(
         "protocol": protocol.describe(actor, workers),
         "seconds": round(journal.seconds, 1),
         **provenance(),
+        "doctor": verdict(),
         "tasks": [{"index": t.index, "name": t.name, "instruction": t.instruction} for t in tasks],
         "outcomes": [
             {name: value for name, value in outcome.items() if name != "elapsed"}

@@ -16,7 +16,6 @@ import contextlib
 import hmac
 import http
 import importlib.metadata
-import ipaddress
 import logging
 import math
 import signal
@@ -37,6 +36,7 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from worldvla.image import MAX_PIXELS, as_uint8, resize_with_pad
+from worldvla.machine import is_loopback
 from worldvla.serve.batcher import SECONDS, Answer, Batcher, Histogram, LateError, Observation
 from worldvla.serve.protocol import (
     DEADLINE_KEY,
@@ -170,7 +170,7 @@ async def serve(
     `on_start` gets the address, for port 0 that of a free port. Other machines are let in with an `api_key`
     alone, or `insecure`. `certificate`, `key_file`: PEM files, for wss://.
     """
-    if not (api_key or insecure or _is_loopback(host)):
+    if not (api_key or insecure or is_loopback(host)):
         raise ValueError(
             f"whoever reaches {host or 'this machine'} could drive the robot: set the environment variable "
             "WORLDVLA_API_KEY, or --insecure"
@@ -469,13 +469,6 @@ def _patience_s(message: Mapping[str, Any]) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not value > 0:
         raise ValueError(f"{DEADLINE_KEY} must be milliseconds above 0, got {value!r:.60}")
     return float(value) / 1000
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, or nothing: every network
-        return False
 
 
 def _tls(certificate: Path | None, key_file: Path | None) -> ssl.SSLContext | None:

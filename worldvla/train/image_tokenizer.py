@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
 from torch import Tensor
 
 from worldvla.config import ImageTokenizerConfig, TokenizerTraining, to_json
@@ -34,13 +33,13 @@ from worldvla.files import (
     load_tensors,
     read_json,
     save_tensors,
-    whole_file,
     whole_folder,
     write_json,
     write_text,
 )
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_images, to_pixels
+from worldvla.video import write_png
 
 TABLETOP = ImageTokenizerConfig(
     channels=48,
@@ -77,6 +76,8 @@ comes to count fully. Without, a purple ball in the hand becomes teal: few pixel
 METRIC_STEPS = 50
 """Steps between rows of metrics.jsonl, after each of which the run may be saved."""
 SAVE_SECONDS = 60.0
+REPORTED = 512
+"""Held-out frames of a view that a report is of, at most."""
 
 
 @dataclass(frozen=True)
@@ -380,17 +381,15 @@ def _psnr(error: Tensor, weight: Tensor) -> float:
     return -10 * math.log10(max(1e-10, ((error * weight).sum() / weight.sum().clamp(min=1e-6)).item()))
 
 
-def report(
-    tokenizer: ImageTokenizer, views: Sequence[Frames], out_dir: Path, max_frames: int = 512
-) -> dict[str, Any]:
+def report(tokenizer: ImageTokenizer, views: Sequence[Frames], out_dir: Path) -> dict[str, Any]:
     """Measure held-out frames; write index.html and a picture a view (originals above reconstructions)."""
     result: dict[str, Any] = {"views": {}, "digest": tokenizer.digest()}
     body = ""
     for frames in views:
-        images = frames.val[torch.linspace(0, len(frames.val) - 1, min(max_frames, len(frames.val))).long()]
+        rows = torch.linspace(0, len(frames.val) - 1, min(REPORTED, len(frames.val))).long()
+        images = frames.val[rows]
         codes = torch.cat([tokenizer.encode(part) for part in images.split(64)])
-        chosen = torch.linspace(0, len(frames.val) - 1, len(images)).long()
-        context = None if frames.first_val is None else frames.val[frames.first_val[chosen]]
+        context = None if frames.first_val is None else frames.val[frames.first_val[rows]]
         seen = [None] * len(codes.split(64)) if context is None else context.split(64)
         parts = zip(codes.split(64), seen, strict=True)
         guesses = torch.cat([tokenizer.decode(part, frame) for part, frame in parts])
@@ -403,12 +402,10 @@ def report(
         chosen = torch.linspace(0, len(images) - 1, min(12, len(images))).long()
         sheet = rearrange(torch.stack([images[chosen], guesses[chosen]]), "two n y x c -> (two y) (n x) c")
         scale = max(1, 192 // images.shape[1])
-        _write_png(
-            out_dir / f"{frames.view}.png", sheet.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-        )
+        write_png(out_dir / f"{frames.view}.png", sheet.numpy().repeat(scale, 0).repeat(scale, 1))
         if frames.background is not None:
             background = to_images(frames.background[None])[0]
-            _write_png(out_dir / f"{frames.view}_background.png", background)
+            write_png(out_dir / f"{frames.view}_background.png", background.numpy())
         cells = "".join(f"<tr><td>{name}</td><td>{value:.3f}</td></tr>" for name, value in numbers.items())
         body += f'<h2>{frames.view}</h2><img src="{frames.view}.png"><table>{cells}</table>\n'
     write_text(
@@ -419,8 +416,3 @@ def report(
         f"Digest {result['digest']}.</p>\n{body}",
     )
     return result
-
-
-def _write_png(path: Path, image: Tensor) -> None:
-    with whole_file(path) as scratch:
-        Image.fromarray(image.numpy()).save(scratch, format="png")

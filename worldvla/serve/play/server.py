@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import errno
 import hmac
-import ipaddress
 import json
 import logging
 import math
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 from aiohttp import WSCloseCode, WSMsgType, web
 
+from worldvla.machine import is_loopback
 from worldvla.serve.play.session import MAX_RECORDED, Playable, Recording, Session
 from worldvla.sim.protocol import NUM_INITS
 
@@ -75,11 +75,11 @@ async def serve(
     `threads`: of inference, which all sessions share; a small model is fastest on one. `save_dataset`: record
     every episode from its start on, and write it there as a demonstration in place of a film in `out`.
     """
-    is_loopback = _is_loopback(host)
-    if not (api_key or is_loopback):
+    is_local = is_loopback(host)
+    if not (api_key or is_local):
         raise ValueError(f"anyone who reaches {host} could play and write recordings: set WORLDVLA_API_KEY")
     with ThreadPoolExecutor(1, "imagine", torch.set_num_threads, (threads,)) as thread:
-        house = _House(playable, start, out, save_dataset, thread, api_key, is_loopback)
+        house = _House(playable, start, out, save_dataset, thread, api_key, is_local)
         runner = web.AppRunner(house.app(), access_log=None, shutdown_timeout=2)
         await runner.setup()
         try:
@@ -100,15 +100,6 @@ async def serve(
             await runner.cleanup()
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class _House:
     """What all sessions of a server share."""
 
@@ -120,11 +111,11 @@ class _House:
         save_dataset: Path | None,
         thread: ThreadPoolExecutor,
         api_key: str,
-        is_loopback: bool,
+        is_local: bool,
     ) -> None:
         self.playable, self.start, self.out, self.thread = playable, start, out, thread
         self.save_dataset = save_dataset
-        self.api_key, self.is_loopback = api_key, is_loopback
+        self.api_key, self.is_local = api_key, is_local
         self.connections: set[web.WebSocketResponse] = set()
         self.recordings: dict[str, Path] = {}
         """Address below /recordings/ -> file."""
@@ -148,7 +139,7 @@ class _House:
         origin = request.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != request.host:
             raise web.HTTPForbidden(text=f"a page from {origin} may not play here\n")
-        if self.is_loopback and not _is_loopback(urlsplit(f"//{request.host}").hostname or ""):
+        if self.is_local and not is_loopback(urlsplit(f"//{request.host}").hostname or ""):
             raise web.HTTPForbidden(text=f"{request.host} is not this machine: open http://127.0.0.1\n")
         is_open = request.path in ("/healthz", "/page.js", "/page.css")
         key = request.query.get("key", "").encode(errors="replace")

@@ -11,7 +11,6 @@ import numpy as np
 from worldvla.sim.libero.env import LiberoEnv
 from worldvla.sim.protocol import POSITION_SCALE, ROTATION_SCALE
 
-"""Metres and radians that an action of 1.0 asks of LIBERO's controller (robosuite osc_pose.json)."""
 GAIN = 2.0
 """The controller covers only part of the asked way in one step."""
 MAX_TURN = 0.4

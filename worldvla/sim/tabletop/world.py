@@ -4,9 +4,8 @@ No mesh, no texture, no OpenGL. Geom group 0 is seen by the cameras, group 3 is 
 jittered places are part of the simulator's state.
 """
 
-import math
-
 import mujoco
+import numpy as np
 
 from worldvla.sim.tabletop.tasks import COLORS, Spec
 
@@ -71,16 +70,11 @@ def _rgba(color: tuple[float, float, float]) -> str:
 def _camera(
     name: str, pos: tuple[float, float, float], target: tuple[float, float, float], fovy: float
 ) -> str:
-    """Return a <camera> at `pos` that looks at `target`, its picture's up as close to z (or y) as can be."""
-    z = [p - t for p, t in zip(pos, target, strict=True)]  # a MuJoCo camera looks along its own -z
-    norm = math.sqrt(sum(v * v for v in z))
-    z = [v / norm for v in z]
-    x = [-z[1], z[0], 0.0]  # world z cross camera z
-    if abs(x[0]) + abs(x[1]) < 1e-9:
-        x = [1.0, 0.0, 0.0]
-    norm = math.sqrt(sum(v * v for v in x))
-    x = [v / norm for v in x]
-    y = [z[1] * x[2] - z[2] * x[1], z[2] * x[0] - z[0] * x[2], z[0] * x[1] - z[1] * x[0]]
+    """Return a <camera> at `pos` that looks at `target`, not straight down, its picture's up towards z."""
+    z = np.subtract(pos, target)  # a MuJoCo camera looks along its own -z
+    x = np.cross((0.0, 0.0, 1.0), z)
+    x /= np.linalg.norm(x)
+    y = np.cross(z / np.linalg.norm(z), x)
     axes = " ".join(f"{v:.6f}" for v in (*x, *y))
     return f'<camera name="{name}" pos="{pos[0]} {pos[1]} {pos[2]}" xyaxes="{axes}" fovy="{fovy}"/>'
 
@@ -155,15 +149,8 @@ def build(spec: Spec) -> mujoco.MjModel:
     things = ""
     for name in spec.things:
         geoms, height, _ = SHAPES[shape(name)]
-        color = (
-            _rgba(COLORS[name.split()[0]])
-            + ' density="250" friction="1.2 .02 .002" condim="4" solref="0.006 1"'
-        )
-        body = (
-            geoms.format(c=color)
-            if 'friction="1.5' not in geoms
-            else geoms.format(c=_rgba(COLORS[name.split()[0]]) + ' density="250"')
-        )
+        surface = "" if "friction" in geoms else ' friction="1.2 .02 .002" condim="4" solref="0.006 1"'
+        body = geoms.format(c=_rgba(COLORS[name.split()[0]]) + ' density="250"' + surface)
         things += f'<body name="{name}" pos="0 0 {height}"><freejoint name="{name}"/>{body}</body>'
     fixtures = "".join(_fixture(name) for name in spec.fixtures)
     servo = "".join(
