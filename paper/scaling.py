@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib import pyplot as plt
+from numpy.typing import ArrayLike
 from scipy.stats import t
 
 from worldvla.batch import KIND_PROMPT
@@ -67,15 +68,16 @@ def measure(model: tyro.conf.Positional[Path], stores: tuple[str, ...], out: Pat
     write_json(out, row | {name: values[name] for name in LOSSES if name in values})
 
 
-def exponents(sizes: Sequence[float], frames: Sequence[float], losses: Sequence[float]) -> dict[str, Any]:
+def exponents(sizes: ArrayLike, frames: ArrayLike, losses: ArrayLike) -> dict[str, Any]:
     """Return {"size", "data"} -> [exponent, low, high], 95 % intervals of a least-squares fit of logarithms,
     and "residual", the standard deviation of what the law leaves of log(loss)."""
+    sizes, frames, losses = (np.asarray(column, dtype=float) for column in (sizes, frames, losses))
     x = np.stack([np.ones(len(sizes)), -np.log(sizes), -np.log(frames)], axis=1)
     y, dof = np.log(losses), len(losses) - 3
     if dof < 1 or np.linalg.matrix_rank(x) < 3:
         raise ValueError(
-            f"{len(losses)} runs of {len(set(sizes))} sizes and {len(set(frames))} amounts of data do not "
-            "determine a law: expected four runs, two sizes and two amounts at least"
+            f"{len(losses)} runs of {len(np.unique(sizes))} sizes and {len(np.unique(frames))} amounts of "
+            "data do not determine a law: expected four runs, two sizes and two amounts at least"
         )
     found, *_ = np.linalg.lstsq(x, y, rcond=None)
     variance = float(((y - x @ found) ** 2).sum() / dof)
