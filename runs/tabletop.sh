@@ -63,3 +63,5 @@ worldvla config tabletop_world > $OUT/tabletop_world.json
 train tabletop_world $OUT/world
 train tabletop_world2 $OUT/world2
 train tabletop_world3 $OUT/world_model
+train tabletop_state $OUT/state
+train tabletop_anchor $OUT/anchor_model

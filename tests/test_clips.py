@@ -17,6 +17,7 @@ import torch
 from tests.tiny_run import tiny_config, write_tiny
 from worldvla.batch import KIND_IMAGE, KIND_STATE, Batch
 from worldvla.config import Config, ImageTokenizerConfig
+from worldvla.data.loader import ANCHOR
 from worldvla.data.store import code_type
 from worldvla.infer.model import export, load
 from worldvla.infer.world import World
@@ -40,24 +41,27 @@ CELLS = ImageTokenizerConfig(
 )
 
 
-def clip_config(root: Path, world_state: bool = False) -> Config:
+def clip_config(root: Path, world_state: bool = False, anchor: bool = False) -> Config:
     base = tiny_config(root, steps=4)
     return replace(
         base,
-        layout=replace(base.layout, clip=2, history=1, world_state=world_state),
+        layout=replace(base.layout, clip=2, history=1, world_state=world_state, anchor=anchor),
         model=replace(base.model, code_levels=(4, 4), previous_code=True),
         loss=replace(base.loss, supervise="decoded"),
-        data=replace(base.data, sequence_length=120, corrupt=0.2, world_fraction=0.5),
+        data=replace(base.data, sequence_length=140, corrupt=0.2, world_fraction=0.5),
     )
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["frames", "states_and_frames"])
+KINDS = {"frames": (False, False), "states": (True, False), "anchor": (True, True)}
+
+
+@pytest.fixture(scope="module", params=list(KINDS.values()), ids=list(KINDS))
 def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("clips")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         write_tiny(root, CELLS)
-        yield train(clip_config(root, request.param), root / "run").checkpoint
+        yield train(clip_config(root, *request.param), root / "run").checkpoint
 
 
 def states_and_codes(world: World) -> np.ndarray:
@@ -76,17 +80,18 @@ def test_a_clip_is_a_frame_then_actions_and_frames_by_turns(trained: Path) -> No
     config = load(trained).config
     pieces = build(config)
     template = pieces.builder.world_template(2)
-    assert len(template.images) == 3
+    given = 1 + config.layout.anchor
+    assert len(template.images) == 2 + given
     assert template.actions.shape == (2, 7)
     kinds = template.table[2]
-    targets = np.concatenate([np.concatenate(views) for views in template.images[1:]])
+    targets = np.concatenate([np.concatenate(views) for views in template.images[given:]])
     np.testing.assert_array_equal(np.flatnonzero(kinds == KIND_IMAGE), targets)
     one = pieces.builder.world_template(1)
     np.testing.assert_array_equal(one.table[:, :-1], template.table[:, : len(one) - 1])
     num_states = config.layout.num_state_dims if config.layout.world_state else 0
     assert template.states.size == 3 * num_states
     np.testing.assert_array_equal(np.flatnonzero(kinds == KIND_STATE), template.states[1:].flatten())
-    for places, views in zip(template.states, template.images, strict=False):
+    for places, views in zip(template.states, template.images[config.layout.anchor :], strict=False):
         assert places.max() < views[0].min()
 
 
@@ -104,7 +109,7 @@ def test_the_previous_code_stands_before_each_target(trained: Path) -> None:
     config = load(trained).config
     batch, template = world_batch(config), build(config).builder.world_template(2)
     previous = previous_ids(batch.ids_BT, batch.row_BT, batch.col_BT)
-    frames = [np.concatenate(views) for views in template.images]
+    frames = [np.concatenate(views) for views in template.images[config.layout.anchor :]]
     expected = torch.zeros_like(previous)
     for old, new in pairwise(frames):
         expected[:, new - 1] = batch.ids_BT[:, old]
@@ -123,6 +128,41 @@ def test_wrong_codes_are_read_and_right_ones_predicted(trained: Path) -> None:
     assert torch.equal(read, again)
     clean = corrupted(batch, pieces.vocab, (4, 4), 0.0, torch.Generator().manual_seed(0))
     assert torch.equal(clean, batch.ids_BT)
+
+
+def test_with_an_anchor_blocks_vanish_from_a_frame_on(trained: Path) -> None:
+    pieces = build(load(trained).config)
+    batch, has_anchor = world_batch(pieces.config), pieces.config.layout.anchor
+    batch = batch.map(lambda t: t[:1].repeat(200, 1))
+    read = corrupted(batch, pieces.vocab, (4, 4), 0.0, torch.Generator().manual_seed(0), has_anchor)
+    is_lost = read != batch.ids_BT
+    if not has_anchor:
+        assert not is_lost.any()
+        return
+    frames = [np.concatenate(views) for views in pieces.builder.world_template(2).images]
+    assert 20 < is_lost.any(1).sum() < 100  # a cell may be lost to a code like its own
+    assert not is_lost[:, frames[0]].any()
+    for row in read[is_lost.any(1)]:
+        changed = row != batch.ids_BT[0]
+        assert len(row[changed].unique()) == 1
+    assert is_lost[:, frames[-1]].any(1).sum() > 0.5 * is_lost.any(1).sum()
+
+
+def test_the_anchor_is_an_earlier_frame_of_the_episode(trained: Path) -> None:
+    pieces = build(load(trained).config)
+    table = pieces.loader.frames
+    steps = [table.anchor(i) - i for i in range(len(table.starts_F))]
+    assert min(steps) >= -ANCHOR
+    assert len(set(steps)) > 5
+    assert all(table.anchor(i) >= start for i, start in enumerate(table.starts_F))
+    if not pieces.config.layout.anchor:
+        return
+    template = pieces.builder.world_template(2)
+    start = next(i for i, step in enumerate(steps) if step < 0 and i + 2 < table.starts_F.max())
+    ids = pieces.loader.sample(start, "world").ids
+    for frame, views in zip((table.anchor(start), start, start + 1, start + 2), template.images, strict=True):
+        for codes, places in zip(table.codes[0], views, strict=True):
+            np.testing.assert_array_equal(codes[frame] + pieces.vocab.image.start, ids[places])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -150,12 +190,13 @@ def test_guessing_changes_no_code_and_history_is_that_of_training(trained: Path,
     num_states = model.config.layout.num_state_dims if model.config.layout.world_state else 0
     states, images = np.split(runs[0], [num_states], axis=1)
     split = [builder.split_views(codes) for codes in images]
-    batch = Batch.stack([builder.world(split[1:3], actions[1:3], split[3], states[1:4])], model.vocab.pad)
+    sample = builder.world(split[1:3], actions[1:3], split[3], states[1:4], split[0])
+    batch = Batch.stack([sample], model.vocab.pad)
     places = batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT
     previous = previous_ids(batch.ids_BT, batch.row_BT, batch.col_BT)
     with torch.no_grad():
         x_BTD = transformer(*places, None, previous)
-    last = np.concatenate(builder.world_template(2).images[2])
+    last = np.concatenate(builder.world_template(2).images[-1])
     assert transformer.code_head is not None
     chosen, _ = transformer.code_head.choose(x_BTD[0, last - 1])
     np.testing.assert_array_equal(chosen, images[3])

@@ -139,6 +139,9 @@ class LayoutConfig(Checked):
     clip: Count = 1
     """C, frames that a world sample asks for one after the other, each after its action (published: 1). With
     more, nearly every token is a target and a frame has up to C before it, in imagination too."""
+    anchor: bool = False
+    """A world sample begins with an earlier frame of its episode, which in imagination is the real one that
+    it began from: what has been hidden or lost since is still to be seen. Off, as published: none."""
     chunk: Count = 5
     """K, actions of a chunk."""
     state: bool = False
@@ -188,7 +191,7 @@ class LayoutConfig(Checked):
         frame = sum(rows * (cols + 1) + 4 for rows, cols in self.grids)
         block, state = self.num_action_dims + 2, self.num_state_dims + 2
         policy = self.state * state + self.history * frame + self.chunk * block
-        world = 2 * (frame + self.world_state * state) + block
+        world = (2 + self.anchor) * frame + 2 * self.world_state * state + block
         return -(-(64 + 3 + max(policy, world)) // 64) * 64
 
     @property
@@ -253,7 +256,7 @@ class ModelConfig(Checked):
 class LossConfig(Checked):
     image_weight: Amount = 0.04
     """alpha (WorldVLA pretrain_ck.py:932; paper)."""
-    state_weight: Amount = 0.1
+    state_weight: Amount = 0.2
     """Of the world model's state dims, with layout.world_state; only where `reduction` is "paper"."""
     z_weight: Amount = 1e-5
     """Weight of mean logsumexp^2 (published value)."""
@@ -267,8 +270,8 @@ class LossConfig(Checked):
     chosen from. all (as published): begin and end tokens too, and against the whole vocabulary, which costs
     most of a small model's step."""
     action_smoothing: Amount = 0.0
-    """Standard deviation, in bins, of the Gaussian that replaces the one-hot target of an action dim, and of a
-    state dim that the world model says (0: one-hot, as published)."""
+    """Standard deviation, in bins, of the Gaussian that replaces the one-hot target of an action dim, and of
+    a state dim that the world model says (0: one-hot, as published)."""
     head_weight: Amount = 10.0
     """Of the continuous head's mean absolute error, where there is a head (RynnVLA-002
     pretrain_ck_action_head.py:274)."""

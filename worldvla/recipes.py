@@ -178,8 +178,30 @@ def tabletop_state() -> Config:
         base,
         name="tabletop_state",
         layout=replace(base.layout, world_state=True),
+        optim=replace(base.optim, learning_rate=1.2e-3),
         data=replace(base.data, sequence_length=448),
-        train=replace(base.train, init_from="out/tabletop/world_model"),
+        train=replace(base.train, steps=3_600, save_every=200, init_from="out/tabletop/world_model"),
+    )
+
+
+def tabletop_anchor() -> Config:
+    """`tabletop_state`, trained on with the frame that a clip began from in sight."""
+    base = tabletop_state()
+    return replace(
+        base,
+        name="tabletop_anchor",
+        layout=replace(base.layout, anchor=True),
+        optim=replace(base.optim, learning_rate=9e-4, warmup_steps=30),
+        data=replace(base.data, world_fraction=0.6, sequence_length=544),
+        train=replace(
+            base.train,
+            steps=1_700,
+            batch_size=36,
+            log_every=20,
+            eval_every=300,
+            save_every=100,
+            init_from="out/tabletop/state",
+        ),
     )
 
 
@@ -323,6 +345,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop_world2": tabletop_world2,
     "tabletop_world3": tabletop_world3,
     "tabletop_state": tabletop_state,
+    "tabletop_anchor": tabletop_anchor,
     "tabletop_pilot": tabletop_pilot,
     "debug": debug,
     "finetune": finetune,

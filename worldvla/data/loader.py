@@ -26,6 +26,8 @@ from worldvla.vocab import Vocab
 
 Mode = Literal["policy", "world"]
 MODES: tuple[Mode, Mode] = ("policy", "world")
+ANCHOR = 40
+"""Steps at most from the frame that a world sample begins with to the first that it goes on from."""
 VAL_SEED = 0
 """Order of the validation samples: the same for every training seed, so that runs compare."""
 BLOCK = 2**16
@@ -99,19 +101,27 @@ class FrameTable:
         """Write the frame's sample into the first columns of `table` (5, T)."""
         template = self.template(frame, mode)
         table[:, : len(template)] = template.table
-        oldest = frame if mode == "world" else frame - len(template.images) + 1
-        views, vocab = self.codes[self.stores_F[frame]], self.builder.vocab
-        local = oldest - int(self.offsets[self.stores_F[frame]])
-        images = (
-            [codes[i].astype(np.int64) + vocab.image.start for codes in views]
-            for i in range(local, local + len(template.images))
+        number, has_anchor = len(template.images), mode == "world" and self.builder.layout.anchor
+        rows = (
+            np.arange(frame, frame + number) if mode == "world" else np.arange(frame - number + 1, frame + 1)
         )
+        if has_anchor:
+            rows = np.concatenate(([self.anchor(frame)], rows[:-1]))
+        views, vocab = self.codes[self.stores_F[frame]], self.builder.vocab
+        rows = rows - self.offsets[self.stores_F[frame]]
+        images = ([codes[i].astype(np.int64) + vocab.image.start for codes in views] for i in rows)
         states_FS = None if self.states_FS is None else self.states_FS[frame : frame + len(template.states)]
         if mode == "world":
             actions = self.actions_FA[frame : frame + self.builder.layout.clip]
             template.fill(table[0], images, actions, states_FS)
         else:
             template.fill(table[0], images, self.chunks_FUA[frame], states_FS)
+
+    def anchor(self, frame: int) -> int:
+        """Return the earlier frame of its episode that a world sample begins with: always the same one, 0 to
+        ANCHOR steps before."""
+        before = (frame * 2_654_435_761 % 2**32) % (ANCHOR + 1)
+        return max(int(self.starts_F[frame]), frame - before)
 
     def longest(self) -> int:
         """Return the number of tokens of the longest sample."""

@@ -1,8 +1,9 @@
 """Instruction, state, image codes, actions -> Sample: the only place that knows the order of a sequence.
 
 policy  bos text [STATE] IMG.. sep | ACT x K sep
-world   bos text FRAME ([ACT] sep FRAME) x C sep        C = layout.clip, published: 1; only the first is given
-FRAME   [STATE] IMG..                                 STATE with layout.world_state: the hand before its image
+world   bos text [IMG..] FRAME ([ACT] sep FRAME) x C sep   C = layout.clip, published: 1; the first is given,
+                                                        and with layout.anchor an earlier one before it
+FRAME   [STATE] IMG..                                   STATE with layout.world_state
 IMG     boi [h w] (a row of codes [newline]) x R eoi     h, w and newlines only where the vocabulary has them
 ACT     boa a1..aA eoa        STATE  bostate s1..sS eostate
 
@@ -52,7 +53,8 @@ class Template:
     """Positions of the state codes: (1, S) in a policy template, (C + 1, S) in a world template with states;
     else (0, S)."""
     images: tuple[tuple[np.ndarray, ...], ...]
-    """Positions of the image codes, (N,) a frame and view; a world template's first frame is given."""
+    """Positions of the image codes, (N,) a frame and view; of a world template the first frame is given, and
+    with layout.anchor the second."""
     actions: np.ndarray
     """Positions of the action dims: (U, A); in a world template (C, A), or (0, A) without conditioning."""
 
@@ -156,13 +158,14 @@ class SampleBuilder:
         frames: Sequence[Sequence[np.ndarray]],
         actions: np.ndarray | None,
         states: np.ndarray | None = None,
+        anchor: Sequence[np.ndarray] | None = None,
     ) -> Sample:
         """Return everything before the next frame: C frames, oldest first, and the action after each, (C, A)
         or (A,) of one; unused without conditioning. `states`: the codes (C, S) of each frame's, with
-        layout.world_state."""
+        layout.world_state; `anchor`: an earlier frame, with layout.anchor."""
         number, template = len(frames), self.world_template(len(frames))
-        codes = self._world_states(states, number)
-        return self._fill(template, frames, self._action_ids(actions, number), codes, template.prompt)
+        codes, actions = self._world_states(states, number), self._action_ids(actions, number)
+        return self._fill(template, self._anchored(frames, anchor), actions, codes, template.prompt)
 
     def world(
         self,
@@ -170,12 +173,14 @@ class SampleBuilder:
         actions: np.ndarray | None,
         next_frame: Sequence[np.ndarray],
         states: np.ndarray | None = None,
+        anchor: Sequence[np.ndarray] | None = None,
     ) -> Sample:
         """Return a world sample: C frames, the action (C, A) after each, and the frame after the last;
-        `states`: the codes (C + 1, S) of all, with layout.world_state."""
+        `states`: the codes (C + 1, S) of all, with layout.world_state; `anchor`: an earlier frame, with
+        layout.anchor."""
         number, template = len(frames), self.world_template(len(frames))
-        codes = self._world_states(states, number + 1)
-        return self._fill(template, [*frames, next_frame], self._action_ids(actions, number), codes)
+        codes, every = self._world_states(states, number + 1), self._anchored([*frames, next_frame], anchor)
+        return self._fill(template, every, self._action_ids(actions, number), codes)
 
     def action_block_positions(self, prompt: int) -> np.ndarray:
         """Return the positions (K, A + 2) of each action's begin, dims and end after `prompt` tokens."""
@@ -238,8 +243,9 @@ class SampleBuilder:
     def _write_world(self, num_frames: int) -> Template:
         layout, vocab, draft = self.layout, self.vocab, _Draft()
         self._write_text(draft, layout.world_prompt)
+        images, actions, prompt = [self._write_frame(draft)] if layout.anchor else [], [], 0
         states = [self._write_state(draft)] if layout.world_state else []
-        images, actions, prompt = [self._write_frame(draft)], [], 0
+        images.append(self._write_frame(draft))
         for _ in range(num_frames):
             draft.kind = KIND_PROMPT
             if layout.action_conditioning:
@@ -315,6 +321,15 @@ class SampleBuilder:
                 f"the layout has state tokens, got no state: pass {self.layout.num_state_dims} values"
             )
         return to_ids(choose(self.all_statistics, key).encode_states(state), self.vocab.state)[None]
+
+    def _anchored(
+        self, frames: Sequence[Sequence[np.ndarray]], anchor: Sequence[np.ndarray] | None
+    ) -> list[Sequence[np.ndarray]]:
+        if not self.layout.anchor:
+            return list(frames)
+        if anchor is None:
+            raise ValueError("world samples begin with an earlier frame here (layout.anchor), got none")
+        return [anchor, *frames]
 
     def _world_states(self, codes: np.ndarray | None, number: int) -> np.ndarray | None:
         if not self.layout.world_state:

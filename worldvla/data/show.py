@@ -62,7 +62,7 @@ def fake(config: Config, mode: str, seed: int) -> tuple[SampleBuilder, Sample]:
     actions = rng.uniform(-1, 1, (layout.chunk, layout.num_action_dims))
     if mode == "world":
         states = rng.integers(0, NUM_BIN_CODES, (2, layout.num_state_dims))
-        return builder, builder.world(frames[:1], actions[0], frames[1], states)
+        return builder, builder.world(frames[:1], actions[0], frames[1], states, frames[0])
     return builder, builder.policy(task, rng.uniform(-1, 1, layout.num_state_dims), frames[1:], actions)
 
 

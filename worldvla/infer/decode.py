@@ -1,8 +1,8 @@
 """Prompts -> action codes or image codes: structure forced, scores taken over one modality only.
 
 Dims: B batch, T positions fed at once, S slots of the cache, F fields of a slot, G actions decoded in
-parallel, U actions of a chunk, A action dims, N open codes of a frame (those of its state, if it has one, before
-those of its views), V scores of one code.
+parallel, U actions of a chunk, A action dims, N open codes of a frame (those of its state, if it has one,
+before those of its views), V scores of one code.
 
 The mask makes the U actions of a chunk independent given the prompt, and structure is never sampled, so their
 positions are known before any is decoded: block u token j stands at P + (A + 2)(u - 1) + j. All U are decoded
@@ -142,10 +142,10 @@ def decode_frame(
     """Return codes (B, N) int64 of the next frame, in order of generation, and their cost.
 
     `tail`: `SampleBuilder.world_tail`; its open positions are those of KIND_STATE and KIND_IMAGE. `guess_BN`:
-    codes, of which a pass verifies a window; without, one code a pass. The codes do not depend on the guess: each is the
-    model's choice given all before it. With a temperature that choice is the best of scores / temperature +
-    Gumbel noise, drawn once for each row and position, which makes it a draw from the softmax and, given the
-    noise, as certain as a greedy one.
+    codes, of which a pass verifies a window; without, one code a pass. The codes do not depend on the guess:
+    each is the model's choice given all before it. With a temperature that choice is the best of
+    scores / temperature + Gumbel noise, drawn once for each row and position, which makes it a draw from the
+    softmax and, given the noise, as certain as a greedy one.
     """
     if tail.chunk.any() or KIND_IMAGE not in tail.kind:
         raise ValueError("a frame needs the tail of a world sample, got another: SampleBuilder.world_tail()")

@@ -39,6 +39,8 @@ class World:
         """Of the last frames, oldest first, (B, S + N): their states', if the model says them, and views'."""
         self._actions: list[np.ndarray] = []
         """Between them, (B, A)."""
+        self._anchor = np.zeros((0, 0), dtype=np.int64)
+        """Image codes of the frames that they began from, (B, N)."""
         self._context: dict[str, np.ndarray] = {}
         self._is_batch = self._is_dict = False
         layout = model.config.layout
@@ -80,7 +82,7 @@ class World:
         self.stats, self._window = [], Window(self.model.device)
         codes_BN = np.stack([np.concatenate(codes) for codes in self.model.encode_frames(frames)])
         self._codes = [np.concatenate((self._encode_states(frame, len(codes_BN)), codes_BN), 1)]
-        self._actions = []
+        self._actions, self._anchor = [], codes_BN
         self._context = {view: np.stack([np.asarray(f[view]) for f in frames]) for view in views}
         return self.frame()
 
@@ -88,6 +90,11 @@ class World:
         """Return the next frame after `action`, (7,) or (B, 7) in physical units; values outside the
         statistics' range are clipped.
         """
+        self.advance(action)
+        return self.frame()
+
+    def advance(self, action: np.ndarray) -> None:
+        """Take a step without drawing the frame, whose codes and state are there."""
         codes_BN = self._current()
         num_dims = self.model.config.layout.num_action_dims
         expected = (len(codes_BN), num_dims) if self._is_batch else (num_dims,)
@@ -99,7 +106,12 @@ class World:
         frames, actions = self._codes[-clip:], np.stack(self._actions, 1)
         states, images = np.split(np.stack(frames, 1), [self._num_states], axis=2)
         prompts = [
-            builder.world_prompt([builder.split_views(own) for own in images[row]], actions[row], states[row])
+            builder.world_prompt(
+                [builder.split_views(own) for own in images[row]],
+                actions[row],
+                states[row],
+                builder.split_views(self._anchor[row]),
+            )
             for row in range(len(actions))
         ]
         seeds = [
@@ -117,14 +129,14 @@ class World:
         )
         self._codes = [*frames, next_BN]
         self.stats.append(stats)
-        return self.frame()
 
     def keep(self, rows: np.ndarray) -> None:
-        """Go on with these of the worlds alone: indices, or bool (B,)."""
+        """Go on with these of the worlds alone: bool (B,), or indices, any of them several times."""
         if not self._codes or not self._is_batch:
             raise ValueError("only a batch of worlds can be thinned: call reset with stacked frames first")
         self._codes = [codes_BN[rows] for codes_BN in self._codes]
         self._actions = [actions_BA[rows] for actions_BA in self._actions]
+        self._anchor = self._anchor[rows]
         self._context = {view: images[rows] for view, images in self._context.items()}
 
     def frame(self) -> Frame:
@@ -140,7 +152,7 @@ class World:
             return np.zeros((number, 0), dtype=np.int64)
         if frame.get("state") is None:
             raise ValueError(
-                f"the model begins from a frame and the robot's state, got the keys {sorted(frame)}: add 'state'"
+                f"the model begins from frames and a state, got the keys {sorted(frame)}: add 'state'"
             )
         states = np.asarray(frame["state"], dtype=np.float64)
         expected = (number, self._num_states) if self._is_batch else (self._num_states,)

@@ -25,7 +25,7 @@ EMBED_STD = 0.1
 """Of every embedding table; `init_codebook` scales to it."""
 HEAD_STD = 0.02
 ROW_BLOCKS, LONG = 4, 256
-"""Attention in training on the CPU is computed in as many blocks of queries, of sequences this long or longer."""
+"""Attention in training on the CPU goes by so many blocks of queries, in sequences this long or longer."""
 BIN_FREQUENCIES = (1.0, 40.0)
 """Radians per unit in the Fourier features of bins: neighbouring bins (2 / 255 apart) are 98 % alike."""
 
@@ -281,7 +281,7 @@ class Transformer(nn.Module):
 def previous_ids(ids_BT: Tensor, row_BT: Tensor, col_BT: Tensor) -> Tensor:
     """Return (B, T): before each image code, the id at its place one frame earlier; 0 where there is none.
 
-    The frames of a sequence stand at equal distances, the same in every row.
+    The frames of a sequence stand at equal distances, the same in every row; but for a first one, an anchor.
     """
     place_T = (row_BT[0] << 16) + col_BT[0]
     images_N = place_T.nonzero()[:, 0]
@@ -289,7 +289,7 @@ def previous_ids(ids_BT: Tensor, row_BT: Tensor, col_BT: Tensor) -> Tensor:
     again = (place_T == place_T[images_N[0]]).nonzero()[:, 0] if len(images_N) else images_N
     if len(again) < 2:
         return previous_BT
-    stride = int(again[1] - again[0])
+    stride = int(again[-1] - again[-2])
     is_same_BT = (row_BT[:, stride:] == row_BT[:, :-stride]) & (col_BT[:, stride:] == col_BT[:, :-stride])
     is_same_BT &= row_BT[:, stride:] > 0
     previous_BT[:, stride - 1 : -1] = ids_BT[:, :-stride].masked_fill(~is_same_BT, 0)
@@ -310,19 +310,25 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None) 
     mask = None if mask is None else mask.to(q_BHTK.dtype)
     if not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, attn_mask=mask)
-    # Written out: on the CPU the backward of SDPA with a mask makes a step 1.5 x slower (small models).
-    # A block of rows is scored against the keys up to its end: the rest would be hidden from it.
     q_BHTK, length = q_BHTK * q_BHTK.shape[-1] ** -0.5, q_BHTK.shape[2]
-    is_causal = mask is not None and k_BGSK.shape[2] == length
-    mixed, rows = [], -(-length // ROW_BLOCKS) if is_causal and length >= LONG else length
+    if mask is None or length < LONG or k_BGSK.shape[2] != length:
+        return _attend_written_out(q_BHTK, k_BGSK, v_BGSK, mask)
+    # A block of rows is scored against the keys up to its end: the rest would be hidden from it.
+    mixed, rows = [], -(-length // ROW_BLOCKS)
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        keys = slice(0, stop if is_causal else None)
-        scores_BHTS = q_BHTK[:, :, start:stop] @ k_BGSK[:, :, keys].transpose(-1, -2)
-        if mask is not None:
-            scores_BHTS = scores_BHTS + mask[..., start:stop, keys]
-        mixed.append(scores_BHTS.softmax(-1) @ v_BGSK[:, :, keys])
-    return torch.cat(mixed, 2) if len(mixed) > 1 else mixed[0]
+        keys = slice(0, stop)
+        parts = q_BHTK[:, :, start:stop], k_BGSK[:, :, keys], v_BGSK[:, :, keys]
+        mixed.append(_attend_written_out(*parts, mask[..., start:stop, keys]))
+    return torch.cat(mixed, 2)
+
+
+def _attend_written_out(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None) -> Tensor:
+    """On the CPU the backward of SDPA with a mask makes a step 1.5 x slower (small models)."""
+    scores_BHTS = q_BHTK @ k_BGSK.transpose(-1, -2)
+    if mask is not None:
+        scores_BHTS = scores_BHTS + mask
+    return scores_BHTS.softmax(-1) @ v_BGSK
 
 
 def rope_table(positions_BT: Tensor, head_dim: int, theta: float) -> Tensor:

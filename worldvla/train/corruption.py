@@ -19,13 +19,22 @@ STALE = 0.5
 the right code: some levels one up or down."""
 JITTER = 0.4
 """Chance of each level of a near code to be moved."""
+ERASED = 0.3
+"""Share of samples with an anchor in which a block of cells, 1 to 3 a side, reads as one other cell from some
+frame on: what vanished is to be brought back."""
 
 
 def corrupted(
-    batch: Batch, vocab: Vocab, levels: tuple[int, ...], share: float, generator: torch.Generator
+    batch: Batch,
+    vocab: Vocab,
+    levels: tuple[int, ...],
+    share: float,
+    generator: torch.Generator,
+    has_anchor: bool = False,
 ) -> Tensor:
     """Return ids (B, T) of a world batch as the model reads them: a `share` of the image codes, on average,
-    is wrong. `generator` is on the CPU, so that every device reads the same."""
+    is wrong, and where samples have an anchor, some blocks are lost. `generator` is on the CPU, so that every
+    device reads the same."""
     ids_BT, device = batch.ids_BT, batch.ids_BT.device
     batch_size, length = ids_BT.shape
 
@@ -47,4 +56,23 @@ def corrupted(
         moved_BTE = levels_BTE + step_BTE * (draw(*levels_BTE.shape) < JITTER)
         near_BT = digits.join(digits.limit(moved_BTE)) + vocab.image.start
         other_BT = torch.where(kind_BT < STALE, other_BT, near_BT)
-    return torch.where(is_wrong_BT, other_BT, ids_BT)
+    read_BT = torch.where(is_wrong_BT, other_BT, ids_BT)
+    return _erased(batch, read_BT, generator) if has_anchor else read_BT
+
+
+def _erased(batch: Batch, read_BT: Tensor, generator: torch.Generator) -> Tensor:
+    """Return `read_BT` with blocks of cells lost, in some samples, from some frame after the anchor on."""
+    row_BT, col_BT, size = batch.row_BT, batch.col_BT, len(read_BT)
+    place_T = (row_BT[0] << 16) + col_BT[0]
+    images_N = place_T.nonzero()[:, 0]
+    frame_T = (place_T == place_T[images_N[0]]).cumsum(0) - 1  # 0: the anchor
+
+    def draw(low: int, high: int) -> Tensor:
+        return torch.randint(low, high, (size, 1), generator=generator).to(read_BT.device)
+
+    centre_B1, other_B1 = (images_N[draw(0, len(images_N))] for _ in range(2))
+    above_BT = (row_BT - row_BT.gather(1, centre_B1)).abs() <= draw(0, 2)
+    beside_BT = (col_BT - col_BT.gather(1, centre_B1)).abs() <= draw(0, 2)
+    is_lost_BT = above_BT & beside_BT & (frame_T >= draw(1, int(frame_T[-1]) + 1)) & (row_BT > 0)
+    is_lost_BT &= torch.rand(size, 1, generator=generator).to(read_BT.device) < ERASED
+    return torch.where(is_lost_BT, read_BT.gather(1, other_B1), read_BT)

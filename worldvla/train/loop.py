@@ -245,7 +245,8 @@ class Trainer:
             return batch
         generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + index)
         levels, share = self.config.model.code_levels, self.config.data.corrupt
-        return replace(batch, wrong_BT=corrupted(batch, self.pieces.vocab, levels, share, generator))
+        has_anchor, vocab = self.config.layout.anchor, self.pieces.vocab
+        return replace(batch, wrong_BT=corrupted(batch, vocab, levels, share, generator, has_anchor))
 
     @contextmanager
     def _prefetch(self) -> Iterator[Callable[[int], list[Batch]]]:

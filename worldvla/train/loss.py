@@ -1,5 +1,5 @@
-"""Hidden states + Batch -> loss: actions + alpha x world tokens + beta x world states + z-loss, at supervised positions only; and,
-with a continuous head, its mean absolute error.
+"""Hidden states + Batch -> loss: actions + alpha x world tokens + beta x world states + z-loss, at supervised
+positions only; and, with a continuous head, its mean absolute error.
 
 Dims: B batch, T positions, P supervised positions of a batch, N action dims among them, D width, V vocab, U
 actions of a chunk, A action dims.

@@ -112,11 +112,12 @@ def validate(
 ) -> dict[str, float]:
     """Return the mean cross-entropy per kind of target, and how good the greedy actions and codes are.
 
-    Keys appear only for what the batches hold: loss; {action,image,layout,state}_loss (nats); {changed,kept}_loss,
-    of image codes that differ from the code at their place one frame earlier, and of those that do not;
-    {action,image}_accuracy; state_bins, the distance of a state dim in bins; first_{x,y,z,xyz}_l1, of the first action of a chunk; end_xyz_l1, of the whole
-    chunk's motion; still_xyz_l1 and still_end_xyz_l1, the same of predicting no motion; gripper_accuracy;
-    action_l1, of all dims, against what they were before they became bins; head_*, of the continuous head.
+    Keys appear only for what the batches hold: loss; {action,image,layout,state}_loss (nats);
+    {changed,kept}_loss, of image codes that differ from the code at their place one frame earlier, and of
+    those that do not; {action,image}_accuracy; state_bins, how far a state dim is off, in bins;
+    first_{x,y,z,xyz}_l1, of the first action of a chunk; end_xyz_l1, of the whole chunk's motion;
+    still_xyz_l1 and still_end_xyz_l1, the same of predicting no motion; gripper_accuracy; action_l1, of all
+    dims, against what they were before they became bins; head_*, of the continuous head.
     """
     parts: dict[str, list[Tensor]] = {}
     totals: list[float] = []
