@@ -5,6 +5,7 @@ frames it is then asked the same. Trained on demonstrations that are not among t
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldvla.data.episode import Episode
-from worldvla.eval.judge import Towers
 from worldvla.progress import progress_bar
 
 NUM_DIMS = 3
 """Leading action dims that are read: x, y, z."""
-STEPS, BATCH, RATE = 600, 64, 2e-3
+STEPS, BATCH, RATE, WIDTH = 600, 64, 2e-3, 24
 
 
 class Inverse(nn.Module):
@@ -25,19 +25,26 @@ class Inverse(nn.Module):
 
     def __init__(self, views: Sequence[str]) -> None:
         super().__init__()
-        self.towers = Towers(views, 9, NUM_DIMS)
+        self.views = list(views)
+        self.towers = nn.ModuleList(self._tower() for _ in self.views)
+        self.head = nn.Sequential(
+            nn.Linear(64 * WIDTH * len(self.views), 128), nn.ReLU(), nn.Linear(128, NUM_DIMS)
+        )
 
-    @property
-    def views(self) -> list[str]:
-        return self.towers.views
+    @staticmethod
+    def _tower() -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for i, o in pairwise([9, WIDTH, 2 * WIDTH, 4 * WIDTH]):
+            layers += [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
 
     def forward(self, pairs: dict[str, Tensor]) -> Tensor:
         """`pairs`: view -> uint8 (B, 2, Y, X, 3)."""
-        pictures = {}
-        for view in self.views:
+        parts = []
+        for view, tower in zip(self.views, self.towers, strict=True):
             x = pairs[view].permute(0, 1, 4, 2, 3).float() / 127.5 - 1
-            pictures[view] = torch.cat((x[:, 0], x[:, 1], x[:, 1] - x[:, 0]), 1)
-        return self.towers(pictures)
+            parts.append(tower(torch.cat((x[:, 0], x[:, 1], x[:, 1] - x[:, 0]), 1)))
+        return self.head(torch.cat(parts, 1))
 
 
 def train_inverse(episodes: Sequence[Episode], views: Sequence[str], seed: int = 0) -> Inverse:

@@ -32,7 +32,7 @@ def test_what_succeeds_is_what_happened_and_is_learnt(
     monkeypatch.setattr(sim, "tasks", lambda _: tasks)
     monkeypatch.setattr(sim, "suite", lambda _: short)
     demos = sorted((tmp_path / "demos").glob("*.hdf5"))
-    given = {"episodes": 2, "steps": 1, "judge_steps": 20, "temperature": 0.0}
+    given = {"episodes": 2, "steps": 1, "judge_steps": 150, "temperature": 0.0}
     run = functools.partial(improve, MODEL, MODEL, demos, [SUITE], **given)
 
     record = run(tmp_path / "real", kind="simulator")

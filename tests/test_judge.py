@@ -14,7 +14,11 @@ import pytest
 
 import worldvla
 from worldvla.data.collect import collect
+from worldvla.data.episode import read_episodes
 from worldvla.eval import judge
+from worldvla.eval.actors import Query
+from worldvla.eval.planning import PlanningActor
+from worldvla.eval.rollout import open_actor
 from worldvla.eval.stats import DRAWS, agreement, rank_agreement
 from worldvla.infer.model import load
 from worldvla.infer.world import World
@@ -77,7 +81,7 @@ def test_worlds_that_are_kept_go_on_as_they_would_have(rng: np.random.Generator)
     frames = {v: rng.integers(0, 256, (3, *s, 3), dtype=np.uint8) for v, s in model.view_sizes.items()}
     actions, worlds = rng.uniform(-1, 1, (3, 7)), [World(model), World(model)]
     for world in worlds:
-        world.reset(frames)
+        world.reset({**frames, "state": np.zeros((3, 8))})
     worlds[1].keep(np.array([True, False, True]))
     whole, part = worlds[0].step(actions), worlds[1].step(actions[[0, 2]])
     assert all(np.array_equal(whole[view][[0, 2]], part[view]) for view in frames)
@@ -139,20 +143,35 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
 
 
 def test_the_judge_learns_what_pictures_show_of_each_task(rng: np.random.Generator) -> None:
-    """Brightness is the state; task 0 is done when it is bright, task 1 when it is dark."""
+    """Brightness is the state; task 0 is done when it is brighter than at first, task 1 when it is darker."""
+    model = load(MODEL)
     bright, tasks = rng.integers(40, 216, 600), rng.integers(0, 2, 600)
-    images = np.broadcast_to(bright[:, None, None, None], (600, 16, 16, 3)).astype(np.uint8)
+    first = np.repeat(rng.integers(100, 156, 60), 10)
+    codes, before = (
+        judge.encoded(
+            model,
+            {
+                v: np.broadcast_to(grey[:, None, None, None], (600, *size, 3)).astype(np.uint8)
+                for v, size in model.view_sizes.items()
+            },
+        )
+        for grey in (bright, first)
+    )
     states = np.repeat(bright[:, None] / 1000, 8, 1).astype(np.float32)
-    success = np.where(tasks == 0, bright > 128, bright < 128)
-    pictures = judge.Pictures({"agentview": images}, states, tasks, success, np.arange(600) // 10)
-    net, errors = judge.train_judge([Task("x", n, "a", "do it") for n in (0, 1)], pictures, 200)
+    success = np.where(tasks == 0, bright > first, bright < first)
+    value = success.astype(np.float32) / 2
+    pictures = judge.Pictures(codes, before, states, tasks, success, value, np.arange(600) // 10)
+    known = [Task("x", n, "a", "do it") for n in (0, 1)]
+    net, errors = judge.train_judge(model, known, pictures, 150)
     (seen, successes), (alarms, failures) = errors["successes_seen"], errors["false_alarms"]
     assert successes + failures == 60
     assert seen > 0.9 * successes
     assert alarms < 0.1 * failures
+    assert errors["episodes_agree"][1] == 6
     assert errors["position_error_mm"] < 10  # of 175
-    felt, _ = net.read({"agentview": images[:5]}, tasks[:5])
+    felt, _ = net.read(codes[:5], before[:5], tasks[:5])
     assert np.abs(felt - states[:5]).max() < 0.03
+    assert np.abs(net.value(codes, before, tasks) - value).mean() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -187,3 +206,61 @@ def test_what_the_judge_cannot_learn_is_said(tmp_path: Path) -> None:
         ValueError, match=r"view wrist is \(32, 32\), the models see \(16, 16\): collect it so"
     ):
         judge.gather(demos, [SUITE], other, 5)  # pyright: ignore
+
+
+def test_the_value_counts_the_steps_up_to_the_next_success(tmp_path: Path) -> None:
+    collect(SUITE, tmp_path / "demos", episodes=1, tasks=(0,), workers=1)
+    (path,) = (tmp_path / "demos").glob("*.hdf5")
+    (episode,) = read_episodes(path)
+    model = load(MODEL)
+    env = sim.make(sim.tasks(SUITE)[0], model.view_sizes)
+    seen = judge._pictures(env, episode, 0, 7, model)
+    env.close()
+    done = len(episode)  # the first picture after the last action
+    assert seen.success.tolist() == [False] * done + [True] * judge.AFTER
+    np.testing.assert_allclose(seen.value[:done], judge.DISCOUNT ** (done - np.arange(done)), rtol=1e-6)
+    assert (seen.value[done:] == 1).all()
+    assert (seen.first == seen.codes[0]).all()
+
+
+def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) -> None:
+    """Of one task, with a judge whose value is how far to the left the hand is imagined to be."""
+    collect(SUITE, tmp_path / "demos", episodes=3, tasks=(0,), workers=1)
+    task, model = sim.tasks(SUITE)[0], load(MODEL)
+    untaught = judge.Judge(model, [task], np.zeros(8, np.float32), np.ones(8, np.float32))
+    untaught.save(
+        tmp_path / "judge.safetensors", {"made_of": {"tokenizer": model.image.digest()}, "errors": {}}
+    )
+    actor = PlanningActor(MODEL, MODEL, tmp_path / "judge.safetensors", 4, temperature=1.5, execute=3)
+    env = sim.make(task, model.view_sizes)
+    observation, _ = env.reset(options={"init": 0})
+    seen = {**observation, "instruction": task.instruction}
+    env.close()
+    asked: list[np.ndarray] = []
+
+    def value(codes: np.ndarray, first: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        assert (first == judge.encoded(model, {v: observation[v][None] for v in model.view_sizes})).all()
+        assert (len(codes), tasks.tolist()) == (8, [0] * 8)
+        asked.append(codes)
+        return np.array([0, 3, 1, 2, 5, 4, 3, 2])
+
+    actor.judge.value = value  # pyright: ignore
+    queries = [Query(task, init, 0, seen) for init in (0, 1)]
+    chosen = np.array(actor.act(queries))
+    greedy = actor._policy.act(seen)[:3]
+    assert np.shape(chosen) == (2, 3, 7)
+    np.testing.assert_allclose(chosen[1], greedy, atol=1e-6)  # of the second the likeliest is worth most
+    assert np.abs(chosen[0] - greedy).max() > 0.01
+    world = World(model)
+    world.reset(observation)
+    for action in greedy:
+        world.step(action)
+    dreamt = np.concatenate([grid.reshape(-1) for grid in world.codes.values()])
+    np.testing.assert_array_equal(asked[0][4], dreamt)
+    assert actor.describe()["ms_a_decision"] > 0
+    with pytest.raises(ValueError, match="the judge knows no tabletop_goal"):
+        actor.act([Query(sim.tasks("tabletop_goal")[0], 0, 0, seen)])
+    with pytest.raises(ValueError, match="at least 2 chunks, got 1"):
+        PlanningActor(MODEL, MODEL, tmp_path / "judge.safetensors", 1)
+    with pytest.raises(ValueError, match="give all three"):
+        open_actor(str(MODEL), SUITE, plan=4)

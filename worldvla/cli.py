@@ -473,6 +473,7 @@ def export_dataset(
     path: Positional[Path],
     *,
     out: Path,
+    format: Literal["lerobot"] = "lerobot",  # noqa: ARG001 the one so far
     pictures: Literal["video", "png"] = "video",
     fps: float = 0.0,
     camera: CameraNames = (),
@@ -485,6 +486,7 @@ def export_dataset(
     Args:
         path: An HDF5 file, a directory of them, or a LeRobot or RLDS data set.
         out: Directory of the data set.
+        format: lerobot: LeRobotDataset v3.0.
         pictures: video: H.264, small and lossy; png: lossless, in the parquet files.
         fps: Steps per second, if the data set does not say.
     """
@@ -567,6 +569,9 @@ def evaluate(
     demos: Path | None = None,
     scene_prefix: bool = False,
     head: Literal["", "discrete", "continuous"] = "",
+    plan: int = 0,
+    world: str = "",
+    judge: Path | None = None,
     videos: int = 1,
     seed: int = 0,
     workers: Workers = 0,
@@ -595,6 +600,10 @@ def evaluate(
         scene_prefix: Begin instructions of libero_10 by their scene, as released checkpoints were trained
             ("KITCHEN SCENE3 turn on ..."); published evaluations leave it out.
         head: Head of a checkpoint that acts. Default: discrete.
+        plan: Draw so many chunks, imagine each in --world, and execute the one whose end --judge finds
+            nearest to success.
+        world: Checkpoint of the world model to plan in.
+        judge: judge.safetensors that `worldvla rank` or `improve` left, of the same world model.
         videos: Filmed episodes of each task.
         device: Where a checkpoint computes. Default: cpu.
         save_dataset: Directory for the episodes as HDF5 demonstrations, successes and failures, with images
@@ -609,6 +618,7 @@ def evaluate(
         from worldvla.track import track_evaluations
 
         options = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
+        options |= {"plan": plan or None, "world": world, "judge": judge}
         act = partial(open_actor, checkpoint, seed=seed, unnorm_key=unnorm_key, **options)
         whole = Protocol(suite, tasks, episodes, first, seed, videos, scene_prefix, _shard(shard))
         records, folders = _evaluate_members(whole, act, out, workers, pool, save_dataset)

@@ -187,11 +187,7 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _known_judge(path: Path, suites: Sequence[str], world: Model) -> tuple[Judge, dict[str, Any]]:
-    judge, told = Judge.load(path)
-    if told["made_of"]["tokenizer"] != world.image.digest():
-        raise ValueError(
-            f"{path} learnt from frames of another image tokenizer: give a judge of {world.path}"
-        )
+    judge, told = Judge.load(path, world)
     if unknown := set(suites) - {task.suite for task in judge.tasks}:
         raise ValueError(f"{path} knows no {', '.join(sorted(unknown))}: give a judge of these suites")
     return judge, told["errors"]

@@ -1,17 +1,17 @@
 """Do policies rank in imagination as they do in the simulator?
 
 Every policy acts from the same observations twice: in the simulator, and in a world model, which after that
-never asks the simulator again. A judge, a small network trained on demonstrations, reads proprioception and
-success off imagined frames. It reads the simulator's too, through the same image tokenizer and up to the
-same step, so that its own errors can be told from the world's. Dims: N episodes, P pictures, M policies, Y X
-pixels.
+never asks the simulator again. A judge, a small network trained on recorded episodes, reads success off the
+codes of imagined frames, how near it is, and proprioception where the world does not say it. It reads the
+simulator's frames too, encoded, up to the same step, so that its own errors can be told from the world's.
+Dims: N episodes (behind P: codes of a frame), P pictures, M policies, S state dims, Y X pixels.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,19 @@ from worldvla.infer.world import World
 from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
-from worldvla.sim.protocol import NUM_ACTION_DIMS, NUM_INITS, NUM_STATE_DIMS, Task
+from worldvla.sim.protocol import NUM_ACTION_DIMS, NUM_INITS, Task
 
 AFTER = 4
 """Pictures of each demonstration from its success on, which HDF5 files do not hold: the simulator goes on."""
 CONFIRM = 2
 """Pictures in a row that the judge must call a success."""
-STEPS, BATCH, RATE, WIDTH = 2_000, 64, 2e-3, 24
-EARLIER, BEFORE = 8, 4
-"""Pictures of each demonstration that the judge learns from: of its course, at random after the first, and of
-its end."""
+STEPS, BATCH, RATE, WIDTH = 3_000, 192, 2e-3, 32
+DISCOUNT = 0.95
+"""Of the value, for each step that success is away."""
+DONE, WRONG = 1 / 3, 0.05
+"""Share of successes in a batch, and of codes that are another picture's: imagination has wrong ones."""
 HELD_OUT = 0.1
-"""Share of the demonstrations that the judge is not trained on: its errors are measured there."""
+"""Share of the episodes that the judge is not trained on: its errors are measured there."""
 
 Frame = dict[str, np.ndarray]
 """view -> uint8 (P, Y, X, 3)."""
@@ -51,87 +52,105 @@ Frame = dict[str, np.ndarray]
 class Pictures:
     """What the judge learns from."""
 
-    images: Frame
+    codes: np.ndarray
+    """(P, N), of all views in order."""
+    first: np.ndarray
+    """(P, N), of the episode's first frame."""
     states: np.ndarray
-    """(P, 8)."""
+    """(P, S)."""
     tasks: np.ndarray
     """(P,), index among the judge's tasks."""
     success: np.ndarray
     """(P,) bool: the simulator's word."""
+    value: np.ndarray
+    """(P,): DISCOUNT to the power of the steps up to the next success, 0 before none."""
     episodes: np.ndarray
-    """(P,), which demonstration."""
-
-
-class Towers(nn.Module):
-    """Pictures of every view, (P, channels, Y, X) each -> (P, num_out)."""
-
-    def __init__(self, views: Sequence[str], channels: int, num_out: int) -> None:
-        super().__init__()
-        self.views = list(views)
-        self.towers = nn.ModuleList(self._tower(channels) for _ in self.views)
-        self.head = nn.Sequential(
-            nn.Linear(64 * WIDTH * len(self.views), 128), nn.ReLU(), nn.Linear(128, num_out)
-        )
-
-    @staticmethod
-    def _tower(channels: int) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for i, o in pairwise([channels, WIDTH, 2 * WIDTH, 4 * WIDTH]):
-            layers += [nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
-
-    def forward(self, pictures: Mapping[str, Tensor]) -> Tensor:
-        """`pictures`: view -> float (P, channels, Y, X) in [-1, 1]."""
-        parts = [tower(pictures[v]) for v, tower in zip(self.views, self.towers, strict=True)]
-        return self.head(torch.cat(parts, 1))
+    """(P,), which episode."""
 
 
 class Judge(nn.Module):
-    """Pictures of a known task -> proprioception and the logit of success."""
+    """Image codes of a known task, and those of the episode's first frame -> proprioception, the logit of
+    success and that of its value. It never sees a pixel, so imagination need not be drawn for it."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, views: Sequence[str], tasks: Sequence[Task], mean: np.ndarray, std: np.ndarray):
+    def __init__(self, model: Model, tasks: Sequence[Task], mean: np.ndarray, std: np.ndarray) -> None:
         super().__init__()
-        self.tasks = list(tasks)
-        self.towers = Towers(views, 3, NUM_STATE_DIMS + len(tasks))
+        self.tasks, layout = list(tasks), model.config.layout
+        self.grids, self.sizes = layout.grids, layout.codes_per_view
+        self.vectors = model.image.quantize.vectors
+        channels = 3 * model.image.config.embed_dim
+        self.towers = nn.ModuleList(self._tower(channels) for _ in self.grids)
+        num_features = WIDTH * sum(self.sizes)
+        self.head = nn.Sequential(
+            nn.Linear(num_features, 256), nn.ReLU(), nn.Linear(256, len(mean) + 2 * len(tasks))
+        )
         self.register_buffer("mean", torch.from_numpy(mean))
         self.register_buffer("std", torch.from_numpy(std))
 
-    def forward(self, images: Mapping[str, np.ndarray], tasks: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return states (P, 8), standardised, and logits (P,) for task indices (P,)."""
-        views = self.towers.views
-        x = {v: torch.from_numpy(images[v]).permute(0, 3, 1, 2).float() / 127.5 - 1 for v in views}
-        out = self.towers(x)
-        rows = torch.arange(len(out))
-        return out[:, :NUM_STATE_DIMS], out[rows, NUM_STATE_DIMS + torch.from_numpy(tasks)]
+    @staticmethod
+    def _tower(channels: int) -> nn.Module:
+        layers: list[nn.Module] = [nn.Conv2d(channels, 2 * WIDTH, 1), nn.BatchNorm2d(2 * WIDTH), nn.ReLU()]
+        for i, o in ((2 * WIDTH, 2 * WIDTH), (2 * WIDTH, WIDTH)):
+            layers += [nn.Conv2d(i, o, 3, 1, 1), nn.BatchNorm2d(o), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Flatten())
+
+    def forward(
+        self, codes_PN: np.ndarray, first_PN: np.ndarray, tasks: np.ndarray
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return states (P, S), standardised, and for task indices (P,) logits (P,) of success and value."""
+        parts = []
+        now, first = (self.vectors(torch.from_numpy(c.astype(np.int64))) for c in (codes_PN, first_PN))
+        looks = torch.cat((now, first, now - first), -1).float().split(self.sizes, 1)
+        for look, grid, tower in zip(looks, self.grids, self.towers, strict=True):
+            parts.append(tower(look.unflatten(1, grid).permute(0, 3, 1, 2)))
+        out, num_dims = self.head(torch.cat(parts, 1)), len(self.mean)
+        rows, column = torch.arange(len(out)), num_dims + torch.from_numpy(tasks)
+        return out[:, :num_dims], out[rows, column], out[rows, column + len(self.tasks)]
 
     @torch.inference_mode()
-    def read(self, images: Mapping[str, np.ndarray], tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return states (P, 8) in their units, float32, and whether the task is done (P,)."""
-        states, logits = self(images, tasks)
+    def read(
+        self, codes_PN: np.ndarray, first_PN: np.ndarray, tasks: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return states (P, S) in their units, float32, and whether the task is done (P,)."""
+        states, logits, _ = self(codes_PN, first_PN, tasks)
         return (states * self.std + self.mean).numpy().astype(np.float32), logits.numpy() > 0
 
+    @torch.inference_mode()
+    def value(self, codes_PN: np.ndarray, first_PN: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+        """Return how near success is, (P,): see `Pictures.value`."""
+        return self(codes_PN, first_PN, tasks)[2].sigmoid().numpy()
+
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
-        """Write the weights, and beside them as JSON the tasks, the views and `facts`."""
+        """Write the weights, and beside them as JSON the tasks and `facts`."""
         save_tensors(path, self.state_dict())
-        tasks = [asdict(task) for task in self.tasks]
-        write_json(path.with_suffix(".json"), {"tasks": tasks, "views": self.towers.views, **facts})
+        write_json(path.with_suffix(".json"), {"tasks": [asdict(task) for task in self.tasks], **facts})
 
     @classmethod
-    def load(cls, path: Path) -> tuple["Judge", dict[str, Any]]:
-        """Read what `save` wrote: the judge, and all that stands beside it."""
+    def load(cls, path: Path, model: Model) -> tuple["Judge", dict[str, Any]]:
+        """Read what `save` wrote: the judge of codes of `model`, and all that stands beside it. One of
+        another image tokenizer raises ValueError."""
         for file in (path, path.with_suffix(".json")):
             if not file.is_file():
                 raise FileNotFoundError(f"no {file}: `worldvla rank` leaves a judge in its folder")
         told, state = read_json(path.with_suffix(".json")), load_tensors(path)
-        zeros = np.zeros(NUM_STATE_DIMS, dtype=np.float32)
-        judge = cls(told["views"], [Task(**task) for task in told["tasks"]], zeros, zeros)
+        if told["made_of"]["tokenizer"] != model.image.digest():
+            raise ValueError(
+                f"{path} learnt from frames of another image tokenizer: give a judge of {model.path}"
+            )
+        zeros = np.zeros(len(state.get("mean", ())), dtype=np.float32)
+        judge = cls(model, [Task(**task) for task in told["tasks"]], zeros, zeros)
         there, own = ({n: t.shape for n, t in table.items()} for table in (state, judge.state_dict()))
         check_shapes(path, there, own, "train it again")
         judge.load_state_dict(state)
         return judge.eval(), told
+
+
+def encoded(model: Model, images: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the codes (P, N) of frames, uint8 (P, Y, X, 3) a view."""
+    parts = (model.image.encode(torch.from_numpy(images[view])).flatten(1) for view in model.view_sizes)
+    return torch.cat(tuple(parts), 1).numpy()
 
 
 def judge_of(
@@ -148,10 +167,10 @@ def judge_of(
     made_of = {"demos": [fingerprint(file) for file in paths], "suites": list(suites), "seed": seed}
     made_of |= {"tokenizer": model.image.digest(), "episodes": episodes, "steps": steps}
     if path.is_file():
-        judge, told = Judge.load(path)
+        judge, told = Judge.load(path, model)
         if told["made_of"] == made_of:
             return judge, told["errors"]
-    judge, errors = train_judge(*gather(paths, suites, model, episodes), steps, seed)
+    judge, errors = train_judge(model, *gather(paths, suites, model, episodes), steps, seed)
     judge.save(path, {"made_of": made_of, "errors": errors})
     return judge, errors
 
@@ -159,14 +178,11 @@ def judge_of(
 def gather(
     paths: Sequence[Path], suites: Sequence[str], model: Model, episodes: int
 ) -> tuple[list[Task], Pictures]:
-    """Return the tasks of `suites` and the pictures of at most `episodes` demonstrations of each, as the
-    image tokenizer of `model` shows them; a task without one, or without a success, raises ValueError.
+    """Return the tasks of `suites` and the pictures of at most `episodes` episodes of each file; a task
+    without one, or without a success, raises ValueError.
     """
     tasks = [task for suite in suites for task in sim.tasks(suite)]
-    parts = [
-        pictures
-        for _, pictures in _shown(paths, tasks, model, episodes, "demonstrations for the judge", is_thin=True)
-    ]
+    parts = [pictures for _, pictures in _shown(paths, tasks, model, episodes, "episodes for the judge")]
     success = {n for p in parts for n in p.tasks[p.success].tolist()}
     for what, of in {
         "demonstration": {n for p in parts for n in p.tasks.tolist()},
@@ -175,13 +191,12 @@ def gather(
         if missing := sorted(set(range(len(tasks))) - of):
             where = f"{tasks[missing[0]].suite}/{tasks[missing[0]].name}"
             raise ValueError(f"no {what} of {where} for the judge: collect it anew, give --demos")
-    images = {v: np.concatenate([p.images[v] for p in parts]) for v in model.view_sizes}
-    names = ("states", "tasks", "success", "episodes")
-    return tasks, Pictures(images, *(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+    columns = (np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(Pictures))
+    return tasks, Pictures(*columns)
 
 
 def _shown(
-    paths: Sequence[Path], tasks: Sequence[Task], model: Model, episodes: int, title: str, is_thin: bool
+    paths: Sequence[Path], tasks: Sequence[Task], model: Model, episodes: int, title: str
 ) -> Iterator[tuple[Episode, Pictures]]:
     """Yield at most `episodes` episodes of each file of `tasks`, and their pictures."""
     numbers, count = {(task.suite, task.name): i for i, task in enumerate(tasks)}, 0
@@ -196,7 +211,7 @@ def _shown(
                     _check_sizes(path, {v: f.shape[1:3] for v, f in episode.images.items()}, model)
                     if env is None:
                         env = stack.enter_context(closing(sim.make(tasks[number], model.view_sizes)))
-                    yield episode, _pictures(env, episode, number, count, model, is_thin)
+                    yield episode, _pictures(env, episode, number, count, model)
                     count += 1
 
 
@@ -208,23 +223,30 @@ def _check_sizes(path: Path, sizes: Mapping[str, tuple[int, ...]], model: Model)
             )
 
 
-def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model, is_thin: bool) -> Pictures:
-    """Return the frames of a demonstration and, after its last action, AFTER more of the simulator's;
-    `is_thin`: of the former only those that the judge learns from."""
+def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model) -> Pictures:
+    """Return the frames of an episode and, after its last action, AFTER more of the simulator's, which says
+    of each whether the task is done."""
     env.reset(options={"init": max(episode.init, 0)})  # fixtures are not in every state
-    env.set_state(episode.sim_states[-1])
+    success = []
+    for state in episode.sim_states:
+        env.set_state(state)
+        success.append(env.info()["success"])
     more = [env.step(action) for action in _last(episode)]
-    rows = np.arange(len(episode))
-    if is_thin and len(episode) > EARLIER + BEFORE:
-        drawn = np.random.default_rng(number).permutation(np.arange(1, len(episode) - BEFORE))
-        rows = np.concatenate([rows[:1], np.sort(drawn[: EARLIER - 1]), rows[-BEFORE:]])  # the first: context
-    frames = {v: np.concatenate([episode.images[v][rows], [m[0][v] for m in more]]) for v in model.view_sizes}
+    success += [step[4]["success"] for step in more]
+    frames = {v: np.concatenate([episode.images[v], [m[0][v] for m in more]]) for v in model.view_sizes}
+    codes = encoded(model, frames)
+    later, value = np.flatnonzero(success), np.zeros(len(codes), dtype=np.float32)
+    if len(later):
+        wait = later[np.searchsorted(later, np.arange(later[-1] + 1))] - np.arange(later[-1] + 1)
+        value[: later[-1] + 1] = DISCOUNT**wait
     return Pictures(
-        {view: model.image.reconstruct(images) for view, images in frames.items()},
-        np.concatenate([episode.states[rows], [step[0]["state"] for step in more]]),
-        np.full(len(rows) + AFTER, task),
-        np.array([False] * len(rows) + [bool(step[4]["success"]) for step in more]),
-        np.full(len(rows) + AFTER, number),
+        codes,
+        np.broadcast_to(codes[0], codes.shape),
+        np.concatenate([episode.states, [step[0]["state"] for step in more]]),
+        np.full(len(codes), task),
+        np.array(success, dtype=bool),
+        value,
+        np.full(len(codes), number),
     )
 
 
@@ -235,9 +257,10 @@ def _last(episode: Episode) -> list[np.ndarray]:
 
 
 def train_judge(
-    tasks: Sequence[Task], seen: Pictures, steps: int = STEPS, seed: int = 0
+    model: Model, tasks: Sequence[Task], seen: Pictures, steps: int = STEPS, seed: int = 0
 ) -> tuple[Judge, dict[str, Any]]:
-    """Return the judge, half of whose batches are successes, and its errors on held-out demonstrations."""
+    """Return the judge of codes of `model`, and its errors on held-out episodes: of pictures, and in how many
+    episodes it says that the task was done exactly where it was."""
     rng = np.random.default_rng(seed)
     names = rng.permutation(np.unique(seen.episodes))
     held = np.isin(seen.episodes, names[: max(1, int(HELD_OUT * len(names)))])
@@ -245,20 +268,26 @@ def train_judge(
     if lacking := sorted(set(range(len(tasks))) - set(seen.tasks[kinds[1]])):
         where = f"{tasks[lacking[0]].suite}/{tasks[lacking[0]].name}"
         raise ValueError(f"too few demonstrations of {where} to hold some out: collect more of it")
+    num_done = round(DONE * BATCH)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         train = seen.states[~held]
-        judge = Judge(list(seen.images), tasks, train.mean(0), train.std(0) + 1e-4)
+        judge = Judge(model, tasks, train.mean(0), train.std(0) + 1e-4)
         optimizer = torch.optim.AdamW(judge.parameters(), RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
         with progress_bar() as progress:
             for _ in progress.track(range(steps), description="train the judge"):
-                rows = np.concatenate([rng.choice(kind, BATCH // 2) for kind in kinds])
-                states, logits = judge({v: a[rows] for v, a in seen.images.items()}, seen.tasks[rows])
+                rows = np.concatenate(
+                    [rng.choice(k, n) for k, n in zip(kinds, (BATCH - num_done, num_done), strict=True)]
+                )
+                codes = seen.codes[rows]
+                codes = np.where(rng.random(codes.shape) < WRONG, rng.permutation(codes), codes)
+                states, logits, values = judge(codes, seen.first[rows], seen.tasks[rows])
                 truth = (torch.from_numpy(seen.states[rows]) - judge.mean) / judge.std
                 success = torch.from_numpy(seen.success[rows]).float()
                 loss = F.smooth_l1_loss(states, truth)
                 loss = loss + F.binary_cross_entropy_with_logits(logits, success)
+                loss = loss + F.binary_cross_entropy_with_logits(values, torch.from_numpy(seen.value[rows]))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -266,10 +295,13 @@ def train_judge(
     judge.eval()
     off, said = np.empty(seen.states.shape), np.empty(len(held), dtype=bool)
     for rows in np.split(np.flatnonzero(held), range(512, int(held.sum()), 512)):
-        read, said[rows] = judge.read({v: a[rows] for v, a in seen.images.items()}, seen.tasks[rows])
+        read, said[rows] = judge.read(seen.codes[rows], seen.first[rows], seen.tasks[rows])
         off[rows] = np.abs(read - seen.states[rows])
     good, bad = held & seen.success, held & ~seen.success
+    each = [np.flatnonzero(held & (seen.episodes == n)) for n in np.unique(seen.episodes[held])]
+    agree = [_confirmed(said[rows]) == seen.success[rows].any() for rows in each]
     return judge, {
+        "episodes_agree": [int(sum(agree)), len(agree)],
         "position_error_mm": round(1000 * float(off[held, :3].mean()), 2),
         "successes_seen": [int(said[good].sum()), int(good.sum())],
         "false_alarms": [int(said[bad].sum()), int(bad.sum())],
@@ -296,22 +328,22 @@ class Simulated:
     def __init__(
         self, judge: Judge, model: Model, envs: Sequence[Any], first: Frame, numbers: np.ndarray
     ) -> None:
-        self.judge, self.model, self.envs, self.first, self.numbers = judge, model, list(envs), first, numbers
+        self.judge, self.model, self.envs, self.numbers = judge, model, list(envs), numbers
+        self.first = encoded(model, first)
 
     def keep(self, rows: np.ndarray) -> None:
         self.envs = [env for env, kept in zip(self.envs, rows, strict=True) if kept]
-        self.first = {view: images[rows] for view, images in self.first.items()}
-        self.numbers = self.numbers[rows]
+        self.first, self.numbers = self.first[rows], self.numbers[rows]
 
     def step(self, actions: np.ndarray) -> Seen:
         done = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
         frame = {view: np.stack([step[0][view] for step in done]) for view in self.model.view_sizes}
-        shown = {v: self.model.image.reconstruct(images, self.first[v]) for v, images in frame.items()}
         states, success = (
             np.stack([step[0]["state"] for step in done]),
             np.array([step[4]["success"] for step in done]),
         )
-        return Seen(frame, states, self.judge.read(shown, self.numbers)[1], success)
+        said = self.judge.read(encoded(self.model, frame), self.first, self.numbers)[1]
+        return Seen(frame, states, said, success)
 
 
 class Imagined:
@@ -322,14 +354,18 @@ class Imagined:
     ) -> None:
         self.judge, self.world, self.numbers = judge, world, numbers
         world.reset({**first, "state": states})
+        self.first = self._codes()
+
+    def _codes(self) -> np.ndarray:
+        return np.concatenate([grid.reshape(len(grid), -1) for grid in self.world.codes.values()], 1)
 
     def keep(self, rows: np.ndarray) -> None:
         self.world.keep(rows)
-        self.numbers = self.numbers[rows]
+        self.first, self.numbers = self.first[rows], self.numbers[rows]
 
     def step(self, actions: np.ndarray) -> Seen:
         frame: Any = self.world.step(actions)
-        states, said = self.judge.read(frame, self.numbers)
+        states, said = self.judge.read(self._codes(), self.first, self.numbers)
         return Seen(frame, states if self.world.state is None else self.world.state, said, said)
 
 
@@ -380,7 +416,7 @@ def replays(
 
     At most `episodes` of each file of `paths`.
     """
-    shown = list(_shown(paths, judge.tasks, world, episodes, "held-out episodes", False))
+    shown = list(_shown(paths, judge.tasks, world, episodes, "held-out episodes"))
     if not shown:
         raise ValueError("no held-out episode of the judge's tasks: give --held-out files of the same suites")
     truth, real, dreamt = [], [], []
@@ -397,7 +433,7 @@ def replays(
             said_NT = np.stack(said, 1)
             for row, (plan, (_, pictures)) in enumerate(zip(plans, part, strict=True)):
                 truth.append(bool(pictures.success.any()))
-                real.append(_confirmed(judge.read(pictures.images, pictures.tasks)[1]))
+                real.append(_confirmed(judge.read(pictures.codes, pictures.first, pictures.tasks)[1]))
                 dreamt.append(_confirmed(said_NT[row, : len(plan)]))
     out: dict[str, Any] = {"episodes": len(truth), "successes": sum(truth)}
     for name, found in {"judge_on_real_frames": real, "imagined": dreamt}.items():

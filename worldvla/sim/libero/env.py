@@ -140,7 +140,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         for _ in range((options or {}).get("settle", SETTLE_STEPS)):
             self._advance(np.array(SETTLE_ACTION))
         self._steps = 0
-        return self._observe_if(), self._info()
+        return self._observe_if(), self.info()
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         action = np.asarray(action, dtype=np.float64)
@@ -148,7 +148,7 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
             raise ValueError(f"action must be {NUM_ACTION_DIMS} finite numbers, got {action}, {action.shape}")
         self._advance(np.clip(action, -1.0, 1.0))
         self._steps += 1
-        info = self._info()
+        info = self.info()
         success = info["success"]
         return self._observe_if(), float(success), success, self._steps >= self.horizon and not success, info
 
@@ -238,10 +238,11 @@ class LiberoEnv(gym.Env[dict[str, Any], np.ndarray]):
         groups = [fingers["left_finger"], fingers["right_finger"]]
         return bool(self.world._check_grasp(groups, self.world.objects_dict[name]))
 
-    # -- internals ------------------------------------------------------------------------------------------
-
-    def _info(self) -> dict[str, Any]:
+    def info(self) -> dict[str, Any]:
+        """Return whether the task is done (`success`) and a thing of it is in the hand (`grasped`)."""
         return {"success": bool(self.world._check_success()), "grasped": any(map(self.grasps, self.targets))}
+
+    # -- internals ------------------------------------------------------------------------------------------
 
     def _observe_if(self) -> dict[str, Any]:
         return self.observe() if self.rendering else {"state": self.proprioception()}

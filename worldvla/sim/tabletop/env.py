@@ -86,7 +86,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
             self.data.qpos[self._joint["drawer"].qposadr] = world.DRAWER_TRAVEL
         mujoco.mj_step(self.model, self.data, SETTLE_STEPS)
         self._refresh()
-        return self.observe_if(), self._info()
+        return self.observe_if(), self.info()
 
     def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         action = np.asarray(action, dtype=np.float64)
@@ -104,7 +104,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         mujoco.mj_step(self.model, self.data, world.SUBSTEPS)
         self._steps += 1
         self._refresh()
-        info = self._info()
+        info = self.info()
         success = info["success"]
         return self.observe_if(), float(success), success, self._steps >= self.horizon and not success, info
 
@@ -229,14 +229,15 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
             )
         return bool(np.hypot(x, y) < world.PLATE_RADIUS and bottom < 0.02)
 
-    # -- internals ------------------------------------------------------------------------------------------
-
-    def _info(self) -> dict[str, Any]:
+    def info(self) -> dict[str, Any]:
+        """Return whether the task is done (`success`) and a thing of it is in the hand (`grasped`)."""
         held = any(g.thing and self.touching(g.thing) == 3 for g in self.scene.goals)
         held = held or any(
             g.verb in ("open", "closed") and self.touching("drawer") == 3 for g in self.scene.goals
         )
         return {"success": all(self.holds(g) for g in self.scene.goals), "grasped": held}
+
+    # -- internals ------------------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
         """Recompute derived quantities and latch the button."""
