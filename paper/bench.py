@@ -156,12 +156,11 @@ def case_of(
         policy, world = Policy(loaded), World(loaded)
         prompt = policy.prompts([{**observation, "instruction": task.instruction}])[0]
         world.reset(observation)
-        codes = np.concatenate([view.reshape(-1) for view in world.codes.values()])
-        frame = loaded.builder.split_views(codes)
-        world_prompt = loaded.builder.world_prompt([frame], np.zeros(loaded.config.layout.num_action_dims))
+        (world_prompt,) = world.prompts(np.zeros((1, loaded.config.layout.num_action_dims)))
         who = {key: value for key, value in loaded.identity().items() if key != "path"}
         runner, samples = Runner(loaded.transformer, compiled), (prompt, world_prompt)
-        return Case(loaded.transformer, loaded.vocab, loaded.builder, *samples, codes[None], who, runner)
+        pieces = loaded.transformer, loaded.vocab, loaded.builder
+        return Case(*pieces, *samples, world.current(), who, runner)
     rng, vocab = np.random.default_rng(0), chameleon()
     builder = SampleBuilder(LayoutConfig(chunk=10), vocab, CountedWords(60_000), WORLDVLA)
     with torch.device(device):

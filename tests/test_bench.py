@@ -33,7 +33,7 @@ def test_every_number_is_printed_and_recorded(
     assert min(reached["matmul_flops_s"], reached["copy_bytes_s"]) > 0
     assert [sized["actions"][way]["passes"] for way in sorted(ways)] == [35, 7, 35]
     assert ours["same_codes"] == 1
-    assert sized["frames"]["passes"] < sized["frames"]["passes_plain"] == 80
+    assert sized["frames"]["passes"] < sized["frames"]["passes_plain"] == 88
     assert sized["frames"].keys() == {"ms_frame", "ms_frame_plain", "passes", "passes_plain"}
     assert record["commit"]
     assert all(name in table for name in (*ways, "transformers left out", "frame by drafts", "copy_bytes_s"))

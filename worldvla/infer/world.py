@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from worldvla.batch import Sample
 from worldvla.infer.decode import decode_frame
 from worldvla.infer.draft import FrameStats, Window
 from worldvla.infer.model import Model
@@ -49,7 +50,7 @@ class World:
     @property
     def codes(self) -> dict[str, np.ndarray]:
         """View -> codes (B, R, Q) of the current frames."""
-        return self.model.grids(self._current()[:, self._num_states :])
+        return self.model.grids(self.current()[:, self._num_states :])
 
     @property
     def state(self) -> np.ndarray | None:
@@ -57,7 +58,7 @@ class World:
         says none."""
         if not self._num_states:
             return None
-        states_BS = self.model.builder.statistics.decode_states(self._current()[:, : self._num_states])
+        states_BS = self.model.builder.statistics.decode_states(self.current()[:, : self._num_states])
         return states_BS.astype(np.float32) if self._is_batch else states_BS[0].astype(np.float32)
 
     def reset(self, frame: np.ndarray | Mapping[str, Any]) -> Frame:
@@ -95,25 +96,14 @@ class World:
 
     def advance(self, action: np.ndarray) -> None:
         """Take a step without drawing the frame, whose codes and state are there."""
-        codes_BN = self._current()
+        batch = len(self.current())
         num_dims = self.model.config.layout.num_action_dims
-        expected = (len(codes_BN), num_dims) if self._is_batch else (num_dims,)
+        expected = (batch, num_dims) if self._is_batch else (num_dims,)
         if np.shape(action) != expected:
             raise ValueError(f"the action must have shape {expected}, got {np.shape(action)}")
         actions_BA = np.asarray(action, dtype=np.float32).reshape(-1, num_dims)
-        clip, builder = self.model.config.layout.clip, self.model.builder
-        self._actions = [*self._actions, actions_BA][-clip:]
-        frames, actions = self._codes[-clip:], np.stack(self._actions, 1)
-        states, images = np.split(np.stack(frames, 1), [self._num_states], axis=2)
-        prompts = [
-            builder.world_prompt(
-                [builder.split_views(own) for own in images[row]],
-                actions[row],
-                states[row],
-                builder.split_views(self._anchor[row]),
-            )
-            for row in range(len(actions))
-        ]
+        prompts, current_BN = self.prompts(actions_BA), self.current()
+        self._actions = [*self._actions, actions_BA][-self.model.config.layout.clip :]
         seeds = [
             self.seed + 1_000_003 * (len(self.stats) * len(prompts) + row) for row in range(len(prompts))
         ]
@@ -122,13 +112,35 @@ class World:
             self.model.vocab,
             prompts,
             self._tail,
-            codes_BN if self.speculative else None,
+            current_BN if self.speculative else None,
             self._window,
             self.temperature,
             seeds,
         )
-        self._codes = [*frames, next_BN]
+        self._codes = [*self._codes[-self.model.config.layout.clip :], next_BN]
         self.stats.append(stats)
+
+    def prompts(self, actions_BA: np.ndarray) -> list[Sample]:
+        """Return what the model reads before the frames after these actions, in physical units."""
+        clip, builder = self.model.config.layout.clip, self.model.builder
+        frames = self._codes[-clip:]
+        actions = np.stack([*self._actions, actions_BA][-clip:], 1)
+        states, images = np.split(np.stack(frames, 1), [self._num_states], axis=2)
+        return [
+            builder.world_prompt(
+                [builder.split_views(own) for own in images[row]],
+                actions[row],
+                states[row],
+                builder.split_views(self._anchor[row]),
+            )
+            for row in range(len(actions_BA))
+        ]
+
+    def current(self) -> np.ndarray:
+        """Return all codes of the current frames, (B, S + N): what decoding takes as its guess."""
+        if not self._codes:
+            raise ValueError("the world has no frame yet: call reset(frame) first")
+        return self._codes[-1]
 
     def keep(self, rows: np.ndarray) -> None:
         """Go on with these of the worlds alone: bool (B,), or indices, any of them several times."""
@@ -141,7 +153,7 @@ class World:
 
     def frame(self) -> Frame:
         """Return the current frame, decoded."""
-        frames = self.model.decode_frames(self._current()[:, self._num_states :], self._context)
+        frames = self.model.decode_frames(self.current()[:, self._num_states :], self._context)
         if not self._is_batch:
             frames = {view: images[0] for view, images in frames.items()}
         return frames if self._is_dict else frames[self.model.config.layout.views[0]]
@@ -159,9 +171,3 @@ class World:
         if states.shape != expected or not np.isfinite(states).all():
             raise ValueError(f"the state must be finite and have shape {expected}, got {states.shape}")
         return self.model.builder.statistics.encode_states(states.reshape(number, -1)).astype(np.int64)
-
-    def _current(self) -> np.ndarray:
-        """Return the codes of the current frames, (B, S + N)."""
-        if not self._codes:
-            raise ValueError("the world has no frame yet: call reset(frame) first")
-        return self._codes[-1]
