@@ -164,24 +164,18 @@ def decode_frame(
             )
         stream.tail_BT[:, places_N] = torch.from_numpy(guess_BN).to(device) + start_T[places_N]
     window = Window(fixed=1) if guess_BN is None else window or Window(device)
-    choose, stats = _Chooser(runner.model, vocab, temperature), FrameStats(codes=batch * num_codes)
     num_states = int((tail.kind == KIND_STATE).sum())
-    noise_BN = _noise((num_codes - num_states, *choose.shape), batch, temperature, seed, device)
-    noise_BSV = _noise((num_states, NUM_BIN_CODES), batch, temperature, seed, device)
-    rows_B1, done_B = torch.arange(batch, device=device)[:, None], np.zeros(batch, dtype=np.int64)
+    choose = _Chooser(runner.model, vocab, num_states, num_codes, batch, temperature, seed)
+    stats = FrameStats(codes=batch * num_codes)
+    done_B = np.zeros(batch, dtype=np.int64)
     while (done_B < num_codes).any():
         first_B, length = _next_window(open_N, done_B, window.width(num_codes, batch), stream.room)
         first_B1, done_B1 = torch.from_numpy(np.stack((first_B, done_B))).to(device)[..., None]
         where_BT = first_B1 + torch.arange(length, device=device)
         x_BTD, after_BT = stream.feed(where_BT, length), where_BT + 1
         nth_BT = nth_T[after_BT]
-        noise = None if noise_BN is None else noise_BN[rows_B1, (nth_BT - num_states).clamp_min(0)]
-        codes_BT, is_close_BT, is_finite_BT = choose(x_BTD, noise)
-        if num_states and (done_B < num_states).any():
-            is_state_BT = is_state_T[after_BT]
-            noise = None if noise_BSV is None else noise_BSV[rows_B1, nth_BT.clamp(0, num_states - 1)]
-            parts = zip(choose.states(x_BTD, noise), (codes_BT, is_close_BT, is_finite_BT), strict=True)
-            codes_BT, is_close_BT, is_finite_BT = (torch.where(is_state_BT, a, b) for a, b in parts)
+        has_states = bool((done_B < num_states).any())
+        codes_BT, is_close_BT, is_finite_BT = choose(x_BTD, nth_BT, has_states)
         choice_BT, is_new_BT = codes_BT + start_T[after_BT], nth_BT >= done_B1
         ids_BT = stream.tail_BT.gather(1, after_BT)
         is_kept_BT, is_right_BT = verify(ids_BT, choice_BT, is_new_BT)
@@ -246,18 +240,47 @@ def _scores(x_BTD: Tensor, head_VD: Tensor) -> Tensor:
 
 
 class _Chooser:
-    """Hidden states -> image codes, by one softmax over all codes or level by level; and -> state codes."""
+    """Hidden states -> codes of frames: those of the state, and those of images, by one softmax over all or
+    level by level."""
 
-    def __init__(self, model: Transformer, vocab: Vocab, temperature: float) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        vocab: Vocab,
+        num_states: int,
+        num_codes: int,
+        batch: int,
+        temperature: float,
+        seed: Seeds,
+    ) -> None:
         self.code_head, self.temperature, self.dtype = model.code_head, temperature, model.head.weight.dtype
         self.head_VD = None if self.code_head is not None else _head(model, vocab.image)
-        self.state_VD = _head(model, vocab.state)
+        self.state_VD, self.num_states = _head(model, vocab.state), num_states
         levels = self.code_head.levels.sizes if self.code_head is not None else ()
-        self.shape = (len(levels), max(levels)) if levels else (len(vocab.image),)
-        """Scores of one image code."""
+        shape = (len(levels), max(levels)) if levels else (len(vocab.image),)
+        device, apart = model.head.weight.device, 2**40
+        others = seed + apart if isinstance(seed, int) else [s + apart for s in seed]
+        self.noise_BN = _noise((num_codes - num_states, *shape), batch, temperature, seed, device)
+        self.noise_BS = _noise((num_states, NUM_BIN_CODES), batch, temperature, others, device)
+        self.rows_B1 = torch.arange(batch, device=device)[:, None]
 
-    def __call__(self, x_BTD: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return image codes (B, T), and where rounding may have decided, and where the scores are finite."""
+    def __call__(self, x_BTD: Tensor, nth_BT: Tensor, has_states: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes (B, T), the nth of each frame, and where rounding may have decided, and where the
+        scores are finite. `has_states`: whether a state is among them."""
+        images = self._images(x_BTD, self._of(self.noise_BN, nth_BT - self.num_states))
+        if not has_states:
+            return images
+        states = self._best(x_BTD, self.state_VD, self._of(self.noise_BS, nth_BT))
+        is_state_BT = nth_BT < self.num_states
+        code, is_close, is_finite = (
+            torch.where(is_state_BT, a, b) for a, b in zip(states, images, strict=True)
+        )
+        return code, is_close, is_finite
+
+    def _of(self, noise: Tensor | None, nth_BT: Tensor) -> Tensor | None:
+        return None if noise is None else noise[self.rows_B1, nth_BT.clamp(0, noise.shape[1] - 1)]
+
+    def _images(self, x_BTD: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if self.head_VD is not None:
             return self._best(x_BTD, self.head_VD, noise)
         assert self.code_head is not None
@@ -266,10 +289,6 @@ class _Chooser:
         limit = CLOSE.get(self.dtype, CLOSE[torch.bfloat16])
         shape = x_BTD.shape[:2]
         return codes_P.view(shape), (lead_P < limit).view(shape), lead_P.isfinite().view(shape)
-
-    def states(self, x_BTD: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the same of state codes."""
-        return self._best(x_BTD, self.state_VD, noise)
 
     def _best(self, x_BTD: Tensor, head_VD: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         scores_BTV = _disturbed(_scores(x_BTD, head_VD), self.temperature, noise)
