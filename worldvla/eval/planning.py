@@ -69,10 +69,8 @@ class PlanningActor(ModelActor):
             world.advance(plans[:, :, t].reshape(len(numbers), -1))
         codes = np.concatenate([grid.reshape(len(grid), -1) for grid in world.codes.values()], 1)
         best = self.judge.value(codes, first, numbers).reshape(len(queries), -1).argmax(1)
-        self.seconds, self.decisions = (
-            self.seconds + time.perf_counter() - began,
-            self.decisions + len(queries),
-        )
+        self.seconds += time.perf_counter() - began
+        self.decisions += len(queries)
         return list(plans[np.arange(len(queries)), best])
 
     def _number(self, query: Query) -> int:
