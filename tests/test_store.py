@@ -263,6 +263,14 @@ def test_foreign_actions_are_named_before_anything_is_encoded(what: str, message
         tokenize(tmp_path.glob("*.hdf5"), tokenizer, tmp_path / "store")
 
 
+def test_a_hand_that_stays_closed_in_a_whole_file_is_no_fault(tmp_path: Path):
+    episode = random_episode(0, 20)
+    closed = np.full(20, 0.996)  # as a policy's bins say it
+    episode = replace(episode, actions=np.column_stack((episode.actions[:, :6], closed)).astype(np.float32))
+    write_episodes(tmp_path / "push_demo.hdf5", [episode], {})
+    assert len(tokenize([tmp_path / "push_demo.hdf5"], PixelSums(), tmp_path / "store").episodes) == 1
+
+
 def test_truncated_and_missing_files_are_named(demos: Path, tmp_path: Path):
     path = demos / "task_1_demo.hdf5"
     path.write_bytes(path.read_bytes()[:500])

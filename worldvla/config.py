@@ -354,6 +354,9 @@ class TrainConfig(Checked):
     replicate: Whole = 0
     """Copies of the model, shard processes each; 0: as many as torchrun's processes make."""
     compile: bool = False
+    scheduled_sampling: Share = 0.0
+    """Share of the image codes of frames to predict that a world sample reads as the model itself chose them
+    (arXiv 1906.07651), which takes one more forward pass; the right ones stay its targets."""
     checkpoint_layers: bool = False
     """Keep the input of each layer alone and compute the rest again in the backward pass: the same gradients,
     a third more compute, a fraction of the activations (published: on)."""
@@ -417,6 +420,8 @@ class Config(Checked):
                 "model.code_levels needs vocab 'compact' and loss.supervise 'decoded', got "
                 f"{self.vocab!r} and {self.loss.supervise!r}"
             )
+        if self.train.scheduled_sampling and self.train.shard != 1:
+            raise ValueError("train.scheduled_sampling needs whole models: set train.shard 1")
         if self.model.previous_code and not self.model.code_levels:
             raise ValueError("model.previous_code needs model.code_levels, got none")
         if self.model.head.num_layers and self.data.world_fraction == 1:

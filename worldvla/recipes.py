@@ -337,6 +337,18 @@ def published(family: str, suite: str = "libero_goal") -> Config:
     )
 
 
+def tabletop_sampled() -> Config:
+    """`tabletop_anchor`, trained on with new data while it reads some of its own codes, as in imagination."""
+    base = tabletop_anchor()
+    names = [f"{kind}2_{suite}" for kind in ("world", "visited", "expert") for suite in TABLETOP]
+    return replace(
+        base,
+        name="tabletop_sampled",
+        data=replace(base.data, stores=tuple(f"out/tabletop/levels_{name}" for name in names)),
+        train=replace(base.train, steps=3_200, scheduled_sampling=0.5, init_from="out/tabletop/anchor_model"),
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop": tabletop,
     "tabletop_dagger1": partial(dagger, 1),
@@ -346,6 +358,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop_world3": tabletop_world3,
     "tabletop_state": tabletop_state,
     "tabletop_anchor": tabletop_anchor,
+    "tabletop_sampled": tabletop_sampled,
     "tabletop_pilot": tabletop_pilot,
     "debug": debug,
     "finetune": finetune,

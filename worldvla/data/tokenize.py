@@ -154,7 +154,7 @@ def _wrong_gripper(hands: np.ndarray) -> str:
     """Return what is wrong with the gripper's commands; `hands` (M, 2): command, change of the width after it
     (m). A command of +1 closes: the width shrinks."""
     command, change = hands.T
-    if len(hands) and 0 <= command.min() < 1:
+    if len(hands) and 0 <= command.min() < 0.5:  # it may stay closed in a whole file
         return (
             f"actions[:, 6] (gripper) range from {command.min():.3g} to {command.max():.3g}, expected -1 "
             "(open) to 1 (closed)"

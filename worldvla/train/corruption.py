@@ -1,6 +1,7 @@
 """Wrong image codes in what a world sample reads, while the right ones stay its targets.
 
-In imagination a model reads its own mistakes; GameNGen (arXiv 2408.14837) trains with noise on frames.
+In imagination a model reads its own mistakes; GameNGen (arXiv 2408.14837) trains with noise on frames, and
+scheduled sampling with what the model chooses itself.
 Dims as in batch.py.
 """
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from worldvla.batch import Batch
 from worldvla.model.codes import Levels
-from worldvla.model.transformer import previous_ids
+from worldvla.model.transformer import Transformer, previous_ids
 from worldvla.vocab import Vocab
 
 CLEAN = 0.3
@@ -76,3 +77,32 @@ def _erased(batch: Batch, read_BT: Tensor, generator: torch.Generator) -> Tensor
     is_lost_BT = above_BT & beside_BT & (frame_T >= draw(1, int(frame_T[-1]) + 1)) & (row_BT > 0)
     is_lost_BT &= torch.rand(size, 1, generator=generator).to(read_BT.device) < ERASED
     return torch.where(is_lost_BT, read_BT.gather(1, other_B1), read_BT)
+
+
+def own_codes(
+    batch: Batch, model: Transformer, image: range, x_PD: Tensor, positions_P: Tensor, share: float
+) -> Tensor:
+    """Return ids (B, T) of a world batch as the model reads them: up to twice the `share` of the codes of
+    each sample, `share` on average, are those that the model chooses.
+
+    `x_PD`: hidden states that predict the codes at `positions_P` of the flattened batch. Each sample draws
+    its temperature from 0 (greedy) to 1.
+    """
+    size, length = batch.ids_BT.shape
+    sample_P = positions_P // length
+    shape = (
+        (len(model.code_head.levels.sizes), max(model.code_head.levels.sizes))
+        if model.code_head
+        else (len(image),)
+    )
+    noise = -torch.empty(len(x_PD), *shape, device=x_PD.device).exponential_().log()
+    noise = noise * torch.rand(size, device=x_PD.device)[sample_P].view(-1, *[1] * len(shape))
+    if model.code_head is not None:
+        codes_P, _ = model.code_head.choose(x_PD, 1.0, noise)
+    else:
+        codes_P = (model.logits(x_PD, image).float() + noise).argmax(-1)
+    rate_P = 2 * share * torch.rand(size, device=x_PD.device)[sample_P]
+    is_own_P = torch.rand(len(x_PD), device=x_PD.device) < rate_P
+    read = batch.read_BT.flatten().clone()
+    read[positions_P[is_own_P]] = codes_P[is_own_P] + image.start
+    return read.view(size, length)

@@ -34,7 +34,7 @@ from worldvla.model.transformer import previous_ids
 from worldvla.track import Tracker, tracked
 from worldvla.train import checkpoint, parallel
 from worldvla.train.build import Pieces, action_scale, build, build_model, fit
-from worldvla.train.corruption import corrupted
+from worldvla.train.corruption import corrupted, own_codes
 from worldvla.train.loss import Loss, Targets
 from worldvla.train.metrics import KINDS, Forward, Recorder, validate
 from worldvla.train.optim import Average, build_optimizers, learning_rate
@@ -199,6 +199,7 @@ class Trainer:
         targets = [self.loss.targets(batch) for batch in batches]
         total, cross_entropies, errors = 0.0, [], []
         for index, (batch, target) in enumerate(zip(batches, targets, strict=True), 1):
+            batch = self._with_own_codes(batch, target)
             parallel.gather(self.model, index == len(batches))
             with self._autocast():
                 x_PD, actions_BUA = self.forward(batch, target)
@@ -247,6 +248,22 @@ class Trainer:
         levels, share = self.config.model.code_levels, self.config.data.corrupt
         has_anchor, vocab = self.config.layout.anchor, self.pieces.vocab
         return replace(batch, wrong_BT=corrupted(batch, vocab, levels, share, generator, has_anchor))
+
+    @torch.no_grad()
+    def _with_own_codes(self, batch: Batch, target: Targets) -> Batch:
+        """Return the batch with some image codes read as the model itself chooses them, given what it reads
+        now: scheduled sampling in one parallel pass (arXiv 1906.07651). In imagination it reads nothing else.
+        The draws are a function of (step, rank), as dropout.
+        """
+        share, is_image_P = self.config.train.scheduled_sampling, target.kind_P == KIND_IMAGE
+        if not share or not is_image_P.any():
+            return batch
+        with self._autocast():
+            x_PD, _ = self.forward(batch, target)
+            where_P, image = target.positions_P[is_image_P] + 1, self.pieces.vocab.image
+            return replace(
+                batch, wrong_BT=own_codes(batch, self.model, image, x_PD[is_image_P], where_P, share)
+            )
 
     @contextmanager
     def _prefetch(self) -> Iterator[Callable[[int], list[Batch]]]:
