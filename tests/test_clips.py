@@ -26,7 +26,7 @@ from worldvla.model.transformer import previous_ids
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train.build import build, build_model
 from worldvla.train.corruption import corrupted
-from worldvla.train.loop import train
+from worldvla.train.loop import Trainer, train
 
 CELLS = ImageTokenizerConfig(
     channels=4,
@@ -49,6 +49,7 @@ def clip_config(root: Path, world_state: bool = False, anchor: bool = False) -> 
         model=replace(base.model, code_levels=(4, 4), previous_code=True),
         loss=replace(base.loss, supervise="decoded"),
         data=replace(base.data, sequence_length=140, corrupt=0.2, world_fraction=0.5),
+        train=replace(base.train, scheduled_sampling=0.5 * anchor),
     )
 
 
@@ -120,6 +121,26 @@ def test_wrong_codes_are_read_and_right_ones_predicted(trained: Path) -> None:
     assert torch.equal(read, again)
     clean = corrupted(batch, pieces.vocab, (4, 4), 0.0, torch.Generator().manual_seed(0))
     assert torch.equal(clean, batch.ids_BT)
+
+
+def test_some_codes_are_read_as_the_model_chooses_them(trained: Path, tmp_path: Path) -> None:
+    trainer = Trainer(build(load(trained).config), tmp_path / "run")
+    batch, image = world_batch(trainer.config), trainer.pieces.vocab.image
+    target = trainer.loss.targets(batch)
+    torch.manual_seed(1)
+    own = trainer._with_own_codes(batch, target)
+    is_own = own.read_BT != batch.read_BT
+    if not trainer.config.train.scheduled_sampling:
+        assert own is batch
+        return
+    assert torch.equal(own.ids_BT, batch.ids_BT)
+    assert not is_own[batch.kind_BT != KIND_IMAGE].any()
+    assert 0.2 < is_own[batch.kind_BT == KIND_IMAGE].float().mean() < 0.6
+    assert ((own.read_BT >= image.start) == (batch.row_BT > 0)).all()
+    torch.manual_seed(1)
+    assert torch.equal(trainer._with_own_codes(batch, target).read_BT, own.read_BT)
+    policy = build(trainer.config).loader.val_batch(0, "policy")
+    assert trainer._with_own_codes(policy, trainer.loss.targets(policy)) is policy
 
 
 def test_with_an_anchor_blocks_vanish_from_a_frame_on(trained: Path) -> None:

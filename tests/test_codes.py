@@ -36,13 +36,17 @@ def test_probabilities_of_all_codes_sum_to_one():
     torch.testing.assert_close((-nats).exp().sum(0), torch.ones(5))
 
 
-def test_greedy_takes_the_best_level_given_those_before():
+def test_without_noise_each_level_is_the_median_given_those_before():
     x_PD = torch.randn(6, 8, generator=torch.Generator().manual_seed(2))
     made, levels = head(), Levels(LEVELS)
     codes_P, lead_P = made.choose(x_PD)
-    best = made.scores(x_PD, codes_P)
-    assert torch.equal(best.argmax(-1), levels.split(codes_P))
-    assert torch.all(lead_P >= 0)
+    p_PEL = made.scores(x_PD, codes_P).softmax(-1)
+    level_PE1 = levels.split(codes_P)[..., None]
+    up_to = p_PEL.cumsum(-1).gather(-1, level_PE1)
+    before = up_to - p_PEL.gather(-1, level_PE1)
+    assert torch.all(before < 0.5)
+    assert torch.all(up_to >= 0.5)
+    torch.testing.assert_close(lead_P, torch.minimum(0.5 - before, up_to - 0.5).amin((1, 2)))
 
 
 def test_draws_follow_the_distribution():

@@ -132,9 +132,11 @@ class CodeHead(nn.Module):
     def choose(
         self, x_PD: Float[Tensor, "P D"], temperature: float = 0.0, noise_PEL: Tensor | None = None
     ) -> tuple[Int[Tensor, " P"], Float[Tensor, " P"]]:
-        """Return the chosen codes, and the smallest lead of a chosen level over the next best.
+        """Return the chosen codes, and by how little a level was chosen at the least.
 
-        Each level is the best of scores, or of scores / temperature + `noise_PEL` (Gumbel): a draw.
+        Each level is the median of its distribution: levels are ordered, and among one and two the median is
+        nearer to what comes than the likeliest. With `noise_PEL` (Gumbel) it is the best of scores /
+        temperature + noise: a draw.
         """
         inputs_PEF, absent_EL = self._inputs(x_PD), self.levels.absent(x_PD.device)
         seen_PF, chosen, lead_P = torch.zeros_like(inputs_PEF[:, 0]), [], None
@@ -143,15 +145,32 @@ class CodeHead(nn.Module):
             hidden_PF = hidden_PF + hidden_PF @ self.mix[dim].to(hidden_PF.dtype)
             scores_PL = (hidden_PF @ self.out[dim].to(hidden_PF.dtype)).float() + self.bias[dim]
             scores_PL = scores_PL.masked_fill(absent_EL[dim], float("-inf"))
-            if noise_PEL is not None:
-                scores_PL = scores_PL / temperature + noise_PEL[:, dim]
-            best_P2 = scores_PL.topk(2)
-            own_P = best_P2.values[:, 0] - best_P2.values[:, 1]
+            level_P, own_P = (
+                _median(scores_PL)
+                if noise_PEL is None
+                else _best(scores_PL / temperature + noise_PEL[:, dim])
+            )
             lead_P = own_P if lead_P is None else torch.minimum(lead_P, own_P)
-            chosen.append(best_P2.indices[:, 0])
+            chosen.append(level_P)
             seen_PF = seen_PF + self.table(chosen[-1] + self.levels.rows[dim])
         assert lead_P is not None
         return self.levels.join(torch.stack(chosen, -1)), lead_P
 
     def _inputs(self, x_PD: Tensor) -> Tensor:
         return self.inp(x_PD).unflatten(-1, (len(self.levels.sizes), HEAD_FEATURES))
+
+
+def _median(scores_PL: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first level that, with those before it, has half of the probability, and by how much of it
+    another one was missed."""
+    up_to_PL = scores_PL.softmax(-1).cumsum(-1)
+    level_P = (up_to_PL < 0.5).sum(-1)
+    around_PL = F.pad(up_to_PL, (1, 0))
+    below_P, above_P = (around_PL.gather(1, (level_P + i)[:, None])[:, 0] for i in (0, 1))
+    return level_P, torch.minimum(0.5 - below_P, above_P - 0.5)
+
+
+def _best(scores_PL: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the level of the best score, and its lead."""
+    best_P2 = scores_PL.topk(2)
+    return best_P2.indices[:, 0], best_P2.values[:, 0] - best_P2.values[:, 1]
