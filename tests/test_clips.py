@@ -19,6 +19,7 @@ from worldvla.batch import KIND_IMAGE, KIND_STATE, Batch
 from worldvla.config import Config, ImageTokenizerConfig
 from worldvla.data.loader import ANCHOR
 from worldvla.data.store import code_type
+from worldvla.infer.graphs import Runner
 from worldvla.infer.model import export, load
 from worldvla.infer.world import World
 from worldvla.model.mask import dense_mask
@@ -203,19 +204,51 @@ def test_guessing_changes_no_code_and_history_is_that_of_training(trained: Path,
     num_states = model.config.layout.num_state_dims if model.config.layout.world_state else 0
     states, images = np.split(runs[0], [num_states], axis=1)
     split = [builder.split_views(codes) for codes in images]
-    sample = builder.world(split[1:3], actions[1:3], split[3], states[1:4], split[0])
-    batch = Batch.stack([sample], model.vocab.pad)
-    places = batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT
-    previous = previous_ids(batch.ids_BT, batch.row_BT, batch.col_BT)
-    with torch.no_grad():
-        x_BTD = transformer(*places, None, previous)
-    last = np.concatenate(builder.world_template(2).images[-1])
-    assert transformer.code_head is not None
-    chosen, _ = transformer.code_head.choose(x_BTD[0, last - 1])
-    np.testing.assert_array_equal(chosen, images[3])
-    places_S = builder.world_template(2).states[2:].reshape(-1)
-    scores = transformer.logits(x_BTD[0, places_S - 1], model.vocab.state)
-    np.testing.assert_array_equal(scores.argmax(-1), states[3])
+    for first, stop in ((0, 2), (2, 3)):  # the second frame of a clip, and the first of the next one
+        clip = slice(first, stop)
+        number = stop - first
+        sample = builder.world(split[clip], actions[clip], split[stop], states[first : stop + 1], split[0])
+        batch = Batch.stack([sample], model.vocab.pad)
+        places = batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT
+        previous = previous_ids(batch.ids_BT, batch.row_BT, batch.col_BT)
+        with torch.no_grad():
+            x_BTD = transformer(*places, None, previous)
+        last = np.concatenate(builder.world_template(number).images[-1])
+        assert transformer.code_head is not None
+        chosen, _ = transformer.code_head.choose(x_BTD[0, last - 1])
+        np.testing.assert_array_equal(chosen, images[stop])
+        places_S = builder.world_template(number).states[number:].reshape(-1)
+        scores = transformer.logits(x_BTD[0, places_S - 1], model.vocab.state)
+        np.testing.assert_array_equal(scores.argmax(-1), states[stop])
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_rollout_is_the_same_beside_others_and_when_rows_leave(trained: Path, fixed: bool) -> None:
+    """Other queries of the same model in between, rows that leave and come twice, and rows alone."""
+    model = load(trained)
+    model.__dict__["runner"] = Runner(model.transformer, fixed=fixed)
+    rng, stores = np.random.default_rng(0), build(model.config).loader.stores
+    frames = {v: rng.integers(0, 256, (3, *s, 3), dtype=np.uint8) for v, s in model.view_sizes.items()}
+    frames["state"] = stores[0].states[:3]
+    actions = rng.uniform(-1, 1, (5, 3, 7)).astype(np.float32)
+    expected = []
+    for row in range(3):
+        world = World(model)
+        world.reset({name: values[row] for name, values in frames.items()})
+        for action in actions[:, row]:
+            world.advance(action)
+            expected.append(world.current()[0])
+    expected = np.array(expected).reshape(3, 5, -1)
+    world, other, rows = World(model), World(model), np.arange(3)
+    world.reset(frames)
+    for t, chosen in enumerate((None, None, [2, 0], [True, True], [1, 1, 0])):
+        if chosen is not None:
+            world.keep(np.array(chosen))
+            rows = rows[chosen]
+        world.advance(actions[t, rows])
+        other.reset({name: values[rows] for name, values in frames.items()})
+        other.advance(actions[t, rows])
+        np.testing.assert_array_equal(world.current(), expected[rows, t])
 
 
 def test_a_world_of_states_needs_one_to_begin(trained: Path) -> None:

@@ -57,6 +57,8 @@ class Template:
     with layout.anchor the second."""
     actions: np.ndarray
     """Positions of the action dims: (U, A); in a world template (C, A), or (0, A) without conditioning."""
+    lead: int = 0
+    """Of a world template: tokens before the first frame and its state, which stay the same in a rollout."""
 
     def __len__(self) -> int:
         return self.table.shape[1]
@@ -198,6 +200,15 @@ class SampleBuilder:
         template = self.world_template()
         return _sample(template.table[:, template.prompt :])
 
+    def world_clip(self) -> tuple[Sample, np.ndarray, int]:
+        """Return what follows a world prompt of one frame up to the last frame of a clip; where in it the
+        actions after each frame but the first stand, (C - 1, A) or (C - 1, 0); and how many tokens stand
+        before the first frame."""
+        whole, prompt = self.world_template(self.layout.clip), self.world_template().prompt
+        num_dims = self.layout.num_action_dims * self.layout.action_conditioning
+        actions = whole.actions[1:].reshape(self.layout.clip - 1, num_dims) - prompt
+        return _sample(whole.table[:, prompt:]), actions, whole.lead
+
     def split_views(self, codes: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return the codes (N,) of every view from those of a whole frame, in order of generation."""
         return tuple(np.split(np.asarray(codes), np.cumsum(self.layout.codes_per_view)[:-1]))
@@ -244,6 +255,7 @@ class SampleBuilder:
         layout, vocab, draft = self.layout, self.vocab, _Draft()
         self._write_text(draft, layout.world_prompt)
         images, actions, prompt = [self._write_frame(draft)] if layout.anchor else [], [], 0
+        lead = len(draft)
         states = [self._write_state(draft)] if layout.world_state else []
         images.append(self._write_frame(draft))
         for _ in range(num_frames):
@@ -256,7 +268,7 @@ class SampleBuilder:
             images.append(self._write_frame(draft, KIND_IMAGE))
         draft.add(vocab.sep)
         positions = np.array(actions, dtype=np.int64).reshape(-1, layout.num_action_dims)
-        return Template(draft.table(), prompt, self._places(states), tuple(images), positions)
+        return Template(draft.table(), prompt, self._places(states), tuple(images), positions, lead)
 
     def _write_text(self, draft: "_Draft", text: str) -> None:
         draft.add(self.vocab.bos)

@@ -147,58 +147,121 @@ def decode_frame(
     scores / temperature + Gumbel noise, drawn once for each row and position, which makes it a draw from the
     softmax and, given the noise, as certain as a greedy one.
     """
-    if tail.chunk.any() or KIND_IMAGE not in tail.kind:
-        raise ValueError("a frame needs the tail of a world sample, got another: SampleBuilder.world_tail()")
-    stream = _Stream(runner, prompts, tail, vocab.pad)
-    open_N = np.flatnonzero((tail.kind == KIND_IMAGE) | (tail.kind == KIND_STATE))
-    num_codes, batch, device = len(open_N), len(prompts), stream.tail_BT.device
-    places_N = torch.from_numpy(open_N).to(device)
-    is_state_T = torch.from_numpy(tail.kind == KIND_STATE).to(device)
-    start_T = torch.where(is_state_T, vocab.state.start, vocab.image.start)  # id of code 0
-    nth_T = torch.full((len(tail),), -1, device=device)  # which code stands there; structure: none
-    nth_T[places_N] = torch.arange(num_codes, device=device)
-    if guess_BN is not None:
-        if guess_BN.shape != (batch, num_codes):
+    clip = Clip(runner, vocab, tail)
+    clip.begin(prompts)
+    return clip.decode(guess_BN, window, temperature, seed)
+
+
+class Clip:
+    """Frames of a batch of rollouts, one after the other, in one cache: each is decoded as `decode_frame` has
+    it, and the next goes on from there.
+
+    `tail`, `actions`, `lead`: as `SampleBuilder.world_clip` returns them; by default the clip is one frame.
+    `lead` tokens are alike in all clips of a rollout, so the next clip finds them in the cache.
+    """
+
+    def __init__(
+        self, runner: Runner, vocab: Vocab, tail: Sample, actions: np.ndarray | None = None, lead: int = 0
+    ) -> None:
+        if tail.chunk.any() or KIND_IMAGE not in tail.kind:
             raise ValueError(
-                f"a guess of {batch} frames needs codes {(batch, num_codes)}, got {guess_BN.shape}"
+                "a frame needs the tail of a world sample, got another: SampleBuilder.world_tail()"
             )
-        stream.tail_BT[:, places_N] = torch.from_numpy(guess_BN).to(device) + start_T[places_N]
-    window = Window(fixed=1) if guess_BN is None else window or Window(device)
-    num_states = int((tail.kind == KIND_STATE).sum())
-    choose = _Chooser(runner.model, vocab, num_states, num_codes, batch, temperature, seed)
-    stats = FrameStats(codes=batch * num_codes)
-    done_B = np.zeros(batch, dtype=np.int64)
-    while (done_B < num_codes).any():
-        first_B, length = _next_window(open_N, done_B, window.width(num_codes, batch), stream.room)
-        first_B1, done_B1 = torch.from_numpy(np.stack((first_B, done_B))).to(device)[..., None]
-        where_BT = first_B1 + torch.arange(length, device=device)
-        x_BTD, after_BT = stream.feed(where_BT, length), where_BT + 1
-        nth_BT = nth_T[after_BT]
-        has_states = bool((done_B < num_states).any())
-        codes_BT, is_close_BT, is_finite_BT = choose(x_BTD, nth_BT, has_states)
-        choice_BT, is_new_BT = codes_BT + start_T[after_BT], nth_BT >= done_B1
-        ids_BT = stream.tail_BT.gather(1, after_BT)
-        is_kept_BT, is_right_BT = verify(ids_BT, choice_BT, is_new_BT)
-        stream.tail_BT.scatter_(1, after_BT, torch.where(is_new_BT, choice_BT, ids_BT))
-        counts = (is_kept_BT, is_right_BT, is_kept_BT & is_close_BT, is_kept_BT & ~is_finite_BT)
-        kept_B, right_B, close_B, broken_B = torch.stack(counts).sum(2).cpu().numpy()
-        _check_finite(not broken_B.any())
-        is_open_B, done_B = done_B < num_codes, done_B + kept_B
-        stats.passes += 1
-        stats.close += int(close_B.sum())
+        self.runner, self.vocab, self.tail, self.actions, self.lead = runner, vocab, tail, actions, lead
+        is_state_T, open_N = (
+            tail.kind == KIND_STATE,
+            np.flatnonzero(np.isin(tail.kind, (KIND_IMAGE, KIND_STATE))),
+        )
+        self.num_frames = 1 if actions is None else 1 + len(actions)
+        self.open_CN = open_N.reshape(self.num_frames, -1)
+        self.num_states = int(is_state_T.sum()) // self.num_frames
+        self.start_T = np.where(is_state_T, vocab.state.start, vocab.image.start)
+        """Id of code 0 at each position."""
+        self.num_done = self.num_frames
+        """Frames of the clip that are decoded; all of them: the next begins a clip."""
+        self._stream: _Stream | None = None
+
+    def begin(self, prompts: Sequence[Sample]) -> None:
+        """Begin a clip after these prompts."""
+        if self._stream is None or not self._stream.rewrite(prompts, self.lead):
+            self._stream = _Stream(self.runner, prompts, self.tail, self.vocab.pad)
+        self.num_done = 0
+
+    def act(self, actions_BA: np.ndarray) -> None:
+        """Say the actions after the last decoded frame, ids of the vocabulary (B, A)."""
+        assert self._stream is not None
+        if self.actions is not None and self.actions.size:
+            device = self._stream.tail_BT.device
+            places_A = torch.from_numpy(self.actions[self.num_done - 1]).to(device)
+            self._stream.tail_BT[:, places_A] = torch.from_numpy(actions_BA).to(device)
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Go on with these rows alone: bool (B,), or indices, any of them several times."""
+        if self._stream is not None:
+            self._stream.keep(torch.from_numpy(np.arange(len(self._stream.rows_B1))[rows]))
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        guess_BN: np.ndarray | None = None,
+        window: Window | None = None,
+        temperature: float = 0.0,
+        seed: Seeds = 0,
+    ) -> tuple[np.ndarray, FrameStats]:
+        """Return codes (B, N) of the next frame and their cost, as `decode_frame`."""
+        stream, open_N = self._stream, self.open_CN[self.num_done]
+        assert stream is not None
+        begin = 0 if self.num_done == 0 else int(self.open_CN[self.num_done - 1, -1])
+        stream.go_on(begin)
+        num_codes, batch, device = len(open_N), len(stream.rows_B1), stream.tail_BT.device
+        places_N, start_T = (torch.from_numpy(array).to(device) for array in (open_N, self.start_T))
+        nth_T = torch.full((len(self.tail),), -1, device=device)  # which code stands there; structure: none
+        nth_T[places_N] = torch.arange(num_codes, device=device)
         if guess_BN is not None:
-            stats.judged += int(kept_B.sum())
-            stats.accepted += int(right_B.sum())
-            window.update(float(kept_B[is_open_B].mean()))
-    return (stream.tail_BT[:, places_N] - start_T[places_N]).cpu().numpy(), stats
+            if guess_BN.shape != (batch, num_codes):
+                raise ValueError(
+                    f"a guess of {batch} frames needs codes {(batch, num_codes)}, got {guess_BN.shape}"
+                )
+            stream.tail_BT[:, places_N] = torch.from_numpy(guess_BN).to(device) + start_T[places_N]
+        window = Window(fixed=1) if guess_BN is None else window or Window(device)
+        choose = _Chooser(self.runner.model, self.vocab, self.num_states, num_codes, batch, temperature, seed)
+        stats = FrameStats(codes=batch * num_codes)
+        done_B = np.zeros(batch, dtype=np.int64)
+        while (done_B < num_codes).any():
+            width = window.width(num_codes, batch)
+            first_B, length = _next_window(open_N, done_B, begin, width, stream.room)
+            first_B1, done_B1 = torch.from_numpy(np.stack((first_B, done_B))).to(device)[..., None]
+            where_BT = first_B1 + torch.arange(length, device=device)
+            x_BTD, after_BT = stream.feed(where_BT, length), where_BT + 1
+            nth_BT = nth_T[after_BT]
+            has_states = bool((done_B < self.num_states).any())
+            codes_BT, is_close_BT, is_finite_BT = choose(x_BTD, nth_BT, has_states)
+            choice_BT, is_new_BT = codes_BT + start_T[after_BT], nth_BT >= done_B1
+            ids_BT = stream.tail_BT.gather(1, after_BT)
+            is_kept_BT, is_right_BT = verify(ids_BT, choice_BT, is_new_BT)
+            stream.tail_BT.scatter_(1, after_BT, torch.where(is_new_BT, choice_BT, ids_BT))
+            counts = (is_kept_BT, is_right_BT, is_kept_BT & is_close_BT, is_kept_BT & ~is_finite_BT)
+            kept_B, right_B, close_B, broken_B = torch.stack(counts).sum(2).cpu().numpy()
+            _check_finite(not broken_B.any())
+            is_open_B, done_B = done_B < num_codes, done_B + kept_B
+            stats.passes += 1
+            stats.close += int(close_B.sum())
+            if guess_BN is not None:
+                stats.judged += int(kept_B.sum())
+                stats.accepted += int(right_B.sum())
+                window.update(float(kept_B[is_open_B].mean()))
+        self.num_done += 1
+        return (stream.tail_BT[:, places_N] - start_T[places_N]).cpu().numpy(), stats
 
 
-def _next_window(open_N: np.ndarray, done_B: np.ndarray, width: int, room: Room) -> tuple[np.ndarray, int]:
-    """Return from which position of the tail each row goes on, that of its last decided code, and how many
-    tokens all rows feed for the next `width` codes.
+def _next_window(
+    open_N: np.ndarray, done_B: np.ndarray, begin: int, width: int, room: Room
+) -> tuple[np.ndarray, int]:
+    """Return from which position of the tail each row goes on, that of its last decided code or `begin`, and
+    how many tokens all rows feed for the next `width` codes.
     """
     num_codes, end = len(open_N), int(open_N[-1])
-    first_B = np.where(done_B == 0, 0, open_N[done_B - 1])
+    first_B = np.where(done_B == 0, begin, open_N[done_B - 1])
     length = int((open_N[np.minimum(done_B + width, num_codes) - 1] - first_B).max())
     length = min(end, room.length(length))
     return np.minimum(first_B, end - length), length  # near the end some codes are fed again
@@ -338,11 +401,15 @@ class _Stream:
         if not prompts:
             raise ValueError("nothing to decode: got no prompts, expected at least one")
         device = runner.model.embed.weight.device
+        self.runner, self.pad = runner, pad
         prompt = Batch.stack(prompts, pad).to(device)
         after = Batch.stack([tail] * len(prompts), pad).to(device)
         self.longest = prompt.ids_BT.shape[1]
         self.is_causal = not tail.chunk.any() and min(len(p) for p in prompts) == self.longest
         self.room = runner.open(len(prompts), self.longest + len(tail))
+        self._turn = self.room.turn
+        self._pending = 0, self.longest
+        """Slots to feed before the next tokens."""
         lengths_B1 = torch.tensor([[len(p)] for p in prompts], device=device)
         counting_T = torch.arange(self.room.cache.capacity, device=device)
         positions_BS = lengths_B1 + counting_T - self.longest  # of the tail
@@ -353,24 +420,55 @@ class _Stream:
         whole = [torch.cat((getattr(prompt, n), getattr(after, n)), 1) for n in names]
         ids, row, col, chunk = (F.pad(t, (0, spare)) for t in whole)
         previous = []
-        if runner.model.previous_in is not None:  # those of the tail stand in the prompt
+        if runner.model.previous_in is not None:
             if tail.row.any() and len({len(prompt) for prompt in prompts}) > 1:
                 raise ValueError("prompts of several lengths: give all worlds of a batch as many frames")
             previous = [previous_ids(ids, row, col)]
         self.table_FBS = torch.stack((ids, row, col, positions_BS, *previous, chunk))
         """The fields of every slot."""
-        self.tail_BT = self.table_FBS[0, :, self.longest : self.longest + len(tail)]
+        self.tail_length = len(tail)
+
+    @property
+    def tail_BT(self) -> Tensor:
         """Ids of the tail: write decoded ones here."""
-        self.rows_B1 = torch.arange(len(prompts), device=device)[:, None]
+        return self.table_FBS[0, :, self.longest : self.longest + self.tail_length]
+
+    @property
+    def rows_B1(self) -> Tensor:
+        return torch.arange(self.table_FBS.shape[1], device=self.table_FBS.device)[:, None]
+
+    def rewrite(self, prompts: Sequence[Sample], lead: int) -> bool:
+        """Begin again after other prompts, and feed them from token `lead` on where all before it are as they
+        were; False where the number of rows or a length is another."""
+        if len(prompts) != self.table_FBS.shape[1] or {len(prompt) for prompt in prompts} != {self.longest}:
+            return False
+        ids_BT = Batch.stack(prompts, self.pad).ids_BT.to(self.table_FBS.device)
+        is_known = self.is_causal and torch.equal(ids_BT[:, :lead], self.table_FBS[0, :, :lead])
+        self.table_FBS[0, :, : self.longest] = ids_BT
+        self._pending, self.room.is_empty = (lead if is_known else 0, self.longest), True
+        return True
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone, indices; all is fed again, in a room of their own."""
+        self.table_FBS, self._turn = self.table_FBS[:, rows.to(self.table_FBS.device)], -1
+
+    def go_on(self, begin: int) -> None:
+        """Be ready to feed the tail from `begin` on, also if the room has served another query since."""
+        if self._turn != self.room.turn:
+            self.room = self.runner.open(self.table_FBS.shape[1], self.longest + self.tail_length)
+            self._turn, self._pending = self.room.turn, (0, self.longest + begin)
+        if self.runner.model.previous_in is not None:  # a frame may have been decoded since
+            self.table_FBS[4] = previous_ids(*self.table_FBS[:3])
 
     def feed(self, where: Tensor, keep: int) -> Tensor:
-        """Feed the tail's tokens at `where`, (T,) or (B, T), the first time after the prompts; return hidden
-        states (B, keep, D) of the last.
+        """Feed the tail's tokens at `where`, (T,) or (B, T), after what is pending; return hidden states (B,
+        keep, D) of the last.
         """
-        slots_BT = (where + self.longest).expand(len(self.rows_B1), -1)
-        if self.room.is_empty:
-            prompt_T = torch.arange(self.longest, device=where.device)
-            slots_BT = torch.cat((prompt_T.expand(len(slots_BT), -1), slots_BT), 1)
+        slots_BT = (where + self.longest).expand(self.table_FBS.shape[1], -1)
+        if self._pending[0] < self._pending[1]:
+            before_T = torch.arange(*self._pending, device=where.device)
+            slots_BT = torch.cat((before_T.expand(len(slots_BT), -1), slots_BT), 1)
+            self._pending = 0, 0
         *fields, chunk_BT = self.table_FBS[:, self.rows_B1, slots_BT].unbind()
         reach, mask = self.room.seek(slots_BT), None
         if not (self.is_causal and self.room.in_turn and slots_BT.shape[1] == 1):

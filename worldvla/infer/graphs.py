@@ -32,7 +32,9 @@ class Room:
     def __init__(self, model: Transformer, batch: int, capacity: int) -> None:
         self.model, self.cache = model, Cache(model.config, batch, capacity, model.embed.weight)
         self.is_empty = True
-        """Whether the next pass is a query's first one."""
+        """Whether the next pass is a query's first one, of any length."""
+        self.turn = 0
+        """Queries that it was opened for."""
         self.in_turn = False
         """Whether the next pass writes to the last slots that it reads, the same of all rows."""
 
@@ -165,7 +167,7 @@ class Runner:
         while len(self.rooms) > 1 and (len(self.rooms) > KEPT or self._num_bytes() > KEPT_BYTES):
             self.rooms.popitem(last=False)
         room.cache.clear()
-        room.is_empty = True
+        room.is_empty, room.turn = True, room.turn + 1
         return room
 
     def _num_bytes(self) -> int:

@@ -3,8 +3,9 @@ environment.
 
 Frames are dicts of views, uint8 (Y, X, 3), or (B, Y, X, 3) for B worlds at once; a model of one view
 takes and returns the array itself. The codes that it generates are fed back as they are, never decoded and
-encoded again; a model of clips (layout.clip) reads as many of the last frames. The first frame stays the
-context of a decoder that copies what stands still. A model that says states (layout.world_state) begins from
+encoded again. A model of clips (layout.clip) reads its last frames: after as many, a new clip begins with the
+current one, and until then nothing is computed twice. The first frame stays the context of a decoder that
+copies what stands still. A model that says states (layout.world_state) begins from
 the frame's and keeps `state` beside the frames.
 """
 
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from worldvla.batch import Sample
-from worldvla.infer.decode import decode_frame
+from worldvla.infer.decode import Clip
 from worldvla.infer.draft import FrameStats, Window
 from worldvla.infer.model import Model
+from worldvla.vocab import to_ids
 
 Frame = np.ndarray | dict[str, np.ndarray]
 
@@ -35,11 +37,9 @@ class World:
         self.stats: list[FrameStats] = []
         """What each step since the last reset took."""
         self._window = Window(model.device)
-        self._tail = model.builder.world_tail()
-        self._codes: list[np.ndarray] = []
-        """Of the last frames, oldest first, (B, S + N): their states', if the model says them, and views'."""
-        self._actions: list[np.ndarray] = []
-        """Between them, (B, A)."""
+        self._clip = self._new_clip()
+        self._codes: np.ndarray | None = None
+        """Of the current frames, (B, S + N): their states', if the model says them, and views'."""
         self._anchor = np.zeros((0, 0), dtype=np.int64)
         """Image codes of the frames that they began from, (B, N)."""
         self._context: dict[str, np.ndarray] = {}
@@ -82,8 +82,8 @@ class World:
             frames = [frame]
         self.stats, self._window = [], Window(self.model.device)
         codes_BN = np.stack([np.concatenate(codes) for codes in self.model.encode_frames(frames)])
-        self._codes = [np.concatenate((self._encode_states(frame, len(codes_BN)), codes_BN), 1)]
-        self._actions, self._anchor = [], codes_BN
+        self._codes = np.concatenate((self._encode_states(frame, len(codes_BN)), codes_BN), 1)
+        self._clip, self._anchor = self._new_clip(), codes_BN
         self._context = {view: np.stack([np.asarray(f[view]) for f in frames]) for view in views}
         return self.frame()
 
@@ -101,36 +101,27 @@ class World:
         expected = (batch, num_dims) if self._is_batch else (num_dims,)
         if np.shape(action) != expected:
             raise ValueError(f"the action must have shape {expected}, got {np.shape(action)}")
-        actions_BA = np.asarray(action, dtype=np.float32).reshape(-1, num_dims)
-        prompts, current_BN = self.prompts(actions_BA), self.current()
-        self._actions = [*self._actions, actions_BA][-self.model.config.layout.clip :]
-        seeds = [
-            self.seed + 1_000_003 * (len(self.stats) * len(prompts) + row) for row in range(len(prompts))
-        ]
-        next_BN, stats = decode_frame(
-            self.model.runner,
-            self.model.vocab,
-            prompts,
-            self._tail,
-            current_BN if self.speculative else None,
-            self._window,
-            self.temperature,
-            seeds,
-        )
-        self._codes = [*self._codes[-self.model.config.layout.clip :], next_BN]
+        actions_BA, current_BN = np.asarray(action, dtype=np.float32).reshape(-1, num_dims), self.current()
+        if self._clip.num_done == self._clip.num_frames:
+            self._clip.begin(self.prompts(actions_BA))
+        else:
+            actions_BA = self.model.builder.statistics.encode_world_actions(actions_BA)
+            self._clip.act(to_ids(actions_BA, self.model.vocab.action))
+        seeds = [self.seed + 1_000_003 * (len(self.stats) * batch + row) for row in range(batch)]
+        guess_BN = current_BN if self.speculative else None
+        self._codes, stats = self._clip.decode(guess_BN, self._window, self.temperature, seeds)
         self.stats.append(stats)
 
     def prompts(self, actions_BA: np.ndarray) -> list[Sample]:
-        """Return what the model reads before the frames after these actions, in physical units."""
-        clip, builder = self.model.config.layout.clip, self.model.builder
-        frames = self._codes[-clip:]
-        actions = np.stack([*self._actions, actions_BA][-clip:], 1)
-        states, images = np.split(np.stack(frames, 1), [self._num_states], axis=2)
+        """Return what the model reads before the frames after these actions, in physical units, where a clip
+        begins with the current frames."""
+        builder = self.model.builder
+        states, images = np.split(self.current(), [self._num_states], axis=1)
         return [
             builder.world_prompt(
-                [builder.split_views(own) for own in images[row]],
-                actions[row],
-                states[row],
+                [builder.split_views(images[row])],
+                actions_BA[row],
+                states[row][None],
                 builder.split_views(self._anchor[row]),
             )
             for row in range(len(actions_BA))
@@ -138,17 +129,16 @@ class World:
 
     def current(self) -> np.ndarray:
         """Return all codes of the current frames, (B, S + N): what decoding takes as its guess."""
-        if not self._codes:
+        if self._codes is None:
             raise ValueError("the world has no frame yet: call reset(frame) first")
-        return self._codes[-1]
+        return self._codes
 
     def keep(self, rows: np.ndarray) -> None:
         """Go on with these of the worlds alone: bool (B,), or indices, any of them several times."""
-        if not self._codes or not self._is_batch:
+        if self._codes is None or not self._is_batch:
             raise ValueError("only a batch of worlds can be thinned: call reset with stacked frames first")
-        self._codes = [codes_BN[rows] for codes_BN in self._codes]
-        self._actions = [actions_BA[rows] for actions_BA in self._actions]
-        self._anchor = self._anchor[rows]
+        self._codes, self._anchor = self._codes[rows], self._anchor[rows]
+        self._clip.keep(rows)
         self._context = {view: images[rows] for view, images in self._context.items()}
 
     def frame(self) -> Frame:
@@ -157,6 +147,10 @@ class World:
         if not self._is_batch:
             frames = {view: images[0] for view, images in frames.items()}
         return frames if self._is_dict else frames[self.model.config.layout.views[0]]
+
+    def _new_clip(self) -> Clip:
+        model = self.model
+        return Clip(model.runner, model.vocab, *model.builder.world_clip())
 
     def _encode_states(self, frame: Mapping[str, Any], number: int) -> np.ndarray:
         """Return the codes (B, S) of the states of a first frame."""
