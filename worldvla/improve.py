@@ -73,7 +73,7 @@ class Recorded:
         self.body.keep(rows)
         self.rows = self.rows[rows]
 
-    def step(self, actions: np.ndarray) -> Seen:
+    def step(self, actions: np.ndarray, look: bool = True) -> Seen:  # noqa: ARG002 - all is recorded
         seen = self.body.step(actions)
         for i, row in enumerate(self.rows):
             if self.done[row]:

@@ -41,6 +41,8 @@ DISCOUNT = 0.95
 """Of the value, for each step that success is away."""
 DONE, WRONG = 1 / 3, 0.05
 """Share of successes in a batch, and of codes that are another picture's: imagination has wrong ones."""
+UNSURE = 0.05
+"""Noise on the state that is read in training, in standard deviations."""
 HELD_OUT = 0.1
 """Share of the episodes that the judge is not trained on: its errors are measured there."""
 
@@ -70,7 +72,8 @@ class Pictures:
 
 class Judge(nn.Module):
     """Image codes of a known task, and those of the episode's first frame -> proprioception, the logit of
-    success and that of its value. It never sees a pixel, so imagination need not be drawn for it."""
+    success and that of its value. It never sees a pixel, so imagination need not be drawn for it. Of a model
+    that says the robot's state (layout.world_state) it reads that too."""
 
     mean: Tensor
     std: Tensor
@@ -82,7 +85,8 @@ class Judge(nn.Module):
         self.vectors = model.image.quantize.vectors
         channels = 3 * model.image.config.embed_dim
         self.towers = nn.ModuleList(self._tower(channels) for _ in self.grids)
-        num_features = WIDTH * sum(self.sizes)
+        self.reads_state = layout.world_state
+        num_features = WIDTH * sum(self.sizes) + len(mean) * self.reads_state
         self.head = nn.Sequential(
             nn.Linear(num_features, 256), nn.ReLU(), nn.Linear(256, len(mean) + 2 * len(tasks))
         )
@@ -97,30 +101,47 @@ class Judge(nn.Module):
         return nn.Sequential(*layers, nn.Flatten())
 
     def forward(
-        self, codes_PN: np.ndarray, first_PN: np.ndarray, tasks: np.ndarray
+        self, codes_PN: np.ndarray, first_PN: np.ndarray, tasks: np.ndarray, states_PS: np.ndarray | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return states (P, S), standardised, and for task indices (P,) logits (P,) of success and value."""
+        """Return states (P, S), standardised, and for task indices (P,) logits (P,) of success and value.
+        `states_PS`: what the robot feels, in its units; not needed where the world does not say it."""
         parts = []
         now, first = (self.vectors(torch.from_numpy(c.astype(np.int64))) for c in (codes_PN, first_PN))
         looks = torch.cat((now, first, now - first), -1).float().split(self.sizes, 1)
         for look, grid, tower in zip(looks, self.grids, self.towers, strict=True):
             parts.append(tower(look.unflatten(1, grid).permute(0, 3, 1, 2)))
+        if self.reads_state:
+            if states_PS is None:
+                raise ValueError("this judge reads the robot's state beside the frames: pass it")
+            felt_PS = (torch.from_numpy(states_PS).float() - self.mean) / self.std
+            noise = UNSURE * torch.randn(felt_PS.shape) if self.training else 0.0
+            parts.append(felt_PS + noise)
         out, num_dims = self.head(torch.cat(parts, 1)), len(self.mean)
         rows, column = torch.arange(len(out)), num_dims + torch.from_numpy(tasks)
         return out[:, :num_dims], out[rows, column], out[rows, column + len(self.tasks)]
 
     @torch.inference_mode()
     def read(
-        self, codes_PN: np.ndarray, first_PN: np.ndarray, tasks: np.ndarray
+        self,
+        codes_PN: np.ndarray,
+        first_PN: np.ndarray,
+        tasks: np.ndarray,
+        states_PS: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return states (P, S) in their units, float32, and whether the task is done (P,)."""
-        states, logits, _ = self(codes_PN, first_PN, tasks)
+        states, logits, _ = self(codes_PN, first_PN, tasks, states_PS)
         return (states * self.std + self.mean).numpy().astype(np.float32), logits.numpy() > 0
 
     @torch.inference_mode()
-    def value(self, codes_PN: np.ndarray, first_PN: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+    def value(
+        self,
+        codes_PN: np.ndarray,
+        first_PN: np.ndarray,
+        tasks: np.ndarray,
+        states_PS: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Return how near success is, (P,): see `Pictures.value`."""
-        return self(codes_PN, first_PN, tasks)[2].sigmoid().numpy()
+        return self(codes_PN, first_PN, tasks, states_PS)[2].sigmoid().numpy()
 
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Write the weights, and beside them as JSON the tasks and `facts`."""
@@ -282,7 +303,7 @@ def train_judge(
                 )
                 codes = seen.codes[rows]
                 codes = np.where(rng.random(codes.shape) < WRONG, rng.permutation(codes), codes)
-                states, logits, values = judge(codes, seen.first[rows], seen.tasks[rows])
+                states, logits, values = judge(codes, seen.first[rows], seen.tasks[rows], seen.states[rows])
                 truth = (torch.from_numpy(seen.states[rows]) - judge.mean) / judge.std
                 success = torch.from_numpy(seen.success[rows]).float()
                 loss = F.smooth_l1_loss(states, truth)
@@ -295,7 +316,7 @@ def train_judge(
     judge.eval()
     off, said = np.empty(seen.states.shape), np.empty(len(held), dtype=bool)
     for rows in np.split(np.flatnonzero(held), range(512, int(held.sum()), 512)):
-        read, said[rows] = judge.read(seen.codes[rows], seen.first[rows], seen.tasks[rows])
+        read, said[rows] = judge.read(seen.codes[rows], seen.first[rows], seen.tasks[rows], seen.states[rows])
         off[rows] = np.abs(read - seen.states[rows])
     good, bad = held & seen.success, held & ~seen.success
     each = [np.flatnonzero(held & (seen.episodes == n)) for n in np.unique(seen.episodes[held])]
@@ -313,7 +334,7 @@ class Seen:
     """What episodes side by side show after a step; one row an episode."""
 
     frame: Frame
-    """What the policy sees."""
+    """What the policy sees; empty where nobody looks."""
     states: np.ndarray
     """(N, 8), what the policy feels."""
     said: np.ndarray
@@ -335,14 +356,14 @@ class Simulated:
         self.envs = [env for env, kept in zip(self.envs, rows, strict=True) if kept]
         self.first, self.numbers = self.first[rows], self.numbers[rows]
 
-    def step(self, actions: np.ndarray) -> Seen:
+    def step(self, actions: np.ndarray, look: bool = True) -> Seen:  # noqa: ARG002 - the judge looks anyway
         done = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
         frame = {view: np.stack([step[0][view] for step in done]) for view in self.model.view_sizes}
         states, success = (
             np.stack([step[0]["state"] for step in done]),
             np.array([step[4]["success"] for step in done]),
         )
-        said = self.judge.read(encoded(self.model, frame), self.first, self.numbers)[1]
+        said = self.judge.read(encoded(self.model, frame), self.first, self.numbers, states)[1]
         return Seen(frame, states, said, success)
 
 
@@ -363,9 +384,10 @@ class Imagined:
         self.world.keep(rows)
         self.first, self.numbers = self.first[rows], self.numbers[rows]
 
-    def step(self, actions: np.ndarray) -> Seen:
-        frame: Any = self.world.step(actions)
-        states, said = self.judge.read(self._codes(), self.first, self.numbers)
+    def step(self, actions: np.ndarray, look: bool = True) -> Seen:
+        self.world.advance(actions)
+        frame: Any = self.world.frame() if look else {}
+        states, said = self.judge.read(self._codes(), self.first, self.numbers, self.world.state)
         return Seen(frame, states if self.world.state is None else self.world.state, said, said)
 
 
@@ -389,7 +411,8 @@ def drive(
     for t in range(int(horizons.max())):
         if t % execute == 0 or (t >= horizons[alive]).any():
             going = ~(success & judged)[alive] & (t < horizons[alive])
-            body.keep(going)
+            if not going.all():
+                body.keep(going)
             frame, states, alive = {v: f[going] for v, f in frame.items()}, states[going], alive[going]
             if t % execute:
                 chunks = chunks[going]
@@ -399,7 +422,7 @@ def drive(
             seen = [{**{v: frame[v][i] for v in views}, "state": states[i]} for i in range(len(alive))]
             texts = [{"instruction": tasks[n].instruction} for n in alive.tolist()]
             chunks = policy.act([{**o, **text} for o, text in zip(seen, texts, strict=True)])
-        now = body.step(chunks[:, t % execute])
+        now = body.step(chunks[:, t % execute], look=(t + 1) % execute == 0)
         frame, states = now.frame, now.states
         streak[alive] = np.where(now.said, streak[alive] + 1, 0)
         judged[alive] |= streak[alive] >= CONFIRM
@@ -429,11 +452,13 @@ def replays(
             states = np.stack([e.states[0] for e, _ in part])
             body, said = Imagined(judge, World(world), first, states, numbers), []
             for t in range(max(map(len, plans))):
-                said.append(body.step(np.stack([plan[min(t, len(plan) - 1)] for plan in plans])).said)
+                actions = np.stack([plan[min(t, len(plan) - 1)] for plan in plans])
+                said.append(body.step(actions, look=False).said)
             said_NT = np.stack(said, 1)
             for row, (plan, (_, pictures)) in enumerate(zip(plans, part, strict=True)):
                 truth.append(bool(pictures.success.any()))
-                real.append(_confirmed(judge.read(pictures.codes, pictures.first, pictures.tasks)[1]))
+                seen = pictures.codes, pictures.first, pictures.tasks, pictures.states
+                real.append(_confirmed(judge.read(*seen)[1]))
                 dreamt.append(_confirmed(said_NT[row, : len(plan)]))
     out: dict[str, Any] = {"episodes": len(truth), "successes": sum(truth)}
     for name, found in {"judge_on_real_frames": real, "imagined": dreamt}.items():

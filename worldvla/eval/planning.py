@@ -68,7 +68,8 @@ class PlanningActor(ModelActor):
         for t in range(length):
             world.advance(plans[:, :, t].reshape(len(numbers), -1))
         codes = np.concatenate([grid.reshape(len(grid), -1) for grid in world.codes.values()], 1)
-        best = self.judge.value(codes, first, numbers).reshape(len(queries), -1).argmax(1)
+        value = self.judge.value(codes, first, numbers, world.state)
+        best = value.reshape(len(queries), -1).argmax(1)
         self.seconds += time.perf_counter() - began
         self.decisions += len(queries)
         return list(plans[np.arange(len(queries)), best])
