@@ -65,3 +65,14 @@ train tabletop_world2 $OUT/world2
 train tabletop_world3 $OUT/world_model
 train tabletop_state $OUT/state
 train tabletop_anchor $OUT/anchor_model
+
+# Once more, on new data that this model collects.
+for suite in $SUITES; do
+    worldvla collect "$suite" --out $OUT/world2/"$suite" --kind world --episodes 50 --policy $OUT/anchor_model --seed 41
+    worldvla collect "$suite" --out $OUT/visited2/"$suite" --policy $OUT/anchor_model --episodes 14 --seed 43 --label 5 --execute 3
+    worldvla collect "$suite" --out $OUT/expert2/"$suite" --episodes 10 --seed 45 --label 5
+    for kind in world2 visited2 expert2; do
+        worldvla tokenize $OUT/$kind/"$suite" --tokenizer $OUT/levels --out $OUT/levels_${kind}_"$suite"
+    done
+done
+train tabletop_sampled $OUT/sampled_model

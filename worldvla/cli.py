@@ -572,6 +572,7 @@ def evaluate(
     plan: int = 0,
     world: str = "",
     judge: Path | None = None,
+    dtype: WorldType = "float32",
     videos: int = 1,
     seed: int = 0,
     workers: Workers = 0,
@@ -619,6 +620,7 @@ def evaluate(
 
         options = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
         options |= {"plan": plan or None, "world": world, "judge": judge}
+        options |= {"dtype": dtype} if plan else {}
         act = partial(open_actor, checkpoint, seed=seed, unnorm_key=unnorm_key, **options)
         whole = Protocol(suite, tasks, episodes, first, seed, videos, scene_prefix, _shard(shard))
         records, folders = _evaluate_members(whole, act, out, workers, pool, save_dataset)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from worldvla.eval.actors import ModelActor, Query
 from worldvla.eval.judge import Judge, encoded
@@ -19,7 +20,7 @@ from worldvla.infer.world import World
 
 class PlanningActor(ModelActor):
     """`chunks`: N, the likeliest chunk and N - 1 drawn at `temperature`. `judge`: weights that `worldvla
-    rank` or `improve` left, which fit `world`."""
+    rank` or `improve` left, which fit `world`. `dtype` of the world model's transformer."""
 
     name = "planning"
 
@@ -30,13 +31,15 @@ class PlanningActor(ModelActor):
         judge: Path,
         chunks: int,
         temperature: float = 1.0,
+        dtype: str = "float32",
         seed: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(checkpoint, **options)
         if chunks < 2:
             raise ValueError(f"planning chooses among at least 2 chunks, got {chunks}")
-        self.world, self.chunks, self.temperature = load(world), chunks, temperature
+        self.world, self.dtype = load(world, dtype=getattr(torch, dtype)), dtype
+        self.chunks, self.temperature = chunks, temperature
         self.judge, self._facts = Judge.load(judge, self.world)
         if self.history > 1:
             raise ValueError(f"{checkpoint} looks at {self.history} frames: only policies of one can plan")
@@ -90,7 +93,12 @@ class PlanningActor(ModelActor):
         return np.stack([self._first[key] for key in keys])
 
     def identity(self) -> dict[str, Any]:
-        plan = {"chunks": self.chunks, "temperature": self.temperature, "judge": self._facts["errors"]}
+        plan = {
+            "chunks": self.chunks,
+            "temperature": self.temperature,
+            "dtype": self.dtype,
+            "judge": self._facts["errors"],
+        }
         return {**super().identity(), "planning": {**plan, "world": self.world.identity()["digest"]}}
 
     def describe(self) -> dict[str, Any]:

@@ -239,7 +239,17 @@ TAKES: dict[str, set[str]] = {
     "expert": set(),
     "open-loop": {"demos"},
     "a policy server": {"execute", "unnorm_key"},
-    "a checkpoint": {"execute", "head", "device", "quantize", "unnorm_key", "plan", "world", "judge"},
+    "a checkpoint": {
+        "execute",
+        "head",
+        "device",
+        "quantize",
+        "unnorm_key",
+        "plan",
+        "world",
+        "judge",
+        "dtype",
+    },
 }
 """Who acts -> the options that are about it."""
 
@@ -268,6 +278,7 @@ def open_actor(name: str, suite: str, seed: int = 0, **options: Any) -> Actor:
         from worldvla.eval.remote import RemoteActor
 
         return RemoteActor(name, suite, **used)
+    dtype = used.pop("dtype", "float32")
     plan = {option: used.pop(option, None) for option in ("plan", "world", "judge")}
     if not any(plan.values()):
         return ModelActor(name, **used)
@@ -275,4 +286,4 @@ def open_actor(name: str, suite: str, seed: int = 0, **options: Any) -> Actor:
         raise ValueError("planning needs --plan CHUNKS, --world CHECKPOINT and --judge FILE: give all three")
     from worldvla.eval.planning import PlanningActor
 
-    return PlanningActor(name, plan["world"], plan["judge"], plan["plan"], seed=seed, **used)
+    return PlanningActor(name, plan["world"], plan["judge"], plan["plan"], dtype=dtype, seed=seed, **used)
