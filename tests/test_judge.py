@@ -19,7 +19,7 @@ from worldvla.eval import judge
 from worldvla.eval.actors import Query
 from worldvla.eval.planning import PlanningActor
 from worldvla.eval.rollout import open_actor
-from worldvla.eval.stats import DRAWS, agreement, rank_agreement
+from worldvla.eval.stats import DRAWS, agreement, rank_agreement, rank_violation
 from worldvla.infer.model import load
 from worldvla.infer.world import World
 from worldvla.sim import suites as sim
@@ -95,6 +95,10 @@ def test_the_same_outcomes_agree_and_opposite_ones_do_not(rng: np.random.Generat
     assert same["same_episodes"] == [200, 200]
     assert 1900 < same["draws"] < DRAWS  # one checkpoint four times: nothing differs
     assert opposite["pearson"]["value"] == -1.0
+    assert (same["rank_violation"], same["bias_points"]) == (0.0, 0.0)
+    assert opposite["bias_points"] == pytest.approx(100 * (1 - 2 * outcomes_MN.mean()), abs=0.1)
+    # The second and third change places: each is 0.3 from the other, the first and last are right.
+    assert rank_violation(np.array([0.1, 0.4, 0.7, 0.9]), np.array([0, 0.6, 0.5, 1])) == pytest.approx(0.15)
     nothing = agreement(np.ones((3, 4)), np.ones((3, 4)), range(3))
     assert (nothing["spearman"], nothing["draws"]) == ({"value": None, "interval_95": None}, 0)
 

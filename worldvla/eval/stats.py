@@ -91,7 +91,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def agreement(a_MN: np.ndarray, b_MN: np.ndarray, of_M: Sequence[Any]) -> dict[str, Any]:
-    """Return Spearman's and Pearson's correlation of the success rates of M policies, with intervals.
+    """Return Spearman's and Pearson's correlation of the success rates of M policies, with intervals, their
+    rank violation, and `bias_points`, by how many points B's rates are higher in the mean.
 
     Bootstrap over checkpoints, `of_M`: policies that share one are drawn together. (Over initial states it
     would add their noise to rates that hold it already, and pull the interval towards 0.) Draws in which no
@@ -110,7 +111,17 @@ def agreement(a_MN: np.ndarray, b_MN: np.ndarray, of_M: Sequence[Any]) -> dict[s
         quantiles = np.quantile([measure(*pair)[0] for pair in drawn], (0.025, 0.975)) if drawn else None
         interval = None if quantiles is None else [round(float(q), 3) for q in quantiles]
         out[name] = {"value": value, "interval_95": interval}
+    out["rank_violation"] = round(rank_violation(*rates), 4)
+    out["bias_points"] = round(100 * float((rates[1] - rates[0]).mean()), 1)
     return out
+
+
+def rank_violation(a_M: np.ndarray, b_M: np.ndarray) -> float:
+    """Return the mean maximum rank violation of rates `b_M` against `a_M` (SIMPLER, arXiv 2405.05941): of
+    each policy, how far the farthest one is that `b_M` puts on its wrong side; 0 is perfect."""
+    apart = a_M[:, None] - a_M
+    is_wrong = (a_M[:, None] < a_M) != (b_M[:, None] < b_M)
+    return float((np.abs(apart) * is_wrong).max(1).mean())
 
 
 def rank_agreement(policies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
