@@ -121,7 +121,15 @@ def readme(records: Records) -> str:
             size = f"{records[name]['checkpoint']['parameters'] / 1e6:.1f} M"
             success = f"{k}/{n} ({percent(wilson(k, n))})"
             rows.append([suite, success, f"{size}, {hours}", PAPER.get(suite, "")])
-    return table(("suite", "this repository", "parameters, training", "WorldVLA 7B, 256 px"), rows)
+    results = table(("suite", "this repository", "parameters, training", "WorldVLA 7B, 256 px"), rows)
+    record = records["tabletop_world/rank"]
+    of = record["imagined"]["spearman"]
+    low, high = of["interval_95"]
+    ranked = (
+        f"In its imagination {len(record['policies'])} policies rank as in the simulator: "
+        f"Spearman {of['value']:.2f} (95 % {low:.2f} to {high:.2f})."
+    )
+    return f"{results}\n\n{ranked}"
 
 
 def requirements(records: Records) -> str:
@@ -437,6 +445,33 @@ def rank(records: Records) -> str:
     return table((*names, "Spearman, imagined (95 %)", "Spearman, judge (95 %)"), rows)
 
 
+def ranking(records: Records) -> str:
+    """Return how policies of sixteen strengths do in the simulator and in the shipped world model."""
+    record = records["tabletop_world/rank"]
+    won = {p["name"].rpartition("noise_")[2]: [sum(o) for o in p["outcomes"]] for p in record["policies"]}
+    number = len(record["policies"][0]["outcomes"][0])
+    rows = [
+        ["none" if name == record["world"]["name"] else name, *(f"{k}/{number}" for k in won[name])]
+        for name in sorted(won, key=lambda name: -won[name][0])
+    ]
+    return table(("noise on the weights", "simulator", "judge on its frames", "imagined"), rows)
+
+
+def ranking_agreement(records: Records) -> str:
+    """Return how well the rates of `ranking` agree with the simulator's."""
+    record, rows = records["tabletop_world/rank"], []
+    for words, key in (("imagined", "imagined"), ("judge on real frames", "judge_on_real_frames")):
+        of = record[key]
+        both = (
+            f"{of[n]['value']} ({of[n]['interval_95'][0]} to {of[n]['interval_95'][1]})"
+            for n in ("spearman", "pearson")
+        )
+        same, total = of["same_episodes"]
+        rows.append([words, *both, of["rank_violation"], of["bias_points"], f"{same}/{total}"])
+    names = ("success", "Spearman (95 %)", "Pearson (95 %)", "mean maximum rank violation", "bias, points")
+    return table((*names, "episodes that end alike"), rows)
+
+
 SPEED = """
 tabletop: physics and a 64 x 64 picture | decoding | simulation steps_s_camera | steps/s
 tabletop model: chunk of 5 after the prefill | decoding | 3m actions side_by_side chunk_ms | ms
@@ -479,7 +514,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     for f in (
         *(suites, experts, ablation, ablation_differences, short_chunks, short_chunks_differences),
         *(ablation_libero, history, heads, chunk_length, chunk_error, world, shipped_world, motion),
-        *(rank, speed),
+        *(rank, ranking, ranking_agreement, speed),
     )
 }
 
