@@ -43,14 +43,15 @@ class Scripted:
     def keep(self, rows: np.ndarray) -> None:
         self.rows = self.rows[rows]
 
-    def step(self, actions: np.ndarray) -> judge.Seen:
+    def step(self, actions: np.ndarray, look: bool) -> judge.Seen:
         assert np.array_equal(actions[:, 0], 100 * self.rows + self.t)  # what the policy meant for this step
         said, success = (
             np.array([self.t < len(w[n]) and w[n][self.t] == "x" for n in self.rows])
             for w in (self.said, self.success)
         )
         self.t += 1
-        frame = {"agentview": np.broadcast_to(self.rows[:, None, None, None], (len(self.rows), 2, 2, 3))}
+        shown = np.broadcast_to(self.rows[:, None, None, None], (len(self.rows), 2, 2, 3))
+        frame = {"agentview": shown} if look else {}
         return judge.Seen(frame, np.full((len(self.rows), 8), self.t, np.float32), said, success)
 
 
@@ -146,9 +147,14 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
     assert run()["policies"] == record["policies"]
 
 
-def test_the_judge_learns_what_pictures_show_of_each_task(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("says_states", [False, True])
+def test_the_judge_learns_what_pictures_show_of_each_task(
+    says_states: bool, rng: np.random.Generator
+) -> None:
     """Brightness is the state; task 0 is done when it is brighter than at first, task 1 when it is darker."""
     model = load(MODEL)
+    layout = replace(model.config.layout, world_state=says_states)
+    model = replace(model, config=replace(model.config, layout=layout))
     bright, tasks = rng.integers(40, 216, 600), rng.integers(0, 2, 600)
     first = np.repeat(rng.integers(100, 156, 60), 10)
     codes, before = (
@@ -173,9 +179,12 @@ def test_the_judge_learns_what_pictures_show_of_each_task(rng: np.random.Generat
     assert alarms < 0.1 * failures
     assert errors["episodes_agree"][1] == 6
     assert errors["position_error_mm"] < 10  # of 175
-    felt, _ = net.read(codes[:5], before[:5], tasks[:5])
+    felt, _ = net.read(codes[:5], before[:5], tasks[:5], states[:5])
     assert np.abs(felt - states[:5]).max() < 0.03
-    assert np.abs(net.value(codes, before, tasks) - value).mean() < 0.1
+    assert np.abs(net.value(codes, before, tasks, states) - value).mean() < 0.1
+    if says_states:
+        with pytest.raises(ValueError, match="reads the robot's state beside the frames"):
+            net.read(codes[:5], before[:5], tasks[:5])
 
 
 @pytest.mark.parametrize(
@@ -242,7 +251,8 @@ def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) ->
     env.close()
     asked: list[np.ndarray] = []
 
-    def value(codes: np.ndarray, first: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+    def value(codes: np.ndarray, first: np.ndarray, tasks: np.ndarray, states: np.ndarray) -> np.ndarray:
+        assert states.shape == (8, 8)
         assert (first == judge.encoded(model, {v: observation[v][None] for v in model.view_sizes})).all()
         assert (len(codes), tasks.tolist()) == (8, [0] * 8)
         asked.append(codes)
