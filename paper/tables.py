@@ -126,8 +126,8 @@ def readme(records: Records) -> str:
     of = record["imagined"]["spearman"]
     low, high = of["interval_95"]
     ranked = (
-        f"In its imagination {len(record['policies'])} policies rank as in the simulator: "
-        f"Spearman {of['value']:.2f} (95 % {low:.2f} to {high:.2f})."
+        f"In imagination {len(record['policies'])} policies, weak to strong, rank as in the simulator: "
+        f"Spearman {of['value']:.2f} ({low:.2f} to {high:.2f})."
     )
     return f"{results}\n\n{ranked}"
 
