@@ -261,6 +261,17 @@ def test_init_from_takes_weights_and_what_the_ids_mean(root: Path, tmp_path: Pat
     weights = load_file(first / "model.safetensors")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in trainer.model.state_dict().items())
     assert trainer.state.step == 0
+    deep = replace(config, model=replace(config.model, num_layers=2 * config.model.num_layers))
+    deeper = Trainer(build(deep), tmp_path / "deep").model
+    assert len(deeper.layers) == 2 * len(trainer.model.layers)
+    ids_BT = torch.arange(12).view(2, 6)
+    places = None, torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
+    assert torch.equal(deeper(ids_BT, *places), trainer.model(ids_BT, *places))
+    own = deeper.state_dict()
+    assert own["layers.1.attention.q.weight"].equal(own["layers.0.attention.q.weight"])
+    shallow = replace(config, model=replace(config.model, num_layers=config.model.num_layers - 1))
+    with pytest.raises(ValueError, match="does not fit"):
+        Trainer(build(shallow), tmp_path / "shallow")
     wide = replace(config, model=replace(config.model, width=64))
     with pytest.raises(ValueError, match="does not fit"):
         Trainer(build(wide), tmp_path / "third")

@@ -19,6 +19,8 @@ from worldvla.model.quantize import Form, Packed
 from worldvla.model.transformer import Transformer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+LAST_MATRICES = ("attention.o.weight", "mlp.down.weight")
+"""Of the two branches of a block."""
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Types that weights may have: as safetensors and as torch call them."""
 
@@ -121,6 +123,25 @@ def check_fit(path: Path, own: Mapping[str, Tensor]) -> None:
     """Raise ValueError if the keys and shapes in a file's header are not those of `own`, naming the first."""
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     check_shapes(path, header(path)[0], shapes, "use the model and layout of its config.json")
+
+
+def origins(path: Path, names: Iterable[str], num_layers: int) -> dict[str, tuple[str, bool]]:
+    """Return where each of a model's tensors is in a file, and whether it starts as zeros all the same.
+
+    A file of fewer layers, M of N, makes a deeper model that starts as the same function: layer j is layer
+    j * M // N of the file, and a second copy of one adds nothing yet, as its last matrices are zero (block
+    expansion, arXiv 2401.02415).
+    """
+    stored = [int(name.split(".")[1]) for name in header(path)[0] if name.startswith("layers.")]
+    number = max(stored, default=-1) + 1
+    found = {name: (name, False) for name in names}
+    if not 0 < number < num_layers:
+        return found
+    for name in [name for name in found if name.startswith("layers.")]:
+        _, index, rest = name.split(".", 2)
+        source, before = (j * number // num_layers for j in (int(index), int(index) - 1))
+        found[name] = f"layers.{source}.{rest}", source == before and rest in LAST_MATRICES
+    return found
 
 
 def weights_digest(path: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from worldvla.config import Config
 from worldvla.data.loader import Loader, dataset_statistics, prompted
@@ -18,7 +18,15 @@ from worldvla.machine import available_memory, num_processes
 from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import add_updates, refuse_updates
 from worldvla.model.transformer import Transformer
-from worldvla.model.weights import assign, check_fit, empty_model, header, read_tensor, weights_digest
+from worldvla.model.weights import (
+    assign,
+    check_fit,
+    empty_model,
+    header,
+    origins,
+    read_tensor,
+    weights_digest,
+)
 from worldvla.tokenizers.action import DatasetStatistics, Statistics, dequantize, load_statistics, normalize
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer
@@ -172,8 +180,9 @@ def trainable(model: Transformer, config: Config, weights: Path | None) -> Trans
             head = ActionHead(config.model.head, config.model.width, *config.layout.action_shape)
             head.init_weights(config.train.seed)
             new = {f"action_head.{name}": tensor for name, tensor in head.state_dict().items()}
-        check_fit(weights, {name: tensor for name, tensor in own.items() if name not in new})
-        tensors = ((n, new[n] if n in new else read_tensor(weights, n)) for n in own)
+        source = origins(weights, own, config.model.num_layers)
+        check_fit(weights, {source[name][0]: tensor for name, tensor in own.items() if name not in new})
+        tensors = ((n, new[n] if n in new else _read(weights, *source[n])) for n in own)
     else:
         tensors = own.items()
     form = config.lora.base if config.lora.rank else None
@@ -186,6 +195,11 @@ def trainable(model: Transformer, config: Config, weights: Path | None) -> Trans
         model.action_head.requires_grad_(True)
         return model
     return model.requires_grad_(True).train()
+
+
+def _read(path: Path, name: str, is_zero: bool) -> Tensor:
+    tensor = read_tensor(path, name)
+    return torch.zeros_like(tensor) if is_zero else tensor
 
 
 def held(model: nn.Module, ema: float = 0.0) -> dict[str, int]:
