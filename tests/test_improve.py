@@ -16,6 +16,7 @@ import worldvla
 from worldvla.data.collect import collect
 from worldvla.data.episode import read_episodes
 from worldvla.data.store import TokenStore
+from worldvla.eval.page import write_improvement
 from worldvla.improve import improve
 from worldvla.infer.model import load
 from worldvla.sim import suites as sim
@@ -57,6 +58,9 @@ def test_what_succeeds_is_what_happened_and_is_learnt(
                 assert info["success"] == (t + 1 == len(episode))
     assert len(TokenStore.open(tmp_path / "real/round_0/store").episodes) == len(kept)
     assert load(record["checkpoint"]).manifest["step"] == 1
+    page = write_improvement(tmp_path / "real").read_text()
+    assert page.count("<video") == 1  # a file is one task's
+    assert "badge success" in page
 
     monkeypatch.setattr("worldvla.improve._roll", None)  # nobody acts again
     assert run(tmp_path / "real", kind="simulator")["checkpoint"] == record["checkpoint"]

@@ -17,6 +17,7 @@ from worldvla.data.collect import collect
 from worldvla.data.episode import read_episodes
 from worldvla.eval import judge
 from worldvla.eval.actors import Query
+from worldvla.eval.page import write_ranking
 from worldvla.eval.planning import PlanningActor
 from worldvla.eval.rollout import open_actor
 from worldvla.eval.stats import DRAWS, agreement, rank_agreement, rank_violation
@@ -143,6 +144,10 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
     for name in ("judge_on_real_frames", "imagined"):
         assert again[name]["table"][0] == [0, 0]  # all three are successes
         assert again[name]["agree"] == again[name]["table"][1][1] == 3 - again[name]["table"][1][0]
+    assert len(again["films"]) == 3 - again["imagined"]["agree"]
+    page = write_ranking(tmp_path / "out").read_text()
+    assert page.count("<video") == len(again["films"]) == len(list((tmp_path / "out/films").glob("*.mp4")))
+    assert f"{again['imagined']['agree']} end in imagination" in page
     monkeypatch.setattr(judge, "drive", None)
     assert run()["policies"] == record["policies"]
 

@@ -782,6 +782,7 @@ def rank(
     """
     from worldvla.data.episode import demonstration_files
     from worldvla.eval.judge import rank_policies
+    from worldvla.eval.page import write_ranking
 
     files, counts = demonstration_files(demos), {"episodes": episodes, "first": first}
     with only_writer(out):
@@ -810,7 +811,7 @@ def rank(
         spearman = group["imagined"]["spearman"]
         say(f"among those that execute {n}: {spearman['value']} (95 % {spearman['interval_95']})")
     spearman = record["imagined"]["spearman"]
-    say(f"rank correlation {spearman['value']} (95 % {spearman['interval_95']})   record: {out}/record.json")
+    say(f"rank correlation {spearman['value']} (95 % {spearman['interval_95']})   {write_ranking(out)}")
 
 
 def improve(
@@ -849,6 +850,7 @@ def improve(
         keep_all: Learn from failures too: the control of what the judge gives.
     """
     from worldvla.data.episode import demonstration_files
+    from worldvla.eval.page import write_improvement
     from worldvla.improve import improve
 
     options: dict[str, Any] = {"episodes": episodes, "rounds": rounds, "execute": execute, "steps": steps}
@@ -866,7 +868,7 @@ def improve(
     for number, row in enumerate(record["rounds"]):
         done, total = row["successes"], row["episodes"]
         say(f"round {number}: {done} of {total} succeeded in {kind}, {row['kept']} kept")
-    say(f"new policy: {record['checkpoint']}   record: {out}/record.json")
+    say(f"new policy: {record['checkpoint']}   page: {write_improvement(out)}")
     say(f"next: worldvla eval {record['checkpoint']} --suite {suites[0]}, then worldvla compare")
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from worldvla.data.episode import Episode, fingerprint, read_episodes
 from worldvla.eval.record import Journal
 from worldvla.eval.stats import rank_agreement
+from worldvla.eval.world import Clip, film, imagine
 from worldvla.files import check_shapes, load_tensors, read_json, save_tensors, write_json
 from worldvla.infer.model import Model, load
 from worldvla.infer.policy import Policy
@@ -31,6 +32,7 @@ from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import NUM_ACTION_DIMS, NUM_INITS, Task
+from worldvla.video import write_mp4
 
 AFTER = 4
 """Pictures of each demonstration from its success on, which HDF5 files do not hold: the simulator goes on."""
@@ -43,6 +45,8 @@ DONE, WRONG = 1 / 3, 0.05
 """Share of successes in a batch, and of codes that are another picture's: imagination has wrong ones."""
 UNSURE = 0.05
 """Noise on the state that is read in training, in standard deviations."""
+FILMS = 8
+"""Of replays that imagination ends otherwise, at most."""
 HELD_OUT = 0.1
 """Share of the episodes that the judge is not trained on: its errors are measured there."""
 
@@ -431,13 +435,13 @@ def drive(
 
 
 def replays(
-    judge: Judge, world: Model, paths: Sequence[Path], episodes: int, batch: int = 32
+    judge: Judge, world: Model, paths: Sequence[Path], episodes: int, out: Path, batch: int = 32
 ) -> dict[str, Any]:
     """Return how often episodes that nothing was trained on end as they did in the simulator: by the judge's
     word on real frames, and when their actions are imagined from the first frame. `table`: of failures and of
     successes, how many the judge calls failures and successes.
 
-    At most `episodes` of each file of `paths`.
+    At most `episodes` of each file of `paths`. `films`: some that imagination ends otherwise, in `out`/films.
     """
     shown = list(_shown(paths, judge.tasks, world, episodes, "held-out episodes"))
     if not shown:
@@ -460,12 +464,27 @@ def replays(
                 seen = pictures.codes, pictures.first, pictures.tasks, pictures.states
                 real.append(_confirmed(judge.read(*seen)[1]))
                 dreamt.append(_confirmed(said_NT[row, : len(plan)]))
-    out: dict[str, Any] = {"episodes": len(truth), "successes": sum(truth)}
+    report: dict[str, Any] = {"episodes": len(truth), "successes": sum(truth)}
     for name, found in {"judge_on_real_frames": real, "imagined": dreamt}.items():
         table = np.zeros((2, 2), dtype=int)
         np.add.at(table, (np.array(truth, dtype=int), np.array(found, dtype=int)), 1)
-        out[name] = {"agree": int(np.trace(table)), "table": table.tolist()}
-    return out
+        report[name] = {"agree": int(np.trace(table)), "table": table.tolist()}
+    pairs = zip([episode for episode, _ in shown], truth, dreamt, strict=True)
+    wrong = [(episode, end) for episode, end, imagined in pairs if end != imagined][:FILMS]
+    return report | {"films": _filmed(world, wrong, out)}
+
+
+def _filmed(world: Model, wrong: Sequence[tuple[Episode, bool]], out: Path) -> list[dict[str, Any]]:
+    """Write a film of each episode and of what is imagined of it; return what it shows, with its success in
+    the simulator."""
+    clips, films = [Clip(episode, 0, len(episode) - 1) for episode, _ in wrong], []
+    frames = imagine(world, clips, title="films")[0] if clips else []
+    for i, (clip, (episode, success)) in enumerate(zip(clips, wrong, strict=True)):
+        video = f"films/{i:02d}.mp4"
+        write_mp4(out / video, film(clip, frames[i]), clip.fps)
+        what = {"suite": episode.suite, "task": episode.task, "instruction": episode.instruction}
+        films.append({**what, "success": success, "video": video})
+    return films
 
 
 def _confirmed(said: np.ndarray) -> bool:
@@ -502,10 +521,10 @@ def rank_policies(
     policies = _with_intervals(checkpoints, model, execute)
     judge, errors = judge_of(out / "judge.safetensors", demos, suites, model, judged, judge_steps, seed)
     tasks = judge.tasks
-    again = {"replays": replays(judge, model, held_out, judged)} if held_out else {}
+    again = {"replays": replays(judge, model, held_out, judged, out)} if held_out else {}
+    horizons = {suite: sim.suite(suite).horizon for suite in suites}
     protocol: dict[str, Any] = {"episodes": episodes, "first": first, "confirm": CONFIRM, "seed": seed}
-    protocol["dtype"] = dtype
-    protocol["horizons"] = {suite: sim.suite(suite).horizon for suite in suites}
+    protocol |= {"dtype": dtype, "horizons": horizons}
     identity = {
         "world": model.identity(),
         "suites": list(suites),

@@ -7,17 +7,19 @@ The words and the markup are in worldvla/assets/report.
 import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 
-from worldvla.data.episode import Episode
+from worldvla.data.episode import Episode, read_episodes
 from worldvla.eval.tokens import read_example
 from worldvla.files import read_json, write_text
+from worldvla.sim.protocol import FPS
 from worldvla.sim.suites import suite
-from worldvla.video import film_strip
+from worldvla.video import encode_mp4, film_strip, views_side_by_side
 
 TEMPLATES = Path(__file__).parents[1] / "assets/report"
 INK, QUIET, LINE, BLUE, ORANGE = "#1f2328", "#6b7280", "#e5e7eb", "#2f6fde", "#e8833a"
@@ -85,6 +87,50 @@ def write_page(
 def write_inspection(path: Path, title: str, lines: Sequence[str], strips: Sequence[Strip]) -> Path:
     """Write the page of a data set: what `worldvla inspect` prints, and a film strip of each episode."""
     write_text(path, render("inspect.html", title=title, lines=lines, strips=strips))
+    return path
+
+
+def write_ranking(directory: Path) -> Path:
+    """Write the page of what `worldvla rank` left in `directory`; return its path."""
+    record = _read(directory)
+    rates = [[100 * sum(o) / len(o) for o in policy["outcomes"]] for policy in record["policies"]]
+    real, there, imagined = zip(*rates, strict=True)
+    points: dict[str, Any] = {"linestyle": "", "marker": "o", "alpha": 0.8}
+    lines = [
+        ((0, 100), (0, 100), {"label": "equal", "color": LINE, "linewidth": 1.5}),
+        (real, there, {"label": "judge on the simulator's frames", "color": QUIET, **points}),
+        (real, imagined, {"label": "imagined", "color": BLUE, **points}),
+    ]
+    groups = record["by_execute"].items() if len(record["by_execute"]) > 1 else ()
+    agreements = [("the judge, on the simulator's frames", record["judge_on_real_frames"])]
+    agreements += [("the judge, on imagined frames", record["imagined"])]
+    agreements += [(f"the same, replan interval {n}", group["imagined"]) for n, group in groups]
+    path, title = directory / "index.html", f"Policies ranked by {record['world']['name']}"
+    plot = line_plots([("Success seen, %", "success in the simulator, %", lines)], 1)
+    values = {"record": record, "plot": plot, "agreements": agreements, "directory": directory}
+    write_text(path, render("ranking.html", title=title, **values))
+    return path
+
+
+def write_improvement(directory: Path) -> Path:
+    """Write the page of what `worldvla improve` left in `directory`; return its path."""
+    record, films = _read(directory), []
+    files = sorted((directory / f"round_{len(record['rounds']) - 1}/demos").rglob("*.hdf5"))
+    for episode in islice((e for file in files for e in islice(read_episodes(file), 1)), MAX_VIDEOS):
+        frames = [
+            dict(zip(episode.images, views, strict=True))
+            for views in zip(*episode.images.values(), strict=True)
+        ]
+        status = "success" if episode.success else "fail"
+        films.append(
+            (
+                encode_mp4(views_side_by_side(frames), FPS[suite(episode.suite).simulator]),
+                status,
+                episode.instruction,
+            )
+        )
+    path, title = directory / "index.html", f"What {record['policy']['name']} learnt"
+    write_text(path, render("improvement.html", title=title, record=record, films=films))
     return path
 
 

@@ -165,10 +165,7 @@ def evaluate(
         guard(save / "eval.json", protocol.identity(actor)) if save else nullcontext(),
         progress_bar() as progress,
     ):
-        done = {(o["task"], o["init"]) for o in journal.outcomes}
-        left = [job for job in jobs if (job.task.index, job.init) not in done]
-        if save is not None and not all(saved(save, job).exists() for job in jobs if job not in left):
-            raise ValueError(f"{out} holds episodes that are not in {save}: give another --out")
+        left = _left(jobs, journal, out, save)
         bar = progress.add_task(name, total=len(jobs), completed=len(jobs) - len(left))
         fps = FPS[protocol.simulator] / (1 if settings.film_all else actor.execute)
 
@@ -192,6 +189,15 @@ def evaluate(
         raise stopped
     actor.write_example(out)
     return record
+
+
+def _left(jobs: Sequence[Job], journal: Journal, out: Path, save: Path | None) -> list[Job]:
+    """Return the jobs that are not done; done ones must be saved, where episodes are to be."""
+    done = {(o["task"], o["init"]) for o in journal.outcomes}
+    left = [job for job in jobs if (job.task.index, job.init) not in done]
+    if save is not None and not all(saved(save, job).exists() for job in jobs if job not in left):
+        raise ValueError(f"{out} holds episodes that are not in {save}: give another --out")
+    return left
 
 
 def _outcome(
