@@ -22,7 +22,7 @@ from worldvla.data.store import code_type
 from worldvla.infer.graphs import Runner
 from worldvla.infer.model import export, load
 from worldvla.infer.world import World
-from worldvla.model.mask import dense_mask
+from worldvla.model.mask import dense_mask, read_ids
 from worldvla.model.transformer import previous_ids
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train.build import build, build_model
@@ -42,11 +42,20 @@ CELLS = ImageTokenizerConfig(
 )
 
 
-def clip_config(root: Path, world_state: bool = False, anchor: bool = False) -> Config:
+def clip_config(
+    root: Path, world_state: bool = False, anchor: bool = False, frame_at_once: bool = False
+) -> Config:
     base = tiny_config(root, steps=4)
     return replace(
         base,
-        layout=replace(base.layout, clip=2, history=1, world_state=world_state, anchor=anchor),
+        layout=replace(
+            base.layout,
+            clip=2,
+            history=1,
+            world_state=world_state,
+            anchor=anchor,
+            frame_at_once=frame_at_once,
+        ),
         model=replace(base.model, code_levels=(4, 4), previous_code=True),
         loss=replace(base.loss, supervise="decoded"),
         data=replace(base.data, sequence_length=140, corrupt=0.2, world_fraction=0.5),
@@ -54,7 +63,12 @@ def clip_config(root: Path, world_state: bool = False, anchor: bool = False) -> 
     )
 
 
-KINDS = {"frames": (False, False), "states": (True, False), "anchor": (True, True)}
+KINDS = {
+    "frames": (False, False),
+    "states": (True, False),
+    "anchor": (True, True),
+    "at_once": (True, True, True),
+}
 
 
 @pytest.fixture(scope="module", params=list(KINDS.values()), ids=list(KINDS))
@@ -144,6 +158,41 @@ def test_some_codes_are_read_as_the_model_chooses_them(trained: Path, tmp_path: 
     assert trainer._with_own_codes(policy, trainer.loss.targets(policy)) is policy
 
 
+def test_at_once_no_code_of_a_frame_reads_another_one_of_it(trained: Path, tmp_path: Path) -> None:
+    """Change what is read of the first frame asked for: its own predictions stay, those of the next change;
+    code by code, its own change too. Every position of a frame sees all of the frame before."""
+    trainer = Trainer(build(load(trained).config), tmp_path / "run")
+    batch, layout = world_batch(trainer.config), trainer.config.layout
+    template = trainer.pieces.builder.world_template(2)
+    first, second = (np.concatenate(views) for views in template.images[-2:])
+    given = np.concatenate(template.images[-3])
+
+    def hidden(ids_BT: torch.Tensor) -> dict[int, torch.Tensor]:
+        other = replace(batch, wrong_BT=ids_BT)
+        target = trainer.loss.targets(batch)
+        with torch.no_grad():
+            x_PD, _ = trainer.forward(other, target)
+        length = batch.ids_BT.shape[1]
+        return {int(p): x for p, x in zip(target.positions_P, x_PD, strict=True) if p < length}
+
+    def changed(place: int) -> tuple[int, int]:
+        ids_BT = batch.ids_BT.clone()
+        ids_BT[0, place] = batch.ids_BT[0, given[ids_BT[0, given] != ids_BT[0, place]][0]]
+        before, after = hidden(batch.ids_BT), hidden(ids_BT)
+        first_N, second_N = (
+            [not torch.equal(before[p - 1], after[p - 1]) for p in of] for of in (first, second)
+        )
+        return sum(first_N), sum(second_N)
+
+    if layout.frame_at_once:
+        assert trainer.model.ahead == len(range(first[0] - 1, first[-1]))
+        assert changed(first[3]) == (0, len(second))
+        assert changed(given[-1])[0] == len(first)
+    else:
+        assert trainer.model.ahead == 0
+        assert changed(first[3]) == (len(first) - 4, len(second))
+
+
 def test_with_an_anchor_blocks_vanish_from_a_frame_on(trained: Path) -> None:
     pieces = build(load(trained).config)
     batch, has_anchor = world_batch(pieces.config), pieces.config.layout.anchor
@@ -209,7 +258,8 @@ def test_guessing_changes_no_code_and_history_is_that_of_training(trained: Path,
         number = stop - first
         sample = builder.world(split[clip], actions[clip], split[stop], states[first : stop + 1], split[0])
         batch = Batch.stack([sample], model.vocab.pad)
-        places = batch.ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT
+        ids_BT = read_ids(batch.ids_BT, batch.chunk_BT, batch.row_BT, model.vocab.pad)
+        places = ids_BT, dense_mask(batch.chunk_BT), batch.row_BT, batch.col_BT
         previous = previous_ids(batch.ids_BT, batch.row_BT, batch.col_BT)
         with torch.no_grad():
             x_BTD = transformer(*places, None, previous)

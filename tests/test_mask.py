@@ -84,6 +84,11 @@ def test_predicate_on_plain_integers() -> None:
     assert visible(9, 5, 0, 2)  # the closing separator sees every action
     assert not visible(5, 4, 2, 1)
     assert not visible(4, 5, 0, 0)
+    assert visible(4, 5, -1, -1)  # a frame that is predicted at once sees all of itself
+    assert not visible(4, 5, -1, -2)
+    assert not visible(4, 5, 0, -1)
+    assert visible(5, 4, -2, -1)
+    assert visible(5, 4, 0, -1)
 
 
 def test_decoding_rows_equal_rows_of_the_whole_mask() -> None:

@@ -25,7 +25,8 @@ class Sample:
     """One training sequence. All arrays are 1-D with the same length T.
 
     ids: int64, joint-vocabulary ids.
-    chunk: int16, k >= 1 on every token of the k-th action block of a chunk under the selective mask, else 0.
+    chunk: int16, k >= 1 on every token of the k-th action block of a chunk under the selective mask; -t
+    on the positions from which the t-th frame asked for is predicted, with layout.frame_at_once; else 0.
     kind: uint8, what ids[i] is as a target (predicted from position i - 1).
     row, col: int16, 1-based place of an image code in the grids of all views stacked, 0 elsewhere.
     """

@@ -142,6 +142,10 @@ class LayoutConfig(Checked):
     anchor: bool = False
     """A world sample begins with an earlier frame of its episode, which in imagination is the real one that
     it began from: what has been hidden or lost since is still to be seen. Off, as published: none."""
+    frame_at_once: bool = False
+    """All codes of a frame that is asked for are predicted at once, none from another one of it: what
+    layout.selective_mask is for actions. Needs model.previous_code, which reads the frame before. Off, as
+    published: each from those before it."""
     chunk: Count = 5
     """K, actions of a chunk."""
     state: bool = False
@@ -368,7 +372,8 @@ class TrainConfig(Checked):
     save_every: Whole = 500
     """Steps between checkpoints."""
     init_from: str = ""
-    """Checkpoint to take weights from before step 0; empty: from scratch."""
+    """Checkpoint to take weights from before step 0; empty: from scratch. One of fewer layers starts a deeper
+    model, as the same function."""
     only_head: bool = False
     """Train the continuous head alone, beside the weights of init_from, which stay as they are: the bins
     answer as before, and a step costs half."""
@@ -424,6 +429,11 @@ class Config(Checked):
             raise ValueError("train.scheduled_sampling needs whole models: set train.shard 1")
         if self.model.previous_code and not self.model.code_levels:
             raise ValueError("model.previous_code needs model.code_levels, got none")
+        if self.layout.frame_at_once and not self.model.previous_code:
+            raise ValueError(
+                "layout.frame_at_once predicts no code from another one of its frame: set "
+                "model.previous_code, which reads the frame before"
+            )
         if self.model.head.num_layers and self.data.world_fraction == 1:
             raise ValueError(
                 "world_fraction 1 never trains the action head: lower it, or set model.head.num_layers 0"

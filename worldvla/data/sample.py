@@ -258,7 +258,7 @@ class SampleBuilder:
         lead = len(draft)
         states = [self._write_state(draft)] if layout.world_state else []
         images.append(self._write_frame(draft))
-        for _ in range(num_frames):
+        for t in range(1, num_frames + 1):
             draft.kind = KIND_PROMPT
             if layout.action_conditioning:
                 actions.append(self._write_action(draft, 0))
@@ -266,6 +266,8 @@ class SampleBuilder:
             prompt, draft.kind = len(draft), KIND_LAYOUT
             states += [self._write_state(draft, KIND_STATE)] if layout.world_state else []
             images.append(self._write_frame(draft, KIND_IMAGE))
+            if layout.frame_at_once:
+                draft.join(images[-1][0][0] - 1, images[-1][-1][-1], -t)
         draft.add(vocab.sep)
         positions = np.array(actions, dtype=np.int64).reshape(-1, layout.num_action_dims)
         return Template(draft.table(), prompt, self._places(states), tuple(images), positions, lead)
@@ -390,6 +392,12 @@ class _Draft:
         """Append one token and return its position."""
         self.tokens.append((id_, chunk, kind or self.kind, row, col))
         return len(self.tokens) - 1
+
+    def join(self, start: int, stop: int, chunk: int) -> None:
+        """Give the tokens start .. stop - 1 this chunk."""
+        for at in range(start, stop):
+            id_, _, kind, row, col = self.tokens[at]
+            self.tokens[at] = id_, chunk, kind, row, col
 
     def table(self) -> np.ndarray:
         return np.ascontiguousarray(np.array(self.tokens, dtype=np.int64).T)

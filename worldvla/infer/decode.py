@@ -26,7 +26,7 @@ from torch import Tensor
 from worldvla.batch import KIND_IMAGE, KIND_STATE, Batch, Sample
 from worldvla.infer.draft import FrameStats, Window
 from worldvla.infer.graphs import Room, Runner
-from worldvla.model.mask import dense_mask
+from worldvla.model.mask import dense_mask, read_ids
 from worldvla.model.transformer import Transformer, previous_ids
 from worldvla.vocab import NUM_BIN_CODES, Vocab
 
@@ -163,7 +163,7 @@ class Clip:
     def __init__(
         self, runner: Runner, vocab: Vocab, tail: Sample, actions: np.ndarray | None = None, lead: int = 0
     ) -> None:
-        if tail.chunk.any() or KIND_IMAGE not in tail.kind:
+        if (tail.chunk > 0).any() or KIND_IMAGE not in tail.kind:
             raise ValueError(
                 "a frame needs the tail of a world sample, got another: SampleBuilder.world_tail()"
             )
@@ -177,6 +177,7 @@ class Clip:
         self.num_states = int(is_state_T.sum()) // self.num_frames
         self.start_T = np.where(is_state_T, vocab.state.start, vocab.image.start)
         """Id of code 0 at each position."""
+        self.is_at_once = bool((tail.chunk < 0).any())
         self.num_done = self.num_frames
         """Frames of the clip that are decoded; all of them: the next begins a clip."""
         self._stream: _Stream | None = None
@@ -228,17 +229,21 @@ class Clip:
         stats = FrameStats(codes=batch * num_codes)
         done_B = np.zeros(batch, dtype=np.int64)
         while (done_B < num_codes).any():
-            width = window.width(num_codes, batch)
-            first_B, length = _next_window(open_N, done_B, begin, width, stream.room)
+            # At once: the states code by code; when all rows have said theirs, all codes of the frame.
+            has_states = bool((done_B < self.num_states).any())
+            is_frame = self.is_at_once and not has_states
+            stop = self.num_states if self.is_at_once and has_states else num_codes
+            width = num_codes if is_frame else window.width(stop, batch)
+            first_B, length = _next_window(open_N[:stop], done_B, begin, width, stream.room)
             first_B1, done_B1 = torch.from_numpy(np.stack((first_B, done_B))).to(device)[..., None]
             where_BT = first_B1 + torch.arange(length, device=device)
             x_BTD, after_BT = stream.feed(where_BT, length), where_BT + 1
             nth_BT = nth_T[after_BT]
-            has_states = bool((done_B < self.num_states).any())
             codes_BT, is_close_BT, is_finite_BT = choose(x_BTD, nth_BT, has_states)
             choice_BT, is_new_BT = codes_BT + start_T[after_BT], nth_BT >= done_B1
             ids_BT = stream.tail_BT.gather(1, after_BT)
             is_kept_BT, is_right_BT = verify(ids_BT, choice_BT, is_new_BT)
+            is_kept_BT |= is_new_BT & is_frame
             stream.tail_BT.scatter_(1, after_BT, torch.where(is_new_BT, choice_BT, ids_BT))
             counts = (is_kept_BT, is_right_BT, is_kept_BT & is_close_BT, is_kept_BT & ~is_finite_BT)
             kept_B, right_B, close_B, broken_B = torch.stack(counts).sum(2).cpu().numpy()
@@ -246,7 +251,7 @@ class Clip:
             is_open_B, done_B = done_B < num_codes, done_B + kept_B
             stats.passes += 1
             stats.close += int(close_B.sum())
-            if guess_BN is not None:
+            if guess_BN is not None and not is_frame:
                 stats.judged += int(kept_B.sum())
                 stats.accepted += int(right_B.sum())
                 window.update(float(kept_B[is_open_B].mean()))
@@ -406,6 +411,7 @@ class _Stream:
         after = Batch.stack([tail] * len(prompts), pad).to(device)
         self.longest = prompt.ids_BT.shape[1]
         self.is_causal = not tail.chunk.any() and min(len(p) for p in prompts) == self.longest
+        self.is_alike = min(len(p) for p in prompts) == self.longest
         self.room = runner.open(len(prompts), self.longest + len(tail))
         self._turn = self.room.turn
         self._pending = 0, self.longest
@@ -443,7 +449,7 @@ class _Stream:
         if len(prompts) != self.table_FBS.shape[1] or {len(prompt) for prompt in prompts} != {self.longest}:
             return False
         ids_BT = Batch.stack(prompts, self.pad).ids_BT.to(self.table_FBS.device)
-        is_known = self.is_causal and torch.equal(ids_BT[:, :lead], self.table_FBS[0, :, :lead])
+        is_known = self.is_alike and torch.equal(ids_BT[:, :lead], self.table_FBS[0, :, :lead])
         self.table_FBS[0, :, : self.longest] = ids_BT
         self._pending, self.room.is_empty = (lead if is_known else 0, self.longest), True
         return True
@@ -470,6 +476,7 @@ class _Stream:
             slots_BT = torch.cat((before_T.expand(len(slots_BT), -1), slots_BT), 1)
             self._pending = 0, 0
         *fields, chunk_BT = self.table_FBS[:, self.rows_B1, slots_BT].unbind()
+        fields[0] = read_ids(fields[0], chunk_BT, fields[1], self.pad)
         reach, mask = self.room.seek(slots_BT), None
         if not (self.is_causal and self.room.in_turn and slots_BT.shape[1] == 1):
             keys = self.table_FBS[:, :, :reach]

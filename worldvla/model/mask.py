@@ -17,9 +17,17 @@ from torch import Tensor
 def visible(q_pos: Any, k_pos: Any, q_chunk: Any, k_chunk: Any) -> Any:
     """True where a query may attend to a key: causal, and never from one action of a chunk to another one.
 
-    Text, state and images (chunk 0) are seen by all that follows them, and see all that precedes them.
+    Text, state and images (chunk 0) are seen by all that follows them, and see all that precedes them. Where
+    a frame is predicted at once (chunk below 0), each of its positions sees all of them.
     """
-    return (k_pos <= q_pos) & ((k_chunk == 0) | (q_chunk == 0) | (k_chunk == q_chunk))
+    is_causal = (k_pos <= q_pos) & ((k_chunk <= 0) | (q_chunk <= 0) | (k_chunk == q_chunk))
+    return is_causal | ((k_chunk == q_chunk) & (q_chunk < 0))
+
+
+def read_ids(ids: Tensor, chunk: Tensor, row: Tensor, pad: int) -> Tensor:
+    """Return ids as the model reads them: `pad` in place of the codes of a frame that is predicted at once,
+    which it reads where the next one is predicted, each at its place (`previous_ids`)."""
+    return ids.masked_fill((chunk < 0) & (row > 0), pad)
 
 
 def dense_mask(

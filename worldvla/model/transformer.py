@@ -91,13 +91,19 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, rope: Tensor, cache: LayerCache | None, keep_P: Tensor | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        rope: Tensor,
+        cache: LayerCache | None,
+        keep_P: Tensor | None,
+        ahead: int = 0,
     ) -> Tensor:
         """Return (B, T, D), or (P, D) with `keep_P`: only those flattened positions pass through the MLP."""
         q_BHTK, k_BGSK, v_BGSK = self.attention(self.attention_norm(x), rope)
         if cache is not None:
             k_BGSK, v_BGSK = cache.update(k_BGSK, v_BGSK)
-        mixed_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask)
+        mixed_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask, ahead)
         x = x + self.dropout(self.attention.o(mixed_BHTK.transpose(1, 2).flatten(2)))
         if keep_P is not None:
             x = x.flatten(0, 1).index_select(0, keep_P)
@@ -124,6 +130,9 @@ class Transformer(nn.Module):
         self.vocab_size = vocab_size
         self.checkpoint_layers = False
         """Whether the backward pass computes each layer again instead of keeping what is inside it."""
+        self.ahead = 0
+        """How many positions after its own a query sees at most: those of a frame that is predicted at once
+        (layout.frame_at_once). Only training on the CPU asks."""
         levels = config.code_levels
         self.first_code = vocab_size - math.prod(levels) if levels else vocab_size
         """The first id that has no row of its own in `embed` and `head`."""
@@ -167,7 +176,7 @@ class Transformer(nn.Module):
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[index]
-            args = (x_BTD, mask, rope, layer_cache, keep_P if index == last else None)
+            args = (x_BTD, mask, rope, layer_cache, keep_P if index == last else None, self.ahead)
             is_kept = not (self.checkpoint_layers and torch.is_grad_enabled())
             x_BTD = layer(*args) if is_kept else checkpoint(layer, *args, use_reentrant=False)
         return self.norm(x_BTD)
@@ -296,10 +305,11 @@ def previous_ids(ids_BT: Tensor, row_BT: Tensor, col_BT: Tensor) -> Tensor:
     return previous_BT
 
 
-def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None) -> Tensor:
+def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None, ahead: int = 0) -> Tensor:
     """Return softmax(q k / sqrt(K) + mask) v as (B, H, T, K). The same numbers from every back end.
 
-    In training, where no query has a cached key before it, a mask must hide from each what comes after it.
+    In training, where no query has a cached key before it, a mask must hide from each what comes more than
+    `ahead` positions after it.
     """
     is_grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
     if q_BHTK.is_cuda:
@@ -313,11 +323,11 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: Tensor | None) 
     q_BHTK, length = q_BHTK * q_BHTK.shape[-1] ** -0.5, q_BHTK.shape[2]
     if mask is None or length < LONG or k_BGSK.shape[2] != length:
         return _attend_written_out(q_BHTK, k_BGSK, v_BGSK, mask)
-    # A block of rows is scored against the keys up to its end: the rest would be hidden from it.
+    # A block of rows is scored against the keys up to its end and `ahead`: the rest is hidden from it.
     mixed, rows = [], -(-length // ROW_BLOCKS)
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        keys = slice(0, stop)
+        keys = slice(0, min(stop + ahead, length))
         parts = q_BHTK[:, :, start:stop], k_BGSK[:, :, keys], v_BGSK[:, :, keys]
         mixed.append(_attend_written_out(*parts, mask[..., start:stop, keys]))
     return torch.cat(mixed, 2)

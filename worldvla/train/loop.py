@@ -29,7 +29,7 @@ from worldvla.files import only_writer, read_json
 from worldvla.machine import matmul_rate, peak_memory
 from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import stored
-from worldvla.model.mask import additive_mask, dense_mask
+from worldvla.model.mask import additive_mask, dense_mask, read_ids
 from worldvla.model.transformer import previous_ids
 from worldvla.track import Tracker, tracked
 from worldvla.train import checkpoint, parallel
@@ -107,6 +107,8 @@ class Trainer:
         self.device = parallel.start(config)
         torch.manual_seed(config.seed)
         self.model = build_model(pieces)
+        template = pieces.builder.world_template(self.config.layout.clip)
+        self.model.ahead = int((template.table[1] == -1).sum())
         parallel.spread(self.model, config, self.device)
         if self.model.norm.weight.is_meta:
             self.model.to_empty(device=self.device)
@@ -124,7 +126,9 @@ class Trainer:
         if config.compile and head is not None:
             head.compile()
         reads_previous = self.config.model.previous_code
-        self.forward = make_forward(hidden, config.dtype, head, config.only_head, reads_previous)
+        self.forward = make_forward(
+            hidden, config.dtype, head, config.only_head, reads_previous, pieces.vocab.pad
+        )
 
     def run(self, remark: str = "", module: Any = None) -> Outcome:
         """Train to the end or until a signal; `remark`: a line to say first; `module`: that of a tracker."""
@@ -342,6 +346,7 @@ def make_forward(
     head: ActionHead | None,
     only_head: bool = False,
     reads_previous: bool = False,
+    pad: int = 0,
 ) -> Forward:
     """Return batch -> hidden states at its targets, and the head's actions where there is a head and a policy
     sample; the mask is built once for all layers.
@@ -350,7 +355,8 @@ def make_forward(
 
     def forward(batch: Batch, targets: Targets) -> tuple[Tensor, Tensor | None]:
         mask = additive_mask(dense_mask(batch.chunk_BT), mask_dtype)
-        inputs = [batch.read_BT, mask, batch.row_BT, batch.col_BT]
+        ids_BT = read_ids(batch.read_BT, batch.chunk_BT, batch.row_BT, pad)
+        inputs = [ids_BT, mask, batch.row_BT, batch.col_BT]
         if reads_previous:
             inputs += [None, previous_ids(batch.read_BT, batch.row_BT, batch.col_BT)]
         is_action_BT = batch.kind_BT == KIND_ACTION
