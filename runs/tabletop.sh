@@ -76,3 +76,5 @@ for suite in $SUITES; do
     done
 done
 train tabletop_sampled $OUT/sampled_model
+train tabletop_at_once $OUT/at_once_model
+train tabletop_deep $OUT/deep_model

@@ -349,6 +349,28 @@ def tabletop_sampled() -> Config:
     )
 
 
+def tabletop_at_once() -> Config:
+    """`tabletop_sampled`, which learns to predict all codes of a frame at once."""
+    base = tabletop_sampled()
+    return replace(
+        base,
+        name="tabletop_at_once",
+        layout=replace(base.layout, frame_at_once=True),
+        train=replace(base.train, steps=700, init_from="out/tabletop/sampled_model"),
+    )
+
+
+def tabletop_deep() -> Config:
+    """`tabletop_at_once`, trained on with six layers instead of four."""
+    base = tabletop_at_once()
+    return replace(
+        base,
+        name="tabletop_deep",
+        model=replace(base.model, num_layers=6),
+        train=replace(base.train, steps=4_000, init_from="out/tabletop/at_once_model"),
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop": tabletop,
     "tabletop_dagger1": partial(dagger, 1),
@@ -359,6 +381,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop_state": tabletop_state,
     "tabletop_anchor": tabletop_anchor,
     "tabletop_sampled": tabletop_sampled,
+    "tabletop_at_once": tabletop_at_once,
+    "tabletop_deep": tabletop_deep,
     "tabletop_pilot": tabletop_pilot,
     "debug": debug,
     "finetune": finetune,
