@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ DONE, WRONG = 1 / 3, 0.05
 UNSURE = 0.05
 """Noise on the state that is read in training, in standard deviations."""
 FILMS = 8
-"""Of replays that imagination ends otherwise, at most."""
+"""Of replays that imagination ends otherwise, at most, of each task in turn."""
 HELD_OUT = 0.1
 """Share of the episodes that the judge is not trained on: its errors are measured there."""
 
@@ -470,8 +470,12 @@ def replays(
         np.add.at(table, (np.array(truth, dtype=int), np.array(found, dtype=int)), 1)
         report[name] = {"agree": int(np.trace(table)), "table": table.tolist()}
     pairs = zip([episode for episode, _ in shown], truth, dreamt, strict=True)
-    wrong = [(episode, end) for episode, end, imagined in pairs if end != imagined][:FILMS]
-    return report | {"films": _filmed(world, wrong, out)}
+    of_task: dict[str, list[tuple[Episode, bool]]] = {}
+    for episode, end, imagined in pairs:
+        if end != imagined:
+            of_task.setdefault(episode.task, []).append((episode, end))
+    by_turns = [one for some in zip_longest(*of_task.values()) for one in some if one is not None]
+    return report | {"films": _filmed(world, by_turns[:FILMS], out)}
 
 
 def _filmed(world: Model, wrong: Sequence[tuple[Episode, bool]], out: Path) -> list[dict[str, Any]]:

@@ -107,7 +107,9 @@ def write_ranking(directory: Path) -> Path:
     agreements += [(f"the same, replan interval {n}", group["imagined"]) for n, group in groups]
     path, title = directory / "index.html", f"Policies ranked by {record['world']['name']}"
     plot = line_plots([("Success seen, %", "success in the simulator, %", lines)], 1)
+    policies = sorted(record["policies"], key=lambda policy: -sum(policy["outcomes"][0]))
     values = {"record": record, "plot": plot, "agreements": agreements, "directory": directory}
+    values["policies"] = policies
     write_text(path, render("ranking.html", title=title, **values))
     return path
 
