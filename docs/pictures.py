@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import matplotlib as mpl
 import numpy as np
 import torch
@@ -236,12 +237,19 @@ def compose(clips: Sequence[Clip], step: int) -> Image.Image:
     return picture
 
 
-def write_gif(path: Path, pictures: Sequence[Image.Image], fps: float = FPS) -> None:
-    """Write an endless GIF with one palette for all pictures; the last one stays for two seconds."""
+def write_gif(
+    path: Path,
+    pictures: Sequence[Image.Image],
+    fps: float = FPS,
+    colors: int = 96,
+    method: Image.Quantize = Image.Quantize.MEDIANCUT,
+) -> None:
+    """Write an endless GIF with one palette for all pictures; the last one stays for two seconds. MAXCOVERAGE
+    keeps rare colours, such as that of a small lamp."""
     tall = Image.new("RGB", (pictures[0].width, pictures[0].height * len(pictures[::4])))
     for i, picture in enumerate(pictures[::4]):
         tall.paste(picture, (0, i * picture.height))
-    palette = tall.quantize(96, dither=Image.Dither.NONE)
+    palette = tall.quantize(colors, method, dither=Image.Dither.NONE)
     first, *rest = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     durations = [round(1000 / fps)] * len(rest) + [2000]
     first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, optimize=True)
@@ -319,6 +327,28 @@ def draw_play(model_path: str, seconds: float) -> None:
     write_gif(DOCS / "play.gif", pictures, playable.rate / PLAY_EVERY)
 
 
+def draw_wrong(films: Sequence[Path], width: int = 560) -> None:
+    """Write films of a `worldvla rank` above each other: the real views, the imagined ones; without how far
+    they are apart, the third of their columns."""
+    rows = []
+    for path in films:
+        with av.open(str(path)) as container:
+            rows.append([frame.to_image() for frame in container.decode(video=0)])
+    pictures = []
+    for step in range(0, max(map(len, rows)), 2):
+        shown = [frames[min(step, len(frames) - 1)] for frames in rows]
+        shown = [frame.crop((0, 0, 2 * frame.width // 3, frame.height)) for frame in shown]
+        shown = [
+            frame.resize((width, width * frame.height // frame.width), Image.Resampling.NEAREST)
+            for frame in shown
+        ]
+        picture = Image.new("RGB", (width, sum(frame.height + 6 for frame in shown)), PAPER)
+        for row, frame in enumerate(shown):
+            picture.paste(frame, (0, row * (frame.height + 6)))
+        pictures.append(picture)
+    write_gif(DOCS / "wrong.gif", pictures, FPS / 2, 255, Image.Quantize.MAXCOVERAGE)
+
+
 def save(name: str, draw: Callable[[], Figure]) -> None:
     draw().savefig(DOCS / name, metadata={"Date": None}, facecolor="white")
 
@@ -327,15 +357,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("all", "diagrams", "demo", "play"), default="all")
+    parser.add_argument(
+        "what", nargs="?", choices=("all", "diagrams", "demo", "play", "wrong"), default="all"
+    )
     parser.add_argument(
         "--model", default="tabletop", help="checkpoint of the demo (default: the shipped one)"
     )
     parser.add_argument("--seconds", type=float, default=60, help="length of play.gif (default: %(default)s)")
+    parser.add_argument("--films", type=Path, nargs="+", default=[], help="for wrong.gif: films of a rank")
     args = parser.parse_args()
     mpl.rcParams.update({"svg.hashsalt": "worldvla", "font.family": "DejaVu Sans"})
     if args.what == "play":
         draw_play(args.model, args.seconds)
+    if args.what == "wrong":
+        draw_wrong(args.films)
     if args.what in ("all", "diagrams"):
         save("tokens.svg", draw_tokens)
         save("mask.svg", draw_masks)
