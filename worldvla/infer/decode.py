@@ -9,9 +9,10 @@ positions are known before any is decoded: block u token j stands at P + (A + 2)
 in parallel, A passes a chunk, with the tokens of sequential decoding (WorldVLA: (A + 2) U + 1 passes). Under
 the plain causal mask they follow one another.
 
-The codes of a frame do depend on each other, so they are guessed and verified (speculative decoding): see
-`decode_frame`, and docs/DECODING.md for why both give the tokens of sequential decoding. Scores are float32
-whatever the model's type: rounded to bfloat16, the best two would often be one number.
+The codes of a frame depend on each other, so they are guessed and verified (speculative decoding), unless the
+model predicts them at once (layout.frame_at_once): see `decode_frame`, and docs/DECODING.md for why all give
+the tokens of sequential decoding. Scores are float32 whatever the model's type: rounded to bfloat16, the best
+two would often be one number.
 """
 
 import math

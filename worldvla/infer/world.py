@@ -25,8 +25,9 @@ Frame = np.ndarray | dict[str, np.ndarray]
 
 class World:
     """`speculative`: take this frame as a guess of the next one and verify it in a few passes; off: one
-    code a pass. The codes are the same, up to what docs/DECODING.md says of rounding. `temperature`: 0 takes
-    the likeliest codes (of codes by levels, each level's median), more draws them, by a generator of `seed`.
+    code a pass. Of a model that predicts a frame at once, that goes for its state. The codes are the same,
+    up to what docs/DECODING.md says of rounding. `temperature`: 0 takes the likeliest codes (of codes by
+    levels, each level's median), more draws them, by a generator of `seed`.
     """
 
     def __init__(
