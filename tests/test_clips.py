@@ -18,8 +18,9 @@ from tests.tiny_run import tiny_config, write_tiny
 from worldvla.batch import KIND_IMAGE, KIND_STATE, Batch
 from worldvla.config import Config, ImageTokenizerConfig
 from worldvla.data.loader import ANCHOR
-from worldvla.data.store import code_type
+from worldvla.data.store import TokenStore, code_type
 from worldvla.infer.graphs import Runner
+from worldvla.infer.imagined import imagine_store
 from worldvla.infer.model import export, load
 from worldvla.infer.world import World
 from worldvla.model.mask import dense_mask, read_ids
@@ -379,3 +380,57 @@ def test_levels_that_are_not_the_tokenizers_are_refused(trained: Path) -> None:
     with pytest.raises(ValueError, match="supervise"):
         replace(config, loss=replace(config.loss, supervise="all"))
     assert build_model(build(config)).num_parameters() > 0
+
+
+def test_imagined_frames_are_those_of_a_world_and_only_read(trained: Path, tmp_path: Path) -> None:
+    """A store's imagined frames continue its real ones; a sample reads them and learns the real ones."""
+    model, pieces = load(trained), build(load(trained).config)
+    store, layout, vocab = pieces.loader.stores[0], pieces.config.layout, pieces.vocab
+    again = TokenStore.open(imagine_store(store, model, tmp_path / "both", batch=4), model.image.digest())
+    imagined = again.imagined
+    assert imagined is not None
+    assert len(again) == len(store)
+    starts = [e.start for e in store.episodes]  # 8 frames an episode: one piece each
+    np.testing.assert_array_equal(imagined.start, np.repeat(starts, 8))
+    builder, views = model.builder, layout.views
+    for view in views:
+        np.testing.assert_array_equal(imagined.codes[view][starts], store.codes[view][starts])
+        np.testing.assert_array_equal(again.codes[view], store.codes[view])
+    world, first = World(model), starts[1]
+    said = builder.statistics.encode_states(store.states[[first]])[:, : 8 * layout.world_state]
+    world.begin(np.concatenate([store.codes[view][[first]] for view in views], 1), said)
+    for frame in range(first + 1, first + 8):
+        world.advance(store.actions[[frame - 1]])
+        for view in views:
+            np.testing.assert_array_equal(world.codes[view].flatten(), imagined.codes[view][frame])
+        if world.state is not None:
+            np.testing.assert_array_equal(world.state[0], imagined.states[frame])
+
+    config = replace(
+        pieces.config, data=replace(pieces.config.data, imagined=1.0, stores=(str(tmp_path / "both"),))
+    )
+    both = build(config)
+    parts = [batch for step in range(4) for batch in both.loader.batch(step) if batch.wrong_BT is not None]
+    assert parts
+    template, given = both.builder.world_template(2), int(layout.anchor)
+    places = [np.concatenate(frame) for frame in template.images]
+    real_FN = np.concatenate([store.codes[view] for view in views], 1) + vocab.image.start
+    imagined_FN = np.concatenate([imagined.codes[view] for view in views], 1) + vocab.image.start
+    num_other = 0
+    ids = np.concatenate([batch.ids_BT.numpy() for batch in parts])
+    for row, read in zip(ids, np.concatenate([batch.read_BT.numpy() for batch in parts]), strict=True):
+        frames = [k for k in range(len(store)) if (real_FN[k] == row[places[given]]).all()]
+        (frame,) = [k for k in frames if (real_FN[k + 1] == row[places[given + 1]]).all()]
+        for k, place in enumerate(places[given:]):
+            np.testing.assert_array_equal(row[place], real_FN[frame + k])
+            np.testing.assert_array_equal(read[place], imagined_FN[frame + k])
+        if given:
+            np.testing.assert_array_equal(row[places[0]], real_FN[imagined.start[frame]])
+            np.testing.assert_array_equal(read[places[0]], row[places[0]])
+        num_other += int((row != read).any())
+    assert num_other > len(parts)
+    val = both.loader.val_batch(0, "world")
+    assert val.wrong_BT is None  # validation reads what happened
+    with pytest.raises(ValueError, match=r"no store holds imagined frames.*worldvla imagine"):
+        build(replace(pieces.config, data=replace(pieces.config.data, imagined=0.5)))
+    train(replace(config, train=replace(config.train, steps=2)), tmp_path / "run")

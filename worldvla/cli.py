@@ -469,6 +469,34 @@ def tokenize(
     say(f"tokens: {out}   next: worldvla train RECIPE --data.stores {out}")
 
 
+def imagine(
+    store: Positional[Path], *, world: Path, out: Path, dtype: WorldType = "float32", seed: int = 0
+) -> None:
+    """Write a token store again with what a world model imagines in place of its frames, to train it on.
+
+    Args:
+        store: A token store of the world model's image tokenizer.
+        world: The world model: it starts from a real frame every 12 to 30 frames.
+        out: Directory of the store that holds both; `--data.imagined 0.5` lets half of the world samples read
+            what was imagined and learn what happened.
+        seed: Of the pieces' lengths.
+    """
+    import torch
+
+    from worldvla.data.store import TokenStore
+    from worldvla.infer.imagined import imagine_store
+    from worldvla.infer.model import load
+    from worldvla.progress import progress_bar
+
+    with only_writer(out):
+        model = load(world, dtype=getattr(torch, dtype))
+        opened = TokenStore.open(store, model.image.digest())
+        with progress_bar(transient=True) as progress:
+            bar = progress.add_task("imagine frames", total=len(opened))
+            imagine_store(opened, model, out, seed=seed, on_frames=lambda n: progress.advance(bar, n))
+    say(f"tokens: {out}   next: worldvla train RECIPE --data.stores {out} --data.imagined 0.5")
+
+
 def export_dataset(
     path: Positional[Path],
     *,
@@ -1174,6 +1202,7 @@ VERBS: dict[str, Callable[..., int | None]] = {
     "train-tokenizer": train_tokenizer,
     "train-reader": train_reader,
     "tokenize": tokenize,
+    "imagine": imagine,
     "export-dataset": export_dataset,
     "train": train,
     "plan": plan,

@@ -320,6 +320,9 @@ class DataConfig(Checked):
     """Share of episodes held out, by a hash of (store, episode); never trained on."""
     corrupt: Share = 0.0
     """Share of the image codes that a world sample reads wrong; the right ones stay its targets."""
+    imagined: Share = 0.0
+    """Share of the world samples that read frames as a world model imagined them, up to some dozen steps from
+    a real one, in stores that `worldvla imagine` wrote; the real ones stay their targets."""
     statistics: Literal["minmax", "quantile"] = "minmax"
     """Normalisation range of actions and states: minimum, maximum (published) or 1st, 99th percentile."""
     sequence_length: Count = 256

@@ -56,6 +56,12 @@ class FrameTable:
     """The chunk that a policy should execute, int32."""
     values_FUA: np.ndarray
     """The same in [-1, 1], not quantised, float32."""
+    imagined: list[list[np.ndarray] | None]
+    """As `codes`, but imagined; None of a store without."""
+    imagined_states_FS: np.ndarray | None
+    """As `states_FS`; of stores without imagined frames the real ones."""
+    imagined_start_F: np.ndarray
+    """The frame from which each was imagined; -1 in stores without."""
 
     @classmethod
     def of(
@@ -73,6 +79,13 @@ class FrameTable:
         episodes = [e for store in stores for e in store.episodes]
         texts = np.array([prompted(e, data.scene_prefix) for e in episodes], dtype=object)
         lengths = [len(store) for store in stores]
+
+        def ids_of_states(states: list[np.ndarray]) -> np.ndarray | None:
+            if not (layout.state or layout.world_state):
+                return None
+            encoded = [s.encode_states(part) for s, part in zip(own, states, strict=True)]
+            return np.concatenate(encoded) + vocab.state.start
+
         return cls(
             builder,
             frame_spans(stores)[0],
@@ -80,13 +93,19 @@ class FrameTable:
             np.cumsum([0, *lengths])[:-1],
             [[store.codes[view] for view in layout.views] for store in stores],
             np.repeat(texts, [e.length for e in episodes]),
-            np.concatenate([s.encode_states(store.states) for s, store in known]) + vocab.state.start
-            if layout.state or layout.world_state
-            else None,
+            ids_of_states([store.states for store in stores]),
             np.concatenate([s.encode_world_actions(store.actions) for s, store in known])
             + vocab.action.start,
             np.concatenate([(quantize(v) + vocab.action.start).astype(np.int32) for v in values]),
             np.concatenate([v.astype(np.float32) for v in values]),
+            [store.imagined and [store.imagined.codes[view] for view in layout.views] for store in stores],
+            ids_of_states([s.states if s.imagined is None else s.imagined.states for s in stores]),
+            np.concatenate(
+                [
+                    np.full(len(store), -1) if store.imagined is None else offset + store.imagined.start
+                    for store, offset in zip(stores, np.cumsum([0, *lengths])[:-1], strict=True)
+                ]
+            ),
         )
 
     def template(self, frame: int, mode: Mode) -> Template:
@@ -97,8 +116,9 @@ class FrameTable:
         count = min(before + 1, self.builder.layout.history)
         return self.builder.policy_template(self.instructions[frame], count)
 
-    def fill(self, table: np.ndarray, frame: int, mode: Mode) -> None:
-        """Write the frame's sample into the first columns of `table` (5, T)."""
+    def fill(self, table: np.ndarray, frame: int, mode: Mode, read: np.ndarray | None = None) -> None:
+        """Write the frame's sample into the first columns of `table` (5, T). With `read` (T,), a world sample
+        of imagined frames: there the ids as a model reads them, imagined, and in `table` the real ones."""
         template = self.template(frame, mode)
         table[:, : len(template)] = template.table
         number, has_anchor = len(template.images), mode == "world" and self.builder.layout.anchor
@@ -106,16 +126,33 @@ class FrameTable:
             np.arange(frame, frame + number) if mode == "world" else np.arange(frame - number + 1, frame + 1)
         )
         if has_anchor:
-            rows = np.concatenate(([self.anchor(frame)], rows[:-1]))
-        views, vocab = self.codes[self.stores_F[frame]], self.builder.vocab
-        rows = rows - self.offsets[self.stores_F[frame]]
-        images = ([codes[i].astype(np.int64) + vocab.image.start for codes in views] for i in rows)
-        states_FS = None if self.states_FS is None else self.states_FS[frame : frame + len(template.states)]
-        if mode == "world":
-            actions = self.actions_FA[frame : frame + self.builder.layout.clip]
-            template.fill(table[0], images, actions, states_FS)
-        else:
-            template.fill(table[0], images, self.chunks_FUA[frame], states_FS)
+            first = self.anchor(frame) if read is None else int(self.imagined_start_F[frame])
+            rows = np.concatenate(([first], rows[:-1]))
+        store, count = self.stores_F[frame], len(template.states)
+        actions = (
+            self.actions_FA[frame : frame + self.builder.layout.clip]
+            if mode == "world"
+            else self.chunks_FUA[frame]
+        )
+
+        def write(ids: np.ndarray, views: list[np.ndarray], states_FS: np.ndarray | None) -> None:
+            start, inside = self.builder.vocab.image.start, rows - self.offsets[store]
+            images = ([codes[i].astype(np.int64) + start for codes in views] for i in inside)
+            template.fill(
+                ids, images, actions, None if states_FS is None else states_FS[frame : frame + count]
+            )
+
+        write(table[0], self.codes[store], self.states_FS)
+        if read is not None:
+            imagined = self.imagined[store]
+            assert imagined is not None
+            read[: len(template)] = table[0, : len(template)]
+            write(read, imagined, self.imagined_states_FS)
+
+    def is_imagined(self, frame: int) -> bool:
+        """Return whether the world sample that starts at `frame` lies in one imagined piece."""
+        last, start = frame + self.builder.layout.clip - 1, self.imagined_start_F
+        return bool(start[frame] >= 0) and int(start[last]) == int(start[frame])
 
     def anchor(self, frame: int) -> int:
         """Return the earlier frame of its episode that a world sample begins with: always the same one, 0 to
@@ -173,7 +210,8 @@ class Loader:
         first, last = (int(self._share * self.batch_size * s) for s in (step, step + 1))
         policy = self._take("policy", self.batch_size * step - first, self.batch_size * (step + 1) - last)
         frames: dict[Mode, np.ndarray] = {"policy": policy, "world": self._take("world", first, last)}
-        return [self._assemble(chosen, mode) for mode, chosen in frames.items() if len(chosen)]
+        is_imagined = self.data.imagined > 0
+        return [self._assemble(chosen, mode, is_imagined) for mode, chosen in frames.items() if len(chosen)]
 
     def val_batch(self, i: int, mode: Mode) -> Batch:
         """Return the i-th validation batch of one kind; past the last sample it wraps around."""
@@ -257,19 +295,32 @@ class Loader:
             parts.append(kept[1][inside[epochs == epoch]])
         return np.concatenate(parts)
 
-    def _assemble(self, frames: np.ndarray, mode: Mode) -> Batch:
-        """Return the samples of the frames (B,), padded to the longest, at most the sequence length."""
+    def _assemble(self, frames: np.ndarray, mode: Mode, imagined: bool = False) -> Batch:
+        """Return the samples of the frames (B,), padded to the longest, at most the sequence length; with
+        `imagined`, some of them as they are read."""
         templates = [self.frames.template(frame, mode) for frame in frames.tolist()]
         tables = np.zeros((len(ROWS), len(frames), max(map(len, templates))), dtype=np.int64)
         tables[0] = self.builder.vocab.pad
         values_BT = np.full(tables.shape[1:], np.nan, dtype=np.float32)
+        read_BT = tables[0].copy() if imagined and mode == "world" else None
         for i, (frame, template) in enumerate(zip(frames.tolist(), templates, strict=True)):
-            self.frames.fill(tables[:, i], frame, mode)
+            read = read_BT[i] if read_BT is not None and self._reads_imagined(frame) else None
+            self.frames.fill(tables[:, i], frame, mode, read)
+            if read_BT is not None and read is None:
+                read_BT[i] = tables[0, i]
             if mode == "policy":
                 values_BT[i, template.actions] = self.frames.values_FUA[frame]
         tables, values_BT = (a[..., : self.data.sequence_length] for a in (tables, values_BT))
         ints = {f"{name}_BT": torch.from_numpy(tables[k]) for k, name in enumerate(ROWS)}
+        if read_BT is not None:
+            ints["wrong_BT"] = torch.from_numpy(read_BT[:, : self.data.sequence_length])
         return Batch(**ints, value_BT=torch.from_numpy(values_BT))
+
+    def _reads_imagined(self, frame: int) -> bool:
+        """Return whether the world sample of `frame` reads imagined frames: always the same, of data.imagined
+        of those that can."""
+        draw = (frame * 2_246_822_519 % 2**32) / 2**32
+        return draw < self.data.imagined and self.frames.is_imagined(frame)
 
     def _check(self) -> None:
         longest = self.frames.longest()
@@ -286,6 +337,11 @@ class Loader:
                 )
             if share:
                 self._counts(mode)
+        if self.data.imagined and not any(store.imagined for store in self.stores):
+            raise ValueError(
+                f"data.imagined is {self.data.imagined}, but no store holds imagined frames: add them with "
+                "`worldvla imagine STORE --world CHECKPOINT --out STORE_2`"
+            )
 
 
 def prompted(episode: EpisodeRow, scene_prefix: bool) -> str:

@@ -3,6 +3,8 @@
 codes_<view>.npy   uint16 or uint32 (F, N), row-major codes of a view's grid
 actions.npy        float32 (F, A)        states.npy  float32 (F, S)        is_expert.npy  bool (F,)
 expert_actions.npy float32 (F, U, A)     where the demonstrations hold the expert's answer to every state
+imagined_*.npy     where `worldvla imagine` added them: the codes of each view and the states as a world model
+                   imagined the frames, and int64 (F,) the frame that it began from, which is as it was
 episodes.json      [{start, length, instruction, suite, task, init, seed, success, key}]
 manifest.json      format, digest of the image tokenizer, counts, grids, source files; `kept`, the share of a
                    view's codes that the next frame keeps: the fewer, the less a world model can copy
@@ -12,6 +14,7 @@ Observation t is the one before action t. F frames of all episodes follow one an
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -59,6 +62,23 @@ class EpisodeRow:
 
 
 @dataclass(frozen=True)
+class Imagined:
+    """The frames of a store as a world model imagined them, from real frames and the actions executed."""
+
+    codes: dict[str, np.ndarray]
+    """View -> uint16 or uint32 (F, N)."""
+    states: np.ndarray
+    """float32 (F, S), as the world model said them."""
+    start: np.ndarray
+    """int64 (F,), the real frame from which each was imagined; its own for that frame itself."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return name -> array, as they are called on disk."""
+        codes = {f"imagined_codes_{view}": array for view, array in self.codes.items()}
+        return codes | {"imagined_states": self.states, "imagined_start": self.start}
+
+
+@dataclass(frozen=True)
 class TokenStore:
     """An opened store. The arrays are read-only views of the files; nothing is copied until it is indexed."""
 
@@ -72,6 +92,8 @@ class TokenStore:
     is_expert: np.ndarray
     expert_actions: np.ndarray | None = None
     """float32 (F, U, A), the expert's next U actions from each frame on; None: not in the demonstrations."""
+    imagined: Imagined | None = None
+    """None: no world model has imagined them."""
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -113,18 +135,34 @@ class TokenStore:
         if label := manifest.get("expert_chunk"):
             shape = (num_frames, label, manifest["action_dims"])
             expert_actions = _load(path, "expert_actions", np.float32, shape)
+        imagined, every = None, dict(codes)
+        if manifest.get("imagined"):
+            own = {
+                view: _load(path, f"imagined_codes_{view}", a.dtype.type, a.shape)
+                for view, a in codes.items()
+            }
+            said = _load(path, "imagined_states", np.float32, states.shape)
+            imagined = Imagined(own, said, _load(path, "imagined_start", np.int64, (num_frames,)))
+            every |= {f"imagined_{view}": array for view, array in own.items()}
         rows = json.loads((path / "episodes.json").read_text(encoding="utf-8"))
         episodes = tuple(EpisodeRow(**row) for row in rows)
-        for view, array in codes.items():
+        for view, array in every.items():
             if (highest := int(array.max())) >= manifest["num_codes"]:
                 raise ValueError(f"codes_{view}.npy holds {highest}, expected [0, {manifest['num_codes']})")
-        for name, array in {"actions": actions, "states": states}.items():
+        numbers = {"actions": actions, "states": states}
+        numbers |= {} if imagined is None else {"imagined_states": imagined.states}
+        for name, array in numbers.items():
             if not np.isfinite(array).all():
                 raise ValueError(f"{name}.npy is not finite at frame {first_bad(array)}")
         stops = [e.start + e.length for e in episodes]
         if [e.start for e in episodes] != [0, *stops[:-1]] or stops[-1:] != [num_frames]:
             raise ValueError(f"episodes.json does not cover the {num_frames} frames")
-        return cls(path, manifest, episodes, codes, actions, states, is_expert, expert_actions)
+        if imagined is not None:
+            first_F = np.repeat([e.start for e in episodes], [e.length for e in episodes])
+            frames_F = np.arange(num_frames)
+            if ((imagined.start < first_F) | (imagined.start > frames_F)).any():
+                raise ValueError("imagined_start.npy leaves its episode or lies ahead of its frame")
+        return cls(path, manifest, episodes, codes, actions, states, is_expert, expert_actions, imagined)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -169,6 +207,21 @@ def write_store(
         made_by = {"tokenizer": tokenizer.digest(), "num_codes": tokenizer.num_codes}
         writer.finish(made_by | {"grey_levels": tokenizer.grey_levels}, source or {})
         stack.close()
+        write_digests(scratch)
+    return path
+
+
+def add_imagined(store: TokenStore, path: Path, imagined: Imagined, made_by: dict[str, Any]) -> Path:
+    """Write a copy of `store` to `path` that also holds `imagined`; `made_by` goes into its manifest."""
+    with whole_folder(path) as scratch:
+        for file in store.path.glob("*.npy"):
+            if not file.name.startswith("imagined_"):
+                shutil.copyfile(file, scratch / file.name)
+        shutil.copyfile(store.path / "episodes.json", scratch / "episodes.json")
+        for name, array in imagined.arrays().items():
+            np.save(scratch / f"{name}.npy", array, allow_pickle=False)
+        manifest = {k: v for k, v in store.manifest.items() if k != "imagined"}
+        write_json(scratch / "manifest.json", manifest | {"imagined": made_by}, indent=2)
         write_digests(scratch)
     return path
 

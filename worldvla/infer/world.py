@@ -81,12 +81,20 @@ class World:
             frames = [{view: frame[view][i] for view in names} for i in range(counts[views[0]])]
         else:
             frames = [frame]
-        self.stats, self._window = [], Window(self.model.device)
         codes_BN = np.stack([np.concatenate(codes) for codes in self.model.encode_frames(frames)])
-        self._codes = np.concatenate((self._encode_states(frame, len(codes_BN)), codes_BN), 1)
-        self._clip, self._anchor = self._new_clip(), codes_BN
-        self._context = {view: np.stack([np.asarray(f[view]) for f in frames]) for view in views}
+        context = {view: np.stack([np.asarray(f[view]) for f in frames]) for view in views}
+        self.begin(codes_BN, self._encode_states(frame, len(codes_BN)), context)
         return self.frame()
+
+    def begin(
+        self, codes_BN: np.ndarray, states_BS: np.ndarray, context: dict[str, np.ndarray] | None = None
+    ) -> None:
+        """Start B worlds from codes: of all views, and of the states, (B, 0) of a model that says none.
+        Without `context`, the frames themselves, they can `advance`, but are not drawn."""
+        self.stats, self._window = [], Window(self.model.device)
+        self._codes = np.concatenate((states_BS, codes_BN), 1).astype(np.int64)
+        self._clip, self._anchor, self._context = self._new_clip(), codes_BN, context or {}
+        self._is_batch = self._is_batch or context is None
 
     def step(self, action: np.ndarray) -> Frame:
         """Return the next frame after `action`, (7,) or (B, 7) in physical units; values outside the

@@ -57,7 +57,7 @@ def corrupted(
         moved_BTE = levels_BTE + step_BTE * (draw(*levels_BTE.shape) < JITTER)
         near_BT = digits.join(digits.limit(moved_BTE)) + vocab.image.start
         other_BT = torch.where(kind_BT < STALE, other_BT, near_BT)
-    read_BT = torch.where(is_wrong_BT, other_BT, ids_BT)
+    read_BT = torch.where(is_wrong_BT, other_BT, batch.read_BT)
     return _erased(batch, read_BT, generator) if has_anchor else read_BT
 
 
