@@ -19,8 +19,8 @@ from worldvla.batch import KIND_IMAGE, KIND_STATE, Batch
 from worldvla.config import Config, ImageTokenizerConfig
 from worldvla.data.loader import ANCHOR
 from worldvla.data.store import TokenStore, code_type
+from worldvla.imagine import imagine_store
 from worldvla.infer.graphs import Runner
-from worldvla.infer.imagined import imagine_store
 from worldvla.infer.model import export, load
 from worldvla.infer.world import World
 from worldvla.model.mask import dense_mask, read_ids

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "serve.server": {"image", "serve.protocol", "serve.batcher", "serve.exact", "infer"},
     "serve.play": {"infer", "sim", "data", "video"},
 }
-TOP = {"__init__", "__main__", "cli", "demo", "improve", "recipes"}
+TOP = {"__init__", "__main__", "cli", "demo", "imagine", "improve", "recipes"}
 
 
 def _name(path: Path) -> str:

@@ -484,7 +484,7 @@ def imagine(
     import torch
 
     from worldvla.data.store import TokenStore
-    from worldvla.infer.imagined import imagine_store
+    from worldvla.imagine import imagine_store
     from worldvla.infer.model import load
     from worldvla.progress import progress_bar
 
