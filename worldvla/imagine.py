@@ -3,7 +3,8 @@
 In imagination a model reads its own frames, dozens of steps after the last real one. Where it has lost a
 thing or put the hand elsewhere, training on real frames never told it what to do. Here each episode is cut
 into pieces of 12 to 30 frames; the first frame of a piece is real, the others are imagined from it and from
-the actions that were executed. Learning from the states that oneself visits is DAgger (arXiv 1011.0686), of
+the actions that were executed. States stay real: the model says them better than it shows them, and the
+right state beside a wrong frame teaches it to mend the frame. Learning from the states that oneself visits is DAgger (arXiv 1011.0686), of
 sequence models data as demonstrator (Venkatraman et al. 2015).
 """
 
@@ -35,7 +36,6 @@ def imagine_store(
     world, layout = World(model), model.config.layout
     pieces = _pieces(store, np.random.default_rng(seed))
     codes = {view: array.copy() for view, array in store.codes.items()}
-    states = store.states.copy()
     start = np.empty(len(store), dtype=np.int64)
     for begin, length in pieces:
         start[begin : begin + length] = begin
@@ -53,10 +53,8 @@ def imagine_store(
             rows_B = (begins_B + step)[is_open_B]
             for view, grid in world.codes.items():
                 codes[view][rows_B] = grid.reshape(len(grid), -1)[is_open_B]
-            if world.state is not None:
-                states[rows_B] = world.state[is_open_B]
             on_frames(len(rows_B))
-    return add_imagined(store, out, Imagined(codes, states, start), {"model": model.identity(), "seed": seed})
+    return add_imagined(store, out, Imagined(codes, start), {"model": model.identity(), "seed": seed})
 
 
 def _pieces(store: TokenStore, rng: np.random.Generator) -> list[tuple[int, int]]:

@@ -58,8 +58,6 @@ class FrameTable:
     """The same in [-1, 1], not quantised, float32."""
     imagined: list[list[np.ndarray] | None]
     """As `codes`, but imagined; None of a store without."""
-    imagined_states_FS: np.ndarray | None
-    """As `states_FS`; of stores without imagined frames the real ones."""
     imagined_start_F: np.ndarray
     """The frame from which each was imagined; -1 in stores without."""
 
@@ -79,13 +77,6 @@ class FrameTable:
         episodes = [e for store in stores for e in store.episodes]
         texts = np.array([prompted(e, data.scene_prefix) for e in episodes], dtype=object)
         lengths = [len(store) for store in stores]
-
-        def ids_of_states(states: list[np.ndarray]) -> np.ndarray | None:
-            if not (layout.state or layout.world_state):
-                return None
-            encoded = [s.encode_states(part) for s, part in zip(own, states, strict=True)]
-            return np.concatenate(encoded) + vocab.state.start
-
         return cls(
             builder,
             frame_spans(stores)[0],
@@ -93,13 +84,14 @@ class FrameTable:
             np.cumsum([0, *lengths])[:-1],
             [[store.codes[view] for view in layout.views] for store in stores],
             np.repeat(texts, [e.length for e in episodes]),
-            ids_of_states([store.states for store in stores]),
+            np.concatenate([s.encode_states(store.states) for s, store in known]) + vocab.state.start
+            if layout.state or layout.world_state
+            else None,
             np.concatenate([s.encode_world_actions(store.actions) for s, store in known])
             + vocab.action.start,
             np.concatenate([(quantize(v) + vocab.action.start).astype(np.int32) for v in values]),
             np.concatenate([v.astype(np.float32) for v in values]),
             [store.imagined and [store.imagined.codes[view] for view in layout.views] for store in stores],
-            ids_of_states([s.states if s.imagined is None else s.imagined.states for s in stores]),
             np.concatenate(
                 [
                     np.full(len(store), -1) if store.imagined is None else offset + store.imagined.start
@@ -118,7 +110,7 @@ class FrameTable:
 
     def fill(self, table: np.ndarray, frame: int, mode: Mode, read: np.ndarray | None = None) -> None:
         """Write the frame's sample into the first columns of `table` (5, T). With `read` (T,), a world sample
-        of imagined frames: there the ids as a model reads them, imagined, and in `table` the real ones."""
+        of imagined frames: there the ids as a model reads them, in `table` the real ones."""
         template = self.template(frame, mode)
         table[:, : len(template)] = template.table
         number, has_anchor = len(template.images), mode == "world" and self.builder.layout.anchor
@@ -128,26 +120,19 @@ class FrameTable:
         if has_anchor:
             first = self.anchor(frame) if read is None else int(self.imagined_start_F[frame])
             rows = np.concatenate(([first], rows[:-1]))
-        store, count = self.stores_F[frame], len(template.states)
-        actions = (
-            self.actions_FA[frame : frame + self.builder.layout.clip]
-            if mode == "world"
-            else self.chunks_FUA[frame]
-        )
-
-        def write(ids: np.ndarray, views: list[np.ndarray], states_FS: np.ndarray | None) -> None:
-            start, inside = self.builder.vocab.image.start, rows - self.offsets[store]
-            images = ([codes[i].astype(np.int64) + start for codes in views] for i in inside)
-            template.fill(
-                ids, images, actions, None if states_FS is None else states_FS[frame : frame + count]
-            )
-
-        write(table[0], self.codes[store], self.states_FS)
+        store, start = self.stores_F[frame], self.builder.vocab.image.start
+        rows = rows - self.offsets[store]
+        images = ([codes[i].astype(np.int64) + start for codes in self.codes[store]] for i in rows)
+        states_FS = None if self.states_FS is None else self.states_FS[frame : frame + len(template.states)]
+        if mode == "policy":
+            template.fill(table[0], images, self.chunks_FUA[frame], states_FS)
+            return
+        template.fill(table[0], images, self.actions_FA[frame : frame + self.builder.layout.clip], states_FS)
         if read is not None:
             imagined = self.imagined[store]
             assert imagined is not None
             read[: len(template)] = table[0, : len(template)]
-            write(read, imagined, self.imagined_states_FS)
+            template.fill(read, ([c[i].astype(np.int64) + start for c in imagined] for i in rows), None)
 
     def is_imagined(self, frame: int) -> bool:
         """Return whether the world sample that starts at `frame` lies in one imagined piece."""

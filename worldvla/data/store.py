@@ -3,8 +3,8 @@
 codes_<view>.npy   uint16 or uint32 (F, N), row-major codes of a view's grid
 actions.npy        float32 (F, A)        states.npy  float32 (F, S)        is_expert.npy  bool (F,)
 expert_actions.npy float32 (F, U, A)     where the demonstrations hold the expert's answer to every state
-imagined_*.npy     where `worldvla imagine` added them: the codes of each view and the states as a world model
-                   imagined the frames, and int64 (F,) the frame that it began from, which is as it was
+imagined_*.npy     where `worldvla imagine` added them: the codes of each view as a world model imagined the
+                   frames, and int64 (F,) the frame that it began from, which is as it was
 episodes.json      [{start, length, instruction, suite, task, init, seed, success, key}]
 manifest.json      format, digest of the image tokenizer, counts, grids, source files; `kept`, the share of a
                    view's codes that the next frame keeps: the fewer, the less a world model can copy
@@ -67,15 +67,13 @@ class Imagined:
 
     codes: dict[str, np.ndarray]
     """View -> uint16 or uint32 (F, N)."""
-    states: np.ndarray
-    """float32 (F, S), as the world model said them."""
     start: np.ndarray
     """int64 (F,), the real frame from which each was imagined; its own for that frame itself."""
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return name -> array, as they are called on disk."""
         codes = {f"imagined_codes_{view}": array for view, array in self.codes.items()}
-        return codes | {"imagined_states": self.states, "imagined_start": self.start}
+        return codes | {"imagined_start": self.start}
 
 
 @dataclass(frozen=True)
@@ -141,17 +139,14 @@ class TokenStore:
                 view: _load(path, f"imagined_codes_{view}", a.dtype.type, a.shape)
                 for view, a in codes.items()
             }
-            said = _load(path, "imagined_states", np.float32, states.shape)
-            imagined = Imagined(own, said, _load(path, "imagined_start", np.int64, (num_frames,)))
+            imagined = Imagined(own, _load(path, "imagined_start", np.int64, (num_frames,)))
             every |= {f"imagined_{view}": array for view, array in own.items()}
         rows = json.loads((path / "episodes.json").read_text(encoding="utf-8"))
         episodes = tuple(EpisodeRow(**row) for row in rows)
         for view, array in every.items():
             if (highest := int(array.max())) >= manifest["num_codes"]:
                 raise ValueError(f"codes_{view}.npy holds {highest}, expected [0, {manifest['num_codes']})")
-        numbers = {"actions": actions, "states": states}
-        numbers |= {} if imagined is None else {"imagined_states": imagined.states}
-        for name, array in numbers.items():
+        for name, array in {"actions": actions, "states": states}.items():
             if not np.isfinite(array).all():
                 raise ValueError(f"{name}.npy is not finite at frame {first_bad(array)}")
         stops = [e.start + e.length for e in episodes]
