@@ -4,8 +4,8 @@ In imagination a model reads its own frames, dozens of steps after the last real
 thing or put the hand elsewhere, training on real frames never told it what to do. Here each episode is cut
 into pieces of 12 to 30 frames; the first frame of a piece is real, the others are imagined from it and from
 the actions that were executed. States stay real: the model says them better than it shows them, and the
-right state beside a wrong frame teaches it to mend the frame. Learning from the states that oneself visits is DAgger (arXiv 1011.0686), of
-sequence models data as demonstrator (Venkatraman et al. 2015).
+right state beside a wrong frame teaches it to mend the frame. To learn from what one's own mistakes lead to
+is DAgger (arXiv 1011.0686); of sequence models it is called data as demonstrator (Venkatraman et al. 2015).
 """
 
 from collections.abc import Callable
