@@ -66,15 +66,24 @@ train tabletop_world3 $OUT/world_model
 train tabletop_state $OUT/state
 train tabletop_anchor $OUT/anchor_model
 
-# Once more, on new data that this model collects.
-for suite in $SUITES; do
-    worldvla collect "$suite" --out $OUT/world2/"$suite" --kind world --episodes 50 --policy $OUT/anchor_model --seed 41
-    worldvla collect "$suite" --out $OUT/visited2/"$suite" --policy $OUT/anchor_model --episodes 14 --seed 43 --label 5 --execute 3
-    worldvla collect "$suite" --out $OUT/expert2/"$suite" --episodes 10 --seed 45 --label 5
-    for kind in world2 visited2 expert2; do
-        worldvla tokenize $OUT/$kind/"$suite" --tokenizer $OUT/levels --out $OUT/levels_${kind}_"$suite"
+more() {  # round, model, seeds: new data that this model collects
+    for suite in $SUITES; do
+        worldvla collect "$suite" --out $OUT/world"$1"/"$suite" --kind world --episodes 50 --policy "$2" --seed "$3"
+        worldvla collect "$suite" --out $OUT/visited"$1"/"$suite" --policy "$2" --episodes 14 --seed "$4" --label 5 --execute 3
+        worldvla collect "$suite" --out $OUT/expert"$1"/"$suite" --episodes 10 --seed "$5" --label 5
+        for kind in world visited expert; do
+            worldvla tokenize $OUT/$kind"$1"/"$suite" --tokenizer $OUT/levels --out $OUT/levels_${kind}"$1"_"$suite"
+        done
     done
-done
+}
+more 2 $OUT/anchor_model 41 43 45
 train tabletop_sampled $OUT/sampled_model
 train tabletop_at_once $OUT/at_once_model
 train tabletop_deep $OUT/deep_model
+
+# And on what that model imagines in place of new data.
+more 3 $OUT/deep_model 51 53 55
+for suite in $SUITES; do
+    worldvla imagine $OUT/levels_world3_"$suite" --world $OUT/deep_model --out $OUT/imagined3_"$suite" --dtype bfloat16
+done
+train tabletop_imagined $OUT/imagined_model
