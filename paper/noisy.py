@@ -25,7 +25,7 @@ def main(checkpoint: tyro.conf.Positional[Path], levels: tuple[float, ...], out:
             if is_block_matrix(name, tensor.shape):
                 noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
                 tensors[name] = (tensor.float() + level * noise).to(tensor.dtype)
-        with whole_folder(out / f"noise_{level:g}") as scratch:
+        with whole_folder(out / f"noise_{level:g}", "model.safetensors") as scratch:
             shutil.copytree(source, scratch, dirs_exist_ok=True)
             save_tensors(scratch / "model.safetensors", tensors)
             config = read_json(scratch / "config.json")

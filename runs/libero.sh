@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The shipped LIBERO model, from nothing: libero_object and libero_spatial in one model of 8.8 million parameters.
+# The shipped LIBERO model, from nothing: libero_object and libero_spatial in one model of 8.9 million parameters.
 # Needs pip install -e '.[libero]' -c constraints.txt. Two CPU cores: about two hours for the data; the first
 # training wants a GPU (four minutes on an H200), the second takes half an hour on two cores. Run it again after
 # a stop: finished steps are skipped. The models beside it: python -m paper.run.

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The shipped tabletop model, from nothing: demonstrations, image tokenizer, training, two rounds of DAgger on the
-# states that the policy itself visits, evaluation, imagination. Two CPU cores: about five hours. Run it again
-# after a stop: finished steps are skipped. Training runs as two processes of one thread that share every batch.
+# The tabletop models, from nothing: demonstrations, image tokenizer, policy, two rounds of DAgger on the states that
+# the policy itself visits, then the world model, each trained on from the one before; $OUT/imagined_model is the
+# last. Two CPU cores: about eleven hours of training, and the collecting. Run it again after a stop: finished steps
+# are skipped. Training runs as two processes of one thread that share every batch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -60,8 +61,8 @@ for suite in $SUITES; do
 done
 worldvla config tabletop_world > $OUT/tabletop_world.json
 [ -e $OUT/grown ] || python -m paper.grow --old $OUT/model --config-file $OUT/tabletop_world.json --demos $OUT/world --out $OUT/grown
-train tabletop_world $OUT/world
-train tabletop_world2 $OUT/world2
+train tabletop_world $OUT/first_world
+train tabletop_world2 $OUT/second_world
 train tabletop_world3 $OUT/world_model
 train tabletop_state $OUT/state
 train tabletop_anchor $OUT/anchor_model
@@ -84,6 +85,11 @@ train tabletop_deep $OUT/deep_model
 # And on what that model imagines in place of new data.
 more 3 $OUT/deep_model 51 53 55
 for suite in $SUITES; do
-    worldvla imagine $OUT/levels_world3_"$suite" --world $OUT/deep_model --out $OUT/imagined3_"$suite" --dtype bfloat16
+    [ -e $OUT/imagined3_"$suite" ] || worldvla imagine $OUT/levels_world3_"$suite" --world $OUT/deep_model --out $OUT/imagined3_"$suite" --dtype bfloat16
 done
 train tabletop_imagined $OUT/imagined_model
+for suite in $SUITES; do
+    worldvla eval $OUT/imagined_model --suite "$suite" --first 10 --episodes 10 --execute 3 --videos 0
+    worldvla collect "$suite" --out $OUT/held_out3/"$suite" --kind world --episodes 2 --policy $OUT/deep_model --seed 99
+done
+worldvla eval-world $OUT/imagined_model --demos $OUT/held_out3 --clips 64 --horizons 10 30

@@ -38,9 +38,9 @@ def fail(writing: AbstractContextManager[Path]) -> None:
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"n": 1})
     (tmp_path / "folder").mkdir()
-    for whole, name in ((whole_file, "a.json"), (whole_folder, "folder")):
+    for writing in (whole_file(tmp_path / "a.json"), whole_folder(tmp_path / "folder", "a")):
         with pytest.raises(OSError, match="full"):
-            fail(whole(tmp_path / name))
+            fail(writing)
     assert read_json(tmp_path / "a.json") == {"n": 1}
     assert names(tmp_path) == {"a.json", "folder"}
     assert not names(tmp_path / "folder")
@@ -60,10 +60,23 @@ def test_a_folder_replaces_the_old_one_and_what_a_kill_left(tmp_path: Path) -> N
     left_over.mkdir()
     neighbour.mkdir()
     for name in ("a", "b"):
-        with whole_folder(tmp_path / "store") as scratch:
+        with whole_folder(tmp_path / "store", "mark") as scratch:
+            (scratch / "mark").touch()
             (scratch / name).touch()
-    assert names(tmp_path / "store") == {"b"}
+    assert names(tmp_path / "store") == {"mark", "b"}
     assert names(tmp_path) == {"store", neighbour.name}
+
+
+@pytest.mark.parametrize("mark", ["mark", ""])
+def test_a_folder_of_something_else_is_not_replaced(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "demos").mkdir()
+    (tmp_path / "demos/a_demo.hdf5").touch()
+    (tmp_path / "a_file").touch()
+    for name in ("demos", "a_file"):
+        with pytest.raises(ValueError, match=rf"{name} exists and holds something else: choose another"):
+            fail(whole_folder(tmp_path / name, mark))
+    assert names(tmp_path) == {"demos", "a_file"}
+    assert names(tmp_path / "demos") == {"a_demo.hdf5"}
 
 
 def test_a_killed_replacement_brings_the_old_folder_back(tmp_path: Path) -> None:
@@ -71,7 +84,7 @@ def test_a_killed_replacement_brings_the_old_folder_back(tmp_path: Path) -> None
     (tmp_path / ".store.0123abcd.old.tmp/a").touch()
     (tmp_path / ".store.0123abcd.tmp").mkdir()
     with pytest.raises(OSError, match="full"):
-        fail(whole_folder(tmp_path / "store"))
+        fail(whole_folder(tmp_path / "store", "a"))
     assert names(tmp_path) == {"store"}
     assert names(tmp_path / "store") == {"a"}
 
@@ -94,9 +107,9 @@ def test_a_folder_has_one_writer_and_a_dead_one_holds_nothing(tmp_path: Path) ->
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(BlockingIOError, match=rf"is being written by process {holder.pid} on .* since "):
-            fail(whole_folder(folder))
+            fail(whole_folder(folder, ""))
         holder.kill()
-    with only_writer(folder), whole_folder(folder / "ckpt/step_4"):
+    with only_writer(folder), whole_folder(folder / "ckpt/step_4", ""):
         assert names(folder / "ckpt") >= {".step_4.lock"}
     assert names(tmp_path) == {"run"}
     assert names(folder / "ckpt") == {"step_4"}

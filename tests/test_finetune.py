@@ -23,17 +23,34 @@ from worldvla.data.sources.source import Camera, Source, Vector
 from worldvla.data.store import write_store
 from worldvla.infer.model import load
 from worldvla.infer.policy import Policy
+from worldvla.infer.world import World
 from worldvla.recipes import finetune
 from worldvla.serve.client import Client
 from worldvla.serve.server import serve_checkpoint
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train.build import build, fit
+from worldvla.train.image_tokenizer import LEVELS
 
 SIZES = {"agentview": (32, 48), "left_wrist": (16, 16), "right_wrist": (24, 16)}
 SHAPE = ImageTokenizerConfig(
     channels=4, channel_mult=(1, 2), patch=4, num_res_blocks=1, z_channels=4, embed_dim=4, num_codes=16
 )
 JOINTS = tuple(f"{side}_{i}" for side in ("left", "right") for i in range(6)) + ("left_grip", "right_grip")
+
+
+SETTINGS = {
+    "model.num-layers": 1,
+    "model.width": 32,
+    "model.hidden": 32,
+    "model.num-heads": 2,
+    "model.num-kv-heads": 2,
+    "train.dtype": "float32",
+    "train.batch-size": 4,
+    "train.steps": 2,
+    "train.num-eval-batches": 1,
+    "optim.warmup-steps": 1,
+}
+SMALL = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
 
 def episode(seed: int, length: int = 24) -> Episode:
@@ -81,18 +98,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     views = ["--camera", *(f"{view}=observation.images.{view}" for view in SIZES)]
     assert main(["tokenize", data, "--tokenizer", image, "--out", store, *views]) == 0
     words = ["--data.stores", store, "--tokenizer", image, "--out", str(root / "run")]
-    words += [
-        "--model.num-layers",
-        "1",
-        "--model.width",
-        "32",
-        "--model.hidden",
-        "32",
-        "--model.num-heads",
-        "2",
-    ]
-    words += ["--model.num-kv-heads", "2", "--train.dtype", "float32", "--train.batch-size", "4"]
-    words += ["--train.steps", "2", "--optim.warmup-steps", "1", "--train.num-eval-batches", "1"]
+    words += SMALL
     assert main(["train", "finetune", *words]) == 0
     return root
 
@@ -149,3 +155,30 @@ def test_an_open_layout_needs_stores(run: Path):
     open_config = replace(finetune(), tokenizer=str(run / "image_tokenizer"))
     with pytest.raises(ValueError, match=r"data\.stores"):
         build(replace(open_config, data=replace(open_config.data, stores=())))
+
+
+def test_the_world_model_of_the_same_data_imagines_all_cameras(run: Path):
+    torch.manual_seed(0)
+    ImageTokenizer(replace(LEVELS, channels=8, z_channels=8)).save(
+        run / "levels"
+    )  # of train-tokenizer --levels
+    data, image, store = (str(run / name) for name in ("data", "levels", "levels_store"))
+    views = ["--camera", *(f"{view}=observation.images.{view}" for view in SIZES)]
+    assert main(["tokenize", data, "--tokenizer", image, "--out", store, *views]) == 0
+    words = ["--data.stores", store, "--tokenizer", image, "--out", str(run / "world")]
+    assert main(["train", "finetune_world", *words, *SMALL]) == 0
+    model, shown = load(run / "world"), episode(7)
+    world = World(model)
+    frame = world.reset(
+        {view: frames[0] for view, frames in shown.images.items()} | {"state": shown.states[0]}
+    )
+    for action in shown.actions[:5]:  # past the end of a clip
+        frame = world.step(action)
+    assert isinstance(frame, dict)
+    assert {view: picture.shape[:2] for view, picture in frame.items()} == SIZES
+    assert world.state is not None
+    assert world.state.shape == (14,)
+    before = run / "from_run"  # a run may be named as where to start from
+    words[-1] = str(before)
+    assert main(["train", "finetune_world", *words, *SMALL, "--train.init-from", str(run / "world")]) == 0
+    assert load(before).config.train.init_from == str(run / "world/ckpt/step_2")

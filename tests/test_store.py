@@ -101,7 +101,7 @@ def test_a_store_is_replaced_whole(store: Path):
 
 def test_a_directory_that_is_no_store_is_not_overwritten(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is no token store"):
+    with pytest.raises(ValueError, match="holds something else"):
         write_store(tmp_path, EPISODES, PixelSums())
     assert (tmp_path / "thesis.txt").exists()
 

@@ -301,6 +301,15 @@ def test_what_is_no_checkpoint_is_no_start(root: Path, tmp_path: Path) -> None:
         build(tiny_config(root, init_from=str(tmp_path)))
 
 
+def test_a_run_that_failed_at_once_takes_other_settings(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(FileNotFoundError, match="is no checkpoint"):
+        train(tiny_config(root, steps=1, init_from=str(tmp_path)), run)
+    assert train(tiny_config(root, steps=1), run).is_finished
+    with pytest.raises(ValueError, match=r"another config .*train\.seed: 0 there, 1 now"):
+        train(tiny_config(root, steps=1, seed=1), run)
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_too_little_memory_is_said_with_the_sum_before_a_weight_is_read(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int

@@ -477,7 +477,7 @@ def imagine(
     Args:
         store: A token store of the world model's image tokenizer.
         world: The world model: it starts from a real frame every 12 to 30 frames.
-        out: Directory of the store that holds both; `--data.imagined 0.5` lets half of the world samples read
+        out: Directory of the store that holds both. With `--data.imagined 0.5` half of its world samples read
             what was imagined and learn what happened.
         seed: Of the pieces' lengths.
     """
@@ -494,7 +494,10 @@ def imagine(
         with progress_bar(transient=True) as progress:
             bar = progress.add_task("imagine frames", total=len(opened))
             imagine_store(opened, model, out, seed=seed, on_frames=lambda n: progress.advance(bar, n))
-    say(f"tokens: {out}   next: worldvla train RECIPE --data.stores {out} --data.imagined 0.5")
+    say(
+        f"tokens: {out}   next: worldvla train {model.config.name} --data.stores {out} --data.imagined 0.5 "
+        f"--train.init-from {world} --tokenizer {model.path}/image_tokenizer --out DIR"
+    )
 
 
 def export_dataset(
@@ -536,11 +539,24 @@ def train(config: Recipe, *, out: Path | None = None, overfit: bool = False, tra
     with only_writer(out) if is_first else nullcontext():  # before the seconds that it takes to load torch
         from worldvla.train.loop import train
 
+        if (name := config.train.init_from) and not (Path(name) / "manifest.json").is_file():
+            config = replace(config, train=replace(config.train, init_from=_checkpoint_of(name)))
         outcome = train(config, out, overfit, track)
     if not outcome.is_finished:
         raise KeyboardInterrupt
     if is_first:  # torchrun's other processes stay silent
         say(f"checkpoint: {outcome.checkpoint}   next: worldvla eval {outcome.checkpoint} --suite SUITE")
+
+
+def _checkpoint_of(name: str) -> str:
+    """Return the folder of a checkpoint to start from: a shipped one, one on the hub, the newest of a run."""
+    from worldvla.model.weights import find_checkpoint
+    from worldvla.published.hub import locate
+
+    try:
+        return str(find_checkpoint(locate(name)))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"train.init_from: {error}") from None
 
 
 def plan(config: Recipe, *, gpus: int = 1, memory: str = "80GB") -> int:

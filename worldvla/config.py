@@ -195,7 +195,8 @@ class LayoutConfig(Checked):
         frame = sum(rows * (cols + 1) + 4 for rows, cols in self.grids)
         block, state = self.num_action_dims + 2, self.num_state_dims + 2
         policy = self.state * state + self.history * frame + self.chunk * block
-        world = (2 + self.anchor) * frame + 2 * self.world_state * state + block
+        world = (1 + self.anchor + self.clip) * frame + self.clip * block
+        world += (1 + self.clip) * self.world_state * state
         return -(-(64 + 3 + max(policy, world)) // 64) * 64
 
     @property
@@ -321,8 +322,8 @@ class DataConfig(Checked):
     corrupt: Share = 0.0
     """Share of the image codes that a world sample reads wrong; the right ones stay its targets."""
     imagined: Share = 0.0
-    """Share of the world samples that read frames as a world model imagined them, up to some dozen steps from
-    a real one, in stores that `worldvla imagine` wrote; the real ones stay their targets."""
+    """Of the world samples whose frames a world model imagined in one piece (`worldvla imagine`), the share
+    that reads them so; the real ones stay their targets."""
     statistics: Literal["minmax", "quantile"] = "minmax"
     """Normalisation range of actions and states: minimum, maximum (published) or 1st, 99th percentile."""
     sequence_length: Count = 256

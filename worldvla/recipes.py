@@ -31,7 +31,7 @@ regenerations differ by a few percent): they turn epochs into steps."""
 
 
 def tabletop() -> Config:
-    """The shipped small model: four tabletop suites, two views, 3.7 million parameters."""
+    """The first small model: four tabletop suites, two views. The shipped one was trained on from it."""
     return Config(
         name="tabletop",
         vocab="compact",
@@ -97,10 +97,26 @@ def finetune() -> Config:
     )
 
 
+def finetune_world() -> Config:
+    """`finetune` with a world model of clips beside the policy, on codes of `train-tokenizer --levels`:
+    docs/guides/data.md."""
+    base, world = finetune(), tabletop_world()
+    return replace(
+        base,
+        name="finetune_world",
+        tokenizer="out/my/levels",
+        layout=replace(base.layout, clip=3, anchor=True, world_state=True, frame_at_once=True),
+        model=world.model,
+        loss=world.loss,
+        optim=world.optim,
+        data=replace(base.data, world_fraction=0.6, corrupt=0.05),
+    )
+
+
 def dagger(rounds: int) -> Config:
     """`tabletop`, trained on with the expert's labels on the states that its versions visited (DAgger).
 
-    After two rounds it is the shipped model; `runs/tabletop.sh` has the whole of it.
+    After two rounds it is the policy that the shipped model began from; `runs/tabletop.sh` has all commands.
     """
     base = tabletop()
     names = [f"{d}_{suite}" for d in ["store", "dagger1", "dagger2"][: rounds + 1] for suite in TABLETOP]
@@ -155,19 +171,21 @@ def tabletop_world2() -> Config:
         name="tabletop_world2",
         optim=replace(base.optim, learning_rate=5.2e-4, warmup_steps=10),
         data=replace(base.data, world_fraction=0.6),
-        train=replace(base.train, steps=1_250, batch_size=40, init_from="out/tabletop/world"),
+        train=replace(base.train, steps=1_250, batch_size=40, init_from="out/tabletop/first_world"),
     )
 
 
 def tabletop_world3() -> Config:
-    """A last short part with mostly policy samples; its result is the shipped model."""
+    """A last short part with mostly policy samples."""
     base = tabletop_world2()
     return replace(
         base,
         name="tabletop_world3",
         optim=replace(base.optim, learning_rate=3e-4),
         data=replace(base.data, world_fraction=0.375),
-        train=replace(base.train, steps=260, batch_size=64, eval_every=0, init_from="out/tabletop/world2"),
+        train=replace(
+            base.train, steps=260, batch_size=64, eval_every=0, init_from="out/tabletop/second_world"
+        ),
     )
 
 
@@ -372,8 +390,8 @@ def tabletop_deep() -> Config:
 
 
 def tabletop_imagined() -> Config:
-    """`tabletop_deep`, trained on with new data and longer clips; half of its world samples read what
-    `tabletop_deep` imagined in place of the frames."""
+    """`tabletop_deep`, trained on with new data and longer clips; of the world samples that can, half read
+    what `tabletop_deep` imagined in place of the frames."""
     base = tabletop_deep()
     names = [
         f"{kind}3_{suite}" for kind in ("imagined", "levels_visited", "levels_expert") for suite in TABLETOP
@@ -411,6 +429,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop_pilot": tabletop_pilot,
     "debug": debug,
     "finetune": finetune,
+    "finetune_world": finetune_world,
     "libero_object_spatial_long": libero_object_spatial_long,
     "libero_object_spatial_drawer": libero_object_spatial_drawer,
 }

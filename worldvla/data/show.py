@@ -55,15 +55,16 @@ def fake(config: Config, mode: str, seed: int) -> tuple[SampleBuilder, Sample]:
     action, state = (1.0,) * layout.num_action_dims, (1.0,) * layout.num_state_dims
     ranges = (tuple(-x for x in action), action, tuple(-x for x in state), state)
     builder = SampleBuilder(layout, vocab, text, Statistics(*ranges, kind="minmax"))
+    num_frames = layout.clip + 1 if mode == "world" else layout.history
     frames = [
-        [rng.integers(0, len(vocab.image), n) for n in layout.codes_per_view]
-        for _ in range(layout.history + 1)
+        [rng.integers(0, len(vocab.image), n) for n in layout.codes_per_view] for _ in range(num_frames)
     ]
-    actions = rng.uniform(-1, 1, (layout.chunk, layout.num_action_dims))
+    num_actions = layout.clip if mode == "world" else layout.chunk
+    actions = rng.uniform(-1, 1, (num_actions, layout.num_action_dims))
     if mode == "world":
-        states = rng.integers(0, NUM_BIN_CODES, (2, layout.num_state_dims))
-        return builder, builder.world(frames[:1], actions[0], frames[1], states, frames[0])
-    return builder, builder.policy(task, rng.uniform(-1, 1, layout.num_state_dims), frames[1:], actions)
+        states = rng.integers(0, NUM_BIN_CODES, (num_frames, layout.num_state_dims))
+        return builder, builder.world(frames[:-1], actions, frames[-1], states, frames[0])
+    return builder, builder.policy(task, rng.uniform(-1, 1, layout.num_state_dims), frames, actions)
 
 
 def lines(sample: Sample, builder: SampleBuilder) -> Iterator[slice]:

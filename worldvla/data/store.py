@@ -29,6 +29,8 @@ from worldvla.data.episode import Episode, first_bad
 from worldvla.files import check_digests, reading, whole_folder, write_digests, write_json, write_text
 
 FORMAT = "worldvla-store-1"
+EPISODES = "episodes.json"
+"""What a token store has and nothing else here."""
 BATCH = 64
 """Frames that are encoded together."""
 
@@ -141,7 +143,7 @@ class TokenStore:
             }
             imagined = Imagined(own, _load(path, "imagined_start", np.int64, (num_frames,)))
             every |= {f"imagined_{view}": array for view, array in own.items()}
-        rows = json.loads((path / "episodes.json").read_text(encoding="utf-8"))
+        rows = json.loads((path / EPISODES).read_text(encoding="utf-8"))
         episodes = tuple(EpisodeRow(**row) for row in rows)
         for view, array in every.items():
             if (highest := int(array.max())) >= manifest["num_codes"]:
@@ -192,9 +194,7 @@ def write_store(
     The views are those of the first episode. `source` goes into the manifest.
     """
     path = Path(path)
-    if path.exists() and read_manifest(path) is None and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is no token store: choose another directory or remove it")
-    with whole_folder(path) as scratch, ExitStack() as stack:
+    with whole_folder(path, EPISODES) as scratch, ExitStack() as stack:
         writer = _Writer(scratch, stack, tokenizer)
         for episode in episodes:
             writer.add(episode)
@@ -208,11 +208,11 @@ def write_store(
 
 def add_imagined(store: TokenStore, path: Path, imagined: Imagined, made_by: dict[str, Any]) -> Path:
     """Write a copy of `store` to `path` that also holds `imagined`; `made_by` goes into its manifest."""
-    with whole_folder(path) as scratch:
+    with whole_folder(path, EPISODES) as scratch:
         for file in store.path.glob("*.npy"):
             if not file.name.startswith("imagined_"):
                 shutil.copyfile(file, scratch / file.name)
-        shutil.copyfile(store.path / "episodes.json", scratch / "episodes.json")
+        shutil.copyfile(store.path / EPISODES, scratch / EPISODES)
         for name, array in imagined.arrays().items():
             np.save(scratch / f"{name}.npy", array, allow_pickle=False)
         manifest = {k: v for k, v in store.manifest.items() if k != "imagined"}
@@ -295,7 +295,7 @@ class _Writer:
             column.finish()
         kept = {view: np.concatenate(same) for view, same in self.kept.items()}
         episodes = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
-        write_text(self.directory / "episodes.json", f"[\n{episodes}\n]\n")
+        write_text(self.directory / EPISODES, f"[\n{episodes}\n]\n")
         manifest = {
             "format": FORMAT,
             **tokenizer,

@@ -239,7 +239,7 @@ def export(
     """
     model = load(source, dtype=torch.bfloat16, unnorm_key=unnorm_key)  # whole and consistent, or an error
     source = model.path
-    with whole_folder(out_dir) as scratch:
+    with whole_folder(out_dir, WEIGHTS) as scratch:
         (scratch / "image_tokenizer").mkdir()
         has_reader = all((source / name).is_file() for name in READER_FILES)
         for name in (*FILES, *IMAGE_FILES, *(READER_FILES if has_reader else ())):

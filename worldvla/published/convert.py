@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from worldvla.config import Config, LayoutConfig, from_json, to_json
-from worldvla.files import read_json, save_tensors, whole_folder, write_digests, write_json
+from worldvla.files import read_json, refuse_other, save_tensors, whole_folder, write_digests, write_json
 from worldvla.model.lora import refuse_updates
 from worldvla.model.weights import INDEX, find_checkpoint, header, read_tensor
 from worldvla.published.hub import locate
@@ -81,14 +81,14 @@ def convert(
         tokenizer=str(out_dir / "image_tokenizer"),
         data=replace(base.data, sequence_length=layout.longest),
     )
-    _refuse(out_dir, FACTS)
+    refuse_other(out_dir, FACTS)
     digests = {"image_tokenizer": image.digest(), "text": text.digest(), "statistics": statistics.digest()}
     manifest = {**digests, "vocab": vocab.digest(), "step": 0, "release": release}
     manifest |= {"dtype": released.dtypes["embed.weight"], "source": str(source)}
     aside = {key: released.read(key) for key in released.aside}
     way_back = {"norm_rows": released.norm_rows, "dtypes": released.dtypes}
     way_back |= {"files": released.files, "config": released.hub_config}
-    with whole_folder(out_dir) as scratch:
+    with whole_folder(out_dir, FACTS) as scratch:
         write_json(scratch / "config.json", to_json(config))
         write_json(scratch / "vocab.json", asdict(vocab))
         write_json(scratch / "statistics.json", statistics.to_json())
@@ -126,9 +126,9 @@ def convert_back(source: Path, out_dir: Path, like: Path | None = None) -> None:
     shards: dict[str, list[str]] = defaultdict(list)
     for key, shard in sorted(files.items()):
         shards[shard].append(key)
-    _refuse(out_dir)
+    refuse_other(out_dir, "")
     total = 0
-    with whole_folder(out_dir) as scratch:
+    with whole_folder(out_dir, "") as scratch:
         for shard, keys in shards.items():
             mine = ((ours[k], read_tensor(weights, ours[k])) for k in keys if k in ours)
             tensors: dict[str, Tensor] = dict(published_tensors(mine, facts["norm_rows"], facts["dtypes"]))
@@ -210,9 +210,3 @@ def _remarks(released: Released, image: ImageTokenizer, facts: Release) -> list[
     if not facts.chunks:
         lines.append("no policy: a world model, or weights to start training from")
     return lines
-
-
-def _refuse(out_dir: Path, mark: str = "") -> None:
-    """Raise ValueError if `out_dir` holds anything but a result of ours, which has the file `mark`."""
-    if out_dir.exists() and not (out_dir / mark).is_file() and any(out_dir.iterdir()):
-        raise ValueError(f"{out_dir} exists and holds something else: choose another --out, or remove it")

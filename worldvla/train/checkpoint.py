@@ -190,7 +190,7 @@ def _scratch(path: Path, together: bool, group: dist.ProcessGroup | None) -> Ite
     if together and parallel.rank() > 0:
         yield Path(parallel.from_first("", group))
         return
-    with whole_folder(path) as scratch:
+    with whole_folder(path, "manifest.json") as scratch:
         yield Path(parallel.from_first(str(scratch), group)) if together else scratch
 
 
@@ -306,10 +306,11 @@ def prune(run_dir: Path, best_step: int | None) -> None:
 def check_config(run_dir: Path, config: Config, is_writer: bool = True) -> None:
     """Write run_dir/config.json, or compare it with the one there: changed leaves raise ValueError.
 
-    More steps are allowed, with a remark on what they do to the learning rate.
+    More steps are allowed, with a remark on what they do to the learning rate. A run that has not come to its
+    first checkpoint, one that failed at once say, may change as it likes.
     """
     path = run_dir / "config.json"
-    if not path.exists():
+    if not path.exists() or not _all(run_dir):
         if is_writer:  # one of several processes
             write_json(path, to_json(config))
         return

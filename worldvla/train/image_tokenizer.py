@@ -339,7 +339,7 @@ class TokenizerTrainer:
         for name, parameter in self.weights.items():
             tensors |= {f"{key}.{name}": v for key, v in self.optimizer.state[parameter].items()}
         progress = {**self.identity, "step": self.num_steps, "seconds": self.seconds}
-        with whole_folder(self.out_dir / "training") as scratch:
+        with whole_folder(self.out_dir / "training", "state.json") as scratch:
             packed = tensors | {"generator": self.generator.get_state()}
             save_tensors(scratch / "state.safetensors", packed)
             write_json(scratch / "state.json", progress)
