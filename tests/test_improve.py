@@ -17,7 +17,7 @@ from worldvla.data.collect import collect
 from worldvla.data.episode import read_episodes
 from worldvla.data.store import TokenStore
 from worldvla.eval.page import write_improvement
-from worldvla.improve import improve
+from worldvla.improve import _succeeds, improve, starts_of
 from worldvla.infer.model import load
 from worldvla.sim import suites as sim
 
@@ -76,6 +76,11 @@ def test_what_succeeds_is_what_happened_and_is_learnt(
     monkeypatch.setattr("worldvla.eval.judge.train_judge", None)  # it learnt before
     record = run(tmp_path / "dream", keep_all=True, judge=judge)
     assert record["rounds"][0]["kept"] == 2
+    assert 0 <= record["rounds"][0]["in_simulator"] <= record["rounds"][0]["successes"]
+    starts, world = starts_of(demos, tasks, [SUITE], 2, 0), load(MODEL)
+    (start,) = (s for s in starts if np.array_equal(s.observation["state"], kept[0].states[0]))
+    assert _succeeds(start, tasks[0], kept[0], world)
+    assert not _succeeds(start, tasks[0], replace(kept[0], actions=0 * kept[0].actions), world)
     (file,) = (tmp_path / "dream/round_0/demos").rglob("*.hdf5")
     dreamt = list(read_episodes(file))
     first = [e.images["agentview"][0] for e in shown[:2]]

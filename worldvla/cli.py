@@ -911,7 +911,9 @@ def improve(
         record = improve(checkpoint, world, demonstration_files(demos), suites, out, **options)
     for number, row in enumerate(record["rounds"]):
         done, total = row["successes"], row["episodes"]
-        say(f"round {number}: {done} of {total} succeeded in {kind}, {row['kept']} kept")
+        checked = row.get("in_simulator")
+        more = "" if checked is None else f"; in {checked} the same actions succeed in the simulator"
+        say(f"round {number}: {done} of {total} succeeded in {kind}{more}; {row['kept']} kept")
     say(f"new policy: {record['checkpoint']}   page: {write_improvement(out)}")
     say(f"next: worldvla eval {record['checkpoint']} --suite {suites[0]}, then worldvla compare")
 

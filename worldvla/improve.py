@@ -19,7 +19,17 @@ import torch
 from worldvla.config import Config
 from worldvla.data.episode import Episode, read_episodes, write_episodes
 from worldvla.data.tokenize import tokenize
-from worldvla.eval.judge import CONFIRM, STEPS, Imagined, Judge, Seen, Simulated, drive, judge_of
+from worldvla.eval.judge import (
+    CONFIRM,
+    STEPS,
+    Imagined,
+    Judge,
+    Seen,
+    Simulated,
+    drive,
+    judge_of,
+    last_actions,
+)
 from worldvla.files import read_json, write_json
 from worldvla.infer.model import Model, load
 from worldvla.infer.policy import Policy
@@ -158,12 +168,17 @@ def _demonstrate(
     kind: Kind,
     keep_all: bool,
 ) -> None:
-    """Let the policy act from `starts`; write what is to be learnt to demos/, and counts to round.json."""
+    """Let the policy act from `starts`; write what is to be learnt to demos/, and counts to round.json, with
+    in how many of the imagined successes the same actions succeed in the simulator: nothing is done with it.
+    """
     made: list[Episode] = []
     with progress_bar() as progress:
         batches = [starts[i : i + BATCH] for i in range(0, len(starts), BATCH)]
         for batch in progress.track(batches, description=f"{folder.name}: act in {kind}"):
             made += _episodes(_roll(act, execute, judge, world, batch, kind), batch, judge.tasks)
+        pairs = [(s, e) for s, e in zip(starts, made, strict=True) if e.success and kind == "imagination"]
+        replays = progress.track(pairs, description=f"{folder.name}: the same actions in the simulator")
+        confirmed = sum(_succeeds(start, judge.tasks[start.task], e, world) for start, e in replays)
     kept = [episode for episode in made if episode.success or keep_all]
     if not kept:
         raise ValueError(
@@ -172,7 +187,18 @@ def _demonstrate(
         )
     _write(kept, folder / "demos", {"kind": kind, "world": world.identity()})
     done = sum(episode.success for episode in made)
-    write_json(folder / "round.json", {"episodes": len(made), "successes": done, "kept": len(kept)})
+    counts = {"episodes": len(made), "successes": done, "kept": len(kept)}
+    counts |= {"in_simulator": confirmed} if kind == "imagination" else {}
+    write_json(folder / "round.json", counts)
+
+
+def _succeeds(start: Start, task: Task, episode: Episode, world: Model) -> bool:
+    """Return whether the actions of an episode, and AFTER steps of rest, succeed in the simulator."""
+    with closing(sim.make(task, world.view_sizes)) as env:
+        env.reset(options={"init": start.init})  # fixtures are not in every state
+        env.set_state(start.sim_state)
+        steps = (env.step(action) for action in [*episode.actions[:-1], *last_actions(episode)])
+        return any(step[4]["success"] for step in steps)
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:

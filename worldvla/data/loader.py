@@ -322,7 +322,7 @@ class Loader:
                 )
             if share:
                 self._counts(mode)
-        if self.data.imagined and not any(store.imagined for store in self.stores):
+        if self._share and self.data.imagined and not any(store.imagined for store in self.stores):
             raise ValueError(
                 f"data.imagined is {self.data.imagined}, but no store holds imagined frames: add them with "
                 "`worldvla imagine STORE --world CHECKPOINT --out STORE_2`"

@@ -256,7 +256,7 @@ def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model) 
     for state in episode.sim_states:
         env.set_state(state)
         success.append(env.info()["success"])
-    more = [env.step(action) for action in _last(episode)]
+    more = [env.step(action) for action in last_actions(episode)]
     success += [step[4]["success"] for step in more]
     frames = {v: np.concatenate([episode.images[v], [m[0][v] for m in more]]) for v in model.view_sizes}
     codes = encoded(model, frames)
@@ -275,7 +275,7 @@ def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model) 
     )
 
 
-def _last(episode: Episode) -> list[np.ndarray]:
+def last_actions(episode: Episode) -> list[np.ndarray]:
     """Return the last action, and AFTER - 1 in which the hand rests as it is."""
     rest = episode.actions[-1] * (np.arange(NUM_ACTION_DIMS) == NUM_ACTION_DIMS - 1)
     return [episode.actions[-1], *[rest] * (AFTER - 1)]
@@ -451,7 +451,7 @@ def replays(
         parts = [shown[i : i + batch] for i in range(0, len(shown), batch)]
         for part in progress.track(parts, description="replay in imagination"):
             numbers = np.array([pictures.tasks[0] for _, pictures in part])
-            plans = [[*episode.actions[:-1], *_last(episode)] for episode, _ in part]
+            plans = [[*episode.actions[:-1], *last_actions(episode)] for episode, _ in part]
             first = {v: np.stack([e.images[v][0] for e, _ in part]) for v in world.view_sizes}
             states = np.stack([e.states[0] for e, _ in part])
             body, said = Imagined(judge, World(world), first, states, numbers), []
