@@ -194,7 +194,8 @@ def _demonstrate(
 
 def _succeeds(start: Start, task: Task, episode: Episode, world: Model) -> bool:
     """Return whether the actions of an episode, and AFTER steps of rest, succeed in the simulator."""
-    with closing(sim.make(task, world.view_sizes)) as env:
+    env: Any = sim.make(task, world.view_sizes)
+    with closing(env):
         env.reset(options={"init": start.init})  # fixtures are not in every state
         env.set_state(start.sim_state)
         steps = (env.step(action) for action in [*episode.actions[:-1], *last_actions(episode)])
