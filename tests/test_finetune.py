@@ -45,6 +45,7 @@ SETTINGS = {
     "model.num-heads": 2,
     "model.num-kv-heads": 2,
     "train.dtype": "float32",
+    "train.num-threads": 1,
     "train.batch-size": 4,
     "train.steps": 2,
     "train.num-eval-batches": 1,

@@ -65,7 +65,9 @@ class Client:
         """Connect anew and read the metadata."""
         self.close()
         try:
-            self._connection = self._stack.enter_context(connect(self.address, **self._options))
+            self._connection = self._stack.enter_context(
+                connect(self.address, open_timeout=self.timeout_s, **self._options)
+            )
         except InvalidStatus as error:
             body = error.response.body.decode(errors="replace").strip()
             status = error.response.status_code
