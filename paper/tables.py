@@ -446,7 +446,7 @@ def rank(records: Records) -> str:
 
 
 def ranking(records: Records) -> str:
-    """Return how policies of sixteen strengths do in the simulator and in the shipped world model."""
+    """Return how policies of different strength do in the simulator and in the shipped world model."""
     record = records["tabletop_world/rank"]
     won = {p["name"].rpartition("noise_")[2]: [sum(o) for o in p["outcomes"]] for p in record["policies"]}
     number = len(record["policies"][0]["outcomes"][0])

@@ -160,9 +160,8 @@ def test_an_open_layout_needs_stores(run: Path):
 
 def test_the_world_model_of_the_same_data_imagines_all_cameras(run: Path):
     torch.manual_seed(0)
-    ImageTokenizer(replace(LEVELS, channels=8, z_channels=8)).save(
-        run / "levels"
-    )  # of train-tokenizer --levels
+    small = replace(LEVELS, channels=8, z_channels=8)  # of train-tokenizer --levels
+    ImageTokenizer(small).save(run / "levels")
     data, image, store = (str(run / name) for name in ("data", "levels", "levels_store"))
     views = ["--camera", *(f"{view}=observation.images.{view}" for view in SIZES)]
     assert main(["tokenize", data, "--tokenizer", image, "--out", store, *views]) == 0

@@ -877,7 +877,7 @@ def improve(
     dtype: WorldType = "float32",
     seed: int = 0,
 ) -> None:
-    """Train a policy on what succeeds when it acts in a world model; the simulator is not asked.
+    """Train a policy on what succeeds when it acts in a world model; the simulator only checks, and counts.
 
     Args:
         world: The world model that it acts in.

@@ -73,24 +73,19 @@ def whole_file(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def refuse_other(path: Path, mark: str) -> None:
-    """Raise ValueError if there is anything at `path` but an empty folder or one with the file `mark`, which
-    says that it may be replaced; an empty mark: nothing may."""
-    is_ours = path.is_dir() and (not any(path.iterdir()) or bool(mark and (path / mark).is_file()))
-    if path.exists() and not is_ours:
-        raise ValueError(f"{path} exists and holds something else: choose another folder, or remove it")
-
-
 @contextmanager
 def whole_folder(path: Path, mark: str) -> Iterator[Path]:
-    """Give an empty scratch folder, which replaces `path` after the block; on an error it is gone. What is
-    there and has no file `mark` is refused (`refuse_other`).
+    """Give an empty scratch folder, which replaces `path` after the block; on an error it is gone.
+
+    Only an empty folder or one with the file `mark` is replaced (an empty mark: no other), else ValueError.
 
     It has one writer at a time (`only_writer`). A kill between the two renames leaves the old folder and the
     new one under scratch names; the next writer brings the old one back.
     """
     with only_writer(path):
-        refuse_other(path, mark)
+        is_ours = path.is_dir() and (not any(path.iterdir()) or bool(mark and (path / mark).is_file()))
+        if path.exists() and not is_ours:
+            raise ValueError(f"{path} exists and holds something else: choose another folder, or remove it")
         scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         old = scratch.with_suffix(".old.tmp")
         try:

@@ -2,14 +2,16 @@
 
 From real first frames the policy acts in a world model, drawing its actions. A judge of success
 (eval/judge.py) reads the imagined frames; what it calls done becomes demonstrations, on which the policy is
-trained on. `in_simulator` rolls the same episodes out in the simulator and takes its word, which is the upper
-bound; `keep_all` learns from failures too, which is the control. Dims: N episodes.
+trained on. How many of them succeed in the simulator, too, is counted and not used. Kind "simulator" acts in
+the simulator and takes its word, which is the upper bound; `keep_all` learns from failures too, which is the
+control. Dims: N episodes.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,7 +180,7 @@ def _demonstrate(
             made += _episodes(_roll(act, execute, judge, world, batch, kind), batch, judge.tasks)
         pairs = [(s, e) for s, e in zip(starts, made, strict=True) if e.success and kind == "imagination"]
         replays = progress.track(pairs, description=f"{folder.name}: the same actions in the simulator")
-        confirmed = sum(_succeeds(start, judge.tasks[start.task], e, world) for start, e in replays)
+        confirmed = sum(_replayed(replays, judge.tasks, world))
     kept = [episode for episode in made if episode.success or keep_all]
     if not kept:
         raise ValueError(
@@ -192,14 +194,17 @@ def _demonstrate(
     write_json(folder / "round.json", counts)
 
 
-def _succeeds(start: Start, task: Task, episode: Episode, world: Model) -> bool:
-    """Return whether the actions of an episode, and AFTER steps of rest, succeed in the simulator."""
-    env: Any = sim.make(task, world.view_sizes)
-    with closing(env):
-        env.reset(options={"init": start.init})  # fixtures are not in every state
-        env.set_state(start.sim_state)
-        steps = (env.step(action) for action in [*episode.actions[:-1], *last_actions(episode)])
-        return any(step[4]["success"] for step in steps)
+def _replayed(pairs: Iterable[tuple[Start, Episode]], tasks: Sequence[Task], world: Model) -> Iterator[bool]:
+    """Yield whether the actions of each episode, and AFTER steps of rest, succeed in the simulator; those of
+    a task in a row."""
+    for task, of_task in groupby(pairs, key=lambda pair: pair[0].task):
+        env: Any = sim.make(tasks[task], world.view_sizes)
+        with closing(env):
+            for start, episode in of_task:
+                env.reset(options={"init": start.init})  # fixtures are not in every state
+                env.set_state(start.sim_state)
+                steps = (env.step(action) for action in [*episode.actions[:-1], *last_actions(episode)])
+                yield any(step[4]["success"] for step in steps)
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:

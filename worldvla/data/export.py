@@ -21,7 +21,7 @@ from PIL import Image
 
 from worldvla.data.episode import Episode
 from worldvla.data.sources.source import Source
-from worldvla.files import only_writer, refuse_other, whole_folder, write_json
+from worldvla.files import only_writer, whole_folder, write_json
 from worldvla.progress import progress_bar
 
 DATA_MB, VIDEO_MB = 100, 200
@@ -46,7 +46,6 @@ def export_lerobot(source: Source, out: Path, pictures: Pictures = "video", fps:
         raise ValueError(f"{source.path} does not say how many steps per second it has: give --fps")
     if fps and source.fps and fps != source.fps:
         raise ValueError(f"--fps {fps:g}: {source.path} has {source.fps:g} steps per second: leave --fps out")
-    refuse_other(out, "")
     for view, camera in source.cameras.items():
         if pictures == "video" and (camera.rows % 2 or camera.cols % 2):
             size = f"{camera.rows} x {camera.cols}"

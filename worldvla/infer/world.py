@@ -94,7 +94,8 @@ class World:
         self.stats, self._window = [], Window(self.model.device)
         self._codes = np.concatenate((states_BS, codes_BN), 1).astype(np.int64)
         self._clip, self._anchor, self._context = self._new_clip(), codes_BN, context or {}
-        self._is_batch = self._is_batch or context is None
+        if context is None:
+            self._is_batch = True
 
     def step(self, action: np.ndarray) -> Frame:
         """Return the next frame after `action`, (7,) or (B, 7) in physical units; values outside the

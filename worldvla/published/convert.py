@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from worldvla.config import Config, LayoutConfig, from_json, to_json
-from worldvla.files import read_json, refuse_other, save_tensors, whole_folder, write_digests, write_json
+from worldvla.files import read_json, save_tensors, whole_folder, write_digests, write_json
 from worldvla.model.lora import refuse_updates
 from worldvla.model.weights import INDEX, find_checkpoint, header, read_tensor
 from worldvla.published.hub import locate
@@ -81,7 +81,6 @@ def convert(
         tokenizer=str(out_dir / "image_tokenizer"),
         data=replace(base.data, sequence_length=layout.longest),
     )
-    refuse_other(out_dir, FACTS)
     digests = {"image_tokenizer": image.digest(), "text": text.digest(), "statistics": statistics.digest()}
     manifest = {**digests, "vocab": vocab.digest(), "step": 0, "release": release}
     manifest |= {"dtype": released.dtypes["embed.weight"], "source": str(source)}
@@ -126,7 +125,6 @@ def convert_back(source: Path, out_dir: Path, like: Path | None = None) -> None:
     shards: dict[str, list[str]] = defaultdict(list)
     for key, shard in sorted(files.items()):
         shards[shard].append(key)
-    refuse_other(out_dir, "")
     total = 0
     with whole_folder(out_dir, "") as scratch:
         for shard, keys in shards.items():
