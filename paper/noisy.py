@@ -13,11 +13,12 @@ import tyro
 
 from worldvla.files import load_tensors, read_json, save_tensors, whole_folder, write_digests, write_json
 from worldvla.model.weights import find_checkpoint, is_block_matrix
+from worldvla.published.hub import locate
 
 
 def main(checkpoint: tyro.conf.Positional[Path], levels: tuple[float, ...], out: Path, seed: int = 0) -> None:
     """Write a weaker checkpoint for each level."""
-    source = find_checkpoint(checkpoint)
+    source = find_checkpoint(locate(checkpoint))
     for level in levels:
         generator = torch.Generator().manual_seed(seed)
         tensors = load_tensors(source / "model.safetensors")

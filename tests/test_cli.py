@@ -18,9 +18,10 @@ import torch
 from tiny_run import tiny_config, write_checkpoint
 
 import worldvla
-from worldvla.cli import VERBS, main
+from worldvla.cli import VERBS, _checkpoint_of, main
 from worldvla.config import Config, from_json, to_json
 from worldvla.files import only_writer
+from worldvla.published.hub import ASSETS
 from worldvla.recipes import RECIPES
 from worldvla.sim.suites import TABLETOP
 from worldvla.train.build import build
@@ -44,6 +45,18 @@ def _fails(capsys, *words):
     assert err.count("\n") == 1, err
     assert "Traceback" not in err
     return err
+
+
+def test_a_shipped_model_collects_and_starts_a_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    words = ["--policy", "tabletop", "--tasks", "0", "--episodes", "1", "--workers", "1", "--out", "demos"]
+    monkeypatch.chdir(tmp_path)
+    assert _run(capsys, "collect", "tabletop_goal", "--kind", "world", *words)[0] == 0
+    assert list((tmp_path / "demos").glob("*.hdf5"))
+    assert Path(_checkpoint_of("tabletop")) == ASSETS / "tabletop"
+    with pytest.raises(FileNotFoundError, match=r"train\.init_from: no folder nowhere"):
+        _checkpoint_of("nowhere")
 
 
 def test_help_imports_nothing_heavy_and_answers_within_a_second():

@@ -389,6 +389,11 @@ def test_imagined_frames_are_those_of_a_world_and_only_read(trained: Path, tmp_p
     again = TokenStore.open(imagine_store(store, model, tmp_path / "both", batch=4), model.image.digest())
     imagined = again.imagined
     assert imagined is not None
+    with pytest.raises(ValueError, match="holds something else"):  # at once
+        imagine_store(store, model, trained, on_frames=lambda _: pytest.fail("imagined first"))
+    data = replace(model.config.data, world_fraction=0.0)
+    with pytest.raises(ValueError, match="has no world model"):
+        imagine_store(store, replace(model, config=replace(model.config, data=data)), tmp_path / "none")
     assert len(again) == len(store)
     starts = [e.start for e in store.episodes]  # 8 frames an episode: one piece each
     np.testing.assert_array_equal(imagined.start, np.repeat(starts, 8))

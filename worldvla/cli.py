@@ -257,8 +257,9 @@ def collect(
         options |= {"seed": seed, "workers": workers, "noise": noise, "label": label, "execute": execute}
         if policy is not None:
             from worldvla.model.weights import find_checkpoint, weights_digest
+            from worldvla.published.hub import locate
 
-            name = weights_digest(find_checkpoint(policy))
+            name = weights_digest(find_checkpoint(locate(policy)))
             options |= {"policy": partial(_act, str(policy)), "policy_name": name}
         with _open_cluster(cluster, "core", workers) as pool:
             results = collect(suite, out, cluster=pool, **options)

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from worldvla.data.store import Imagined, TokenStore, add_imagined
+from worldvla.data.loader import check_stores
+from worldvla.data.store import EPISODES, Imagined, TokenStore, write_imagined
+from worldvla.files import whole_folder
 from worldvla.infer.model import Model
-from worldvla.infer.world import World
+from worldvla.infer.world import World, check_world
 
 SHORTEST, LONGEST = 12, 30
 """Frames of a piece, but for the last one of an episode."""
@@ -31,10 +33,22 @@ def imagine_store(
 ) -> Path:
     """Write `store` with what `model` imagines to `out`; `on_frames` gets the number of frames just done.
 
-    The greedy choice of every code, as in an evaluation. `seed` is that of the lengths of pieces.
+    The greedy choice of every code, as in an evaluation. `seed` is that of the lengths of pieces. A model
+    without a world model, or of other views than the store's, raises ValueError.
     """
+    check_world(model)
+    check_stores([store], model.config.layout, model.vocab)
+    with whole_folder(out, EPISODES) as scratch:
+        imagined = _imagined(store, model, batch, np.random.default_rng(seed), on_frames)
+        write_imagined(scratch, store, imagined, {"model": model.identity(), "seed": seed})
+    return out
+
+
+def _imagined(
+    store: TokenStore, model: Model, batch: int, rng: np.random.Generator, on_frames: Callable[[int], None]
+) -> Imagined:
     world, layout = World(model), model.config.layout
-    pieces = _pieces(store, np.random.default_rng(seed))
+    pieces = _pieces(store, rng)
     codes = {view: array.copy() for view, array in store.codes.items()}
     start = np.empty(len(store), dtype=np.int64)
     for begin, length in pieces:
@@ -54,7 +68,7 @@ def imagine_store(
             for view, grid in world.codes.items():
                 codes[view][rows_B] = grid.reshape(len(grid), -1)[is_open_B]
             on_frames(len(rows_B))
-    return add_imagined(store, out, Imagined(codes, start), {"model": model.identity(), "seed": seed})
+    return Imagined(codes, start)
 
 
 def _pieces(store: TokenStore, rng: np.random.Generator) -> list[tuple[int, int]]:

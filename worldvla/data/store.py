@@ -206,19 +206,16 @@ def write_store(
     return path
 
 
-def add_imagined(store: TokenStore, path: Path, imagined: Imagined, made_by: dict[str, Any]) -> Path:
-    """Write a copy of `store` to `path` that also holds `imagined`; `made_by` goes into its manifest."""
-    with whole_folder(path, EPISODES) as scratch:
-        for file in store.path.glob("*.npy"):
-            if not file.name.startswith("imagined_"):
-                shutil.copyfile(file, scratch / file.name)
-        shutil.copyfile(store.path / EPISODES, scratch / EPISODES)
-        for name, array in imagined.arrays().items():
-            np.save(scratch / f"{name}.npy", array, allow_pickle=False)
-        manifest = {k: v for k, v in store.manifest.items() if k != "imagined"}
-        write_json(scratch / "manifest.json", manifest | {"imagined": made_by}, indent=2)
-        write_digests(scratch)
-    return path
+def write_imagined(folder: Path, store: TokenStore, imagined: Imagined, made_by: dict[str, Any]) -> None:
+    """Write a copy of `store` that also holds `imagined` into an empty folder (`files.whole_folder`);
+    `made_by` goes into its manifest."""
+    for file in (store.path / EPISODES, *store.path.glob("*.npy")):
+        if not file.name.startswith("imagined_"):
+            shutil.copyfile(file, folder / file.name)
+    for name, array in imagined.arrays().items():
+        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    write_json(folder / "manifest.json", store.manifest | {"imagined": made_by}, indent=2)
+    write_digests(folder)
 
 
 def encode(images: np.ndarray, tokenizer: FrameTokenizer) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 from worldvla.data.episode import Episode, write_episodes
 from worldvla.infer.model import Model, load
 from worldvla.infer.policy import Policy
-from worldvla.infer.world import World
+from worldvla.infer.world import World, check_world
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import CLOSE, FPS, NUM_INITS, OPEN, RULES, Task
 from worldvla.video import views_side_by_side, write_mp4
@@ -89,10 +89,7 @@ def open_playable(
     model = load(checkpoint, device)
     _ = model.builder.statistics  # of one dataset, or an error that says how to choose
     config = model.config
-    if not config.data.world_fraction:
-        raise ValueError(
-            f"{checkpoint} has no world model (data.world_fraction 0): train one on world samples too"
-        )
+    check_world(model)
     if not config.layout.action_conditioning:
         raise ValueError(
             f"{checkpoint} imagines without reading actions (layout.action_conditioning false): nobody can "
