@@ -473,7 +473,7 @@ def tokenize(
 def imagine(
     store: Positional[Path], *, world: Path, out: Path, dtype: WorldType = "float32", seed: int = 0
 ) -> None:
-    """Write a token store again with what a world model imagines in place of its frames, to train it on.
+    """Copy a token store and add what a world model imagines of its episodes, for it to learn from.
 
     Args:
         store: A token store of the world model's image tokenizer.
@@ -878,7 +878,7 @@ def improve(
     dtype: WorldType = "float32",
     seed: int = 0,
 ) -> None:
-    """Train a policy on what succeeds when it acts in a world model; the simulator only checks, and counts.
+    """Train a policy on what succeeds when it acts in a world model; the simulator only counts what holds.
 
     Args:
         world: The world model that it acts in.
