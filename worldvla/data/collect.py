@@ -257,13 +257,14 @@ class _Attempt:
     expert: Callable[[Any], Expert]
 
     def __call__(self, number: int) -> Episode | None:
-        env, scout = kept((self.make, self.task, self.views, bool(self.label)), self._environments)
+        env, scout = kept((self.make, self.task, self.views, self._scouts), self._environments)
         init = FIRST_INIT + self.seed * INITS_PER_SEED + number
-        expert, instruction = self.expert(env), self.task.instruction
+        expert = self.expert(env)
         if self.kind == "world":
             rng = np.random.default_rng([self.seed, self.task.index, init, 1])
             act = self.policy() if self.policy else None
-            driver, limit, after = world_driver(env, expert, instruction, rng, act, self.execute)
+            ahead = scout, self.expert(scout)
+            driver, limit, after = world_driver(env, expert, ahead, rng, act, self.execute)
             episode = record(env, driver, init, self.seed, limit=limit, after=after)
             return episode and replace(episode, is_expert=np.zeros(len(episode), dtype=np.bool_))
         rng = np.random.default_rng([self.seed, self.task.index, init])
@@ -271,11 +272,16 @@ class _Attempt:
         driver = Perturbed(expert, rng, self.noise)
         if self.policy is not None:
             until = int(rng.uniform(0.2, 0.7) * env.horizon)
-            driver = Driven(self.policy(), expert, instruction, rng, until, self.execute)
+            driver = Driven(self.policy(), expert, self.task.instruction, rng, until, self.execute)
         return record(env, driver, init, self.seed, label)
 
+    @property
+    def _scouts(self) -> bool:
+        """Whether a second environment is needed, in which the expert runs ahead."""
+        return bool(self.label) or self.kind == "world"
+
     def _environments(self) -> tuple[Any, Any]:
-        scout = self.make(self.task, {}) if self.label else None
+        scout = self.make(self.task, {}) if self._scouts else None
         if scout is not None:
             scout.reset(options={"init": 0})
         return self.make(self.task, self.views), scout

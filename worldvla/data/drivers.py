@@ -3,6 +3,7 @@
 A driver takes each observation in turn; it returns the action to execute and whether a policy may imitate it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -251,8 +252,47 @@ class Turns:
         return self.drivers[self.current](observation)
 
 
-WORLD_MIX = {"expert": 0.15, "gross": 0.25, "policy": 0.15, "play": 0.3, "mixed": 0.15}
+@dataclass
+class Astray:
+    """Drive as the expert would if the hand stood elsewhere: approach, close, carry and let go, all beside the
+    things. What a weak policy does, and what it looks like when nothing is grasped.
+
+    The hand is moved aside; from then on it executes what the expert does in a second simulator that began in
+    the same state. After its success there, or after `lost` steps, `then` drives.
+    """
+
+    env: Environment
+    scout: Environment
+    """An environment of the same task that renders nothing."""
+    expert: Expert
+    """The scout's."""
+    then: Driver
+    aside: np.ndarray
+    """Metres (2,), level."""
+    lost: int
+    moves: list[np.ndarray] | None = None
+    """Actions that move the hand aside, still to be executed; None before the first step."""
+
+    def __call__(self, observation: Observation) -> tuple[np.ndarray, bool]:
+        if self.moves is None:
+            self.scout.set_state(self.env.get_state())
+            steps = math.ceil(np.abs(self.aside).max() / POSITION_SCALE)
+            move = [*self.aside / steps / POSITION_SCALE, 0, 0, 0, 0, OPEN]
+            self.moves = steps * [np.array(move, dtype=np.float32)]
+        if self.moves:
+            return self.moves.pop(), False
+        if self.lost <= 0:
+            return self.then(observation)
+        action, self.lost = expert_action(self.expert), self.lost - 1
+        if self.scout.step(action)[2]:
+            self.lost = 0
+        return action, False
+
+
+WORLD_MIX = {"expert": 0.1, "gross": 0.15, "astray": 0.25, "policy": 0.2, "play": 0.2, "mixed": 0.1}
 """Kind of episode -> its share. Without a policy the others keep their proportions."""
+ASTRAY = (0.015, 0.08)
+"""How far beside the things an astray hand acts, metres: at least, at most."""
 AFTER_SUCCESS = 4
 """Steps that an episode of an expert or a policy goes on after its success."""
 
@@ -260,13 +300,13 @@ AFTER_SUCCESS = 4
 def world_driver(
     env: Environment,
     expert: Expert,
-    instruction: str,
+    scout: tuple[Environment, Expert],
     rng: np.random.Generator,
     act: Act | None,
     execute: int,
 ) -> tuple[Driver, int, int]:
     """Draw the driver of an episode of world data; return it, the most steps of the episode, and how many it
-    goes on from its success."""
+    goes on from its success. `scout`: see `Astray`."""
     mix = {kind: share for kind, share in WORLD_MIX.items() if kind != "policy" or act is not None}
     shares = np.array(list(mix.values()))
     kind = list(mix)[rng.choice(len(mix), p=shares / shares.sum())]
@@ -277,7 +317,11 @@ def world_driver(
         length = int(rng.integers(horizon // 2, horizon + 1))
         return driver, length, length
     if kind == "policy" and act is not None:
-        driver = Driven(_noisy(act, rng), expert, instruction, rng, horizon, execute, share=1.0)
+        driver = Driven(_noisy(act, rng), expert, env.task.instruction, rng, horizon, execute, share=1.0)
+    elif kind == "astray":
+        angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(*ASTRAY)
+        aside = far * np.array([np.cos(angle), np.sin(angle)])
+        driver = Astray(env, *scout, Perturbed(expert, rng, 0.15), aside, horizon)
     else:
         driver = Perturbed(expert, rng, 0.5 if kind == "gross" else 0.15)
     return driver, horizon, AFTER_SUCCESS
