@@ -19,7 +19,7 @@ import pytest
 
 from worldvla import cli
 from worldvla.data.collect import FIRST_INIT, INITS_PER_SEED, Job, _attempt, collect, kept, record
-from worldvla.data.drivers import Driven, Perturbed, Play
+from worldvla.data.drivers import Astray, Driven, Perturbed, Play
 from worldvla.data.episode import demonstration_files, facts, read_episodes, write_episodes
 from worldvla.data.rerun import regenerate, rerun
 from worldvla.sim import suites as sim
@@ -321,6 +321,29 @@ def test_play_touches_and_moves_things_smoothly(suite):
     assert means["contact"] > 0.15, means
     assert means["moving"] > 0.05, means
     assert means["jerk"] < 0.35, means
+
+
+def test_an_astray_hand_acts_beside_the_thing_and_then_recovers() -> None:
+    env, scout = (sim.make(TASK, {}) for _ in range(2))
+    scout.reset(options={"init": 0})
+    then = Perturbed(sim.expert(env), np.random.default_rng(0), 0.0)
+    driver = Astray(env, scout, sim.expert(scout), then, np.array([0.06, 0.0]), env.horizon)
+    aside, closed = [], []
+
+    def noting(observation: dict[str, Any]) -> tuple[np.ndarray, bool]:
+        action, is_expert = driver(observation)
+        if not driver.moves and driver.lost:
+            aside.append(env.grip_position() - scout.grip_position())
+            closed.append(action[6] > 0 and bool(env.info()["grasped"]))
+        return action, is_expert
+
+    episode = record(env, noting, FIRST_INIT, 0, limit=env.horizon, after=4)
+    assert episode is not None
+    assert episode.success
+    assert len(aside) < len(episode) - 8  # success there came first, then here
+    np.testing.assert_allclose(np.median(aside, axis=0)[:2], [0.06, 0.0], atol=0.01)
+    assert not any(closed)
+    assert env.info()["success"]
 
 
 def test_replay_reports_success_and_drift(tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ attempt leaves a part of its own in `.<task>.parts/` until its file is complete,
 as without the stop, for any number of workers. Workers never import torch.
 
 Kind "demonstrations": successes of the expert, or of a policy and the expert in turn (DAgger). Kind "world",
-for a world model alone: gross noise, play and weak policies as well, failures kept, no step for a policy.
+for a world model alone: gross noise, grasps beside the things, play and weak policies as well, failures kept,
+no step for a policy.
 """
 
 import importlib.metadata

@@ -254,8 +254,8 @@ class Turns:
 
 @dataclass
 class Astray:
-    """Drive as the expert would if the hand stood elsewhere: approach, close, carry and let go, all beside the
-    things. What a weak policy does, and what it looks like when nothing is grasped.
+    """Drive as the expert would if the hand stood elsewhere: approach, close, carry and let go, all beside
+    the things, as a weak policy does.
 
     The hand is moved aside; from then on it executes what the expert does in a second simulator that began in
     the same state. After its success there, or after `lost` steps, `then` drives.
