@@ -231,8 +231,8 @@ def collect(
 
     Args:
         suite: For example tabletop_object; `worldvla --help` lists all.
-        kind: world: gross noise, aimless play and, with --policy, its rollouts; failures are kept, no step
-            is a policy's target.
+        kind: world: gross noise, grasps beside the things, aimless play and, with --policy, its rollouts;
+            failures are kept, no step is a policy's target.
         out: Directory of the files. Default: out/demos/SUITE.
         episodes: Episodes of each task: successful ones, of world data of any end.
         views: Cameras as NAME=ROWSxCOLUMNS in pixels. Default: agentview=64x64 wrist=32x32 of tabletop;
