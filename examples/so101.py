@@ -142,6 +142,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30)
     options = parser.parse_args()
     with Client(options.server, timeout_s=2) as client:
+        if not client.metadata.get("features"):
+            parser.error(
+                f"the policy at {options.server} does not say which joints it moves: train it on a LeRobot "
+                "data set"
+            )
         views = client.metadata["views"]
         sizes = {camera: tuple(views[view]) for view, camera in camera_names(client).items()}
         arm = make_arm(options.device, dict(c.split("=", 1) for c in options.camera), sizes)

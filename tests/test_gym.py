@@ -3,7 +3,8 @@
 Run: pytest tests/test_gym.py
 """
 
-import tomllib
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -16,19 +17,33 @@ import worldvla
 from worldvla.infer.env import WorldEnv, WorldVectorEnv
 from worldvla.infer.model import Model, load
 from worldvla.infer.world import World
-from worldvla.sim import instructed
 from worldvla.sim.suites import SUITES, tasks
 
 
-@pytest.fixture(autouse=True)
-def _registered():
-    instructed.register()  # Gymnasium does so itself where the package is installed
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import gymnasium as gym, worldvla; env = gym.make('worldvla/tabletop_goal-v0')",
+        "import gymnasium as gym; env = gym.make('worldvla.sim.instructed:worldvla/tabletop_goal-v0')",
+    ],
+)
+def test_gymnasium_finds_every_suite(code: str) -> None:
+    """In a process of its own: nothing here has imported anything for it."""
+    names = [f"worldvla/{name}-v0" for name in SUITES]
+    code += f"; assert not set({names}) - set(gym.registry); print(env.spec.id)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "worldvla/tabletop_goal-v0\n"
 
 
-def test_gymnasium_finds_every_suite():
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["gymnasium.envs"] == {"__root__": "worldvla.sim.instructed:register"}
-    assert {f"worldvla/{name}-v0" for name in SUITES} <= set(gym.registry)
+def test_bad_options_are_refused() -> None:
+    for options, reason in (
+        ({"render_mode": "human"}, "render_mode must be rgb_array or None, got 'human'"),
+        ({"task": "x"}, r"got index 'x': expected 0\.\.9"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            gym.make("worldvla/tabletop_goal-v0", **options)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"init must be an integer >= 0, got 2\.5"):
+        gym.make("worldvla/tabletop_goal-v0").reset(options={"init": 2.5})
 
 
 def test_gymnasiums_own_check_passes():
@@ -109,6 +124,8 @@ def test_a_world_model_is_an_environment(model: Model, starts: list[dict[str, np
         return float(frames["wrist"].mean()), False
 
     env = WorldEnv(World(model), starts, horizon=3, judge=judge, render_mode="rgb_array")
+    with pytest.raises(gym.error.ResetNeeded):
+        env.render()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(minimum|maximum) value is|.*normalized space|.*32-bit")
         check_env(env, skip_render_check=True)

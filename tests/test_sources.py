@@ -25,6 +25,7 @@ from token_stubs import PixelSums
 from worldvla.cli import main
 from worldvla.config import ImageTokenizerConfig
 from worldvla.data.episode import Episode
+from worldvla.data.export import export_lerobot
 from worldvla.data.sources import open_source
 from worldvla.data.sources.source import Names
 from worldvla.data.sources.summary import consistency, summary
@@ -32,6 +33,7 @@ from worldvla.data.store import TokenStore, write_store
 from worldvla.data.tokenize import tokenize_source
 from worldvla.image import resize_with_pad
 from worldvla.tokenizers.image import ImageTokenizer
+from worldvla.train.image_tokenizer import load_frames
 
 GENUINE = Path(__file__).parent / "lerobot_v3"
 DATA = "data/chunk-000/file-000.parquet"
@@ -430,6 +432,19 @@ def test_tokenising_again_encodes_only_what_changed(root: Path, tmp_path: Path):
     assert len(TokenStore.open(out)) == 90
     store = tokenize_source(open_source(root), tokenizer, out, skip_bad=True)
     assert (len(store), store.manifest["source"]["skipped"]["count"]) == (30, 2)
+
+
+def test_broken_episodes_are_left_out_where_one_asks_for_it(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    put(root, "action", 62, [math.nan] * 7)
+    with pytest.raises(ValueError, match="episode 2: frame 2: action is not finite"):
+        load_frames([open_source(root)])
+    sound = open_source(root).sound()
+    assert sum(len(view.train) + len(view.val) for view in load_frames([sound])) == 2 * 60
+    assert export_lerobot(sound, tmp_path / "copy") == 2
+    assert capsys.readouterr().err.count("left out: ") == 1
+    assert open_source(tmp_path / "copy").num_episodes == 2
 
 
 def test_a_store_holds_any_number_of_dims(tmp_path: Path):

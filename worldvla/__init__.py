@@ -6,6 +6,7 @@ actions = model.policy().act(observation)
 world = model.world(); world.reset(observation); frame = world.step(actions[0])
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -77,3 +78,7 @@ def make(
     from worldvla.sim.instructed import make as make_env
 
     return make_env(task, index, views) if isinstance(task, str) else make_env(task.suite, task, views)
+
+
+if "gymnasium" in sys.modules:  # its users expect ids; who does not use it does not wait for it
+    import worldvla.sim.instructed as _  # noqa: F401

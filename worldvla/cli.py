@@ -360,6 +360,7 @@ def train_tokenizer(
     out: Path,
     camera: CameraNames = (),
     config: ImageTokenizerConfig,
+    skip_bad: bool = False,
     levels: bool = False,
     minutes: float = 12.0,
     steps: int = 0,
@@ -371,6 +372,7 @@ def train_tokenizer(
 
     Args:
         out: Directory of the tokenizer.
+        skip_bad: Go on without broken episodes; each is told.
         levels: Codes for a model that predicts them level by level, and a decoder that copies what stands
             still from a frame of the clip, in place of --config.
         minutes: Budget; steps, if given, replace it.
@@ -380,15 +382,17 @@ def train_tokenizer(
         learning_rate: At its highest; a fifth of it or less beside --init-from.
     """
     from worldvla.data.episode import demonstration_files
+    from worldvla.data.sources import open_source
     from worldvla.train.image_tokenizer import LEVELS, train_tokenizer
 
     training = TokenizerTraining(minutes=minutes, steps=steps, seed=seed, learning_rate=learning_rate)
     if levels:
         config, training = LEVELS, replace(training, nested=0.3, crop=32)
     source = _other_format(paths, camera)
-    files = demonstration_files(paths) if source is None else [source]
+    sources = [open_source(path) for path in demonstration_files(paths)] if source is None else [source]
     with only_writer(out):
-        train_tokenizer(files, config, out, training, init_from)
+        sources = [source.sound() for source in sources] if skip_bad else sources
+        train_tokenizer(sources, config, out, training, init_from)
     say(f"image tokenizer: {out}   next: worldvla tokenize {paths[0]} --tokenizer {out} --out DIR")
 
 
@@ -515,6 +519,7 @@ def export_dataset(
     action: Feature = "",
     state: Feature = "",
     delta: Delta = False,
+    skip_bad: bool = False,
 ) -> None:
     """Write demonstrations, recordings or a data set of another format as a LeRobotDataset v3.0.
 
@@ -524,11 +529,12 @@ def export_dataset(
         format: lerobot: LeRobotDataset v3.0.
         pictures: video: H.264, small and lossy; png: lossless, in the parquet files.
         fps: Steps per second, if the data set does not say.
+        skip_bad: Go on without broken episodes; each is told.
     """
     from worldvla.data.export import export_lerobot
 
     source = _source(path, camera, action, state, delta)
-    count = export_lerobot(source, out, pictures, fps)
+    count = export_lerobot(source.sound() if skip_bad else source, out, pictures, fps)
     say(f"data set: {out}, {count} episodes   next: worldvla inspect {out}")
 
 
@@ -1313,7 +1319,7 @@ def main(args: Sequence[str] | None = None) -> int:
         from worldvla.sim.protocol import LIBERO
 
         is_libero = (error.name or "").split(".")[0] in ("libero", "robosuite")
-        fix = f"pip install {LIBERO}" if is_libero else "pip install -e . in the checkout"
+        fix = f"pip install {LIBERO}" if is_libero else "install worldvla again, with what it depends on"
         message, code = f"{error}: a package is missing; {fix}", EXIT_BAD_INPUT
     except (ValueError, OSError, FloatingPointError) as error:
         message, code = str(error) or type(error).__name__, EXIT_BAD_INPUT

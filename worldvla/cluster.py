@@ -175,7 +175,7 @@ def open_cluster(address: str, unit: Literal["core", "node", "gpu"], per_node: i
     try:
         import ray
     except ModuleNotFoundError:
-        raise ValueError("--cluster needs Ray: pip install 'worldvla[cluster]'") from None
+        raise ValueError("--cluster needs Ray: pip install 'ray>=2.60'") from None
     where: dict[str, Any] = {"num_cpus": cores(), "include_dashboard": False}
     if address != "local":
         host, _, port = address.rpartition(":")

@@ -341,8 +341,11 @@ def check_stores(stores: Sequence[TokenStore], layout: LayoutConfig, vocab: Voca
     for store in stores:
         for view, grid in zip(layout.views, layout.grids, strict=True):
             if store.grids.get(view) != tuple(grid):
+                sides = " ".join(str(side) for own in store.grids.values() for side in own)
                 raise ValueError(
-                    f"{store.path} has grids {store.grids}, the layout wants {view} {tuple(grid)}"
+                    f"{store.path} has grids {store.grids}, the layout wants {view} {tuple(grid)}: a new "
+                    f"model takes --layout.views {' '.join(store.grids)} --layout.grids {sides}; a trained "
+                    "one needs images of its own size (`worldvla regenerate` renders LIBERO's again)"
                 )
         if store.manifest["num_codes"] > len(vocab.image):
             raise ValueError(

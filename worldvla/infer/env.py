@@ -43,7 +43,7 @@ class WorldEnv(gym.Env[Frames, np.ndarray]):
     truncated after `horizon` steps.
     """
 
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 - as gymnasium.Env has it
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 - as gymnasium.Env has it
 
     def __init__(
         self,
@@ -79,6 +79,8 @@ class WorldEnv(gym.Env[Frames, np.ndarray]):
 
     def render(self) -> np.ndarray | None:
         """Return the current frame of the first view."""
+        if not self._frames:
+            raise gym.error.ResetNeeded("call reset() before render()")
         return next(iter(self._frames.values())) if self.render_mode else None
 
 

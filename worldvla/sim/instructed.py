@@ -1,12 +1,15 @@
 """Environments as Gymnasium's users expect them: registered ids, and the instruction where a policy reads it.
 
+    import gymnasium, worldvla
     env = gymnasium.make("worldvla/tabletop_goal-v0", task=3, render_mode="rgb_array")
     observation, info = env.reset(options={"init": 0})
     observation["instruction"], info["instruction"]
 
-The ids exist once the package is installed: pyproject.toml names `register` as Gymnasium's plugin.
+The ids exist once worldvla is imported after gymnasium; "worldvla.sim.instructed:worldvla/tabletop_goal-v0"
+needs no import. AsyncVectorEnv copies texts once: give make_vec vector_kwargs={"shared_memory": False}.
 """
 
+from numbers import Integral
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -48,20 +51,25 @@ def make(
     render_mode: Literal["rgb_array"] | None = None,
 ) -> Instructed:
     """Return the environment of a task, by its index in the suite or as `suites.tasks` gives it."""
+    if render_mode not in (None, "rgb_array"):
+        raise ValueError(f"render_mode must be rgb_array or None, got {render_mode!r}")
     if not isinstance(task, Task):
         tasks = suites.tasks(suite)
-        if not 0 <= task < len(tasks):
+        if not isinstance(task, Integral) or not 0 <= task < len(tasks):
             raise ValueError(
-                f"{suite} has {len(tasks)} tasks, got index {task}: expected 0..{len(tasks) - 1}"
+                f"{suite} has {len(tasks)} tasks, got index {task!r}: expected 0..{len(tasks) - 1}"
             )
-        task = tasks[task]
+        task = tasks[int(task)]
     env = suites.make(task, views)
     env.render_mode = render_mode
     return Instructed(env, task.instruction)
 
 
-def register() -> None:
-    """Register `worldvla/SUITE-v0` of every suite; Gymnasium calls it when it is imported."""
+def _register() -> None:
+    """Register `worldvla/SUITE-v0` of every suite."""
     for name in suites.SUITES:
         if (id_ := f"{NAMESPACE}/{name}-v0") not in gym.registry:
             gym.register(id_, f"{__name__}:make", kwargs={"suite": name}, disable_env_checker=True)
+
+
+_register()

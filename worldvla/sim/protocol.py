@@ -10,6 +10,7 @@ i-th fixed initial state; `step` returns reward 1.0 and terminated=True on succe
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def init_index(options: Mapping[str, Any] | None, random: Any, known: tuple[str,
     if unknown := sorted(set(options or {}) - set(known)):
         raise ValueError(f"unknown option of reset {unknown[0]!r}: expected {' or '.join(known)}")
     init = (options or {}).get("init")
-    index = int(random.integers(NUM_INITS)) if init is None else int(init)
-    if index < 0:
-        raise ValueError(f"init must be >= 0, got {index}")
-    return index
+    index = int(random.integers(NUM_INITS)) if init is None else init
+    if not isinstance(index, Integral) or index < 0:
+        raise ValueError(f"init must be an integer >= 0, got {init!r}")
+    return int(index)

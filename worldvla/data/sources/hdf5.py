@@ -25,7 +25,8 @@ def open_hdf5(path: Path, names: Names) -> Source:
     if names != Names():
         raise ValueError(f"{path}: {FIXED}")
     files = demonstration_files([path])
-    first = next(read_episodes(files[0]))
+    sound = (e for _, e in _attempts(files, True) if isinstance(e, Episode))
+    first = next(sound, None) or next(read_episodes(files[0]))  # which says what is wrong
     return Source(
         path=path,
         kind="LIBERO HDF5",

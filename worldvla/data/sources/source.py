@@ -1,8 +1,9 @@
 """Source: the episodes of a data set of any format, one in memory at a time, and what it says of itself."""
 
 import io
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,20 @@ class Source:
             if isinstance(episode, ValueError):
                 raise episode
             yield episode
+
+    def sound(self) -> "Source":
+        """Return the same data without the broken episodes; each is told once, on stderr."""
+        told: set[str] = set()
+
+        def attempts(_images: bool) -> Iterator[tuple[str, Episode | ValueError]]:
+            for name, episode in self.attempts(True):  # some faults are in the pictures
+                if not isinstance(episode, ValueError):
+                    yield name, episode
+                elif name not in told:
+                    told.add(name)
+                    sys.stderr.write(f"left out: {episode}\n")
+
+        return replace(self, attempts=attempts)
 
     def present(self) -> list[Path]:
         """Return the files that are there: an episode whose file is missing is broken, not the data set."""

@@ -31,7 +31,7 @@ LIBERO_FIX = f"pip install --force-reinstall {LIBERO}"
 EXTRA = f"pip install {LIBERO}"
 EXPECTED = {
     "python": (">=3.11", "make a virtual environment with Python 3.11 or newer"),
-    "torch": (">=2.9", "pip install -e ."),
+    "torch": (">=2.9", "pip install 'torch>=2.9'"),
     "mujoco": (
         ">=3.3.0,<=3.3.2",
         f"{MUJOCO_FIX}; from 3.3.3 on floors are darker, from 3.4.0 on boxes touch otherwise (the bowl of "
