@@ -929,19 +929,16 @@ def improve(
     say(f"next: worldvla eval {record['checkpoint']} --suite {suites[0]}, then worldvla compare")
 
 
-def export(
-    checkpoint: Positional[Checkpoint], *, out: Path, half: bool = False, unnorm_key: UnnormKey = ""
-) -> None:
+def export(checkpoint: Positional[Checkpoint], *, out: Path, unnorm_key: UnnormKey = "") -> None:
     """Copy a checkpoint without its training state, weights in bfloat16: what is shipped and served.
 
     Args:
-        half: Round the image tokenizer to half precision too, which changes a few codes.
         unnorm_key: Of a model of several datasets, keep the ranges of this one alone.
     """
     from worldvla.infer.model import export
 
     with only_writer(out):
-        model = export(checkpoint, out, half, unnorm_key=unnorm_key)
+        model = export(checkpoint, out, unnorm_key=unnorm_key)
     say(f"model: {model}   next: worldvla eval {out} --suite SUITE")
 
 

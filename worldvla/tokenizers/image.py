@@ -426,15 +426,6 @@ class ImageTokenizer(nn.Module):
         write_json(directory / "config.json", to_json(self.config), indent=2)
         write_json(directory / "ancestors.json", {"ancestors": self.ancestors, "sha256": self._seal()})
 
-    @torch.no_grad()
-    def round_to_half(self) -> "ImageTokenizer":
-        """Round the weights to what half precision holds, so that files have half the size. A few codes
-        change: so does the digest, and the old one becomes an ancestor."""
-        self.ancestors = (self.digest(), *self.ancestors)
-        for parameter in self.parameters():
-            parameter.copy_(parameter.half().float())
-        return self
-
     @classmethod
     def load(cls, directory: Path | str) -> "ImageTokenizer":
         """Read what `save` wrote; in evaluation mode, without gradients."""
