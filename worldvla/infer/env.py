@@ -33,7 +33,6 @@ def spaces(world: World) -> tuple[gym.Space[Any], gym.Space[np.ndarray]]:
 
 
 def _observation(world: World, frames: Frames) -> Frames:
-    """Return the frames, and the state where the world says one."""
     return frames if world.state is None else {**frames, "state": world.state}
 
 
