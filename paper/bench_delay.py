@@ -10,7 +10,9 @@ goes on meanwhile. Methods, all with the same policy, episodes and horizon:
             answer at its first action when it comes
   latest    `worldvla.serve.client.Plan` without blend: always one request under way, and an answer starts at
             the action of the present step
-  ours      the same with the blend of AsyncClient: actions of overlapping chunks are averaged
+  blend     the same with the blend of AsyncClient: actions of overlapping chunks are averaged
+  imagined  as latest, but the world model first imagines the actions that are executed meanwhile, and
+            the policy answers for the step in which its answer comes
 """
 
 import json
@@ -26,6 +28,7 @@ from worldvla.eval.stats import Pairs, mcnemar, paired_interval, wilson
 from worldvla.files import write_json
 from worldvla.infer.model import load
 from worldvla.infer.policy import Policy
+from worldvla.infer.world import World
 from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.serve.client import BLEND, Plan, keep_still
@@ -36,7 +39,7 @@ STEP_MS = 100
 EXECUTE = 3
 """Actions of a chunk that the shipped model's evaluations execute."""
 STILL = [0.0] * 6 + [float("nan")]
-Method = Literal["blocking", "naive", "latest", "ours"]
+Method = Literal["blocking", "naive", "latest", "blend", "imagined"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
@@ -58,38 +61,62 @@ class Robot:
     last: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        self.plan = Plan(BLEND if self.method == "ours" else 0.0)
+        self.plan = Plan(BLEND if self.method == "blend" else 0.0)
 
     def wants(self) -> bool:
         """Return whether this step's observation is sent."""
         self._take()
         if self.asked is not None:
             return False
-        if self.method in ("latest", "ours"):
+        if self.is_planned:
             return True
         return self.chunk is None or self.step - self.begin >= EXECUTE
 
     def act(self) -> np.ndarray:
         """Return the action of this step."""
         self._take()
-        if self.method in ("latest", "ours"):
+        if self.is_planned:
             action = self.plan.action(self.step)
         else:
             last = EXECUTE if self.method == "blocking" else len(self.chunk) if self.chunk is not None else 0
             index = self.step - self.begin
             action = self.chunk[index] if self.chunk is not None and index < last else None
         self.step += 1
+        self.last = self._still_or(action)
+        return self.last
+
+    @property
+    def is_planned(self) -> bool:
+        return self.method in ("latest", "blend", "imagined")
+
+    def committed(self) -> np.ndarray:
+        """Return the actions that are executed before the answer to this step's question, (delay, A)."""
+        return np.array([self._still_or(self.plan.action(self.step + ahead)) for ahead in range(self.delay)])
+
+    def _still_or(self, action: np.ndarray | None) -> np.ndarray:
         moving = keep_still(STILL, self.last) if action is None else action
         assert moving is not None
-        self.last = moving
         return moving
 
     def _take(self) -> None:
         """Take an answer that is there."""
         if self.asked is not None and self.step - self.asked >= self.delay:
             assert self.answer is not None
-            self.plan.add(self.asked, self.answer)
+            ahead = self.delay if self.method == "imagined" else 0
+            self.plan.add(self.asked + ahead, self.answer)
             self.chunk, self.begin, self.asked = self.answer, self.step, None
+
+
+def imagine(world: World, robots: list[Robot], seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what each robot is expected to see when its answer comes."""
+    names = [name for name in seen[0] if name != "instruction"]
+    frames = world.reset({name: np.stack([observation[name] for observation in seen]) for name in names})
+    for actions in np.stack([robot.committed() for robot in robots], axis=1):
+        frames = world.step(actions)
+    assert isinstance(frames, dict)
+    assert world.state is not None
+    frames["state"] = world.state
+    return [seen[i] | {name: frames[name][i] for name in names} for i in range(len(seen))]
 
 
 def run(policy: Policy, method: str, delay: int, episodes: list[tuple[Task, int]], width: int) -> list[bool]:
@@ -107,6 +134,8 @@ def run(policy: Policy, method: str, delay: int, episodes: list[tuple[Task, int]
         asking = [robot for robot in busy.values() if robot.wants()]
         if asking:
             seen = [r.env.observe() | {"instruction": r.env.task.instruction} for r in asking]
+            if method == "imagined" and delay:
+                seen = imagine(World(policy.model), asking, seen)
             for robot, actions in zip(asking, policy.act(seen), strict=True):
                 robot.asked, robot.answer = robot.step, actions
         for number, robot in list(busy.items()):

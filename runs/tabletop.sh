@@ -85,7 +85,7 @@ train tabletop_deep $OUT/deep_model
 # And on what that model imagines in place of new data.
 more 3 $OUT/deep_model 51 53 55
 for suite in $SUITES; do
-    [ -e $OUT/imagined3_"$suite" ] || worldvla imagine $OUT/levels_world3_"$suite" --world $OUT/deep_model --out $OUT/imagined3_"$suite" --dtype bfloat16
+    [ -e $OUT/imagined3_"$suite" ] || worldvla imagine $OUT/levels_world3_"$suite" --world $OUT/deep_model --out $OUT/imagined3_"$suite" --dtype auto
 done
 train tabletop_imagined $OUT/imagined_model
 for suite in $SUITES; do

@@ -5,6 +5,7 @@ Run: pytest tests/test_cli.py
 
 import errno
 import importlib.metadata
+import io
 import json
 import os
 import resource
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_run import tiny_config, write_checkpoint
 
 import worldvla
+from worldvla import progress
 from worldvla.cli import VERBS, _checkpoint_of, main
 from worldvla.config import Config, from_json, to_json
 from worldvla.files import only_writer
@@ -330,3 +333,16 @@ def test_an_evaluation_says_why_actions_were_decoded_one_by_one(capsys, root, tm
     assert f"decoded {why}" in out
     assert json.loads((tmp_path / "eval/record.json").read_text())["protocol"]["decoding"] == why
     assert why in (tmp_path / "eval/index.html").read_text()
+
+
+def test_a_log_gets_a_line_of_progress_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    log = io.StringIO()
+    with progress.progress_bar(Console(file=log)) as bar:
+        task = bar.add_task("imagine frames", total=3)
+        for _ in range(3):
+            bar.advance(task)
+    lines = log.getvalue().splitlines()
+    for n, line in enumerate(lines[:3], 1):
+        assert line.startswith("imagine frames")
+        assert f"{n}/3" in line

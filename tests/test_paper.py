@@ -92,6 +92,10 @@ def test_records_are_small() -> None:
     assert sum(path.stat().st_size for path in files) < 3e6
 
 
+MACHINE = ("device", "num_threads", "compile", "dtype")
+"""What a checkpoint's config says of the machine that trained it."""
+
+
 @pytest.mark.parametrize(
     ("recipe_name", "shipped"),
     [("tabletop_imagined", "tabletop"), ("libero_object_spatial_drawer", "libero")],
@@ -99,7 +103,7 @@ def test_records_are_small() -> None:
 def test_recipes_of_the_shipped_models_give_their_configs(recipe_name: str, shipped: str) -> None:
     made = from_json(Config, json.loads((ROOT / f"worldvla/assets/{shipped}/config.json").read_text()))
     config = recipe(recipe_name)
-    machine = {name: getattr(made.train, name) for name in ("device", "num_threads", "compile")}
+    machine = {name: getattr(made.train, name) for name in MACHINE}
     assert replace(config, train=replace(config.train, **machine)) == made
 
 
@@ -124,7 +128,9 @@ def test_configs_of_records_are_those_of_their_rows() -> None:
         if made := records.get(f"tables/{row}_0/train"):
             config = from_json(Config, made["config"])
             expected = config_of(row)
-            machine = {name: getattr(config.train, name) for name in ("device", "num_threads", "compile")}
+            machine = {
+                name: getattr(config.train, name) for name in ("device", "num_threads", "compile", "dtype")
+            }
             assert replace(expected, train=replace(expected.train, **machine)) == config, row
 
 

@@ -17,6 +17,7 @@ from tiny_run import tiny_config, write_tiny
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from worldvla import machine
 from worldvla.config import Config, HeadConfig, LoraConfig, TrainConfig
 from worldvla.files import check_digests
 from worldvla.infer.model import export, load
@@ -218,7 +219,8 @@ def test_dtype_auto_takes_the_faster_type_and_keeps_it(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rates = {"float32": 2e9, "bfloat16": 3e9}
-    monkeypatch.setattr(loop, "matmul_rate", lambda _device, dtype, _seconds: rates[dtype])
+    monkeypatch.setattr(machine, "matmul_rate", lambda _device, dtype, *_: rates[dtype])
+    monkeypatch.setattr(loop, "matmul_rate", machine.matmul_rate)
     first = train(tiny_config(root, dtype="auto", steps=1), tmp_path / "run")
     assert "train.dtype auto is bfloat16: float32 2 GFLOP/s, bfloat16 3 GFLOP/s" in capsys.readouterr().err
     assert json.loads((first.checkpoint / "config.json").read_text())["train"]["dtype"] == "bfloat16"

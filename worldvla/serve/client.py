@@ -134,13 +134,13 @@ class Plan:
         self._chunks: list[tuple[int, np.ndarray]] = []
 
     def add(self, start: int, actions: np.ndarray) -> None:
-        """Take the chunk (K, A) that answers the observation of step `start`."""
+        """Take the chunk (K, A) whose first action is for step `start`; those that end before are dropped."""
+        self._chunks = [(s, a) for s, a in self._chunks if start < s + len(a)]
         self._chunks.append((start, np.asarray(actions)))
 
     def action(self, step: int) -> np.ndarray | None:
-        """Return the action (A,) of a step; None: no chunk reaches it. Steps are asked for in order."""
-        self._chunks = [(s, a) for s, a in self._chunks if step < s + len(a)]
-        known = [(s, a[step - s]) for s, a in self._chunks if s <= step]
+        """Return the action (A,) of a step; None: no chunk reaches it."""
+        known = [(s, a[step - s]) for s, a in self._chunks if s <= step < s + len(a)]
         if not known:
             return None
         known.sort(key=lambda pair: -pair[0])

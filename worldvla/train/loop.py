@@ -26,7 +26,7 @@ from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_PROMPT, Batch
 from worldvla.config import Config, to_json
 from worldvla.data.loader import MODES
 from worldvla.files import only_writer, read_json
-from worldvla.machine import matmul_rate, peak_memory
+from worldvla.machine import faster_dtype, matmul_rate, peak_memory
 from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import stored
 from worldvla.model.mask import additive_mask, dense_mask, read_ids
@@ -82,17 +82,15 @@ def train(config: Config, run_dir: Path | str, overfit: bool = False, tracker: T
 
 def with_dtype(config: Config, run_dir: Path) -> tuple[Config, str]:
     """Return the config with train.dtype "auto" decided, and a line that says how: as the run began, or by a
-    measurement of half a second. Checkpoints hold what was decided.
+    measurement. Checkpoints hold what was decided.
     """
     if config.train.dtype != "auto":
         return config, ""
     if (path := checkpoint.latest(run_dir)) is not None:
         dtype, remark = read_json(path / "config.json")["train"]["dtype"], "as this run began"
     else:
-        device = parallel.start(config.train)
-        rates = {name: matmul_rate(device, name, 0.2) for name in ("float32", "bfloat16")}
-        dtype = parallel.from_first(max(rates, key=lambda name: rates[name]))
-        remark = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in rates.items())
+        dtype, remark = faster_dtype(parallel.start(config.train))
+        dtype = parallel.from_first(dtype)
     return replace(config, train=replace(config.train, dtype=dtype)), f"train.dtype auto is {dtype}: {remark}"
 
 
