@@ -16,7 +16,7 @@ from typing import Literal
 import tyro
 
 from worldvla.config import Config, HeadConfig, to_json
-from worldvla.recipes import libero_object_spatial_drawer, libero_object_spatial_long, tabletop
+from worldvla.recipes import changed, libero_object_spatial_drawer, libero_object_spatial_long, tabletop
 from worldvla.sim.suites import TABLETOP
 from worldvla.train.loop import train
 
@@ -88,86 +88,75 @@ ROWS = {
 def config_of(name: str, suites: Suites = "tabletop", seed: int = 0) -> Config:
     """Return the config of a row: 3.7 M parameters on tabletop, 8.8 M on LIBERO, by Muon; minutes on a GPU,
     half an hour to an hour on two cores."""
-    row, base, root = ROWS[name], tabletop(), ROOT[suites] + ("_low" if ROWS[name].is_low else "")
-    layers, head = (4 if suites == "tabletop" else 5), (HEAD if row.has_head else base.model.head)
+    row, root = ROWS[name], ROOT[suites] + ("_low" if ROWS[name].is_low else "")
     policy, world = POLICY_BATCH * row.policy, WORLD_BATCH[suites] * row.world
-    return replace(
-        base,
-        name=f"pilot_{name}" if suites == "tabletop" else f"libero_pilot_{name}",
+    layout = {key: getattr(row, key) for key in ("chunk", "history", "selective_mask", "action_conditioning")}
+    model = {"num_layers": 4 if suites == "tabletop" else 5, "num_heads": 3, "num_kv_heads": 3}
+    return changed(
+        tabletop(),
+        f"pilot_{name}" if suites == "tabletop" else f"libero_pilot_{name}",
         tokenizer=f"{root}/image_tokenizer",
-        layout=replace(
-            base.layout,
-            chunk=row.chunk,
-            history=row.history,
-            selective_mask=row.selective_mask,
-            action_conditioning=row.action_conditioning,
-            grids=((4, 4), (2, 2)) if row.is_low else base.layout.grids,
-        ),
-        model=replace(base.model, num_layers=layers, num_heads=3, num_kv_heads=3, head=head),
-        loss=replace(base.loss, supervise="decoded", image_weight=row.image_weight),
-        optim=replace(base.optim, method="muon", learning_rate=3e-3),
-        data=replace(
-            base.data,
-            stores=tuple(f"{root}/store_{suite}" for suite in STORES[suites]),
-            world_fraction=world / (policy + world),
-            sequence_length={2: 320, 4: 480}.get(row.history, 256),
-        ),
-        train=replace(
-            base.train,
-            seed=seed,
-            steps=row.steps,
-            batch_size=policy + world,
-            eval_every=500,
-            save_every=1_000,
-            init_from=f"{root}/{row.after}_{seed}" if row.after else "",
-            only_head=bool(row.after),
-        ),
+        layout=layout | ({"grids": ((4, 4), (2, 2))} if row.is_low else {}),
+        model=model | ({"head": HEAD} if row.has_head else {}),
+        loss={"supervise": "decoded", "image_weight": row.image_weight},
+        optim={"method": "muon", "learning_rate": 3e-3},
+        data={
+            "stores": tuple(f"{root}/store_{suite}" for suite in STORES[suites]),
+            "world_fraction": world / (policy + world),
+            "sequence_length": {2: 320, 4: 480}.get(row.history, 256),
+        },
+        train={
+            "seed": seed,
+            "steps": row.steps,
+            "batch_size": policy + world,
+            "eval_every": 500,
+            "save_every": 1_000,
+            "init_from": f"{root}/{row.after}_{seed}" if row.after else "",
+            "only_head": bool(row.after),
+        },
     )
 
 
 def libero_object() -> Config:
     """libero_object alone, by AdamW: the first LIBERO model."""
-    base = tabletop()
-    return replace(
-        base,
-        name="libero_object",
+    return changed(
+        tabletop(),
+        "libero_object",
         tokenizer="out/libero_object/image_tokenizer",
-        model=replace(base.model, num_layers=5),
-        loss=replace(base.loss, supervise="decoded"),
-        optim=replace(base.optim, min_learning_rate=1e-4),
-        data=replace(base.data, stores=("out/libero_object/store",)),
-        train=replace(base.train, steps=2_200, batch_size=64, eval_every=550, save_every=550),
+        model={"num_layers": 5},
+        loss={"supervise": "decoded"},
+        optim={"min_learning_rate": 1e-4},
+        data={"stores": ("out/libero_object/store",)},
+        train={"steps": 2_200, "batch_size": 64, "eval_every": 550, "save_every": 550},
     )
 
 
 def front(base: Config) -> Config:
     """Return `base` as the paper sees it: the front view alone (there: two frames), no state."""
-    layout = replace(base.layout, views=("agentview",), grids=((8, 8),), state=False)
-    return replace(base, name=f"{base.name}_front", layout=layout)
+    layout = {"views": ("agentview",), "grids": ((8, 8),), "state": False}
+    return changed(base, f"{base.name}_front", layout=layout)
 
 
 def libero_object_front() -> Config:
     base = front(libero_object())
-    return replace(base, train=replace(base.train, steps=1_100))
+    return changed(base, base.name, train={"steps": 1_100})
 
 
 def libero_object_spatial() -> Config:
     """One model for both suites on two cores: `full` on LIBERO, shorter, with a continuous head."""
-    base = config_of("full", "libero")
-    train = replace(base.train, steps=1_500, save_every=500)
-    return replace(base, name="libero_object_spatial", model=replace(base.model, head=HEAD), train=train)
+    base, train = config_of("full", "libero"), {"steps": 1_500, "save_every": 500}
+    return changed(base, "libero_object_spatial", model={"head": HEAD}, train=train)
 
 
 def libero_all() -> Config:
     """The four suites, for a GPU, with a tokenizer of all their frames; libero_10 without the microwave."""
-    base, root = libero_object_spatial_long(), "out/libero_all"
-    names = ("object", "spatial", "more", "drawer", "goal", "10")
-    return replace(
-        base,
-        name="libero_all",
+    root, names = "out/libero_all", ("object", "spatial", "more", "drawer", "goal", "10")
+    return changed(
+        libero_object_spatial_long(),
+        "libero_all",
         tokenizer=f"{root}/image_tokenizer",
-        data=replace(base.data, stores=tuple(f"{root}/store_{name}" for name in names)),
-        train=replace(base.train, steps=4_000, eval_every=2_000, save_every=2_000),
+        data={"stores": tuple(f"{root}/store_{name}" for name in names)},
+        train={"steps": 4_000, "eval_every": 2_000, "save_every": 2_000},
     )
 
 
@@ -177,37 +166,35 @@ def libero_all_front() -> Config:
 
 def libero_goal() -> Config:
     """libero_goal alone on two cores: `full` on LIBERO, shorter, with the tokenizer of `libero_all`."""
-    base = config_of("full", "libero")
-    return replace(
-        base,
-        name="libero_goal",
+    return changed(
+        config_of("full", "libero"),
+        "libero_goal",
         tokenizer=libero_all().tokenizer,
-        data=replace(base.data, stores=("out/libero_all/store_goal",)),
-        train=replace(base.train, steps=1_500, save_every=500),
+        data={"stores": ("out/libero_all/store_goal",)},
+        train={"steps": 1_500, "save_every": 500},
     )
 
 
 def libero_10() -> Config:
     """`libero_goal`, trained on with libero_10 alone (nine tasks, eight demonstrations each)."""
-    base, init_from = libero_goal(), "out/libero_object_spatial/model_goal"
-    return replace(
-        base,
-        name="libero_10",
-        optim=replace(base.optim, learning_rate=1e-3, warmup_steps=50),
-        data=replace(base.data, stores=("out/libero_all/store_10",)),
-        train=replace(base.train, steps=800, save_every=400, init_from=init_from),
+    return changed(
+        libero_goal(),
+        "libero_10",
+        optim={"learning_rate": 1e-3, "warmup_steps": 50},
+        data={"stores": ("out/libero_all/store_10",)},
+        train={"steps": 800, "save_every": 400, "init_from": "out/libero_object_spatial/model_goal"},
     )
 
 
 def libero_object_spatial_head() -> Config:
     """A continuous head alone, on the shipped LIBERO model and its data."""
-    base, row = libero_object_spatial_drawer(), config_of("head_after", "libero")
-    return replace(
-        base,
-        name="libero_object_spatial_head",
+    row = config_of("head_after", "libero")
+    return changed(
+        libero_object_spatial_drawer(),
+        "libero_object_spatial_head",
         model=row.model,
         optim=row.optim,
-        data=replace(base.data, world_fraction=0.0),
+        data={"world_fraction": 0.0},
         train=replace(row.train, init_from="out/libero_object_spatial/model_drawer"),
     )
 
@@ -232,15 +219,20 @@ DEMONSTRATIONS = {10: "10_", 32: "32_", 100: ""}
 def scaled(size: str, episodes: int, seed: int = 0) -> Config:
     """Return `full_even` on tabletop with another size and amount of data; steps grow with the data."""
     layers, width, heads, hidden = SCALES[size]
-    base = config_of("full_even", "tabletop", seed)
-    model = replace(base.model, num_layers=layers, width=width, num_heads=heads, num_kv_heads=heads)
+    model = {
+        "num_layers": layers,
+        "width": width,
+        "num_heads": heads,
+        "num_kv_heads": heads,
+        "hidden": hidden,
+    }
     stores = tuple(f"{ROOT['tabletop']}/store_{DEMONSTRATIONS[episodes]}{suite}" for suite in TABLETOP)
-    return replace(
-        base,
-        name=f"scaled_{size}_{episodes}",
-        model=replace(model, hidden=hidden),
-        data=replace(base.data, stores=stores),
-        train=replace(base.train, steps=20 * episodes, eval_every=0, save_every=200),
+    return changed(
+        config_of("full_even", "tabletop", seed),
+        f"scaled_{size}_{episodes}",
+        model=model,
+        data={"stores": stores},
+        train={"steps": 20 * episodes, "eval_every": 0, "save_every": 200},
     )
 
 

@@ -39,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 import worldvla
+from paper.compiled import compiled
 from worldvla.batch import Batch, Sample
 from worldvla.config import LayoutConfig, ModelConfig
 from worldvla.data.sample import SampleBuilder
@@ -148,7 +149,7 @@ def simulation(seconds: float) -> dict[str, float]:
 
 
 def case_of(
-    size: str, checkpoint: Path, quantize: Any, device: str, dtype: torch.dtype, compiled: bool
+    size: str, checkpoint: Path, quantize: Any, device: str, dtype: torch.dtype, prepare: Any
 ) -> Case:
     if size == "3m":
         loaded, task = load(checkpoint, device, dtype, quantize), tasks("tabletop_goal")[0]
@@ -158,7 +159,7 @@ def case_of(
         world.reset(observation)
         (world_prompt,) = world.prompts(np.zeros((1, loaded.config.layout.num_action_dims)))
         who = {key: value for key, value in loaded.identity().items() if key != "path"}
-        runner, samples = Runner(loaded.transformer, compiled), (prompt, world_prompt)
+        runner, samples = Runner(loaded.transformer, prepare), (prompt, world_prompt)
         pieces = loaded.transformer, loaded.vocab, loaded.builder
         return Case(*pieces, *samples, world.current(), who, runner)
     rng, vocab = np.random.default_rng(0), chameleon()
@@ -177,7 +178,7 @@ def case_of(
         builder.world_prompt([(new,)], np.zeros(7)),
         new[None],
         {"name": "random weights"},
-        Runner(model, compiled),
+        Runner(model, prepare),
     )
 
 
@@ -393,7 +394,8 @@ def main() -> None:
     console = Console(stderr=True, width=150)
     for size in args.sizes:  # each is printed when it is done: what a stop leaves is not nothing
         table, ours = Table(*COLUMNS), Table(*OURS)
-        case = case_of(size, args.checkpoint, args.quantize, args.device, dtype, args.compile)
+        prepare = compiled if args.compile else None
+        case = case_of(size, args.checkpoint, args.quantize, args.device, dtype, prepare)
         rows, frame = decoding(case, args.seconds, args.batch, reached), frames(case, args.seconds)
         parameters = case.model.num_parameters()
         numbers[size] = {"parameters": parameters, "actions": rows, "frames": frame, "model": case.who}

@@ -21,7 +21,7 @@ from worldvla.data.loader import ANCHOR
 from worldvla.data.store import TokenStore, code_type
 from worldvla.imagine import imagine_store
 from worldvla.infer.graphs import Runner
-from worldvla.infer.model import export, load
+from worldvla.infer.model import load
 from worldvla.infer.world import World
 from worldvla.model.mask import dense_mask, read_ids
 from worldvla.model.transformer import previous_ids
@@ -361,16 +361,6 @@ def test_a_context_decoder_copies_what_it_may() -> None:
     assert tokenizer.decode(codes).unique().tolist() == [128]
     with pytest.raises(ValueError, match="three widths"):
         replace(shape, context_widths=(4, 4))
-
-
-def test_an_export_in_half_precision_loads_and_is_smaller(trained: Path, tmp_path: Path) -> None:
-    whole, small = export(trained, tmp_path / "whole"), export(trained, tmp_path / "small", half=True)
-    sizes = [(path / "image_tokenizer/model.safetensors").stat().st_size for path in (whole, small)]
-    assert sizes[1] < sizes[0]
-    rounded = load(small).image
-    assert rounded.ancestors == (load(whole).image.digest(),)
-    assert all(torch.equal(p, p.half().float()) for p in rounded.parameters())
-    assert rounded.digest() in (small / "README.md").read_text()
 
 
 def test_levels_that_are_not_the_tokenizers_are_refused(trained: Path) -> None:

@@ -7,6 +7,7 @@ Run: pytest tests/test_decode.py
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,7 @@ from tiny_run import LAYOUT, MODEL
 import worldvla
 import worldvla.infer.decode as decode
 import worldvla.vocab
+from paper.compiled import compiled
 from worldvla.batch import KIND_IMAGE, Batch, Sample
 from worldvla.config import LayoutConfig, ModelConfig
 from worldvla.data.sample import SampleBuilder
@@ -381,7 +383,7 @@ def test_new_queries_are_not_compiled_anew(rng: np.random.Generator, part: str, 
     prompts = [builder.policy_prompt(text, state, frames[:n]) for text, n in pairs]
     assert len({len(p) for p in prompts}) == len(prompts)
     expected = [decode_actions(model, builder.vocab, [p], tail, blocks_UA) for p in prompts]
-    runner = Runner(model, compiled=part == "blocks", backend=counter)
+    runner = Runner(model, partial(compiled, backend=counter) if part == "blocks" else None)
     if part == "whole":
         model.forward = torch.compile(model.forward, backend=counter, fullgraph=True)
     graphs = []

@@ -4,16 +4,20 @@ plain ones; the model itself is not touched.
 Run: pytest tests/test_graphs.py
 """
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from test_decode import INSTRUCTIONS, LAYOUT, build, frame
 
+from paper.compiled import JoinedAttention, compiled
 from worldvla.batch import Sample
 from worldvla.config import LayoutConfig
 from worldvla.data.sample import SampleBuilder
 from worldvla.infer.decode import decode_chunk, decode_frame
-from worldvla.infer.graphs import KEPT, FixedRoom, JoinedAttention, Runner
+from worldvla.infer.graphs import KEPT, FixedRoom, Runner
 
 
 def queries(rng: np.random.Generator, builder: SampleBuilder) -> list[list[Sample]]:
@@ -78,11 +82,11 @@ def test_rooms_are_shared_by_like_lengths_emptied_and_bounded() -> None:
     assert runner.open(1, 60) is not room
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_model_that_was_converted_is_wrapped_anew(compiled: bool) -> None:
+@pytest.mark.parametrize("prepare", [None, partial(compiled, backend="eager")])
+def test_a_model_that_was_converted_is_wrapped_anew(prepare: Any) -> None:
     rng = np.random.default_rng(0)
     builder, model = build(rng)
-    runner = Runner(model, compiled, fixed=True, backend="eager")
+    runner = Runner(model, prepare, fixed=True)
     asked = queries(rng, builder)[:1]
     first = chunks(builder, runner, asked)
     room = runner.open(1, 60)
@@ -103,7 +107,8 @@ def test_joined_and_compiled_blocks_change_no_action_and_no_model() -> None:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modules = {name: type(module) for name, module in model.named_modules()}
     asked, graphs = queries(rng, builder), []
-    runner = Runner(model, compiled=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    backend = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731
+    runner = Runner(model, partial(compiled, backend=backend))
     joined = chunks(builder, runner, asked)
     torch._dynamo.reset()
     assert graphs, "nothing was compiled"
@@ -123,13 +128,13 @@ def test_joined_and_compiled_blocks_change_no_action_and_no_model() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
-@pytest.mark.parametrize("compiled", [False, True])
-def test_recorded_passes_give_the_tokens_of_launched_ones(compiled: bool) -> None:
+@pytest.mark.parametrize("prepare", [None, compiled])
+def test_recorded_passes_give_the_tokens_of_launched_ones(prepare: Any) -> None:
     rng = np.random.default_rng(0)
     builder, model = build(rng)
     torch.use_deterministic_algorithms(False)  # they need a variable of the environment
     model, asked = model.cuda(), queries(rng, builder)
-    recorded, launched = Runner(model, compiled), Runner(model, compiled, recorded=False)
+    recorded, launched = Runner(model, prepare), Runner(model, prepare, recorded=False)
     assert_equal(chunks(builder, recorded, asked) * 2, chunks(builder, launched, asked) * 2)
     assert_equal(chunks(builder, recorded, asked), chunks(builder, Runner(model), asked))
     assert_equal(images(builder, recorded)[0], images(builder, launched)[0])

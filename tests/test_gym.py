@@ -134,8 +134,8 @@ def test_a_world_model_is_an_environment(model: Model, starts: list[dict[str, np
     action = env.action_space.sample()
     frames, reward, terminated, truncated, _ = env.step(action)
     world = World(model)
-    assert np.array_equal(world.reset(starts[2])["wrist"], first["wrist"])  # pyright: ignore
-    assert np.array_equal(world.step(action)["wrist"], frames["wrist"])  # pyright: ignore
+    assert np.array_equal(world.reset(starts[2])["wrist"], first["wrist"])
+    assert np.array_equal(world.step(action)["wrist"], frames["wrist"])
     assert (reward, terminated, truncated) == (frames["wrist"].mean(), False, False)
     env.step(action)
     assert env.step(action)[3]
@@ -153,7 +153,7 @@ def test_worlds_are_imagined_as_a_vector(model: Model, starts: list[dict[str, np
     one = World(model)
     one.reset(starts[info["start"][1]])
     frames, rewards, _, truncated, _ = env.step(action)
-    assert np.array_equal(one.step(action[1])["wrist"], frames["wrist"][1])  # pyright: ignore
+    assert np.array_equal(one.step(action[1])["wrist"], frames["wrist"][1])
     assert rewards.shape == (4,)
     assert not truncated.any()
     assert env.step(action)[3].all()

@@ -315,7 +315,7 @@ def test_a_new_file_moves_no_episode_between_training_and_validation(tmp_path: P
     assert {key: after[key] for key in before} == before
 
 
-def test_a_store_without_keys_keeps_the_split_that_it_had(root: Path):
+def test_the_split_is_that_of_the_keys(root: Path):
     (flags,) = split([TokenStore.open(root / "store")], 0.2)
     assert flags.tolist() == [False, False, False, False, False, True]
 

@@ -75,7 +75,7 @@ TOKENIZER = ImageTokenizerConfig(
 def write_tiny(root: Path, shape: ImageTokenizerConfig = TOKENIZER) -> None:
     """Write image_tokenizer/ and store/ under `root`, the same bytes every time.
 
-    The store is as those that were written before episodes had keys: they train on with the same split.
+    The keys of the episodes are those by which the golden losses were split.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -84,8 +84,9 @@ def write_tiny(root: Path, shape: ImageTokenizerConfig = TOKENIZER) -> None:
     rng = np.random.default_rng(0)
     write_store(root / "store", [_episode(rng, i) for i in range(6)], tokenizer)
     rows = json.loads((root / "store/episodes.json").read_text())
-    old = ("start", "length", "instruction", "suite", "task", "init", "seed")
-    (root / "store/episodes.json").write_text(json.dumps([{name: row[name] for name in old} for row in rows]))
+    for i, row in enumerate(rows):
+        row["key"] = f"{row['suite']}/{row['task']}/{row['init']}/{row['seed']}/{i}"
+    (root / "store/episodes.json").write_text(json.dumps(rows))
     write_digests(root / "store")
 
 

@@ -15,7 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -611,6 +611,25 @@ def show_config(config: Recipe) -> None:
     say(json.dumps(to_json(config), indent=2))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """A checkpoint plans in imagination."""
+
+    plan: int = 0
+    """Draw so many chunks, imagine each in --world, and execute the one whose end --judge finds nearest to
+    success."""
+    world: str = ""
+    """Checkpoint of the world model to plan in."""
+    judge: Path | None = None
+    """judge.safetensors that `worldvla rank` or `improve` left, of the same world model."""
+    dtype: WorldType = "float32"
+
+    def options(self) -> dict[str, Any]:
+        """Return those of `open_actor`, which refuses what an actor would ignore."""
+        type_of_world = {"dtype": _decided(self.dtype)} if self.plan else {}
+        return {"plan": self.plan or None, "world": self.world, "judge": self.judge, **type_of_world}
+
+
 def evaluate(
     checkpoint: Positional[str],
     *,
@@ -623,10 +642,7 @@ def evaluate(
     demos: Path | None = None,
     scene_prefix: bool = False,
     head: Literal["", "discrete", "continuous"] = "",
-    plan: int = 0,
-    world: str = "",
-    judge: Path | None = None,
-    dtype: WorldType = "float32",
+    planning: Annotated[Planning, tyro.conf.arg(name="")],
     videos: int = 1,
     seed: int = 0,
     workers: Workers = 0,
@@ -655,10 +671,6 @@ def evaluate(
         scene_prefix: Begin instructions of libero_10 by their scene, as released checkpoints were trained
             ("KITCHEN SCENE3 turn on ..."); published evaluations leave it out.
         head: Head of a checkpoint that acts. Default: discrete.
-        plan: Draw so many chunks, imagine each in --world, and execute the one whose end --judge finds
-            nearest to success.
-        world: Checkpoint of the world model to plan in.
-        judge: judge.safetensors that `worldvla rank` or `improve` left, of the same world model.
         videos: Filmed episodes of each task.
         device: Where a checkpoint computes. Default: cpu.
         save_dataset: Directory for the episodes as HDF5 demonstrations, successes and failures, with images
@@ -672,10 +684,8 @@ def evaluate(
         from worldvla.eval.rollout import Protocol, open_actor
         from worldvla.track import track_evaluations
 
-        options = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
-        options |= {"plan": plan or None, "world": world, "judge": judge}
-        options |= {"dtype": _decided(dtype)} if plan else {}
-        act = partial(open_actor, checkpoint, seed=seed, unnorm_key=unnorm_key, **options)
+        how = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
+        act = partial(open_actor, checkpoint, seed=seed, unnorm_key=unnorm_key, **how, **planning.options())
         whole = Protocol(suite, tasks, episodes, first, seed, videos, scene_prefix, _shard(shard))
         records, folders = _evaluate_members(whole, act, out, workers, pool, save_dataset)
         track_evaluations(track, out, records, folders)
@@ -939,19 +949,16 @@ def improve(
     say(f"next: worldvla eval {record['checkpoint']} --suite {suites[0]}, then worldvla compare")
 
 
-def export(
-    checkpoint: Positional[Checkpoint], *, out: Path, half: bool = False, unnorm_key: UnnormKey = ""
-) -> None:
+def export(checkpoint: Positional[Checkpoint], *, out: Path, unnorm_key: UnnormKey = "") -> None:
     """Copy a checkpoint without its training state, weights in bfloat16: what is shipped and served.
 
     Args:
-        half: Round the image tokenizer to half precision too, which changes a few codes.
         unnorm_key: Of a model of several datasets, keep the ranges of this one alone.
     """
     from worldvla.infer.model import export
 
     with only_writer(out):
-        model = export(checkpoint, out, half, unnorm_key=unnorm_key)
+        model = export(checkpoint, out, unnorm_key=unnorm_key)
     say(f"model: {model}   next: worldvla eval {out} --suite SUITE")
 
 
@@ -1110,19 +1117,17 @@ def play(
     """
     from worldvla.serve.play.session import open_playable
 
-    suite, _, index = task.partition(":")
-    if task and not index.isdecimal():
-        raise ValueError(f"bad task {task!r}: expected SUITE:INDEX, such as tabletop_goal:3")
+    suite, index = _task(task)
     playable = open_playable(checkpoint, suite=suite, temperature=temperature, device=device)
     suite = suite or ("libero_object" if playable.simulator == "libero" else "tabletop_object")
-    playable.task(suite, int(index or 0))
+    playable.task(suite, index)
     if bench:
         import torch
 
         from worldvla.serve.play.session import bench as measure
 
         torch.set_num_threads(threads)
-        say(json.dumps({**measure(playable, suite, int(index or 0), bench), "threads": threads}))
+        say(json.dumps({**measure(playable, suite, index, bench), "threads": threads}))
         return
     import asyncio
 
@@ -1131,7 +1136,7 @@ def play(
     asyncio.run(
         serve(
             playable,
-            Start(suite, int(index or 0), init),
+            Start(suite, index, init),
             host=host,
             port=port,
             api_key=os.environ.get("WORLDVLA_API_KEY", ""),
@@ -1141,6 +1146,14 @@ def play(
             on_start=lambda at: say(f"play at {at}   recordings: {save_dataset or out}"),
         )
     )
+
+
+def _task(text: str) -> tuple[str, int]:
+    """Return suite and index of SUITE:INDEX; of nothing ("", 0)."""
+    suite, _, index = text.partition(":")
+    if text and not index.isdecimal():
+        raise ValueError(f"bad task {text!r}: expected SUITE:INDEX, such as tabletop_goal:3")
+    return suite, int(index or 0)
 
 
 def compare(a: Positional[Path], b: Positional[Path], *, force: bool = False) -> None:

@@ -8,7 +8,6 @@ import fcntl
 import glob
 import hashlib
 import json
-import logging
 import os
 import re
 import secrets
@@ -203,15 +202,9 @@ def write_digests(folder: Path) -> None:
 
 
 def check_digests(folder: Path, names: Collection[str] | None = None) -> None:
-    """Raise ValueError unless the manifest and the files `names` (default: all) are as they were written.
-
-    A folder from before there were digests is taken as it is, with a remark.
-    """
+    """Raise ValueError unless the manifest and the files `names` (default: all) are as they were written."""
     manifest = read_json(folder / MANIFEST)
     digests = manifest.get("sha256")
-    if digests is None:
-        logging.getLogger("worldvla").warning("%s is from before digests: its files are not checked", folder)
-        return
     if not isinstance(digests, dict) or digests.get(MANIFEST) != _of_manifest(manifest):
         raise Damaged(f"{folder / MANIFEST} is not as it was written (SHA-256): copy the folder again")
     for name, digest in digests.items():

@@ -149,12 +149,8 @@ def improve(
             starts = list(starts_of(demos, critic.tasks, suites, episodes, number * episodes))
             looks = execute or policy.config.layout.chunk
             _demonstrate(folder, act, looks, critic, worlds, starts, kind, keep_all)
-        tokenize((folder / "demos").rglob("*.hdf5"), policy.image, folder / "store")
-        outcome = train(_recipe(policy, [folder / "store", *stores], steps), folder / "run")
-        if not outcome.is_finished:
-            raise KeyboardInterrupt
+        path = _learn(folder, policy, stores, steps)
         report.append(read_json(folder / "round.json"))
-        path = outcome.checkpoint
     record = {**settings, "judge": errors, "rounds": report, "checkpoint": str(path), **provenance()}
     write_json(out / "record.json", record)
     return record
@@ -192,6 +188,15 @@ def _demonstrate(
     counts = {"episodes": len(made), "successes": done, "kept": len(kept)}
     counts |= {"in_simulator": confirmed} if kind == "imagination" else {}
     write_json(folder / "round.json", counts)
+
+
+def _learn(folder: Path, policy: Model, stores: Sequence[Path], steps: int) -> Path:
+    """Train the policy on with the demonstrations of a round and `stores`; return the new checkpoint."""
+    tokenize((folder / "demos").rglob("*.hdf5"), policy.image, folder / "store")
+    outcome = train(_recipe(policy, [folder / "store", *stores], steps), folder / "run")
+    if not outcome.is_finished:
+        raise KeyboardInterrupt
+    return outcome.checkpoint
 
 
 def _replayed(pairs: Iterable[tuple[Start, Episode]], tasks: Sequence[Task], world: Model) -> Iterator[bool]:

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from worldvla.config import (
     Config,
@@ -65,7 +66,7 @@ def tabletop() -> Config:
             clip=1.0,
         ),
         data=DataConfig(
-            stores=tuple(f"out/tabletop/store_{suite}" for suite in TABLETOP),
+            stores=stores("store"),
             world_fraction=0.15,
             pad_chunks=True,
         ),
@@ -80,36 +81,49 @@ def tabletop() -> Config:
     )
 
 
+def changed(base: Config, name: str, **changes: Any) -> Config:
+    """Return `base` under another name: a dict changes these fields of its section, other values replace."""
+    fields = {
+        key: replace(getattr(base, key), **value) if isinstance(value, dict) else value
+        for key, value in changes.items()
+    }
+    return replace(base, name=name, **fields)
+
+
+def stores(*kinds: str) -> tuple[str, ...]:
+    """Return the stores of each kind on the four tabletop suites."""
+    return tuple(f"out/tabletop/{kind}_{suite}" for kind in kinds for suite in TABLETOP)
+
+
 def finetune() -> Config:
     """Your own data, on a laptop: cameras, grids and numbers of dims come from the stores that you name.
 
     `worldvla train-tokenizer SOURCE`, `worldvla tokenize SOURCE`, `worldvla train finetune`:
     docs/guides/data.md.
     """
-    base = tabletop()
-    return replace(
-        base,
-        name="finetune",
+    return changed(
+        tabletop(),
+        "finetune",
         tokenizer="out/my/image_tokenizer",
-        layout=replace(base.layout, views=(), grids=(), chunk=8),
-        data=replace(base.data, stores=("out/my/store",)),
-        train=replace(base.train, steps=3_000, batch_size=32),
+        layout={"views": (), "grids": (), "chunk": 8},
+        data={"stores": ("out/my/store",)},
+        train={"steps": 3_000, "batch_size": 32},
     )
 
 
 def finetune_world() -> Config:
     """`finetune` with a world model of clips beside the policy, on codes of `train-tokenizer --levels`:
     docs/guides/data.md."""
-    base, world = finetune(), tabletop_world()
-    return replace(
-        base,
-        name="finetune_world",
+    world = tabletop_world()
+    return changed(
+        finetune(),
+        "finetune_world",
         tokenizer="out/my/levels",
-        layout=replace(base.layout, clip=3, anchor=True, world_state=True, frame_at_once=True),
+        layout={"clip": 3, "anchor": True, "world_state": True, "frame_at_once": True},
         model=world.model,
         loss=world.loss,
         optim=world.optim,
-        data=replace(base.data, world_fraction=0.6, corrupt=0.05),
+        data={"world_fraction": 0.6, "corrupt": 0.05},
     )
 
 
@@ -118,143 +132,123 @@ def dagger(rounds: int) -> Config:
 
     After two rounds it is the policy that the shipped model began from; `runs/tabletop.sh` has all commands.
     """
-    base = tabletop()
-    names = [f"{d}_{suite}" for d in ["store", "dagger1", "dagger2"][: rounds + 1] for suite in TABLETOP]
     steps, last_rate, init_from = ((1_500, 3e-4, "first"), (3_800, 1e-5, "second"))[rounds - 1]
-    return replace(
-        base,
-        name=f"tabletop_dagger{rounds}",
-        optim=replace(base.optim, learning_rate=5e-4, min_learning_rate=last_rate, warmup_steps=100),
-        data=replace(base.data, stores=tuple(f"out/tabletop/{name}" for name in names)),
-        train=replace(base.train, steps=steps, batch_size=64, init_from=f"out/tabletop/{init_from}"),
+    return changed(
+        tabletop(),
+        f"tabletop_dagger{rounds}",
+        optim={"learning_rate": 5e-4, "min_learning_rate": last_rate, "warmup_steps": 100},
+        data={"stores": stores(*("store", "dagger1", "dagger2")[: rounds + 1])},
+        train={"steps": steps, "batch_size": 64, "init_from": f"out/tabletop/{init_from}"},
     )
 
 
 def tabletop_world() -> Config:
     """`tabletop_dagger2` on the codes of a better image tokenizer (paper/grow.py), trained on as a world
     model of clips, beside the policy. Needs the stores of `collect --kind world`."""
-    base = dagger(2)
-    names = [f"{kind}_{suite}" for kind in ("world", "visited", "expert") for suite in TABLETOP]
-    return replace(
-        base,
-        name="tabletop_world",
+    return changed(
+        dagger(2),
+        "tabletop_world",
         tokenizer="out/tabletop/levels",
-        layout=replace(base.layout, clip=3),
-        model=replace(base.model, code_levels=(8,) * 8, previous_code=True, dropout=0.0),
-        loss=replace(base.loss, image_weight=0.5, supervise="decoded"),
+        layout={"clip": 3},
+        model={"code_levels": (8,) * 8, "previous_code": True, "dropout": 0.0},
+        loss={"image_weight": 0.5, "supervise": "decoded"},
         optim=OptimConfig(
             method="muon", learning_rate=1.5e-3, min_learning_rate=2e-5, weight_decay=0.02, clip=1.0
         ),
-        data=replace(
-            base.data,
-            stores=tuple(f"out/tabletop/levels_{name}" for name in names),
-            world_fraction=0.75,
-            corrupt=0.05,
-            sequence_length=400,
-        ),
-        train=replace(
-            base.train,
-            steps=3_800,
-            batch_size=32,
-            num_eval_batches=2,
-            save_every=100,
-            init_from="out/tabletop/grown",
-        ),
+        data={
+            "stores": stores("levels_world", "levels_visited", "levels_expert"),
+            "world_fraction": 0.75,
+            "corrupt": 0.05,
+            "sequence_length": 400,
+        },
+        train={
+            "steps": 3_800,
+            "batch_size": 32,
+            "num_eval_batches": 2,
+            "save_every": 100,
+            "init_from": "out/tabletop/grown",
+        },
     )
 
 
 def tabletop_world2() -> Config:
     """`tabletop_world` with twice as many policy samples a step."""
-    base = tabletop_world()
-    return replace(
-        base,
-        name="tabletop_world2",
-        optim=replace(base.optim, learning_rate=5.2e-4, warmup_steps=10),
-        data=replace(base.data, world_fraction=0.6),
-        train=replace(base.train, steps=1_250, batch_size=40, init_from="out/tabletop/first_world"),
+    return changed(
+        tabletop_world(),
+        "tabletop_world2",
+        optim={"learning_rate": 5.2e-4, "warmup_steps": 10},
+        data={"world_fraction": 0.6},
+        train={"steps": 1_250, "batch_size": 40, "init_from": "out/tabletop/first_world"},
     )
 
 
 def tabletop_world3() -> Config:
     """A last short part with mostly policy samples."""
-    base = tabletop_world2()
-    return replace(
-        base,
-        name="tabletop_world3",
-        optim=replace(base.optim, learning_rate=3e-4),
-        data=replace(base.data, world_fraction=0.375),
-        train=replace(
-            base.train, steps=260, batch_size=64, eval_every=0, init_from="out/tabletop/second_world"
-        ),
+    return changed(
+        tabletop_world2(),
+        "tabletop_world3",
+        optim={"learning_rate": 3e-4},
+        data={"world_fraction": 0.375},
+        train={"steps": 260, "batch_size": 64, "eval_every": 0, "init_from": "out/tabletop/second_world"},
     )
 
 
 def tabletop_state() -> Config:
     """`tabletop_world3`, trained on to say the robot's state before it shows the next frame."""
-    base = tabletop_world()
-    return replace(
-        base,
-        name="tabletop_state",
-        layout=replace(base.layout, world_state=True),
-        optim=replace(base.optim, learning_rate=1.2e-3),
-        data=replace(base.data, sequence_length=448),
-        train=replace(base.train, steps=3_600, save_every=200, init_from="out/tabletop/world_model"),
+    return changed(
+        tabletop_world(),
+        "tabletop_state",
+        layout={"world_state": True},
+        optim={"learning_rate": 1.2e-3},
+        data={"sequence_length": 448},
+        train={"steps": 3_600, "save_every": 200, "init_from": "out/tabletop/world_model"},
     )
 
 
 def tabletop_anchor() -> Config:
     """`tabletop_state`, trained on with the frame that a clip began from in sight."""
-    base = tabletop_state()
-    return replace(
-        base,
-        name="tabletop_anchor",
-        layout=replace(base.layout, anchor=True),
-        optim=replace(base.optim, learning_rate=9e-4, warmup_steps=30),
-        data=replace(base.data, world_fraction=0.6, sequence_length=544),
-        train=replace(
-            base.train,
-            steps=1_700,
-            batch_size=36,
-            log_every=20,
-            eval_every=300,
-            save_every=100,
-            init_from="out/tabletop/state",
-        ),
+    return changed(
+        tabletop_state(),
+        "tabletop_anchor",
+        layout={"anchor": True},
+        optim={"learning_rate": 9e-4, "warmup_steps": 30},
+        data={"world_fraction": 0.6, "sequence_length": 544},
+        train={
+            "steps": 1_700,
+            "batch_size": 36,
+            "log_every": 20,
+            "eval_every": 300,
+            "save_every": 100,
+            "init_from": "out/tabletop/state",
+        },
     )
 
 
 def tabletop_pilot() -> Config:
     """The pilot of `tabletop` on one suite: at least 70 % on unseen initial states before a longer run."""
-    base = tabletop()
-    return replace(
-        base,
-        name="tabletop_pilot",
-        data=replace(base.data, stores=("out/tabletop/store_tabletop_object",)),
-        train=replace(base.train, steps=2_000),
-    )
+    data = {"stores": ("out/tabletop/store_tabletop_object",)}
+    return changed(tabletop(), "tabletop_pilot", data=data, train={"steps": 2_000})
 
 
 def debug() -> Config:
     """Everything tiny: the whole line end to end in seconds, on the shapes of `tabletop`."""
-    base = tabletop()
-    return replace(
-        base,
-        name="debug",
+    return changed(
+        tabletop(),
+        "debug",
         num_text=300,
         tokenizer="out/debug/image_tokenizer",
-        model=replace(base.model, num_layers=2, width=32, num_heads=2, num_kv_heads=2, hidden=64),
-        optim=replace(base.optim, warmup_steps=5),
-        data=replace(base.data, stores=("out/debug/store_tabletop_object",), val_fraction=0.2),
-        train=replace(
-            base.train,
-            steps=20,
-            batch_size=4,
-            dtype="float32",
-            log_every=5,
-            eval_every=10,
-            num_eval_batches=1,
-            save_every=10,
-        ),
+        model={"num_layers": 2, "width": 32, "num_heads": 2, "num_kv_heads": 2, "hidden": 64},
+        optim={"warmup_steps": 5},
+        data={"stores": ("out/debug/store_tabletop_object",), "val_fraction": 0.2},
+        train={
+            "steps": 20,
+            "batch_size": 4,
+            "dtype": "float32",
+            "log_every": 5,
+            "eval_every": 10,
+            "num_eval_batches": 1,
+            "save_every": 10,
+        },
     )
 
 
@@ -263,18 +257,17 @@ def libero_object_spatial_long() -> Config:
 
     `runs/libero.sh` makes the stores; the shipped LIBERO model is this one, then `.._drawer`.
     """
-    base, root = tabletop(), "out/tables_libero"
-    names = ("tables_libero/store_libero_object", "tables_libero/store_libero_spatial")
-    stores = tuple(f"out/{name}" for name in (*names, "libero_object_spatial/store_more"))
-    return replace(
-        base,
-        name="libero_object_spatial_long",
+    root = "out/tables_libero"
+    names = (f"{root}/store_libero_object", f"{root}/store_libero_spatial")
+    return changed(
+        tabletop(),
+        "libero_object_spatial_long",
         tokenizer=f"{root}/image_tokenizer",
-        model=replace(base.model, num_layers=5, num_heads=3, num_kv_heads=3),
-        loss=replace(base.loss, supervise="decoded"),
-        optim=replace(base.optim, method="muon", learning_rate=3e-3),
-        data=replace(base.data, stores=stores, world_fraction=0.2),
-        train=replace(base.train, steps=2_500, batch_size=320, eval_every=1_300, save_every=1_300),
+        model={"num_layers": 5, "num_heads": 3, "num_kv_heads": 3},
+        loss={"supervise": "decoded"},
+        optim={"method": "muon", "learning_rate": 3e-3},
+        data={"stores": (*names, "out/libero_object_spatial/store_more"), "world_fraction": 0.2},
+        train={"steps": 2_500, "batch_size": 320, "eval_every": 1_300, "save_every": 1_300},
     )
 
 
@@ -282,13 +275,18 @@ def libero_object_spatial_drawer() -> Config:
     """`libero_object_spatial_long`, trained on on two cores with more of the one task that it failed: the
     bowl in the drawer (libero_spatial, task 4), every frame of it twice. The shipped LIBERO model."""
     base, root = libero_object_spatial_long(), "out/libero_object_spatial"
-    train = replace(base.train, steps=1_500, batch_size=120, eval_every=500, save_every=500)
-    return replace(
+    return changed(
         base,
-        name="libero_object_spatial_drawer",
-        optim=replace(base.optim, learning_rate=1e-3, warmup_steps=50),
-        data=replace(base.data, stores=(*base.data.stores, *(f"{root}/store_drawer",) * 2)),
-        train=replace(train, init_from=f"{root}/model_long"),
+        "libero_object_spatial_drawer",
+        optim={"learning_rate": 1e-3, "warmup_steps": 50},
+        data={"stores": (*base.data.stores, *(f"{root}/store_drawer",) * 2)},
+        train={
+            "steps": 1_500,
+            "batch_size": 120,
+            "eval_every": 500,
+            "save_every": 500,
+            "init_from": f"{root}/model_long",
+        },
     )
 
 
@@ -357,72 +355,64 @@ def published(family: str, suite: str = "libero_goal") -> Config:
 
 def tabletop_sampled() -> Config:
     """`tabletop_anchor`, trained on with new data while it reads some of its own codes, as in imagination."""
-    base = tabletop_anchor()
-    names = [f"{kind}2_{suite}" for kind in ("world", "visited", "expert") for suite in TABLETOP]
-    return replace(
-        base,
-        name="tabletop_sampled",
-        data=replace(base.data, stores=tuple(f"out/tabletop/levels_{name}" for name in names)),
-        train=replace(base.train, steps=3_200, scheduled_sampling=0.5, init_from="out/tabletop/anchor_model"),
+    return changed(
+        tabletop_anchor(),
+        "tabletop_sampled",
+        data={"stores": stores("levels_world2", "levels_visited2", "levels_expert2")},
+        train={"steps": 3_200, "scheduled_sampling": 0.5, "init_from": "out/tabletop/anchor_model"},
     )
 
 
 def tabletop_at_once() -> Config:
     """`tabletop_sampled`, which learns to predict all codes of a frame at once."""
-    base = tabletop_sampled()
-    return replace(
-        base,
-        name="tabletop_at_once",
-        layout=replace(base.layout, frame_at_once=True),
-        train=replace(base.train, steps=700, init_from="out/tabletop/sampled_model"),
+    return changed(
+        tabletop_sampled(),
+        "tabletop_at_once",
+        layout={"frame_at_once": True},
+        train={"steps": 700, "init_from": "out/tabletop/sampled_model"},
     )
 
 
 def tabletop_deep() -> Config:
     """`tabletop_at_once`, trained on with six layers instead of four."""
-    base = tabletop_at_once()
-    return replace(
-        base,
-        name="tabletop_deep",
-        model=replace(base.model, num_layers=6),
-        train=replace(base.train, steps=4_000, init_from="out/tabletop/at_once_model"),
+    return changed(
+        tabletop_at_once(),
+        "tabletop_deep",
+        model={"num_layers": 6},
+        train={"steps": 4_000, "init_from": "out/tabletop/at_once_model"},
     )
 
 
 def tabletop_imagined() -> Config:
     """`tabletop_deep`, trained on with new data and longer clips; of the world samples that can, half read
     what `tabletop_deep` imagined in place of the frames."""
-    base = tabletop_deep()
-    names = [
-        f"{kind}3_{suite}" for kind in ("imagined", "levels_visited", "levels_expert") for suite in TABLETOP
-    ]
-    data = replace(base.data, world_fraction=0.5, imagined=0.5, sequence_length=720)
-    return replace(
-        base,
-        name="tabletop_imagined",
-        layout=replace(base.layout, clip=5),
-        optim=replace(base.optim, warmup_steps=20),
-        data=replace(data, stores=tuple(f"out/tabletop/{name}" for name in names)),
-        train=replace(
-            base.train,
-            steps=2_700,
-            batch_size=30,
-            scheduled_sampling=0.0,
-            init_from="out/tabletop/deep_model",
-        ),
+    return changed(
+        tabletop_deep(),
+        "tabletop_imagined",
+        layout={"clip": 5},
+        optim={"warmup_steps": 20},
+        data={
+            "stores": stores("imagined3", "levels_visited3", "levels_expert3"),
+            "world_fraction": 0.5,
+            "imagined": 0.5,
+            "sequence_length": 720,
+        },
+        train={
+            "steps": 2_700,
+            "batch_size": 30,
+            "scheduled_sampling": 0.0,
+            "init_from": "out/tabletop/deep_model",
+        },
     )
 
 
 def tabletop_misses() -> Config:
     """`tabletop_imagined`, trained on in the same way with data in which more grasps miss."""
-    base = tabletop_imagined()
-    kinds = ("imagined4", "levels_visited4", "levels_expert3")
-    stores = tuple(f"out/tabletop/{kind}_{suite}" for kind in kinds for suite in TABLETOP)
-    return replace(
-        base,
-        name="tabletop_misses",
-        data=replace(base.data, stores=stores),
-        train=replace(base.train, steps=2_000, init_from="out/tabletop/imagined_model"),
+    return changed(
+        tabletop_imagined(),
+        "tabletop_misses",
+        data={"stores": stores("imagined4", "levels_visited4", "levels_expert3")},
+        train={"steps": 2_000, "init_from": "out/tabletop/imagined_model"},
     )
 
 

@@ -396,7 +396,7 @@ def split(stores: Sequence[TokenStore], val_fraction: float) -> list[np.ndarray]
 
     With a fraction above 0 and more than one episode, at least the one of the smallest hash is held out.
     """
-    hashes = [np.array([_hash(i, e) for i, e in enumerate(store.episodes)]) for store in stores]
+    hashes = [np.array([_hash(episode.key) for episode in store.episodes]) for store in stores]
     every = np.sort(np.concatenate(hashes))
     threshold = (
         val_fraction
@@ -406,10 +406,8 @@ def split(stores: Sequence[TokenStore], val_fraction: float) -> list[np.ndarray]
     return [h < threshold for h in hashes]
 
 
-def _hash(index: int, episode: EpisodeRow) -> float:
-    """Return a number in [0, 1) that depends on the episode's key alone. In stores without keys it depends on
-    the place too, as it did when they were written: a training goes on with the split that it began with."""
-    key = episode.key or f"{episode.suite}/{episode.task}/{episode.init}/{episode.seed}/{index}"
+def _hash(key: str) -> float:
+    """Return a number in [0, 1) that depends on the episode's key alone."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 256**6
 
 

@@ -57,10 +57,9 @@ class EpisodeRow:
     task: str
     init: int
     seed: int
-    success: bool = True
-    key: str = ""
-    """What the split into training and validation hashes: the same in any store and at any place in it. Empty
-    in stores that were written before there was one."""
+    success: bool
+    key: str
+    """What the split into training and validation hashes: the same in any store and at any place in it."""
 
 
 @dataclass(frozen=True)

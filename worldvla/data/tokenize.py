@@ -87,9 +87,8 @@ def _is_made(out_dir: Path, tokenizer: FrameTokenizer, facts: dict[str, Any], sk
         return False
     source = dict(manifest.get("source", {}))
     is_whole = source.pop("skipped", None) is None
-    rule = manifest.get("grey_levels", "float32")  # before stores named the rule
-    made_by = (tokenizer.digest(), tokenizer.grey_levels)
-    return (manifest["tokenizer"], rule) == made_by and source == facts and (is_whole or skip_bad)
+    rules = (manifest["tokenizer"], manifest["grey_levels"])
+    return rules == (tokenizer.digest(), tokenizer.grey_levels) and source == facts and (is_whole or skip_bad)
 
 
 def _skipped(faults: list[str], may_go_on: bool, skip_bad: bool) -> dict[str, Any]:

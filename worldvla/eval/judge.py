@@ -524,7 +524,6 @@ def rank_policies(
     model = load(world, dtype=getattr(torch, dtype))
     policies = _with_intervals(checkpoints, model, execute)
     judge, errors = judge_of(out / "judge.safetensors", demos, suites, model, judged, judge_steps, seed)
-    tasks = judge.tasks
     again = {"replays": replays(judge, model, held_out, judged, out)} if held_out else {}
     horizons = {suite: sim.suite(suite).horizon for suite in suites}
     protocol: dict[str, Any] = {"episodes": episodes, "first": first, "confirm": CONFIRM, "seed": seed}
@@ -535,17 +534,8 @@ def rank_policies(
         "protocol": protocol,
         "judge": {"demonstrations": judged, "steps": judge_steps},
     }
-    numbers = np.repeat(np.arange(len(tasks)), episodes)
-    with ExitStack() as stack:
-        envs = [stack.enter_context(closing(sim.make(tasks[n], model.view_sizes))) for n in numbers]
-        journal = stack.enter_context(Journal(out / "policies.jsonl", identity))
-        bar = stack.enter_context(progress_bar())
-        for policy, n in bar.track(policies, description="policies"):
-            row = {"name": policy.config.name, "seed": policy.config.train.seed, "execute": n}
-            row = json.loads(json.dumps(row | {"checkpoint": policy.identity(), "status": "done"}))
-            if not any({key: done[key] for key in row} == row for done in journal.outcomes):
-                inits = [first + i for _ in tasks for i in range(episodes)]
-                journal.add(row | {"outcomes": _act_twice(policy, n, judge, model, envs, numbers, inits)})
+    with Journal(out / "policies.jsonl", identity) as journal:
+        _act_all(policies, judge, model, range(first, first + episodes), journal)
         rows = [{k: v for k, v in row.items() if k != "elapsed"} for row in journal.outcomes]
     record = {
         **identity,
@@ -570,6 +560,22 @@ def _with_intervals(
         chunk = policy.config.layout.chunk
         policies += [(policy, n) for n in dict.fromkeys(min(n, chunk) for n in execute or [chunk])]
     return policies
+
+
+def _act_all(
+    policies: Sequence[tuple[Model, int]], judge: Judge, world: Model, inits: Sequence[int], journal: Journal
+) -> None:
+    """Add to `journal` a row of each policy and replan interval that it lacks: `inits` of every task."""
+    numbers = np.repeat(np.arange(len(judge.tasks)), len(inits))
+    with ExitStack() as stack:
+        envs = [stack.enter_context(closing(sim.make(judge.tasks[n], world.view_sizes))) for n in numbers]
+        bar = stack.enter_context(progress_bar())
+        for policy, n in bar.track(policies, description="policies"):
+            row = {"name": policy.config.name, "seed": policy.config.train.seed, "execute": n}
+            row = json.loads(json.dumps(row | {"checkpoint": policy.identity(), "status": "done"}))
+            if not any({key: done[key] for key in row} == row for done in journal.outcomes):
+                every = [*inits] * len(judge.tasks)
+                journal.add(row | {"outcomes": _act_twice(policy, n, judge, world, envs, numbers, every)})
 
 
 def _act_twice(

@@ -111,19 +111,13 @@ def evaluate_world(
     for chosen in sets.values():
         check(model, chosen)
     for horizon, chosen in sets.items():
-        imagined, said, stats = imagine(
-            model, chosen, title=f"imagine {horizon} steps", temperature=temperature
-        )
+        how = {"title": f"imagine {horizon} steps", "temperature": temperature}
+        imagined, said, stats = imagine(model, chosen, **how)
         kinds = {"model": imagined, **references(model, chosen)}
         section = {"horizon": horizon, **score(chosen, kinds, eye)}
         section |= {"said": of_states(chosen, said)} if said else {}
         section["decoding"] = summary(stats, sum(model.config.layout.codes_per_view))
-        section["clips"] = [clip.describe() for clip in chosen]
-        for i, (clip, frames) in enumerate(list(zip(chosen, imagined, strict=True))[:videos]):
-            section["clips"][i]["video"] = f"videos/clip_{horizon}_{i:02d}.mp4"
-            write_mp4(out / section["clips"][i]["video"], film(clip, frames), clip.fps)
-            section["clips"][i]["strip"] = f"videos/clip_{horizon}_{i:02d}.png"
-            write_png(out / section["clips"][i]["strip"], film_strip([clip.real, frames]))
+        section["clips"] = list(_filmed(chosen, imagined, videos, out, f"videos/clip_{horizon}"))
         sections.append(section)
     record: dict[str, Any] = {
         "checkpoint": model.identity(),
@@ -145,6 +139,19 @@ def evaluate_world(
     write_example(out, model, {**observation, "instruction": first.instruction})
     write_json(out / "record.json", record)
     return record
+
+
+def _filmed(
+    clips: Sequence[Clip], imagined: Sequence[Frames], videos: int, out: Path, prefix: str
+) -> Iterator[dict[str, Any]]:
+    """Yield what each clip is; of the first `videos`, write a film and a strip below `out` and name them."""
+    for i, (clip, frames) in enumerate(zip(clips, imagined, strict=True)):
+        row = clip.describe()
+        if i < videos:
+            row |= {"video": f"{prefix}_{i:02d}.mp4", "strip": f"{prefix}_{i:02d}.png"}
+            write_mp4(out / row["video"], film(clip, frames), clip.fps)
+            write_png(out / row["strip"], film_strip([clip.real, frames]))
+        yield row
 
 
 def choose(

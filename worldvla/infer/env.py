@@ -32,8 +32,7 @@ def spaces(world: World) -> tuple[gym.Space[Any], gym.Space[np.ndarray]]:
     return gym.spaces.Dict(views), gym.spaces.Box(low, high)
 
 
-def _observation(world: World, frames: Any) -> Frames:
-    """Return the frames, and the state where the world says one."""
+def _observation(world: World, frames: Frames) -> Frames:
     return frames if world.state is None else {**frames, "state": world.state}
 
 

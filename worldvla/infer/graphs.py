@@ -1,24 +1,22 @@
 """How decoding runs a transformer: over a cache, and on a CUDA device as recorded graphs.
 
-The transformer stays as it is: what is cached, recorded, joined or compiled is held here. A pass over ten
-tokens is bound by reading the weights once, if the processor does not have to launch each of its kernels. For
-that, all shapes and addresses stay: the cache returns all of its slots, the mask hides those that are not
-written, and one cache serves query after query.
-Dims: B batch, T new positions, S slots of the cache, D width, F features of joined products.
+The transformer stays as it is: what is cached or recorded is held here. A pass over ten tokens is bound by
+reading the weights once, if the processor does not have to launch each of its kernels. For that, all shapes
+and addresses stay: the cache returns all of its slots, the mask hides those that are not written, and one
+cache serves query after query.
+Dims: B batch, T new positions, S slots of the cache, D width.
 """
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldvla.infer.cache import Cache
-from worldvla.model.transformer import MLP, Attention, Block, Transformer
+from worldvla.model.transformer import Transformer
 
 ROUND = 64
 """Fixed rooms have a multiple of this many slots: prompts of nearly the same length share their graphs."""
@@ -132,32 +130,30 @@ class Runner:
     """A transformer as decoding runs it, one query at a time. It may be moved or converted between queries:
     what depends on where its weights lie is then made anew.
 
-    `compiled`: the blocks in few kernels, their products of one input in one; the same numbers up to
-    rounding, after some seconds of compiling. `fixed`: passes of fixed shape (default: compiled, or on CUDA).
-    `recorded`: off, passes of fixed shape are launched kernel by kernel.
+    `prepare`: makes of the model what runs all passes but the first, as paper/compiled.py does. `fixed`:
+    passes of fixed shape (default: prepared, or on CUDA). `recorded`: off, passes of fixed shape are launched
+    kernel by kernel.
     """
 
     def __init__(
         self,
         model: Transformer,
-        compiled: bool = False,
+        prepare: Callable[[Transformer], Transformer] | None = None,
         fixed: bool | None = None,
         recorded: bool = True,
-        backend: str | Callable[..., Any] = "inductor",
     ) -> None:
-        self.model, self.compiled, self.fixed = model, compiled, fixed
-        self.recorded, self.backend = recorded, backend
+        self.model, self.prepare, self.fixed, self.recorded = model, prepare, fixed, recorded
         self.rooms: OrderedDict[tuple[int, int], FixedRoom] = OrderedDict()
         self._steps, self._addresses, self._pool = model, None, None
 
     def open(self, batch: int, longest: int) -> Room:
         """Return an empty room for `batch` rows of at most `longest` positions."""
         is_cuda = self.model.head.weight.is_cuda
-        if not (self.compiled or is_cuda if self.fixed is None else self.fixed):
+        if not (self.prepare or is_cuda if self.fixed is None else self.fixed):
             return Room(self.model, batch, longest)
         if self._addresses != _addresses(self.model):
             self.rooms.clear()
-            self._steps = compiled(self.model, self.backend) if self.compiled else self.model
+            self._steps = self.prepare(self.model) if self.prepare else self.model
             self._pool = torch.cuda.graph_pool_handle() if is_cuda and self.recorded else None
             self._addresses = _addresses(self.model)
         capacity = -(-longest // ROUND) * ROUND
@@ -172,47 +168,6 @@ class Runner:
 
     def _num_bytes(self) -> int:
         return sum(room.cache.num_bytes for room in self.rooms.values())
-
-
-class _Joined(nn.Module):
-    """A part of a block whose `layers` read the same input: one product in place of several."""
-
-    def __init__(self, part: nn.Module, *layers: nn.Linear) -> None:
-        nn.Module.__init__(self)  # not the part's own, whose weights are there already
-        self.__dict__.update(part.__dict__)
-        self.sizes = [layer.out_features for layer in layers]
-        with torch.inference_mode(False):  # a model that decoded may be trained on
-            self.joined_FD = torch.cat([layer.weight.detach() for layer in layers])
-            for layer, view_FD in zip(layers, self.joined_FD.split(self.sizes), strict=True):
-                layer.weight.data = view_FD
-
-    def project(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(x_BTD, self.joined_FD).split(self.sizes, -1)
-
-
-class JoinedAttention(_Joined, Attention):
-    pass
-
-
-class JoinedMLP(_Joined, MLP):
-    pass
-
-
-def compiled(model: Transformer, backend: str | Callable[..., Any] = "inductor") -> Transformer:
-    """Return a twin of the model for inference, whose blocks are joined and compiled, once for all of them.
-
-    It shares all memory with the model, whose parameters become views of the joined weights.
-    """
-    shared = [*model.parameters(), *model.buffers(), *(m for m in model.children() if m is not model.layers)]
-    twin = copy.deepcopy(model, {id(part): part for part in shared})
-    for block in twin.layers:
-        assert isinstance(block, Block)
-        attention, mlp = block.attention, block.mlp
-        if type(attention.q) is type(mlp.gate) is nn.Linear:
-            block.attention = JoinedAttention(attention, attention.q, attention.k, attention.v)
-            block.mlp = JoinedMLP(mlp, mlp.gate, mlp.up)
-        block.compile(backend=backend, dynamic=True)
-    return twin
 
 
 def _addresses(model: Transformer) -> list[tuple[int, torch.dtype]]:

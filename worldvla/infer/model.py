@@ -224,7 +224,6 @@ def _base(path: Path, config: Config, manifest: Mapping[str, Any]) -> Path | Non
 def export(
     source: Path | str,
     out_dir: Path,
-    half: bool = False,
     repo: str = "",
     results: Sequence[Mapping[str, Any]] = (),
     unnorm_key: str = "",
@@ -232,10 +231,9 @@ def export(
     """Copy what acting and imagining need, the transformer's weights in bfloat16, and write a model card for
     the hub; atomic. About a sixth of a checkpoint's size. Low-rank updates are merged: it is a plain one.
 
-    `half`: the image tokenizer is rounded to half precision too, which changes a few codes. `repo`: its name
-    on the hub; the config then names stores and files alone, not where they are on this machine.
-    `results`: records of evaluations, for the card; those of another model raise ValueError. `unnorm_key`:
-    keep the statistics of this dataset of a mixture alone, so that nobody need choose.
+    `repo`: its name on the hub; the config then names stores and files alone, not where they are on this
+    machine. `results`: records of evaluations, for the card; those of another model raise ValueError.
+    `unnorm_key`: keep the statistics of this dataset of a mixture alone, so that nobody need choose.
     """
     model = load(source, dtype=torch.bfloat16, unnorm_key=unnorm_key)  # whole and consistent, or an error
     source = model.path
@@ -246,10 +244,6 @@ def export(
             shutil.copyfile(source / name, scratch / name)
         save_tensors(scratch / WEIGHTS, model.transformer.state_dict())
         manifest = dict(model.manifest)
-        if half:
-            rounded = model.image.round_to_half()
-            rounded.save(scratch / "image_tokenizer")
-            manifest["image_tokenizer"] = rounded.digest()
         if unnorm_key:
             write_json(scratch / "statistics.json", model.builder.all_statistics.to_json())
             manifest["statistics"] = model.builder.all_statistics.digest()

@@ -1,12 +1,11 @@
 """A frame and actions -> the frames that the model expects: a world model with the interface of an
 environment.
 
-Frames are dicts of views, uint8 (Y, X, 3), or (B, Y, X, 3) for B worlds at once; a model of one view
-takes and returns the array itself. The codes that it generates are fed back as they are, never decoded and
-encoded again. A model of clips (layout.clip) reads its last frames: after as many, a new clip begins with the
-current one, and until then nothing is computed twice. The first frame stays the context of a decoder that
-copies what stands still. A model that says states (layout.world_state) begins from
-the frame's and keeps `state` beside the frames.
+Frames are dicts of views, uint8 (Y, X, 3), or (B, Y, X, 3) for B worlds at once. The codes that it generates
+are fed back as they are, never decoded and encoded again. A model of clips (layout.clip) reads its last
+frames: after as many, a new clip begins with the current one, and until then nothing is computed twice. The
+first frame stays the context of a decoder that copies what stands still. A model that says states
+(layout.world_state) begins from the frame's and keeps `state` beside the frames.
 """
 
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from worldvla.infer.draft import FrameStats, Window
 from worldvla.infer.model import Model
 from worldvla.vocab import to_ids
 
-Frame = np.ndarray | dict[str, np.ndarray]
+Frame = dict[str, np.ndarray]
 
 
 def check_world(model: Model) -> None:
@@ -52,7 +51,7 @@ class World:
         self._anchor = np.zeros((0, 0), dtype=np.int64)
         """Image codes of the frames that they began from, (B, N)."""
         self._context: dict[str, np.ndarray] = {}
-        self._is_batch = self._is_dict = False
+        self._is_batch = False
         layout = model.config.layout
         self._num_states = layout.num_state_dims if layout.world_state else 0
 
@@ -70,14 +69,9 @@ class World:
         states_BS = self.model.builder.statistics.decode_states(self.current()[:, : self._num_states])
         return states_BS.astype(np.float32) if self._is_batch else states_BS[0].astype(np.float32)
 
-    def reset(self, frame: np.ndarray | Mapping[str, Any]) -> Frame:
+    def reset(self, frame: Mapping[str, Any]) -> Frame:
         """Start from `frame` (an observation will do); return it as its codes show it."""
         views = list(self.model.config.layout.views)
-        self._is_dict = isinstance(frame, Mapping)
-        if not isinstance(frame, Mapping):
-            if len(views) > 1:
-                raise ValueError(f"the model imagines the views {views}: pass a dict of them, not one array")
-            frame = {views[0]: frame}
         self._is_batch = np.ndim(frame.get(views[0], 0)) == 4
         names = [view for view in views if view in frame]
         if self._is_batch:
@@ -162,9 +156,7 @@ class World:
     def frame(self) -> Frame:
         """Return the current frame, decoded."""
         frames = self.model.decode_frames(self.current()[:, self._num_states :], self._context)
-        if not self._is_batch:
-            frames = {view: images[0] for view, images in frames.items()}
-        return frames if self._is_dict else frames[self.model.config.layout.views[0]]
+        return frames if self._is_batch else {view: images[0] for view, images in frames.items()}
 
     def _new_clip(self) -> Clip:
         model = self.model

@@ -61,7 +61,7 @@ class Attention(nn.Module):
         return q_BHTK, k_BGSK, v_BTGK.transpose(1, 2)
 
     def project(self, x_BTD: Tensor) -> Sequence[Tensor]:
-        """Return the products of q, k and v; infer/graphs.py has them in one."""
+        """Return the products of q, k and v; paper/compiled.py has them in one."""
         return self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
 
 
@@ -77,7 +77,7 @@ class MLP(nn.Module):
         return self.down(F.silu(gate_BTF) * up_BTF)
 
     def project(self, x_BTD: Tensor) -> Sequence[Tensor]:
-        """Return the products of gate and up; infer/graphs.py has them in one."""
+        """Return the products of gate and up; paper/compiled.py has them in one."""
         return self.gate(x_BTD), self.up(x_BTD)
 
 

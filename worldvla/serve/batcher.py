@@ -84,7 +84,6 @@ class Batcher:
         self._began: float | None = None
 
     def __len__(self) -> int:
-        """Return the number of requests that wait."""
         return len(self._jobs)
 
     @property

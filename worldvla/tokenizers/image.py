@@ -426,15 +426,6 @@ class ImageTokenizer(nn.Module):
         write_json(directory / "config.json", to_json(self.config), indent=2)
         write_json(directory / "ancestors.json", {"ancestors": self.ancestors, "sha256": self._seal()})
 
-    @torch.no_grad()
-    def round_to_half(self) -> "ImageTokenizer":
-        """Round the weights to what half precision holds, so that files have half the size. A few codes
-        change: so does the digest, and the old one becomes an ancestor."""
-        self.ancestors = (self.digest(), *self.ancestors)
-        for parameter in self.parameters():
-            parameter.copy_(parameter.half().float())
-        return self
-
     @classmethod
     def load(cls, directory: Path | str) -> "ImageTokenizer":
         """Read what `save` wrote; in evaluation mode, without gradients."""
@@ -478,15 +469,12 @@ def _narrow(value: Tensor) -> Tensor:
 
 
 def _ancestors(directory: Path) -> tuple[tuple[str, ...], str | None]:
-    """Return the ancestors of a tokenizer and the digest of it and them, None of earlier versions."""
-    path, report = directory / "ancestors.json", directory / "report/report.json"
-    if path.is_file():
-        with reading(path, "list of ancestors", "copy the image tokenizer again"):
-            told = read_json(path)
-            if told.keys() == {"digests"}:  # an earlier version
-                return tuple(map(str, told["digests"])), None
-            if told.keys() != {"ancestors", "sha256"}:
-                raise ValueError(f"keys {sorted(told)}, expected ancestors and sha256")
-            return tuple(map(str, told["ancestors"])), str(told["sha256"])
-    # Tokenizers of earlier versions keep them in the report of their training.
-    return tuple(read_json(report).get("train", {}).get("init_from", ())) if report.is_file() else (), None
+    """Return the ancestors of a tokenizer and the digest of it and them; None: there is no file of them."""
+    path = directory / "ancestors.json"
+    if not path.is_file():
+        return (), None
+    with reading(path, "list of ancestors", "copy the image tokenizer again"):
+        told = read_json(path)
+        if told.keys() != {"ancestors", "sha256"}:
+            raise ValueError(f"keys {sorted(told)}, expected ancestors and sha256")
+        return tuple(map(str, told["ancestors"])), str(told["sha256"])

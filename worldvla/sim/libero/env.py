@@ -370,7 +370,6 @@ def _libero_path(key: str) -> Path:
 
 
 def _bddl(suite_name: str, task_name: str) -> Path:
-    """Return the file that describes a task."""
     return _libero_path("bddl_files") / axes.split(suite_name)[0] / f"{task_name}.bddl"
 
 

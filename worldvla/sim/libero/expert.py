@@ -236,7 +236,6 @@ def _turn(goal: tuple[str, ...]) -> tuple[int, bool]:
 
 
 def _can(goal: tuple[str, ...]) -> bool:
-    """Return whether there is a skill for `goal`."""
     if goal[0] in ("on", "in"):
         return goal[2].endswith(HEATED) or _place(goal[2]) is not None
     return goal[0] in FIXTURE_SKILLS

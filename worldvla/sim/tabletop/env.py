@@ -240,7 +240,6 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
     # -- internals ------------------------------------------------------------------------------------------
 
     def _refresh(self) -> None:
-        """Recompute derived quantities and latch the button."""
         mujoco.mj_forward(self.model, self.data)
         if self._cap_rgba is not None:
             if self.data.qpos[self._joint["button"].qposadr[0]] > 0.6 * world.BUTTON_TRAVEL:
