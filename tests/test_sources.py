@@ -434,6 +434,12 @@ def test_tokenising_again_encodes_only_what_changed(root: Path, tmp_path: Path):
     assert (len(store), store.manifest["source"]["skipped"]["count"]) == (30, 2)
 
 
+def test_a_set_without_its_tasks_says_so(root: Path):
+    (root / "meta/tasks.parquet").unlink()
+    with pytest.raises(ValueError, match=r"^no .*tasks\.parquet: download the data set again$"):
+        open_source(root)
+
+
 def test_broken_episodes_are_left_out_where_one_asks_for_it(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

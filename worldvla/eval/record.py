@@ -109,6 +109,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def suites_of(directory: Path) -> tuple[str, list[str]]:
     """Return what an evaluation was asked for, and the folders of its records, one a suite."""
+    if not (directory / "record.json").is_file():
+        raise ValueError(f"{directory} holds no record.json: give a directory that `worldvla eval` wrote")
     record = read_json(directory / "record.json")
     if "suites" not in record:
         return read_record(directory)["suite"], ["."]

@@ -23,6 +23,8 @@ class WorldVLAConfig(PreTrainedConfig):
     """`int8` or `int4`: hold its large matrices in 8 or 4 bits."""
     unnorm_key: str = ""
     """Of a checkpoint of several datasets, the one whose statistics are used."""
+    action_feature_names: list[str] | None = None
+    """LeRobot's names of the action dims, by which it finds the robot's joints; None: those of the data."""
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {feature.value: NormalizationMode.IDENTITY for feature in FeatureType}
     )

@@ -58,6 +58,7 @@ class WorldVLAPolicy(PreTrainedPolicy):
                 FeatureType.STATE, (layout.num_state_dims,)
             )
         config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (layout.num_action_dims,))}
+        config.action_feature_names = config.action_feature_names or facts.get("action_names") or None
         self.deltas = Deltas.of(facts)
         self.reset()
 

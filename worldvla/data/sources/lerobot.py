@@ -154,6 +154,8 @@ def _rows_v3(path: Path, info: dict[str, Any], cameras: list[str]) -> tuple[list
         starts = {name: row[f"videos/{name}/from_timestamp"] for name in videos}
         shown = {name: Video(file, starts[name], starts[name] == last[file]) for name, file in where.items()}
         rows.append(Row(row["episode_index"], row["length"], place(row, "data", info["data_path"]), shown))
+    if not (path / "meta/tasks.parquet").is_file():
+        raise ValueError(f"no {path / 'meta/tasks.parquet'}: download the data set again")
     with reading(path / "meta/tasks.parquet", "parquet file", "download the data set again"):
         tasks = pq.read_table(path / "meta/tasks.parquet", **VERIFIED).to_pylist()
     texts = {row["task_index"]: next(v for v in row.values() if isinstance(v, str)) for row in tasks}
