@@ -51,11 +51,15 @@ class SlowServer:
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.committed: list[Any] = []
+        self.metadata: dict[str, Any] = {}
+        self.address = "here"
         self.may_answer = threading.Semaphore(0)
         self.is_gone = False
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         self.asked.append(observation["step"])
+        self.committed.append(observation.get("committed"))
         assert self.may_answer.acquire(timeout=20)
         if self.is_gone:
             raise ConnectionError("it went away")
@@ -87,6 +91,30 @@ def test_the_robot_moves_while_the_next_chunk_is_computed():
         robot.act({"step": 6})
     assert server.asked == [0, 2, 5]
     robot.close()
+
+
+def test_a_robot_that_looks_ahead_sends_what_is_under_way():
+    server = SlowServer()
+    server.metadata = {"looks_ahead": True}
+    robot: Any = AsyncClient(server, still=[0.0], blend=0.0, ahead=True)  # pyright: ignore[reportArgumentType]
+
+    def answer() -> None:
+        server.may_answer.release()
+        robot._request.exception(timeout=20)
+
+    assert [robot.act({"step": step}) for step in (0, 1)] == [0, 0]
+    answer()
+    assert robot.act({"step": 2}) == [
+        2
+    ]  # asked with the actions of steps 2 and 3, as long as the last one took
+    assert robot.act({"step": 3}) == [3]
+    answer()  # the first action is the one of step 4
+    assert robot.act({"step": 4}) == [2]
+    assert [None if c is None else c[:, 0].tolist() for c in server.committed[:2]] == [None, [2, 3]]
+    answer()
+    robot.reset()
+    with pytest.raises(ValueError, match="cannot look ahead"):
+        AsyncClient(SlowServer(), still=None, ahead=True)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_reset_forgets_the_episode_before():

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -39,11 +39,12 @@ from worldvla.eval.actors import ActorError, Query
 from worldvla.eval.remote import RemoteActor
 from worldvla.infer.model import load, weights_digest
 from worldvla.infer.policy import Policy
+from worldvla.infer.world import World
 from worldvla.serve import exact
 from worldvla.serve.client import Client, ServerError
 from worldvla.serve.exact import BatchedPolicy, CarefulTokenizer
 from worldvla.serve.protocol import IMAGE_KEYS, PROMPT_KEY, STATE_KEY, pack, unpack
-from worldvla.serve.server import Served, serve, serve_checkpoint
+from worldvla.serve.server import Served, read_request, serve, serve_checkpoint
 from worldvla.tokenizers.image import ImageTokenizer, VectorQuantizer
 
 
@@ -432,6 +433,38 @@ def test_answers_of_a_batch_are_those_of_each_request_alone() -> None:
         patch.setattr(model.image, "encode", lambda images: repeated.append(0) or encode(images))
         np.testing.assert_array_equal(policy.act(observations), expected)
     assert (repeated.count(0) >= 10, repeated.count(1)) == (True, 5)
+
+
+def test_actions_under_way_are_imagined() -> None:
+    model = load("tabletop")
+    first, *others = frames(model, 3)
+    committed = np.full((2, 7), 0.2, np.float32)
+    world = World(model)
+    world.reset(first)
+    seen = [world.step(action) for action in committed][-1]
+    expected = Policy(model).act({**first, **cast(dict[str, Any], seen), "state": world.state})
+    answers = BatchedPolicy(model, "discrete").act([{**first, "committed": committed}, *others])
+    np.testing.assert_array_equal(answers[0], expected)
+    np.testing.assert_array_equal(answers[1:], [Policy(model).act(o) for o in others])
+    assert not np.array_equal(expected, Policy(model).act(first))
+
+
+@pytest.mark.parametrize(
+    ("dims", "value", "reason"),
+    [
+        (0, np.zeros((1, 7)), "this policy cannot look ahead"),
+        (7, np.zeros((1, 6)), r"at most 32 actions, numbers of shape \(D, 7\), got float64 \(1, 6\)"),
+        (7, np.zeros((33, 7)), r"at most 32 actions.* got float64 \(33, 7\)"),
+        (7, [[0.0] * 7], "got list"),
+        (7, np.full((1, 7), np.nan), "committed must be finite"),
+    ],
+)
+def test_actions_under_way_that_cannot_be_imagined_are_refused(dims: int, value: Any, reason: str) -> None:
+    served = Served(
+        act=lambda o: np.zeros((len(o), 5, 7)), views={"agentview": (4, 4)}, num_committed_dims=dims
+    )
+    with pytest.raises(ValueError, match=reason):
+        read_request(pack(request(committed=value)), served)
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "fsq"])

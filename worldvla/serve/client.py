@@ -25,7 +25,7 @@ import numpy as np
 from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from worldvla.serve.protocol import DEADLINE_KEY, MAX_BYTES, pack, unpack
+from worldvla.serve.protocol import COMMITTED_KEY, DEADLINE_KEY, MAX_BYTES, pack, unpack
 
 BLEND = 0.5
 """Weight of an older chunk's action beside that of the next newer one. A choice: paper/bench_delay.py
@@ -155,10 +155,18 @@ class AsyncClient:
     first answer, and where the server is slower than its chunks are long, the robot gets `still`: NaN repeats
     that number of the last action, None all of it, which is right for absolute actions. Whatever a request
     raises, the next `act` raises: a lost connection stops the robot.
+
+    `ahead`: send the actions that are executed until the answer is expected, as long as the last one took,
+    and let the server's world model imagine them: the answer is for the step after them. Needs a server whose
+    metadata say `looks_ahead`.
     """
 
-    def __init__(self, client: Client, *, still: Sequence[float] | None, blend: float = BLEND) -> None:
-        self.client, self.still, self.blend = client, still, blend
+    def __init__(
+        self, client: Client, *, still: Sequence[float] | None, blend: float = BLEND, ahead: bool = False
+    ) -> None:
+        if ahead and not client.metadata.get("looks_ahead"):
+            raise ValueError(f"the policy at {client.address} cannot look ahead: leave ahead=True out")
+        self.client, self.still, self.blend, self.ahead = client, still, blend, ahead
         self._thread = ThreadPoolExecutor(1, "policy")
         self._request: Future[dict[str, Any]] | None = None
         self.reset()
@@ -167,7 +175,7 @@ class AsyncClient:
         """Begin an episode: forget the actions of the one before."""
         if self._request is not None:
             self._request.result()  # its answer would be taken for one to this episode
-        self._request, self._asked = None, 0
+        self._request, self._asked, self._begins = None, 0, 0
         self._plan, self._step = Plan(self.blend), 0
         self._last: np.ndarray | None = None
         self.latency = 0
@@ -176,14 +184,25 @@ class AsyncClient:
     def act(self, observation: Mapping[str, Any]) -> np.ndarray | None:
         """Return the action (A,) of this control step; None: nothing is known yet and `still` is None."""
         if self._request is not None and self._request.done():
-            self._plan.add(self._asked, self._request.result()["actions"])
+            self._plan.add(self._begins, self._request.result()["actions"])
             self.latency, self._request = self._step - self._asked, None
         if self._request is None:
-            self._asked, self._request = self._step, self._thread.submit(self.client.infer, dict(observation))
-        action = self._plan.action(self._step)
+            committed = self._committed() if self.ahead else []
+            self._asked, self._begins = self._step, self._step + len(committed)
+            extra = {COMMITTED_KEY: np.stack(committed)} if committed else {}
+            self._request = self._thread.submit(self.client.infer, {**observation, **extra})
+        self._last = self._action(self._step)
         self._step += 1
-        self._last = keep_still(self.still, self._last) if action is None else action
         return self._last
+
+    def _committed(self) -> list[np.ndarray]:
+        """Return the actions of the next steps, as many as the last answer took, or as are known."""
+        actions = [self._action(self._step + ahead) for ahead in range(self.latency)]
+        return [action for action in actions if action is not None]
+
+    def _action(self, step: int) -> np.ndarray | None:
+        action = self._plan.action(step)
+        return keep_still(self.still, self._last) if action is None else action
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from worldvla.data.sample import SampleBuilder
+from worldvla.infer.ahead import look_ahead
 from worldvla.infer.model import Model
 from worldvla.infer.policy import Observation, Policy, unnorm_key
 from worldvla.tokenizers.action import choose
@@ -88,7 +89,7 @@ class BatchedPolicy:
 
     def act(self, observations: Sequence[Observation]) -> np.ndarray:
         """Return actions (B, K, 7) float32."""
-        count = len(observations)
+        observations, count = [look_ahead(self.model, o) for o in observations], len(observations)
         if count == 1:
             return self.alone.act(observations)
         if self.model.device.type == "cuda":  # few sizes: a graph is recorded for each

@@ -27,6 +27,9 @@ STATE_KEY, PROMPT_KEY = "observation/state", "prompt"
 HISTORY_KEY, DEADLINE_KEY, UNNORM_KEY = "previous", "deadline_ms", "unnorm_key"
 """Ours: pictures of the steps just before, oldest first; ms from a request's arrival to its answer; of a
 model of several datasets, the one whose statistics are used."""
+COMMITTED_KEY, MAX_COMMITTED = "committed", 32
+"""Ours: actions (D, A) that the robot executes before it has the answer, which is then for the step after
+them; how many are taken."""
 REFUSED_KINDS = "OVc"
 
 

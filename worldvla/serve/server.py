@@ -39,9 +39,11 @@ from worldvla.image import MAX_PIXELS, as_uint8, resize_with_pad
 from worldvla.machine import is_loopback
 from worldvla.serve.batcher import SECONDS, Answer, Batcher, Histogram, LateError, Observation
 from worldvla.serve.protocol import (
+    COMMITTED_KEY,
     DEADLINE_KEY,
     HISTORY_KEY,
     IMAGE_KEYS,
+    MAX_COMMITTED,
     PORT,
     PROMPT_KEY,
     STATE_KEY,
@@ -75,6 +77,8 @@ class Served:
     num_state_dims: int = 8
     """0: it reads no state."""
     history: int = 1
+    num_committed_dims: int = 0
+    """Of an action that a robot executes before it has the answer (COMMITTED_KEY); 0: none are taken."""
     max_prompt: int = MAX_PROMPT
     """Letters of the longest prompt."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -122,6 +126,7 @@ def serve_checkpoint(
 
     Of a model of several datasets each request names one, unless `unnorm_key` does for all.
     """
+    from worldvla.infer.ahead import can_look_ahead
     from worldvla.infer.model import load
     from worldvla.serve.exact import BatchedPolicy
 
@@ -135,6 +140,7 @@ def serve_checkpoint(
         **({"unnorm_keys": model.unnorm_keys} if model.unnorm_keys else {}),
         "chunk": layout.chunk,
         "history": layout.history,
+        "looks_ahead": can_look_ahead(model),
         "head": head,
         "decoding": policy.alone.decoding,
         "views": {view: list(size) for view, size in model.view_sizes.items()},
@@ -146,6 +152,7 @@ def serve_checkpoint(
         views=model.view_sizes,
         num_state_dims=layout.num_state_dims if layout.state else 0,
         history=layout.history,
+        num_committed_dims=layout.num_action_dims if metadata["looks_ahead"] else 0,
         max_prompt=min(policy.max_prompt, MAX_PROMPT),
         metadata=metadata,
         resize=resize,
@@ -389,6 +396,8 @@ def read_request(data: bytes | str, served: Served) -> tuple[Observation, float]
         observation["state"] = _state(message, served.num_state_dims)
     if served.history > 1:
         observation["previous"] = _previous(message, served)
+    if COMMITTED_KEY in message:
+        observation["committed"] = _committed(message[COMMITTED_KEY], served.num_committed_dims)
     if UNNORM_KEY in message:
         observation["unnorm_key"] = message[UNNORM_KEY]
     if served.check is not None:
@@ -460,6 +469,25 @@ def _previous(message: Mapping[str, Any], served: Served) -> list[dict[str, np.n
     if not isinstance(frames, list) or not all(isinstance(frame, dict) for frame in frames):
         raise ValueError(f"{HISTORY_KEY} must be a list of maps of pictures, got {type(frames).__name__}")
     return [_frame(frame, served) for frame in frames[max(0, len(frames) - served.history + 1) :]]
+
+
+def _committed(value: Any, num_dims: int) -> np.ndarray:
+    """Return the actions under way, float32 (D, A)."""
+    if not num_dims:
+        raise ValueError(
+            f"this policy cannot look ahead: its model imagines no states or reads a history; leave "
+            f"{COMMITTED_KEY!r} out (AsyncClient: ahead=False)"
+        )
+    is_array = isinstance(value, np.ndarray) and value.dtype.kind in "fiu" and value.ndim == 2
+    if not is_array or value.shape[1] != num_dims or len(value) > MAX_COMMITTED:
+        got = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise ValueError(
+            f"{COMMITTED_KEY} must be at most {MAX_COMMITTED} actions, numbers of shape (D, {num_dims}), "
+            f"got {got}"
+        )
+    if not np.isfinite(actions := value.astype(np.float32)).all():
+        raise ValueError(f"{COMMITTED_KEY} must be finite, got {value.tolist()}")
+    return actions
 
 
 def _patience_s(message: Mapping[str, Any]) -> float:
