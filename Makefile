@@ -22,6 +22,8 @@ check: $(STAMP) docs
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pyright
+	$(BIN)/python -m pytest -q tests/test_repo.py
+	$(BIN)/python -m paper.size
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -3,8 +3,8 @@ one JSON line.
 
 Run: python -m paper.bench_libero --task 0 --episodes 10 --workers 2 [--checkpoint out/libero/run]
 Plain loop: LIBERO's own OffScreenRenderEnv, one environment, reset anew and both cameras drawn at every step.
-Both execute the same actions (the expert's, found before and not timed) at the default picture, five between
-two looks; with a checkpoint both also ask it at every look, and pay for it.
+Both execute the same actions (the expert's, found before and not timed) at the default picture, a replan
+interval of five; with a checkpoint both also query it once an interval, and pay for it.
 """
 
 import json

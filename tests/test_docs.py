@@ -101,7 +101,6 @@ def test_the_readme_fits_a_screen_wide_and_a_minute_long() -> None:
     assert max(map(len, README.splitlines())) <= 100
 
 
-@pytest.mark.slow
 def test_the_wheel_is_the_package_alone_and_runs_the_snippet_of_the_readme(tmp_path: Path) -> None:
     """In an empty folder, with nothing of the checkout in reach."""
     source, site, empty = tmp_path / "source", tmp_path / "site", tmp_path / "empty"

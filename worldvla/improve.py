@@ -147,8 +147,8 @@ def improve(
         if not (folder / "round.json").is_file():
             act = Drawing(Policy(policy), temperature, np.random.default_rng([seed, number]))
             starts = list(starts_of(demos, critic.tasks, suites, episodes, number * episodes))
-            looks = execute or policy.config.layout.chunk
-            _demonstrate(folder, act, looks, critic, worlds, starts, kind, keep_all)
+            interval = execute or policy.config.layout.chunk
+            _demonstrate(folder, act, interval, critic, worlds, starts, kind, keep_all)
         path = _learn(folder, policy, stores, steps)
         report.append(read_json(folder / "round.json"))
     record = {**settings, "judge": errors, "rounds": report, "checkpoint": str(path), **provenance()}
