@@ -406,16 +406,6 @@ def tabletop_imagined() -> Config:
     )
 
 
-def tabletop_misses() -> Config:
-    """`tabletop_imagined`, trained on in the same way with data in which more grasps miss."""
-    return changed(
-        tabletop_imagined(),
-        "tabletop_misses",
-        data={"stores": stores("imagined4", "levels_visited4", "levels_expert3")},
-        train={"steps": 2_000, "init_from": "out/tabletop/imagined_model"},
-    )
-
-
 RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop": tabletop,
     "tabletop_dagger1": partial(dagger, 1),
@@ -429,7 +419,6 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop_at_once": tabletop_at_once,
     "tabletop_deep": tabletop_deep,
     "tabletop_imagined": tabletop_imagined,
-    "tabletop_misses": tabletop_misses,
     "tabletop_pilot": tabletop_pilot,
     "debug": debug,
     "finetune": finetune,
