@@ -324,7 +324,8 @@ def test_play_touches_and_moves_things_smoothly(suite):
 
 
 def test_an_astray_hand_acts_beside_the_thing_and_then_recovers() -> None:
-    env, scout = (sim.make(TASK, {}) for _ in range(2))
+    env: Any = sim.make(TASK, {})
+    scout: Any = sim.make(TASK, {})
     scout.reset(options={"init": 0})
     then = Perturbed(sim.expert(env), np.random.default_rng(0), 0.0)
     driver = Astray(env, scout, sim.expert(scout), then, np.array([0.06, 0.0]), env.horizon)
