@@ -8,9 +8,9 @@ goes on meanwhile. Methods, all with the same policy, episodes and horizon:
   blocking  the robot stands still until the answer, then executes EXECUTE actions of it
   naive     the robot asks when EXECUTE actions are done, goes on with the rest of the chunk, and starts the
             answer at its first action when it comes
-  latest    `worldvla.serve.client.Plan` without blend: always one request under way, and an answer starts at
+  latest    `worldvla.serve.client.Plan`: always one request under way, and an answer starts at
             the action of the present step
-  blend     the same with the blend of AsyncClient: actions of overlapping chunks are averaged
+  blend     the same, actions of overlapping chunks averaged
   imagined  as latest, but the world model first imagines the actions that are executed meanwhile, and
             the policy answers for the step in which its answer comes
 """
@@ -31,11 +31,13 @@ from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
 from worldvla.machine import provenance
 from worldvla.progress import progress_bar
-from worldvla.serve.client import BLEND, Plan, keep_still
+from worldvla.serve.client import Plan, keep_still
 from worldvla.sim import suites
 from worldvla.sim.protocol import Task
 
 STEP_MS = 100
+BLEND = 0.5
+"""Weight of an older chunk's action beside that of the next newer one."""
 EXECUTE = 3
 """Actions of a chunk that the shipped model's evaluations execute."""
 STILL = [0.0] * 6 + [float("nan")]

@@ -509,12 +509,32 @@ def speed(records: Records) -> str:
     return table(("what", "measured", "record"), rows)
 
 
+def delay(records: Records) -> str:
+    """Success by delay, against no delay on the same episodes."""
+    ends: dict[str, dict[str, str]] = records["bench/delay"]["ends"]
+    names = {
+        "latest": "the newest answer, from the present step on",
+        "blend": "overlapping answers averaged",
+        "blocking": "stands still until the answer comes",
+        "naive": "starts a late answer at its first action",
+        "imagined": "the world model imagines what is under way",
+    }
+    first, rows = ends["latest"]["0"], []
+    for method, by_delay in ends.items():
+        for ms, of in sorted(by_delay.items(), key=lambda item: int(item[0])):
+            ended = list(zip(of, first, strict=True))
+            pairs = Pairs(*(ended.count(pair) for pair in (("S", "S"), ("S", "F"), ("F", "S"), ("F", "F"))))
+            against = ("", "") if of is first else effect(pairs)
+            rows.append([names[method], ms, f"{of.count('S')}/{len(of)}", *against])
+    return table(("what the robot does", "delay, ms", "successes", "points against no delay", "p"), rows)
+
+
 TABLES: dict[str, Callable[[Records], str]] = {
     f.__name__: f
     for f in (
         *(suites, experts, ablation, ablation_differences, short_chunks, short_chunks_differences),
         *(ablation_libero, history, heads, chunk_length, chunk_error, world, shipped_world, motion),
-        *(rank, ranking, ranking_agreement, speed),
+        *(rank, ranking, ranking_agreement, speed, delay),
     )
 }
 
