@@ -250,7 +250,7 @@ def test_expert_grasps_from_a_stored_state(env):
 
 @needs_libero
 def test_errors_say_what_is_wrong(env):
-    with pytest.raises(ValueError, match="init must be >= 0"):
+    with pytest.raises(ValueError, match="init must be an integer >= 0"):
         env.reset(options={"init": -1})
     with pytest.raises(ValueError, match="7 finite numbers"):
         env.step(np.zeros(6))

@@ -127,7 +127,7 @@ def test_bad_input_is_one_clear_line():
     env.reset(options={"init": 0})
     with pytest.raises(ValueError, match="7 finite numbers"):
         env.step(np.full(7, np.nan))
-    with pytest.raises(ValueError, match="init must be >= 0"):
+    with pytest.raises(ValueError, match="init must be an integer >= 0"):
         env.reset(options={"init": -1})
     with pytest.raises(ValueError, match="unknown views"):
         make(tasks("tabletop_object")[0], {"side": (64, 64)})
