@@ -44,7 +44,7 @@ from worldvla.serve import exact
 from worldvla.serve.client import Client, ServerError
 from worldvla.serve.exact import BatchedPolicy, CarefulTokenizer
 from worldvla.serve.protocol import IMAGE_KEYS, PROMPT_KEY, STATE_KEY, pack, unpack
-from worldvla.serve.server import Served, read_request, serve, serve_checkpoint
+from worldvla.serve.server import Limits, Served, read_request, serve, serve_checkpoint
 from worldvla.tokenizers.image import ImageTokenizer, VectorQuantizer
 
 
@@ -264,6 +264,15 @@ def test_sigterm_finishes_what_runs() -> None:
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1001
         assert process.wait(10) == 0
+
+
+def test_a_server_that_could_answer_nobody_is_refused() -> None:
+    for limits, reason in (({"max_batch": 0}, "--max-batch"), ({"max_connections": 0}, "--max-connections")):
+        with pytest.raises(ValueError, match=f"{reason} must be at least 1, got 0"):
+            Limits(**limits)
+    served = Served(act=lambda o: np.zeros((len(o), 5, 7)), views={"agentview": (4, 4)})
+    with pytest.raises(ValueError, match=r"--port must be in 0\.\.65535 \(0: a free one\), got 99999"):
+        asyncio.run(serve(served, port=99_999))
 
 
 def test_who_may_come_in(tmp_path: Path) -> None:

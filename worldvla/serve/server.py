@@ -111,6 +111,11 @@ class Limits:
     stop_s: float = 30.0
     """After SIGTERM, for what runs to finish."""
 
+    def __post_init__(self) -> None:
+        for name, value in (("max_batch", self.max_batch), ("max_connections", self.max_connections)):
+            if value < 1:  # a batch of none would be gathered for ever
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
 
 def serve_checkpoint(
     checkpoint: Path | str,
@@ -182,6 +187,8 @@ async def serve(
             f"whoever reaches {host or 'this machine'} could drive the robot: set the environment variable "
             "WORLDVLA_API_KEY, or --insecure"
         )
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port must be in 0..65535 (0: a free one), got {port}")
     limits = limits or Limits()
     serving = _Serving(served, api_key, limits)
     stop = asyncio.Event()
