@@ -111,7 +111,13 @@ def test_a_robot_that_looks_ahead_sends_what_is_under_way():
     answer()  # the first action is the one of step 4
     assert robot.act({"step": 4}) == [2]
     assert [None if c is None else c[:, 0].tolist() for c in server.committed[:2]] == [None, [2, 3]]
+    for step in range(5, 20):  # a slow answer: of what is under way only what is known is sent
+        robot.act({"step": step})
     answer()
+    robot.act({"step": 20})
+    assert robot.latency == 16
+    answer()
+    assert server.committed[3] is None
     robot.reset()
     with pytest.raises(ValueError, match="cannot look ahead"):
         AsyncClient(SlowServer(), still=None, ahead=True)  # pyright: ignore[reportArgumentType]

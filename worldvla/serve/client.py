@@ -15,6 +15,7 @@ A robot that must not wait asks in the background instead, once a control step:
 """
 
 import contextlib
+import itertools
 import ssl
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ import numpy as np
 from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from worldvla.serve.protocol import COMMITTED_KEY, DEADLINE_KEY, MAX_BYTES, pack, unpack
+from worldvla.serve.protocol import COMMITTED_KEY, DEADLINE_KEY, MAX_BYTES, MAX_COMMITTED, pack, unpack
 
 
 class ServerError(RuntimeError):
@@ -195,18 +196,16 @@ class AsyncClient:
             self._asked, self._begins = self._step, self._step + len(committed)
             extra = {COMMITTED_KEY: np.stack(committed)} if committed else {}
             self._request = self._thread.submit(self.client.infer, {**observation, **extra})
-        self._last = self._action(self._step)
+        action = self._plan.action(self._step)
         self._step += 1
+        self._last = keep_still(self.still, self._last) if action is None else action
         return self._last
 
     def _committed(self) -> list[np.ndarray]:
-        """Return the actions of the next steps, as many as the last answer took, or as are known."""
-        actions = [self._action(self._step + ahead) for ahead in range(self.latency)]
-        return [action for action in actions if action is not None]
-
-    def _action(self, step: int) -> np.ndarray | None:
-        action = self._plan.action(step)
-        return keep_still(self.still, self._last) if action is None else action
+        """Return the actions of the next steps, as many as the last answer took, at most those that are
+        known: each costs the server a frame, and one that is slow must not be asked for more and more."""
+        steps = range(self._step, self._step + min(self.latency, MAX_COMMITTED))
+        return list(itertools.takewhile(lambda a: a is not None, map(self._plan.action, steps)))
 
     def close(self) -> None:
         self._thread.shutdown()
