@@ -15,7 +15,6 @@ A robot that must not wait asks in the background instead, once a control step:
 """
 
 import contextlib
-import itertools
 import ssl
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -204,8 +203,12 @@ class AsyncClient:
     def _committed(self) -> list[np.ndarray]:
         """Return the actions of the next steps, as many as the last answer took, at most those that are
         known: each costs the server a frame, and one that is slow must not be asked for more and more."""
-        steps = range(self._step, self._step + min(self.latency, MAX_COMMITTED))
-        return list(itertools.takewhile(lambda a: a is not None, map(self._plan.action, steps)))
+        committed: list[np.ndarray] = []
+        while len(committed) < min(self.latency, MAX_COMMITTED):
+            if (action := self._plan.action(self._step + len(committed))) is None:
+                break
+            committed.append(action)
+        return committed
 
     def close(self) -> None:
         self._thread.shutdown()
