@@ -13,7 +13,9 @@ import h5py
 import numpy as np
 import pytest
 
+from worldvla.cli import main
 from worldvla.data.episode import Episode, read_episodes, write_episodes
+from worldvla.data.sources import open_source
 
 
 def _episode(length: int = 5, seed: int = 0) -> Episode:
@@ -130,6 +132,31 @@ def test_replayed_file_without_attributes_is_turned_and_named_after_itself(tmp_p
     told = {"instruction": "turn on the stove", "suite": "libero_10", "task": path.stem.removesuffix("_demo")}
     expected = replace(_episode(), **told, init=-1, seed=-1, is_expert=np.ones(5, dtype=np.bool_))
     _assert_same(found, expected)
+
+
+def test_every_camera_is_read_and_other_pictures_are_named(tmp_path, capsys):
+    """Also in LIBERO's own files, which are turned; a camera whose name is taken keeps its whole one."""
+    episode, path = _episode(), tmp_path / "set" / "x_demo.hdf5"
+    more = {view: episode.images["agentview"] ^ i for i, view in enumerate(("front", "wrist_rgb"), 1)}
+    episode = replace(episode, images=episode.images | more)
+    write_episodes(path, [episode], {})
+    (found,) = read_episodes(path)
+    _assert_same(found, episode)
+    _foreign(path, episode, made_by="libero")
+    with h5py.File(path, "r+") as file:
+        for view in more:
+            key = f"data/demo_0/obs/{view.removesuffix('_rgb')}_rgb"
+            file[key][...] = file[key][()][:, ::-1, ::-1]  # pyright: ignore
+        file["data/demo_0/obs/front_depth"] = np.zeros((5, 8, 6, 1), np.float32)
+    (found,) = read_episodes(path)
+    assert list(found.images) == ["agentview", "wrist", "front", "wrist_rgb"]
+    for view, images in episode.images.items():
+        np.testing.assert_array_equal(found.images[view], images[:-1])
+    assert list(open_source(path).cameras) == list(found.images)
+    store = ["--tokenizer", f"{tmp_path}/none", "--out", f"{tmp_path}/store"]
+    for words in (["inspect", str(path)], ["tokenize", str(path), *store]):
+        main(words)
+        assert "not used: obs/front_depth\n" in capsys.readouterr().out
 
 
 def test_missing_file_is_named(tmp_path):

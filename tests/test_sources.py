@@ -151,6 +151,15 @@ def test_a_v2_set_is_read_like_a_v3_one(root: Path):
         assert np.array_equal(episode.images["agentview"], decoded(path))
 
 
+def test_cameras_that_no_view_shows_are_named(root: Path, capsys: pytest.CaptureFixture[str]):
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    depth = {"dtype": "video", "shape": [64, 64, 1], "names": ["height", "width", "channels"]}
+    edit(root, features=features | {"observation.images.depth": depth})
+    assert open_source(root).unused == ("observation.images.depth",)
+    assert main(["inspect", str(root), "--camera", f"agentview={CAMERAS['agentview']}"]) == 0
+    assert f"not used: {CAMERAS['wrist']}, observation.images.depth\n" in capsys.readouterr().out
+
+
 def test_pictures_in_the_parquet_file_are_read(root: Path):
     """As lerobot writes a feature of type image: PNG bytes in a struct."""
     import io

@@ -166,8 +166,10 @@ def test_no_store_at_all(tmp_path: Path):
 def test_episodes_that_do_not_fit_together_raise(tmp_path: Path):
     with pytest.raises(ValueError, match="no episodes"):
         write_store(tmp_path / "store", [], PixelSums())
-    with pytest.raises(ValueError, match=r"lacks views .'agentview'"):
+    with pytest.raises(ValueError, match=r"has the views .'wrist'.*those before it .'agentview', 'wrist'"):
         write_store(tmp_path / "store", [EPISODES[0], random_episode(0, views=("wrist",))], PixelSums())
+    with pytest.raises(ValueError, match="a store of their own"):
+        write_store(tmp_path / "store", [random_episode(0, views=("wrist",)), EPISODES[0]], PixelSums())
     wide = {view: images.repeat(2, axis=2) for view, images in EPISODES[1].images.items()}
     with pytest.raises(ValueError, match="changes grid"):
         write_store(tmp_path / "store", [EPISODES[0], replace(EPISODES[1], images=wide)], PixelSums())

@@ -118,13 +118,15 @@ def _demonstrations(paths: Sequence[Path]) -> list[Path]:
 def _other_format(
     paths: Sequence[Path], camera: Sequence[str] = (), action: str = "", state: str = "", delta: bool = False
 ) -> "Source | None":
-    """Open a data set of another format than LIBERO's HDF5; None: it is HDF5."""
+    """Open a data set of another format than LIBERO's HDF5; None: it is HDF5, whose cameras are all read."""
+    from worldvla.data.episode import demonstration_files, unused_pictures
     from worldvla.data.sources import kind_of
     from worldvla.data.sources.hdf5 import FIXED
 
     if all(kind_of(path) == "hdf5" for path in paths):
         if camera or action or state or delta:
             raise ValueError(FIXED)
+        _say_unused(unused_pictures(demonstration_files(paths)))
         return None
     if len(paths) > 1:
         raise ValueError(
@@ -134,14 +136,20 @@ def _other_format(
 
 
 def _source(path: Path, camera: Sequence[str], action: str, state: str, delta: bool) -> "Source":
-    """Open a data set of any format and say what is guessed."""
+    """Open a data set of any format and say what is guessed, and which pictures are not used."""
     from worldvla.data.sources import open_source
     from worldvla.data.sources.source import Names
 
     source = open_source(path, Names(*_cameras(camera), action, state, delta))
     for guess in source.guesses:
         say(f"guess: {guess}")
+    _say_unused(source.unused)
     return source
+
+
+def _say_unused(pictures: Sequence[str]) -> None:
+    if pictures:
+        say(f"not used: {', '.join(pictures)}")
 
 
 def _cameras(texts: Sequence[str]) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:

@@ -17,6 +17,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from worldvla.sim.protocol import NUM_ACTION_DIMS, NUM_STATE_DIMS
 from worldvla.sim.suites import SUITES
 
 VIEW_KEYS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
-"""Our name of a camera -> LIBERO's dataset under obs/."""
+"""Our name of a camera -> LIBERO's dataset under obs/; any other camera is VIEW_rgb there."""
 SUFFIXES = (".hdf5", ".h5")
 CHUNK = 16
 """Frames compressed together. Fewer make the files larger and slower to read."""
@@ -216,7 +217,7 @@ def _write_demo(group: h5py.Group, episode: Episode) -> None:
     for name, array in columns.items():
         group.create_dataset(name, data=array)
     for view, images in episode.images.items():
-        name = f"obs/{VIEW_KEYS.get(view, f'{view}_rgb')}"
+        name = f"obs/{view_key(view)}"
         chunks = (min(length, CHUNK), *images.shape[1:])
         group.create_dataset(name, data=images, chunks=chunks, compression="gzip", compression_opts=1)
         columns[name] = images
@@ -376,19 +377,54 @@ def _digest(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def cameras(demo: Any) -> dict[str, str]:
+    """Return view -> dataset under obs/ of the cameras of a demonstration, LIBERO's two first."""
+    obs = _at(demo, "obs")
+    names = {str(name) for name in obs} if isinstance(obs, h5py.Group) else set()
+    views = {view: key for view, key in VIEW_KEYS.items() if key in names}
+    for key in sorted(names - set(VIEW_KEYS.values())):
+        if view := re.fullmatch(r"(.+)_rgb", key):
+            views[key if view[1] in VIEW_KEYS else view[1]] = key
+    return views
+
+
+def view_key(view: str) -> str:
+    """Return the dataset under obs/ of a camera."""
+    return VIEW_KEYS.get(view, view if view.removesuffix("_rgb") in VIEW_KEYS else f"{view}_rgb")
+
+
+def unused_pictures(files: Iterable[Path]) -> list[str]:
+    """Return the pictures of each file's first demonstration that no view shows, such as obs/front_depth.
+
+    A damaged file is passed over: reading its demonstrations says what is wrong with it.
+    """
+    names: set[str] = set()
+    for path in files:
+        with (
+            suppress(ValueError, OSError, TypeError, StopIteration),
+            h5py.File(path) as file,
+        ):
+            data: Any = _at(file, "data")
+            obs = _at(demo := _at(data, next(iter(data))), "obs")
+            rest = set(map(str, obs)) - set(cameras(demo).values())
+            sets = {name: _at(obs, name) for name in rest}
+            names |= {f"obs/{n}" for n, s in sets.items() if isinstance(s, h5py.Dataset) and s.ndim > 2}
+    return sorted(names)
+
+
 def _read_demo(group: h5py.Group, told: dict[str, str], images: bool) -> Episode:
     if not isinstance(group, h5py.Group):
         raise ValueError("no group")
-    views = {view: f"obs/{key}" for view, key in VIEW_KEYS.items() if images and _at(group, f"obs/{key}")}
+    views = {view: f"obs/{key}" for view, key in cameras(group).items() if images}
     wanted = ["actions", "states", *_STATE_KEYS, *views.values()]
     wanted += [name for name in ("is_expert", *OPTIONAL) if _at(group, name)]
     digests: dict[str, str] = json.loads(group.attrs.get("sha256", "{}"))
-    pictures = {f"obs/{key}" for key in VIEW_KEYS.values()}
-    wanted += [name for name in digests.keys() - set(wanted) - {""} if images or name not in pictures]
+    written = digests.keys() - set(wanted) - {""}
+    wanted += [name for name in written if images or not re.fullmatch(r"obs/.+_rgb", name)]
     if missing := [name for name in wanted if _at(group, name) is None]:
         raise ValueError(f"missing {missing}; expected LIBERO's HDF5 layout")
     if images and not views:
-        raise ValueError(f"no pictures; expected obs/{' or obs/'.join(VIEW_KEYS.values())}")
+        raise ValueError(f"no pictures; expected obs/{' or obs/'.join(VIEW_KEYS.values())}, or obs/VIEW_rgb")
     read = {name: _array(group, name) for name in wanted}
     if changed := [name for name in read if name in digests and digests[name] != _digest(read[name])]:
         raise ValueError(f"{', '.join(changed)} not as they were written (SHA-256)")

@@ -16,7 +16,7 @@ import numpy as np
 from worldvla.data.collect import Job, Views, guard, kept, record, work_off
 from worldvla.data.episode import Episode, count_episodes, facts, fingerprint, read_episodes
 from worldvla.sim import suites as sim
-from worldvla.sim.protocol import SETTLE_ACTION, Task
+from worldvla.sim.protocol import SETTLE_ACTION, VIEWS, Task
 from worldvla.tokenizers.action import compute_statistics
 
 NO_OP = 1e-4
@@ -198,14 +198,16 @@ def _finish(job: Job, digest: str) -> None:
 
 def wrong_pictures(path: Path) -> list[str]:
     """Return one line for each view whose pictures are not upright: the first one of the file's first
-    demonstration beside the simulator's in the same state."""
+    demonstration beside the simulator's in the same state. Other cameras than VIEWS are not compared: the
+    simulator need not have them."""
     episode = next(read_episodes(path))
-    sizes = {view: (images.shape[1], images.shape[2]) for view, images in episode.images.items()}
+    pictures = {view: images for view, images in episode.images.items() if view in VIEWS}
+    sizes = {view: (images.shape[1], images.shape[2]) for view, images in pictures.items()}
     env = _environment(episode, sizes)
     env.reset(options={"init": max(episode.init, 0)})
     env.set_state(episode.sim_states[0])
     seen, found = env.observe(), []
-    for view, images in episode.images.items():
+    for view, images in pictures.items():
         stored, true = images[0].astype(float), seen[view].astype(float)
         differences = {name: float(np.abs(turn(stored) - true).mean()) for name, turn in TURNS.items()}
         best = min(differences, key=lambda name: differences[name])

@@ -251,8 +251,11 @@ class _Writer:
 
     def add(self, episode: Episode) -> None:
         self.views = list(episode.images) if self.views is None else self.views
-        if missing := [view for view in self.views if view not in episode.images]:
-            raise ValueError(f"episode of {episode.task!r} lacks views {missing}, has {list(episode.images)}")
+        if set(self.views) != set(episode.images):
+            raise ValueError(
+                f"episode of {episode.task!r} has the views {list(episode.images)}, those before it "
+                f"{self.views}: tokenize files of other cameras into a store of their own"
+            )
         for view in self.views:
             codes = encode(episode.images[view], self.tokenizer)
             grid = self.grids.setdefault(view, codes.shape[1:])

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from worldvla.data.episode import (
-    VIEW_KEYS,
     Episode,
     count_episodes,
     demonstration_files,
     read_demos,
     read_episodes,
+    unused_pictures,
+    view_key,
 )
 from worldvla.data.sources.source import Camera, Names, Source, Vector
 from worldvla.sim.protocol import FPS
@@ -32,11 +33,12 @@ def open_hdf5(path: Path, names: Names) -> Source:
         kind="LIBERO HDF5",
         num_episodes=sum(map(count_episodes, files)),
         fps=FPS[SUITES[first.suite].simulator] if first.suite in SUITES else None,
-        cameras={v: Camera(VIEW_KEYS[v], *a.shape[1:3]) for v, a in first.images.items()},
+        cameras={v: Camera(view_key(v), *a.shape[1:3]) for v, a in first.images.items()},
         action=Vector(("actions",), ACTION_NAMES),
         state=Vector(("robot_states",), STATE_NAMES),
         guesses=(),
         files=tuple(files),
+        unused=tuple(unused_pictures(files)),
         attempts=lambda images: _attempts(files, images),
     )
 

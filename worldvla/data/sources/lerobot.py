@@ -84,8 +84,8 @@ def open_lerobot(path: Path, names: Names) -> Source:
     fps, features = info.get("fps"), info.get("features")
     if not isinstance(fps, (int, float)) or fps <= 0 or not isinstance(features, dict):
         raise ValueError(f"{path}/meta/info.json: expected fps above 0 and features, got fps {fps!r}")
-    pictures = {n: _size(f) for n, f in features.items() if f["dtype"] in ("video", "image")}
-    pictures = {name: size[:2] for name, size in pictures.items() if size[2] == 3}
+    sizes = {n: _size(f) for n, f in features.items() if f["dtype"] in ("video", "image")}
+    pictures = {name: size[:2] for name, size in sizes.items() if size[2] == 3}
     numbers = {
         n: dim_names(f.get("names"), f["shape"][0])
         for n, f in features.items()
@@ -94,7 +94,8 @@ def open_lerobot(path: Path, names: Names) -> Source:
     folder, revision = path.resolve(), ""
     if folder.parent.name == "snapshots":  # the hub's cache: datasets--ORG--NAME/snapshots/COMMIT
         folder, revision = Path(folder.parents[1].name.replace("--", "/")), folder.name
-    plan = Plan.of(folder.name, names, pictures, numbers, ("action", "observation.state"))
+    others = [name for name in sizes if name not in pictures]
+    plan = Plan.of(folder.name, names, pictures, numbers, ("action", "observation.state"), others)
     views = [camera.feature for camera in plan.cameras.values()]
     if version.startswith("v3."):
         rows, tasks = _rows_v3(path, info, views)

@@ -58,8 +58,9 @@ def open_rlds(path: Path, names: Names) -> Source:
             f"{path} has no instruction: expected the text {' or '.join(INSTRUCTIONS)} in a step"
         )
     pictures = {n: _size(n, f, shards) for n, f in steps.items() if _channels(f) == "3"}
+    others = [n for n, f in steps.items() if _channels(f) not in ("", "3")]
     usual = parts if parts and "action" not in numbers else "action", "observation/state"
-    plan = Plan.of(str(info["name"]), names, pictures, numbers, usual)
+    plan = Plan.of(str(info["name"]), names, pictures, numbers, usual, others)
     reader = _Reader(path, plan, {n: len(d) for n, d in numbers.items()}, shards, texts[0])
     return plan.source(
         path=path,

@@ -78,6 +78,8 @@ class Source:
     """Read, with images or without, episode after episode: its name, and itself or what is wrong with it."""
     delta: tuple[str, ...] = ()
     """Names of the action dims that are differences to the state at their step, where files hold targets."""
+    unused: tuple[str, ...] = ()
+    """Its pictures, such as depth, that no view shows."""
     revision: str = ""
     """Commit of a download from the hub, otherwise empty."""
 
@@ -139,6 +141,8 @@ class Plan:
     delta: dict[int, int]
     """Action dim -> state dim that is subtracted from it."""
     guesses: tuple[str, ...]
+    unused: tuple[str, ...]
+    """Pictures that no view shows."""
 
     @classmethod
     def of(
@@ -148,10 +152,12 @@ class Plan:
         pictures: Mapping[str, tuple[int, int]],
         numbers: Mapping[str, tuple[str, ...]],
         usual: tuple[str, str],
+        others: Iterable[str] = (),
     ) -> "Plan":
         """Choose among `pictures` (feature -> rows, columns) and `numbers` (feature -> names of its numbers).
 
-        `usual`: the features that actions and states are read from where nothing else is asked for.
+        `usual`: the features that actions and states are read from where nothing else is asked for. `others`:
+        pictures that are not of three channels.
         """
         views, guesses = _choose_cameras(list(pictures), names.cameras)
         action, guess = _choose(numbers, names.action, usual[0], "action")
@@ -166,7 +172,8 @@ class Plan:
             raise ValueError(f"no view {unknown[0]!r} to resize: the views are {', '.join(views)}")
         cameras = {v: Camera(n, *pictures[n]) for v, n in views.items()}
         cameras |= {v: Camera(views[v], *size, pictures[views[v]]) for v, size in names.sizes.items()}
-        return cls(suite, cameras, action, state, delta, tuple(guesses))
+        unused = [name for name in (*pictures, *others) if name not in views.values()]
+        return cls(suite, cameras, action, state, delta, tuple(guesses), tuple(unused))
 
     @property
     def features(self) -> list[str]:
@@ -229,7 +236,7 @@ class Plan:
     def source(self, **facts: Any) -> Source:
         """Return the opened data set; `facts` are the other fields of Source."""
         delta = tuple(self.action.names[i] for i in self.delta)
-        parts = {name: getattr(self, name) for name in ("cameras", "action", "state", "guesses")}
+        parts = {name: getattr(self, name) for name in ("cameras", "action", "state", "guesses", "unused")}
         return Source(**facts, **parts, delta=delta)
 
 
