@@ -17,9 +17,15 @@ from faults import check_fault
 from PIL import Image
 
 from worldvla.cli import main
+from worldvla.config import ImageTokenizerConfig
 from worldvla.data.sources import open_source, rlds
 from worldvla.data.sources.source import Names
+from worldvla.data.store import TokenStore
+from worldvla.tokenizers.image import ImageTokenizer
 
+SHAPE = ImageTokenizerConfig(
+    channels=4, channel_mult=(1, 1), num_res_blocks=1, z_channels=4, embed_dim=4, num_codes=16
+)
 GENUINE = Path(__file__).parent / "rlds"
 EXPECTED = np.load(GENUINE / "expected.npz")
 CAMERAS = {"agentview": "observation/image", "wrist": "observation/wrist_image"}
@@ -175,6 +181,23 @@ def test_inspect_names_splits_and_several_sets(capsys: pytest.CaptureFixture[str
     assert "RLDS tiny_libero 1.0.0: train 2, val 1: 3 episodes, 28 steps" in capsys.readouterr().out
     assert main(["inspect", str(GENUINE)]) == 2
     assert "holds 2 data sets, name one" in capsys.readouterr().err
+
+
+def test_a_store_knows_rate_and_origin(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """RLDS says no rate, so the user does; the hub's cache says repository and commit."""
+    snapshot = tmp_path / "datasets--some--libero/snapshots/0123abc"
+    shutil.copytree(GENUINE / "tiny_libero/1.0.0", snapshot / "tiny_libero/1.0.0")
+    source = open_source(snapshot / "tiny_libero")
+    assert (source.repo, source.revision, source.fps) == ("some/libero", "0123abc", None)
+    ImageTokenizer(SHAPE).save(tmp_path / "image")
+    words = ["tokenize", str(snapshot), "--tokenizer", f"{tmp_path}/image", "--out", f"{tmp_path}/store"]
+    assert main(words) == 0
+    assert "steps per second: unknown; --fps N" in capsys.readouterr().out
+    assert main([*words, "--fps", "5"]) == 0
+    facts = TokenStore.open(tmp_path / "store").manifest["source"]
+    assert [facts[name] for name in ("fps", "repo", "revision")] == [5, "some/libero", "0123abc"]
+    assert main([*words, "--fps", "-5"]) == 2
+    assert "--fps -5: expected steps per second, above 0" in capsys.readouterr().err
 
 
 def test_a_size_that_varies_is_that_of_the_first_sound_picture(monkeypatch: pytest.MonkeyPatch):

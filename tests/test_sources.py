@@ -319,7 +319,8 @@ def test_a_data_set_of_the_hub_is_read_at_a_revision(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     source = open_source(Path("some/robot@v3.0"))
-    assert (source.revision, source.num_episodes) == (commit, 3)
+    assert (source.repo, source.revision, source.num_episodes) == ("some/robot", commit, 3)
+    assert source.facts()["repo"] == "some/robot"
     assert next(source.episodes(images=False)).suite == "robot"
     assert main(["inspect", "some/robot@v9"]) == 2
     error = capsys.readouterr().err
@@ -383,10 +384,13 @@ def test_an_exported_set_is_read_again_as_it_was(tmp_path: Path, pictures: str):
     assert main(["export-dataset", str(GENUINE), "--out", str(out)]) == 2
 
 
-def test_hdf5_files_of_a_simulator_of_12_5_hz_are_exported(tmp_path: Path):
+def test_hdf5_files_of_a_simulator_of_12_5_hz_are_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     words = ["collect", "tabletop_object", "--out", f"{tmp_path}/demos", "--episodes", "1", "--tasks", "0"]
     assert main([*words, "--workers", "1"]) == 0
     assert main(["export-dataset", f"{tmp_path}/demos", "--out", f"{tmp_path}/out"]) == 0
+    assert "warning: 12.5 steps per second: lerobot 0.6 declares fps as a whole" in capsys.readouterr().err
     old = next(open_source(tmp_path / "demos").episodes(images=False))
     source = open_source(tmp_path / "out")
     new = next(source.episodes())

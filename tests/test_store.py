@@ -16,6 +16,7 @@ from token_stubs import PixelSums, random_episode
 
 from worldvla.config import ImageTokenizerConfig
 from worldvla.data.episode import Episode, demonstration_files, write_episodes
+from worldvla.data.sources import open_source
 from worldvla.data.store import TokenStore, write_store
 from worldvla.data.tokenize import tokenize
 from worldvla.files import write_digests
@@ -203,6 +204,34 @@ def test_tokenising_twice_encodes_once(demos: Path, tmp_path: Path):
     assert TokenStore.open(out).manifest["tokenizer"] == "other"
     write_episodes(demos / "task_1_demo.hdf5", [random_episode(4)], {})
     assert len(tokenize(demos.glob("*.hdf5"), tokenizer, out)) == 3 * 9
+
+
+def test_a_store_of_hdf5_files_knows_their_rate_and_names(demos: Path, tmp_path: Path):
+    """The rate is the suite's or the files' own word, otherwise what the caller says; never two."""
+    out, files = tmp_path / "store", sorted(demos.glob("*.hdf5"))
+    write_episodes(files[0], [replace(random_episode(0), suite="tabletop_goal")], {})
+    facts = tokenize(files, PixelSums(), out).manifest["source"]
+    assert (facts["kind"], facts["fps"], facts["action_names"][-1]) == ("LIBERO HDF5", 12.5, "gripper")
+    assert facts["cameras"]["wrist"]["feature"] == "eye_in_hand_rgb"
+    with pytest.raises(ValueError, match=r"--fps 20: .* has 12.5 steps per second: leave --fps out"):
+        tokenize(files, PixelSums(), out, fps=20)
+    own = [replace(random_episode(0), suite="my_kitchen")]
+    write_episodes(files[1], own, {"env_kwargs": {"control_freq": 20}})
+    with pytest.raises(ValueError, match=r"different steps per second: .*task_0.* 12.5, .*task_1.* 20: take"):
+        tokenize(files, PixelSums(), out)
+    assert tokenize(files[1:], PixelSums(), out).manifest["source"]["fps"] == 20
+    write_episodes(files[1], own, {})
+    assert tokenize(files[1:], PixelSums(), out).manifest["source"]["fps"] is None
+    assert tokenize(files[1:], PixelSums(), out, fps=15).manifest["source"]["fps"] == 15
+
+
+def test_a_truncated_file_is_a_fault_beside_the_others(demos: Path, tmp_path: Path):
+    path = min(demos.iterdir())
+    path.write_bytes(path.read_bytes()[:500])
+    store = tokenize(demos.glob("*.hdf5"), PixelSums(), tmp_path / "store", skip_bad=True)
+    assert (len(store.episodes), store.manifest["source"]["skipped"]["count"]) == (2, 1)
+    faults = [e for _, e in open_source(demos).attempts(True) if isinstance(e, ValueError)]
+    assert [path.name in str(fault) for fault in faults] == [True]
 
 
 def test_tokenize_with_the_image_tokenizer(demos: Path, tmp_path: Path):

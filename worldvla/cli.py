@@ -444,6 +444,7 @@ def tokenize(
     action: Feature = "",
     state: Feature = "",
     delta: Delta = False,
+    fps: float = 0.0,
     regenerate: tuple[str, ...] = (),
     workers: Workers = 0,
     skip_bad: bool = False,
@@ -456,6 +457,7 @@ def tokenize(
             takes them as they are.
         tokenizer: Directory of the image tokenizer.
         out: Directory of the store.
+        fps: Steps per second, if the data set does not say: a robot's client reads it from the checkpoint.
         regenerate: Cameras as NAME=ROWSxCOLUMNS: first execute and render the demonstrations again at these
             sizes, into OUT.demos (see `worldvla regenerate`).
         skip_bad: Go on without demonstrations that are damaged, have no steps or, in HDF5 files, no actions
@@ -475,9 +477,11 @@ def tokenize(
             paths = (demos,)
         encoder = ImageTokenizer.load(tokenizer)
         if source is None:
-            store = tokenize(demonstration_files(paths), encoder, out, skip_bad=skip_bad)
+            store = tokenize(demonstration_files(paths), encoder, out, skip_bad=skip_bad, fps=fps)
         else:
-            store = tokenize_source(source, encoder, out, skip_bad=skip_bad)
+            store = tokenize_source(source.at(fps), encoder, out, skip_bad=skip_bad)
+    if store.manifest["source"].get("fps") is None:
+        say("steps per second: unknown; --fps N says it, to the client of a robot too")
     if skipped := store.manifest["source"].get("skipped"):
         say(f"left out: {skipped['count']} with faults, named in {out}/manifest.json")
     kept = (f"{share:.0%} of the codes of {view}" for view, share in store.manifest.get("kept", {}).items())
@@ -543,6 +547,11 @@ def export_dataset(
 
     source = _source(path, camera, action, state, delta)
     count = export_lerobot(source.sound() if skip_bad else source, out, pictures, fps)
+    if (rate := source.fps or fps) % 1:
+        text = (
+            f"warning: {rate:g} steps per second: lerobot 0.6 declares fps as a whole number and may refuse"
+        )
+        print(f"{text} {out}; lerobot 0.4.4 reads it", file=sys.stderr)
     say(f"data set: {out}, {count} episodes   next: worldvla inspect {out}")
 
 

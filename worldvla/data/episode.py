@@ -26,7 +26,7 @@ import h5py
 import numpy as np
 
 from worldvla.files import Damaged, reading, sha256, whole_file
-from worldvla.sim.protocol import NUM_ACTION_DIMS, NUM_STATE_DIMS
+from worldvla.sim.protocol import FPS, NUM_ACTION_DIMS, NUM_STATE_DIMS
 from worldvla.sim.suites import SUITES
 
 VIEW_KEYS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
@@ -273,6 +273,19 @@ def count_episodes(path: Path) -> int:
     """Return the number of episodes in a file without reading them."""
     with reading(path, "robomimic file"), h5py.File(path) as file:
         return len(_at(file, "data"))
+
+
+def control_rate(path: Path) -> float | None:
+    """Return steps a second, by robomimic's attribute env_args or the suite's simulator; None: unknown."""
+    with suppress(ValueError, OSError, TypeError), h5py.File(path) as file:
+        args = json.loads(str(file["data"].attrs.get("env_args", "{}")))
+        if rate := args.get("env_kwargs", {}).get("control_freq"):
+            return float(rate)
+    with suppress(Damaged):
+        suites = (e.suite for _, e in read_demos(path, images=False) if isinstance(e, Episode))
+        if suite := SUITES.get(next(suites, "")):
+            return FPS[suite.simulator]
+    return None
 
 
 def facts(path: Path) -> dict[str, Any]:

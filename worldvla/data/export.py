@@ -41,11 +41,8 @@ def export_lerobot(source: Source, out: Path, pictures: Pictures = "video", fps:
     `pictures`: video is H.264, small and lossy; png keeps every bit, in the parquet files. `fps`: steps a
     second, where the source does not say. A broken episode raises ValueError.
     """
-    rate = source.fps or fps
-    if rate <= 0:
+    if (rate := source.at(fps).fps) is None:
         raise ValueError(f"{source.path} does not say how many steps per second it has: give --fps")
-    if fps and source.fps and fps != source.fps:
-        raise ValueError(f"--fps {fps:g}: {source.path} has {source.fps:g} steps per second: leave --fps out")
     for view, camera in source.cameras.items():
         if pictures == "video" and (camera.rows % 2 or camera.cols % 2):
             size = f"{camera.rows} x {camera.cols}"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from worldvla.data.episode import Episode, fingerprint, read_demos
-from worldvla.data.sources.hdf5 import ACTION_NAMES
+from worldvla.data.sources.hdf5 import ACTION_NAMES, open_files
 from worldvla.data.sources.source import Source
 from worldvla.data.store import FrameTokenizer, TokenStore, read_manifest, write_store
 from worldvla.files import Damaged, only_writer
@@ -23,9 +23,9 @@ SEVERAL = 10
 
 
 def tokenize(
-    files: Iterable[Path], tokenizer: FrameTokenizer, out_dir: Path, skip_bad: bool = False
+    files: Iterable[Path], tokenizer: FrameTokenizer, out_dir: Path, skip_bad: bool = False, fps: float = 0.0
 ) -> TokenStore:
-    """Write the store of all episodes in `files` and return it.
+    """Write the store of all episodes in `files` and return it. `fps`: steps a second, if they do not say.
 
     All are read and checked first: faults raise ValueError, which names them; with `skip_bad` the rest is
     tokenized, and the manifest tells what is left out. Idempotent: a store of the same files by the same
@@ -40,7 +40,9 @@ def tokenize(
             yield len(good[path]), faults
 
     episodes = (episode for path in files for episode in _chosen(path, good[path]))
-    facts = {"files": [fingerprint(path) for path in files]}
+    source = open_files(files[0].parent, files) if files else None  # None: nothing is sound, as `check` says
+    facts = source.at(fps).facts() if source else {}
+    facts |= {"files": [fingerprint(path) for path in files]}
     return _write(out_dir, tokenizer, facts, skip_bad, len(files), checked(), episodes)
 
 

@@ -84,6 +84,16 @@ def fetch_data(name: Path | str) -> Path:
         ) from error
 
 
+def origin(path: Path) -> tuple[str, str]:
+    """Return ORG/NAME and the commit of a folder or file in the hub's cache, of any other two empty texts."""
+    folder = path.resolve() if path.is_dir() else path.parent.resolve()  # a file is a link to a blob
+    for snapshot in (folder, *folder.parents):
+        kind, *name = snapshot.parents[1].name.split("--") if len(snapshot.parts) > 2 else [""]
+        if snapshot.parent.name == "snapshots" and kind in ("datasets", "models") and name:
+            return "/".join(name), snapshot.name
+    return "", ""
+
+
 def _fetch(name: str, revision: str = "") -> Path:
     """Return the folder of `ORG/NAME[/FOLDER]`, downloaded; a repository of several models needs FOLDER."""
     from huggingface_hub import list_repo_files, snapshot_download

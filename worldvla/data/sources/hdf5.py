@@ -5,6 +5,7 @@ from pathlib import Path
 
 from worldvla.data.episode import (
     Episode,
+    control_rate,
     count_episodes,
     demonstration_files,
     read_demos,
@@ -13,8 +14,8 @@ from worldvla.data.episode import (
     view_key,
 )
 from worldvla.data.sources.source import Camera, Names, Source, Vector
-from worldvla.sim.protocol import FPS
-from worldvla.sim.suites import SUITES
+from worldvla.files import Damaged
+from worldvla.published.hub import origin
 
 ACTION_NAMES = ("x", "y", "z", "x rotation", "y rotation", "z rotation", "gripper")
 FIXED = "names are fixed in LIBERO's HDF5 files: leave --camera, --action, --state and --delta out"
@@ -26,24 +27,50 @@ def open_hdf5(path: Path, names: Names) -> Source:
     if names != Names():
         raise ValueError(f"{path}: {FIXED}")
     files = demonstration_files([path])
+    if (source := open_files(path, files)) is None:
+        list(read_episodes(files[0]))  # says what is wrong
+        raise ValueError(f"{path} holds no sound demonstration")
+    return source
+
+
+def open_files(path: Path, files: list[Path]) -> Source | None:
+    """Open `files`, of the folder `path`; None: no demonstration in them is sound."""
     sound = (e for _, e in _attempts(files, True) if isinstance(e, Episode))
-    first = next(sound, None) or next(read_episodes(files[0]))  # which says what is wrong
+    if (first := next(sound, None)) is None:
+        return None
+    rates = {rate: file for file in files if (rate := control_rate(file)) is not None}
+    if len(rates) > 1:
+        each = ", ".join(f"{file} {rate:g}" for rate, file in rates.items())
+        raise ValueError(f"files of different steps per second: {each}: take those of one rate")
+    repo, revision = origin(path)
     return Source(
         path=path,
         kind="LIBERO HDF5",
-        num_episodes=sum(map(count_episodes, files)),
-        fps=FPS[SUITES[first.suite].simulator] if first.suite in SUITES else None,
+        num_episodes=sum(map(_count, files)),
+        fps=next(iter(rates), None),
         cameras={v: Camera(view_key(v), *a.shape[1:3]) for v, a in first.images.items()},
         action=Vector(("actions",), ACTION_NAMES),
         state=Vector(("robot_states",), STATE_NAMES),
         guesses=(),
         files=tuple(files),
         unused=tuple(unused_pictures(files)),
+        repo=repo,
+        revision=revision,
         attempts=lambda images: _attempts(files, images),
     )
 
 
 def _attempts(files: list[Path], images: bool) -> Iterator[tuple[str, Episode | ValueError]]:
     for path in files:
-        for name, episode in read_demos(path, images):
-            yield f"{path.name} {name}", episode
+        try:
+            for name, episode in read_demos(path, images):
+                yield f"{path.name} {name}", episode
+        except Damaged as damaged:  # the file as a whole
+            yield path.name, damaged
+
+
+def _count(path: Path) -> int:
+    try:
+        return count_episodes(path)
+    except Damaged:
+        return 1  # its fault

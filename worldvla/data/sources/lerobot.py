@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from worldvla.data.episode import Episode
 from worldvla.data.sources.source import Names, Plan, Source, attempt, decode_picture, dim_names
 from worldvla.files import read_json, reading
+from worldvla.published.hub import origin
 
 DEFAULTS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 """Features that every data set has beside its own."""
@@ -91,11 +92,10 @@ def open_lerobot(path: Path, names: Names) -> Source:
         for n, f in features.items()
         if f["dtype"].startswith(("float", "int")) and len(f["shape"]) == 1 and n not in DEFAULTS
     }
-    folder, revision = path.resolve(), ""
-    if folder.parent.name == "snapshots":  # the hub's cache: datasets--ORG--NAME/snapshots/COMMIT
-        folder, revision = Path(folder.parents[1].name.replace("--", "/")), folder.name
+    repo, revision = origin(path)
+    suite = (repo or str(path.resolve())).split("/")[-1]
     others = [name for name in sizes if name not in pictures]
-    plan = Plan.of(folder.name, names, pictures, numbers, ("action", "observation.state"), others)
+    plan = Plan.of(suite, names, pictures, numbers, ("action", "observation.state"), others)
     views = [camera.feature for camera in plan.cameras.values()]
     if version.startswith("v3."):
         rows, tasks = _rows_v3(path, info, views)
@@ -114,6 +114,7 @@ def open_lerobot(path: Path, names: Names) -> Source:
         kind=f"LeRobotDataset {version}",
         num_episodes=len(rows),
         fps=float(fps),
+        repo=repo,
         revision=revision,
         files=tuple(files),
         attempts=reader.attempts,

@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from worldvla.data.episode import Episode
 from worldvla.data.sources.source import Names, Plan, Source, attempt, decode_picture
 from worldvla.files import read_json
+from worldvla.published.hub import origin
 
 NOT_OURS = ("reward", "discount", "is_first", "is_last", "is_terminal")
 """Numbers of a step that are neither action nor state."""
@@ -62,12 +63,15 @@ def open_rlds(path: Path, names: Names) -> Source:
     usual = parts if parts and "action" not in numbers else "action", "observation/state"
     plan = Plan.of(str(info["name"]), names, pictures, numbers, usual, others)
     reader = _Reader(path, plan, {n: len(d) for n, d in numbers.items()}, shards, texts[0])
+    repo, revision = origin(path)
     return plan.source(
         path=path,
         kind=f"RLDS {info['name']} {info.get('version', '')}: "
         + ", ".join(f"{name} {count}" for name, count in splits.items()),
         num_episodes=sum(splits.values()),
         fps=None,
+        repo=repo,
+        revision=revision,
         files=(path / "dataset_info.json", path / "features.json", *(shard.path for shard in shards)),
         attempts=reader.attempts,
     )

@@ -1,6 +1,7 @@
 """Source: the episodes of a data set of any format, one in memory at a time, and what it says of itself."""
 
 import io
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -80,8 +81,10 @@ class Source:
     """Names of the action dims that are differences to the state at their step, where files hold targets."""
     unused: tuple[str, ...] = ()
     """Its pictures, such as depth, that no view shows."""
+    repo: str = ""
+    """ORG/NAME of a download from the hub, otherwise empty."""
     revision: str = ""
-    """Commit of a download from the hub, otherwise empty."""
+    """Its commit."""
 
     def episodes(self, images: bool = True) -> Iterator[Episode]:
         """Yield the episodes; the first broken one raises ValueError, which names it and the frame."""
@@ -89,6 +92,16 @@ class Source:
             if isinstance(episode, ValueError):
                 raise episode
             yield episode
+
+    def at(self, fps: float) -> "Source":
+        """Return the same data with `fps` steps a second, if they do not say how many; 0: unknown as before.
+        Another number than theirs raises ValueError."""
+        if not 0 <= fps < math.inf:
+            raise ValueError(f"--fps {fps:g}: expected steps per second, above 0")
+        if fps and self.fps and fps != self.fps:
+            own = f"{self.path} has {self.fps:g} steps per second"
+            raise ValueError(f"--fps {fps:g}: {own}: leave --fps out")
+        return replace(self, fps=self.fps or fps or None)
 
     def sound(self) -> "Source":
         """Return the same data without the broken episodes; each is told once, on stderr."""
@@ -110,7 +123,7 @@ class Source:
 
     def facts(self) -> dict[str, Any]:
         """Return what a store's manifest tells of the data."""
-        facts: dict[str, Any] = {name: getattr(self, name) for name in ("kind", "fps", "revision")}
+        facts: dict[str, Any] = {name: getattr(self, name) for name in ("kind", "fps", "repo", "revision")}
         facts |= {"action": str(self.action), "state": str(self.state)}
         facts |= {"action_names": list(self.action.names), "state_names": list(self.state.names)}
         facts |= {"delta": list(self.delta), "guesses": list(self.guesses)}
