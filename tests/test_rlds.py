@@ -5,6 +5,7 @@ Run: pytest tests/test_rlds.py
 """
 
 import io
+import json
 import shutil
 import struct
 from collections.abc import Callable
@@ -174,6 +175,15 @@ def test_the_other_episodes_of_a_damaged_shard_are_read(root: Path):
     found = dict(open_source(root).attempts(False))
     broken = [name for name, episode in found.items() if isinstance(episode, ValueError)]
     assert (len(found), broken) == (3, ["episode 0", "episode 1"])
+
+
+def test_inspect_says_what_the_set_says_of_its_numbers(root: Path, capsys: pytest.CaptureFixture[str]):
+    features = json.loads((root / "features.json").read_text())
+    step = features["featuresDict"]["features"]["steps"]["sequence"]["feature"]["featuresDict"]["features"]
+    step["action"]["description"] = "3x position (m),\n gripper"
+    (root / "features.json").write_text(json.dumps(features))
+    assert main(["inspect", str(root)]) == 0
+    assert "action = action, 7 numbers, units: 3x position (m), gripper\n" in capsys.readouterr().out
 
 
 def test_inspect_names_splits_and_several_sets(capsys: pytest.CaptureFixture[str]):

@@ -296,6 +296,34 @@ def test_absolute_actions_and_idle_steps_are_suspected():
     assert any(line.startswith("idle: 51.7%") for line in lines)
 
 
+def test_the_verdict_on_a_gripper_is_that_of_its_fingers(root: Path):
+    """Two hands: one command is 0 closed, 1 open; the other a target that a state of its name follows."""
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    features["action"] |= {"names": ["a", "b", "c", "d", "e", "left_gripper", "right_gripper"], "unit": "rad"}
+    features["observation.state"]["names"] = [*"abcdef", "left_gripper", "right_gripper_closed"]
+    edit(root, features=features)
+    source = open_source(root)
+    assert source.action.units == "rad"
+    episode = next(source.episodes(images=False))
+    command, states, actions = np.arange(30) // 5 % 2, episode.states.copy(), episode.actions.copy()
+    states[:, 6:] = 0
+    actions[:, 5], actions[:, 6] = command, 90 * command
+
+    def lines(**changes: Any) -> list[str]:
+        handed = replace(episode, actions=actions, states=states)
+        told = replace(source, attempts=lambda _: iter([("episode 0", handed)]), **changes)
+        return [line for line in summary(told) if line.startswith("gripper")]
+
+    libero = "LIBERO's is -1 open, 1 closed"
+    nameless = replace(source.action, names=tuple("abcdefg"))
+    unknown = "0 to 90, no state shows which is open"
+    assert lines(action=nameless) == [f"gripper = g (a guess: the last action): {unknown}; {libero}"]
+    states[1:, 6] = 0.04 * command[:-1]
+    assert lines()[0] == f"gripper = left_gripper: 0 closed, 1 open; {libero}"
+    states[:, 6], states[1:, 7] = 0, 0.8 * command[:-1]
+    assert lines()[1] == f"gripper = right_gripper: 0 open, 90 closed; {libero}"
+
+
 def test_inspect_writes_a_page_with_a_film_strip_an_episode(root: Path, tmp_path: Path):
     put(root, "action", 31, [0.0] * 6)
     page = tmp_path / "set.html"
@@ -394,6 +422,11 @@ def test_hdf5_files_of_a_simulator_of_12_5_hz_are_exported(
     old = next(open_source(tmp_path / "demos").episodes(images=False))
     source = open_source(tmp_path / "out")
     new = next(source.episodes())
+    assert main(["inspect", f"{tmp_path}/demos"]) == 0
+    text = capsys.readouterr().out
+    assert "gripper = gripper: -1 open, 1 closed; as LIBERO's\n" in text
+    assert "action = actions, 7 numbers, units: 1 is 0.05 m or 0.5 rad in a step\n" in text
+    assert "state = robot_states, 8 numbers, units: m, rad (axis-angle), m\n" in text
     assert (source.fps, new.instruction) == (12.5, old.instruction)
     assert np.array_equal(new.actions, old.actions)
 

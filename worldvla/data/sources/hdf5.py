@@ -16,9 +16,12 @@ from worldvla.data.episode import (
 from worldvla.data.sources.source import Camera, Names, Source, Vector
 from worldvla.files import Damaged
 from worldvla.published.hub import origin
+from worldvla.sim.protocol import POSITION_SCALE, ROTATION_SCALE
+from worldvla.sim.suites import SUITES
 
 ACTION_NAMES = ("x", "y", "z", "x rotation", "y rotation", "z rotation", "gripper")
 FIXED = "names are fixed in LIBERO's HDF5 files: leave --camera, --action, --state and --delta out"
+ACTION_UNITS = f"1 is {POSITION_SCALE} m or {ROTATION_SCALE} rad in a step"
 STATE_NAMES = (*ACTION_NAMES[:6], "finger 1", "finger 2")
 
 
@@ -49,8 +52,8 @@ def open_files(path: Path, files: list[Path]) -> Source | None:
         num_episodes=sum(map(_count, files)),
         fps=next(iter(rates), None),
         cameras={v: Camera(view_key(v), *a.shape[1:3]) for v, a in first.images.items()},
-        action=Vector(("actions",), ACTION_NAMES),
-        state=Vector(("robot_states",), STATE_NAMES),
+        action=Vector(("actions",), ACTION_NAMES, ACTION_UNITS if first.suite in SUITES else ""),
+        state=Vector(("robot_states",), STATE_NAMES, "m, rad (axis-angle), m"),
         guesses=(),
         files=tuple(files),
         unused=tuple(unused_pictures(files)),

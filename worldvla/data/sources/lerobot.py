@@ -95,7 +95,8 @@ def open_lerobot(path: Path, names: Names) -> Source:
     repo, revision = origin(path)
     suite = (repo or str(path.resolve())).split("/")[-1]
     others = [name for name in sizes if name not in pictures]
-    plan = Plan.of(suite, names, pictures, numbers, ("action", "observation.state"), others)
+    units = {n: _units(features[n]) for n in numbers}
+    plan = Plan.of(suite, names, pictures, numbers, ("action", "observation.state"), others, units)
     views = [camera.feature for camera in plan.cameras.values()]
     if version.startswith("v3."):
         rows, tasks = _rows_v3(path, info, views)
@@ -119,6 +120,12 @@ def open_lerobot(path: Path, names: Names) -> Source:
         files=tuple(files),
         attempts=reader.attempts,
     )
+
+
+def _units(feature: dict[str, Any]) -> str:
+    """Return what a feature says of its numbers; the format has no place of its own for it."""
+    words = feature | (feature.get("info") or {})
+    return ", ".join(str(words[key]) for key in ("unit", "units", "description") if words.get(key))
 
 
 def _size(feature: dict[str, Any]) -> tuple[int, int, int]:

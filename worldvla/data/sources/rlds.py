@@ -61,7 +61,8 @@ def open_rlds(path: Path, names: Names) -> Source:
     pictures = {n: _size(n, f, shards) for n, f in steps.items() if _channels(f) == "3"}
     others = [n for n, f in steps.items() if _channels(f) not in ("", "3")]
     usual = parts if parts and "action" not in numbers else "action", "observation/state"
-    plan = Plan.of(str(info["name"]), names, pictures, numbers, usual, others)
+    units = {n: " ".join(str(steps[n].get("description", "")).split()) for n in numbers}
+    plan = Plan.of(str(info["name"]), names, pictures, numbers, usual, others, units)
     reader = _Reader(path, plan, {n: len(d) for n, d in numbers.items()}, shards, texts[0])
     repo, revision = origin(path)
     return plan.source(

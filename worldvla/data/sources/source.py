@@ -53,6 +53,8 @@ class Vector:
     features: tuple[str, ...]
     names: tuple[str, ...]
     """Of each number."""
+    units: str = ""
+    """In the words of the data set; empty: it does not say."""
 
     def __str__(self) -> str:
         return ",".join(self.features)
@@ -166,16 +168,21 @@ class Plan:
         numbers: Mapping[str, tuple[str, ...]],
         usual: tuple[str, str],
         others: Iterable[str] = (),
+        units: Mapping[str, str] | None = None,
     ) -> "Plan":
         """Choose among `pictures` (feature -> rows, columns) and `numbers` (feature -> names of its numbers).
 
         `usual`: the features that actions and states are read from where nothing else is asked for. `others`:
-        pictures that are not of three channels.
+        pictures that are not of three channels. `units`: feature -> what the data set says of its numbers.
         """
         views, guesses = _choose_cameras(list(pictures), names.cameras)
         action, guess = _choose(numbers, names.action, usual[0], "action")
         state, other = _choose(numbers, names.state, usual[1], "state")
         guesses += guess + other
+        texts = {f: text for f, text in (units or {}).items() if text}
+        action, state = (
+            replace(v, units="; ".join(texts[f] for f in v.features if f in texts)) for v in (action, state)
+        )
         delta = _delta_dims(action, state) if names.delta else {}
         if names.delta:
             guesses.append(

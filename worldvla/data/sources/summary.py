@@ -7,12 +7,14 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from worldvla.data.episode import Episode
-from worldvla.data.sources.source import Source
+from worldvla.data.sources.source import Source, Vector
 
 FOLLOWS = 0.99
 """Correlation of an action with the next state from which on it is called absolute."""
 STILL = 1e-3
 """Share of a dim's range that it may move in an idle step."""
+HAND_FOLLOWS = 0.5
+"""Correlation of a gripper's command with the opening of its fingers, from which on it has a direction."""
 POINTS = 20
 """Of a route, evenly spaced along it."""
 
@@ -37,25 +39,54 @@ def summary(source: Source, on_episode: Callable[[str, Episode], None] = lambda 
             yield f"  resized from {camera.stored[0]} x {camera.stored[1]}"
     if episodes:
         actions, states = ([getattr(e, name) for e in episodes] for name in ("actions", "states"))
-        yield from _ranges(f"action = {source.action}", source.action.names, np.concatenate(actions))
-        yield from _ranges(f"state = {source.state}", source.state.names, np.concatenate(states))
+        yield from _ranges("action", source.action, np.concatenate(actions))
+        yield from _ranges("state", source.state, np.concatenate(states))
         yield f"idle: {_idle(states):.1%} of the steps move no state by {STILL:.1%} of its range"
         for dim in _absolute(actions, states):
             fix = "If it is absolute, --delta turns it into a difference"
             yield f"action {source.action.names[dim]} follows the state of the next step. {fix}"
-        hand = np.concatenate(actions)[:, -1]
-        span = f"{hand.min():.3g} to {hand.max():.3g}"
-        yield f"gripper, if it is the last action: {span}; LIBERO: -1 open, 1 closed"
+        yield from _grippers(source, actions, states)
     for text, count in Counter(e.instruction for e in episodes).items():
         alike = consistency([e for e in episodes if e.instruction == text])
         yield f"instruction {text!r}: {count} episodes" + (f", {alike}" if alike else "")
     yield from (f"broken: {fault}" for fault in faults)
 
 
-def _ranges(title: str, names: tuple[str, ...], values: np.ndarray) -> Iterator[str]:
-    yield f"{title}, {len(names)} numbers"
-    for name, column in zip(names, values.T, strict=True):
+def _ranges(title: str, vector: Vector, values: np.ndarray) -> Iterator[str]:
+    units = f", units: {vector.units}" if vector.units else ""
+    yield f"{title} = {vector}, {len(vector.names)} numbers{units}"
+    for name, column in zip(vector.names, values.T, strict=True):
         yield f"  {name:<16} {column.min():+.3f} to {column.max():+.3f}"
+
+
+def _grippers(source: Source, actions: list[np.ndarray], states: list[np.ndarray]) -> Iterator[str]:
+    """Say of each gripper which end of its command is open, by how far its fingers are apart a step later."""
+    names = source.action.names
+    hands = _hands(source.state.names)
+    if not hands and (len(names), len(source.state.names)) == (7, 8):  # as LIBERO's
+        hands = {6: 1, 7: 1}
+    for dim in _hands(names) or {len(names) - 1: 1}:
+        own = {i: sign for i, sign in hands.items() if source.state.names[i] == names[dim]} or hands
+        command = np.concatenate([a[:-1, dim] for a in actions])
+        after = np.concatenate([s[1:] for s in states])
+        width = np.abs(after[:, list(own)]) @ np.array(list(own.values()), dtype=np.float64)
+        low, high = command.min(), command.max()
+        ends = next((e for e in ((0, 1), (-1, 1)) if np.allclose((low, high), e, atol=0.1)), (low, high))
+        varies = min(np.std(command), np.std(width)) > 0
+        follows = np.corrcoef(command, width)[0, 1] if varies else 0.0
+        words = ("closed", "open") if follows > 0 else ("open", "closed")
+        verdict = ", ".join(f"{end:.3g} {word}" for end, word in zip(ends, words, strict=True))
+        if abs(follows) < HAND_FOLLOWS:
+            verdict = f"{ends[0]:.3g} to {ends[1]:.3g}, no state shows which is open"
+        libero = "as LIBERO's" if verdict == "-1 open, 1 closed" else "LIBERO's is -1 open, 1 closed"
+        guess = "" if dim in _hands(names) else " (a guess: the last action)"
+        yield f"gripper = {names[dim]}{guess}: {verdict}; {libero}"
+
+
+def _hands(names: Sequence[str]) -> dict[int, int]:
+    """Return the dims that are named after a gripper -> 1, or -1 where they grow as it closes."""
+    words = ((i, name.lower()) for i, name in enumerate(names))
+    return {i: -1 if "clos" in word else 1 for i, word in words if "grip" in word or "finger" in word}
 
 
 def consistency(episodes: Sequence[Episode]) -> str:
