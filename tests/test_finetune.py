@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from released import MODEL, write_release, write_tokenizer
 from token_stubs import PixelSums
 
 from worldvla.cli import main
@@ -24,7 +25,8 @@ from worldvla.data.store import write_store
 from worldvla.infer.model import load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
-from worldvla.recipes import finetune
+from worldvla.published.convert import convert
+from worldvla.recipes import finetune, published
 from worldvla.serve.client import Client
 from worldvla.serve.server import serve_checkpoint
 from worldvla.tokenizers.image import ImageTokenizer
@@ -150,6 +152,39 @@ def test_a_server_answers_a_client_of_the_robot(run: Path):
         serve_checkpoint(run / "run", resize=True, port=0, on_start=lambda at: pool.submit(ask, at))
     assert answers["features"]["state_names"] == list(JOINTS)
     assert answers["actions"].shape == (8, 14)
+
+
+def test_a_released_model_is_tuned_by_low_rank_updates(tmp_path: Path):
+    """The recipe of the guide, with a converted release of two small layers in place of the 7B."""
+    write_release(tmp_path / "theirs")
+    write_tokenizer(tmp_path / "tokenizer")
+    ours, store, out = (str(tmp_path / name) for name in ("ours", "store", "run"))
+    template, parts = published("libero_256"), tmp_path / "tokenizer"
+    convert(tmp_path / "theirs", Path(ours), "worldvla_256", template, "libero_goal", parts)
+    base, sizes = load(ours), {"agentview": (32, 64), "right_wrist": (32, 32)}
+    episodes = [
+        replace(episode(i), images={v: np.full((24, *size, 3), 7, np.uint8) for v, size in sizes.items()})
+        for i in range(2)
+    ]
+    write_store(Path(store), episodes, PixelSums(16, 8192, base.image.digest()))
+    own = {name: getattr(MODEL, name) for name in ("num_layers", "width", "num_heads", "num_kv_heads")}
+    own = {f"model.{name.replace('_', '-')}": n for name, n in own.items()} | {"model.hidden": MODEL.hidden}
+    own |= {"train.device": "cpu", "train.steps": 1, "train.batch-size": 1, "train.accumulation": 1}
+    own |= {"data.sequence-length": 256, "data.val-fraction": 0, "tokenizer": f"{ours}/image_tokenizer"}
+    words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
+    words += ["--data.stores", store, "--train.init-from", ours, "--out", out]
+    assert main(["train", "finetune_7b", *words]) == 0
+    model = load(out, unnorm_key="my")
+    assert model.view_sizes == sizes
+    layers = base.transformer.layers.state_dict()
+    moved = {n for n, v in model.transformer.layers.state_dict().items() if not torch.equal(v, layers[n])}
+    assert {name.split(".")[-2] for name in moved} == set("qkvo") | {"gate", "up", "down"}
+    assert torch.equal(model.transformer.embed.weight, base.transformer.embed.weight)
+    shown = episode(7)
+    frame = {v: np.zeros((*size, 3), np.uint8) for v, size in sizes.items()}
+    actions = Policy(model).act(frame | {"state": shown.states[0], "instruction": shown.instruction})
+    assert actions.shape == (5, 14)
+    assert (np.abs(actions) <= np.abs(np.linspace(-1, 1, 14)) + 1e-6).all()  # of this arm, not LIBERO's
 
 
 def test_an_open_layout_needs_stores(run: Path):

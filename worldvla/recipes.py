@@ -127,6 +127,30 @@ def finetune_world() -> Config:
     )
 
 
+def finetune_7b() -> Config:
+    """`finetune` of a released 7B, by low-rank updates of it in 4 bits: docs/guides/data.md.
+
+    Ids, text and layout are the release's, ranges of actions those of your data set, which is called `my`.
+    """
+    return changed(
+        published("libero_256"),
+        "finetune_7b",
+        tokenizer="out/models/worldvla_256_goal/image_tokenizer",
+        layout={"views": (), "grids": ()},
+        data={"stores": ("out/my/store",), "datasets": ("my",), "val_fraction": 0.02},
+        optim={"learning_rate": 1e-4, "min_learning_rate": 1e-4, "warmup_steps": 100},
+        train={
+            "steps": 5_000,
+            "batch_size": 4,
+            "accumulation": 4,
+            "eval_every": 500,
+            "save_every": 500,
+            "init_from": "out/models/worldvla_256_goal",
+        },
+        lora={"rank": 16, "base": "int4"},
+    )
+
+
 def dagger(rounds: int) -> Config:
     """`tabletop`, trained on with the expert's labels on the states that its versions visited (DAgger).
 
@@ -423,6 +447,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "debug": debug,
     "finetune": finetune,
     "finetune_world": finetune_world,
+    "finetune_7b": finetune_7b,
     "libero_object_spatial_long": libero_object_spatial_long,
     "libero_object_spatial_drawer": libero_object_spatial_drawer,
 }
