@@ -6,6 +6,7 @@ Run: pytest tests/test_sources.py
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -410,6 +411,24 @@ def test_an_exported_set_is_read_again_as_it_was(tmp_path: Path, pictures: str):
         np.ravel(found["q90"]), np.quantile(pixels, 0.9, axis=(0, 1, 2), method="inverted_cdf")
     )
     assert main(["export-dataset", str(GENUINE), "--out", str(out)]) == 2
+
+
+@pytest.mark.parametrize("frame", [0, 10, 29])
+def test_a_damaged_video_names_the_frame(tmp_path: Path, frame: int):
+    """Bytes that are lost, which an H.264 decoder would paint over. Later episodes are read."""
+    export_lerobot(open_source(GENUINE), tmp_path / "out")
+    path = video("observation.images.wrist", tmp_path / "out")
+    with av.open(str(path)) as container:
+        packets: Any = [p for p in container.demux(video=0) if p.size]
+        places = {round(20 * p.pts * p.time_base): (p.pos, p.size) for p in packets}
+    (start, size), data = places[30 + frame], bytearray(path.read_bytes())
+    data[start + size // 2 : start + size] = bytes(size - size // 2)
+    path.write_bytes(data)
+    faults = {n: e for n, e in open_source(tmp_path / "out").attempts(True) if isinstance(e, ValueError)}
+    assert re.search(rf"episode 1: frame {frame}: .*file-000.mp4 is damaged", str(faults["episode 1"]))
+    assert list(faults) == (
+        ["episode 1"] if frame else ["episode 0", "episode 1"]
+    )  # a decoder is a frame behind
 
 
 def test_hdf5_files_of_a_simulator_of_12_5_hz_are_exported(

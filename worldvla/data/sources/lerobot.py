@@ -290,25 +290,31 @@ def decode(video: Video, times: np.ndarray, fps: float) -> Iterator[np.ndarray]:
     decodes them. The caller counts them: a file that ends or has a gap stops early."""
     if not video.path.is_file():
         raise ValueError(f"frame 0: no {video.path}: download the data set again")
-    slack = FRAME_TOLERANCE / fps
+    slack, packet = FRAME_TOLERANCE / fps, None
     try:
         with av.open(str(video.path)) as container:
             stream = container.streams.video[0]
+            stream.codec_context.options = {"err_detect": "explode"}  # H.264's decoder paints over damage
             if stream.average_rate is not None and abs(float(stream.average_rate) - fps) > 0.01 * fps:
                 rate = float(stream.average_rate)
                 raise ValueError(f"frame 0: {video.path} has {rate:.4g} frames a second, expected {fps:.4g}")
-            container.seek(max(0, int((video.start - slack) / (stream.time_base or 1))), stream=stream)
-            shown = partial(
-                next, (f for f in container.decode(stream) if f.time >= video.start - slack), None
-            )
-            for time in times:
-                frame = shown()
-                if frame is None or abs(frame.time - video.start - time) > slack:
-                    return
-                yield frame.to_ndarray(format="rgb24")
-            if video.is_last and shown() is not None:
-                raise ValueError(
-                    f"frame {len(times)}: {video.path} goes on after the episode's {len(times)} frames"
-                )
+            container.seek(int((video.start + slack) / (stream.time_base or 1)), stream=stream)
+            number = 0
+            for packet in container.demux(stream):
+                for frame in packet.decode():
+                    if frame.time < video.start - slack:
+                        continue
+                    if number == len(times):
+                        raise ValueError(
+                            f"frame {number}: {video.path} goes on after the episode's {number} frames"
+                        )
+                    if abs(frame.time - video.start - times[number]) > slack:
+                        return
+                    yield frame.to_ndarray(format="rgb24")
+                    number += 1
+                    if number == len(times) and not video.is_last:
+                        return
     except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{video.path} is damaged ({error}): download it again") from None
+        at = float(packet.pts * packet.time_base) - video.start if packet and packet.pts else 0.0
+        number = min(max(0, round(at * fps)), len(times) - 1)
+        raise ValueError(f"frame {number}: {video.path} is damaged ({error}): download it again") from None
