@@ -68,6 +68,21 @@ def test_links_of_the_readme_resolve() -> None:
         assert (ROOT / link).exists(), f"README.md names {link}, which does not exist"
 
 
+@pytest.mark.parametrize("repository", ["", "https://host/us/worldvla"])
+def test_the_long_description_has_no_relative_links(repository: str) -> None:
+    """`make dist` makes them absolute, or text where it knows no address, with the sed script that it prints."""
+    words = ["make", "--dry-run", "dist", f"REPOSITORY={repository}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    script = re.search(r"sed -E '(.*)' README.md", done.stdout)
+    assert script, done.stdout
+    page = subprocess.run(
+        ["sed", "-E", script[1]], input=README, capture_output=True, text=True, check=True
+    ).stdout
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert all(link.startswith("https://") for link in links), links
+    assert (len(links) > 5) == bool(repository)
+
+
 def test_pages_that_the_sources_name_exist() -> None:
     sources = [
         *(ROOT / "worldvla").rglob("*.py"),

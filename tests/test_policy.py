@@ -404,7 +404,11 @@ def without_key(observation: Observation) -> Observation:
 
 
 def test_what_is_pushed_names_no_folder_of_this_machine(
-    checkpoint: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A dry run writes what an upload sends, which `load` reads again."""
     record = {"suite": "tabletop_object", "checkpoint": model.identity(), "protocol": {"executed": 3}}
@@ -413,7 +417,11 @@ def test_what_is_pushed_names_no_folder_of_this_machine(
     words = ["push", str(checkpoint), "Org/tiny", "--results", str(tmp_path / "eval")]
     assert main([*words, "--dry-run", str(tmp_path / "pushed")]) == 0
     card = (tmp_path / "pushed/README.md").read_text()
-    assert "license: apache-2.0" in card
+    assert "license: apache-2.0\n" in card
+    assert "license: apache-2.0 (the default; --license names another)\n" in capsys.readouterr().out
+    assert main([*words, "--dry-run", str(tmp_path / "own"), "--license", "cc-by-nc-4.0"]) == 0
+    own = (tmp_path / "own/README.md").read_text()
+    assert own == card.replace("license: apache-2.0", "license: cc-by-nc-4.0")
     assert 'worldvla.load("Org/tiny")' in card
     assert "| tabletop_object | 19 of 20 | 0.764 to 0.991 | 3 |\n\nBy `worldvla eval`, before" in card
     for path in (tmp_path / "pushed").rglob("*.[jm]*"):
@@ -450,6 +458,9 @@ def test_what_cannot_be_pushed_is_said(
     assert main(["push", str(checkpoint), "tiny"]) == 2
     assert "expected ORG/NAME" in capsys.readouterr().err
     assert main(["push", str(checkpoint), "Org/a b"]) == 2
+    capsys.readouterr()
+    assert main(["push", str(checkpoint), "Org/tiny", "--license", "Apache 2"]) == 2
+    assert "--license 'Apache 2': expected a name of the hub's, such as" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setattr(HfApi, "create_repo", Mock(side_effect=OSError("no network")))
     assert main(["push", str(checkpoint), "Org/tiny"]) == 2

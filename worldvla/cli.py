@@ -984,6 +984,7 @@ def push(
     name: Positional[str],
     *,
     results: tuple[Path, ...] = (),
+    license: str = "",
     dry_run: Path | None = None,
     private: bool = False,
 ) -> None:
@@ -993,6 +994,8 @@ def push(
         checkpoint: A checkpoint, or a run directory (its newest checkpoint).
         name: ORG/NAME of the repository; `worldvla.load("ORG/NAME")` reads it.
         results: Directories of `worldvla eval` of this checkpoint, for the table of the card.
+        license: Of the weights, as the hub calls it: apache-2.0, mit, cc-by-nc-4.0. The default is printed:
+            apache-2.0; other, if the weights go back to a release.
         dry_run: Write the folder here instead of uploading it.
     """
     import tempfile
@@ -1008,7 +1011,9 @@ def push(
         raise ValueError(f"{name} names no owner: expected ORG/NAME")
     records = [read_record(path / part) for path in results for part in suites_of(path)[1]]
     with tempfile.TemporaryDirectory() as scratch:
-        folder = export(checkpoint, dry_run or Path(scratch) / "model", repo=name, results=records)
+        folder = export(checkpoint, dry_run or Path(scratch) / "model", name, records, license=license)
+        line = next(line for line in (folder / "README.md").read_text().splitlines() if "license:" in line)
+        say(line if license else f"{line} (the default; --license names another)")
         if dry_run is not None:
             say(f"nothing is uploaded: look at {folder / 'README.md'}, then leave out --dry-run")
             return

@@ -4,6 +4,7 @@ A model turns frames into codes and back; `Policy` acts with it and `World` imag
 Dims: B batch, N codes of a frame over all views, Y and X pixels.
 """
 
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -227,6 +228,7 @@ def export(
     repo: str = "",
     results: Sequence[Mapping[str, Any]] = (),
     unnorm_key: str = "",
+    license: str = "",
 ) -> Path:
     """Copy what acting and imagining need, the transformer's weights in bfloat16, and write a model card for
     the hub; atomic. About a sixth of a checkpoint's size. Low-rank updates are merged: it is a plain one.
@@ -234,7 +236,12 @@ def export(
     `repo`: its name on the hub; the config then names stores and files alone, not where they are on this
     machine. `results`: records of evaluations, for the card; those of another model raise ValueError.
     `unnorm_key`: keep the statistics of this dataset of a mixture alone, so that nobody need choose.
+    `license`: the card's; empty: apache-2.0, of weights that go back to a release "other".
     """
+    if license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ValueError(
+            f"--license {license!r}: expected a name of the hub's: apache-2.0, mit, cc-by-nc-4.0, other"
+        )
     model = load(source, dtype=torch.bfloat16, unnorm_key=unnorm_key)  # whole and consistent, or an error
     source = model.path
     with whole_folder(out_dir, WEIGHTS) as scratch:
@@ -264,7 +271,7 @@ def export(
                     f"the record of {record['suite']} is of weights {digest}, these are {own}, exported "
                     f"{weights}: evaluate this checkpoint"
                 )
-        card = _card(replace(model, manifest=manifest), weights, repo or "DIR", results)
+        card = _card(replace(model, manifest=manifest), weights, repo or "DIR", results, license)
         write_text(scratch / "README.md", card)
     return out_dir
 
@@ -289,7 +296,7 @@ def _image(frame: Mapping[str, Any], view: str, size: tuple[int, int]) -> np.nda
     return image
 
 
-def _card(model: Model, weights: str, name: str, results: Sequence[Mapping[str, Any]]) -> str:
+def _card(model: Model, weights: str, name: str, results: Sequence[Mapping[str, Any]], license: str) -> str:
     """Return a model card in the hub's form, of what the checkpoint itself knows and records of evaluations;
     `weights`: their digest."""
     config, statistics, ranges = model.config, model.builder.all_statistics, []
@@ -310,6 +317,7 @@ def _card(model: Model, weights: str, name: str, results: Sequence[Mapping[str, 
         weights=weights,
         name=name,
         results=results,
+        license=license,
         **facts,
     )
 
