@@ -70,7 +70,7 @@ def test_links_of_the_readme_resolve() -> None:
 
 @pytest.mark.parametrize("repository", ["", "https://host/us/worldvla"])
 def test_the_long_description_has_no_relative_links(repository: str) -> None:
-    """`make dist` makes them absolute, or text where it knows no address, with the sed script that it prints."""
+    """`make dist` makes them absolute, or text where it knows no address, by its sed script."""
     words = ["make", "--dry-run", "dist", f"REPOSITORY={repository}"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
     script = re.search(r"sed -E '(.*)' README.md", done.stdout)
