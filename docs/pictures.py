@@ -309,7 +309,7 @@ def play_picture(session: Session) -> Image.Image:
 
 def draw_play(model_path: str, seconds: float) -> None:
     torch.set_num_threads(1)
-    playable = open_playable(model_path, suite=PLAYED[0][0])
+    playable = open_playable(worldvla.load(model_path), suite=PLAYED[0][0])
     session, pictures = Session(playable, *PLAYED[0], INIT), []
     session.show(True)
     session.drive("policy")

@@ -122,7 +122,7 @@ def imagine(world: World, robots: list[Robot], seen: list[dict[str, Any]]) -> li
 
 
 def run(policy: Policy, method: str, delay: int, episodes: list[tuple[Task, int]], width: int) -> list[bool]:
-    """Return whether each episode succeeds; `width` of them go side by side, answered together."""
+    """Return whether each episode succeeds; `width` of them go in parallel, answered together."""
     outcomes: dict[int, bool] = {}
     waiting = list(enumerate(episodes))
     busy: dict[int, Robot] = {}
@@ -167,7 +167,7 @@ def main(
     width: int = 20,
     out: Path | None = None,
 ) -> None:
-    """Measure success by delay, in ms; `width`: episodes side by side; `out`: JSON with each outcome too."""
+    """Measure success by delay, in ms; `width`: episodes in parallel; `out`: JSON with each outcome too."""
     torch.set_num_threads(1)
     policy = Policy(load(checkpoint))
     tasks = [task for suite in suites.TABLETOP for task in suites.tasks(suite)]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import worldvla
+from worldvla import rank
 from worldvla.data.collect import collect
 from worldvla.data.episode import read_episodes
 from worldvla.eval import judge
@@ -23,6 +24,7 @@ from worldvla.eval.rollout import open_actor
 from worldvla.eval.stats import DRAWS, agreement, rank_agreement, rank_violation
 from worldvla.infer.model import load
 from worldvla.infer.world import World
+from worldvla.rank import rank_policies
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import Suite, Task
 
@@ -133,7 +135,7 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
     monkeypatch.setattr(sim, "suite", lambda _: short)
     demos = sorted((tmp_path / "demos").glob("*.hdf5"))
     options = {"episodes": 2, "first": 10, "execute": (3, 9, 5), "judge_steps": 30, "held_out": demos}
-    run = functools.partial(judge.rank_policies, [MODEL], MODEL, demos, [SUITE], tmp_path / "out", **options)
+    run = functools.partial(rank_policies, [MODEL], MODEL, demos, [SUITE], tmp_path / "out", **options)
     record = run()
     assert [row["execute"] for row in record["policies"]] == [3, 5]  # no more than the chunk, each once
     assert all(np.shape(row["outcomes"]) == (3, 2) for row in record["policies"])
@@ -148,7 +150,7 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
     page = write_ranking(tmp_path / "out").read_text()
     assert page.count("<video") == len(again["films"]) == len(list((tmp_path / "out/films").glob("*.mp4")))
     assert f"{again['imagined']['agree']} end in imagination" in page
-    monkeypatch.setattr(judge, "drive", None)
+    monkeypatch.setattr(rank, "drive", None)
     assert run()["policies"] == record["policies"]
 
 
@@ -206,7 +208,7 @@ def test_the_judge_learns_what_pictures_show_of_each_task(
 def test_bad_input_is_said_before_anything_is_loaded(tmp_path: Path, options: dict, words: str) -> None:
     given = {"checkpoints": ["nowhere"], "world": "nowhere", "demos": [], "suites": [SUITE], **options}
     with pytest.raises(ValueError, match=words):
-        judge.rank_policies(out=tmp_path, **given)
+        rank_policies(out=tmp_path, **given)
 
 
 def test_success_is_confirmed_by_pictures_in_a_row() -> None:

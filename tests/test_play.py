@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from tiny_run import tiny_config, write_checkpoint
 
+import worldvla
 from worldvla.cli import main
 from worldvla.data.episode import read_episodes
 from worldvla.files import read_json, write_digests, write_json
@@ -46,7 +47,7 @@ def checkpoint(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def playable(checkpoint: Path) -> Playable:
-    return open_playable(checkpoint)
+    return open_playable(worldvla.load(checkpoint))
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def test_checkpoints_that_cannot_be_played(
     checkpoint: Path, tmp_path: Path, part: str, values: Any, line: str
 ):
     with pytest.raises(ValueError, match=line):
-        open_playable(altered(checkpoint, tmp_path, part, **values))
+        open_playable(worldvla.load(altered(checkpoint, tmp_path, part, **values)))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "serve.server": {"image", "serve.protocol", "serve.batcher", "serve.exact", "infer"},
     "serve.play": {"infer", "sim", "data", "video"},
 }
-TOP = {"__init__", "__main__", "cli", "demo", "imagine", "improve", "recipes"}
+TOP = {"__init__", "__main__", "cli", "demo", "imagine", "improve", "rank", "recipes"}
 
 
 def _name(path: Path) -> str:
@@ -94,6 +94,11 @@ def test_arrows_point_one_way() -> None:
         allowed = set() if folder in GROUND else MAY_IMPORT[folder] | GROUND | {folder}
         up = {t for t in targets if not any(f"{t}.".startswith(f"{name}.") for name in allowed)}
         assert not up, f"{module} imports {sorted(up)}; it may import {sorted(allowed)}"
+
+
+def test_only_the_top_knows_both_policy_and_world() -> None:
+    both = {name for name, targets in _arrows().items() if {"infer.policy", "infer.world"} <= targets}
+    assert both == {"__init__", "improve", "rank"}
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:

@@ -873,8 +873,8 @@ def rank(
         judged: Episodes of each file that the judge learns from.
     """
     from worldvla.data.episode import demonstration_files
-    from worldvla.eval.judge import rank_policies
     from worldvla.eval.page import write_ranking
+    from worldvla.rank import rank_policies
 
     files, counts = demonstration_files(demos), {"episodes": episodes, "first": first}
     with only_writer(out):
@@ -1137,16 +1137,16 @@ def play(
             frames, without pressing C.
         bench: Measure this many frames driven by a person and by the policy, print a line of JSON and stop.
     """
+    from worldvla import load
+    from worldvla.serve.play.session import bench as measure
     from worldvla.serve.play.session import open_playable
 
     suite, index = _task(task)
-    playable = open_playable(checkpoint, suite=suite, temperature=temperature, device=device)
+    playable = open_playable(load(checkpoint, device), suite=suite, temperature=temperature)
     suite = suite or ("libero_object" if playable.simulator == "libero" else "tabletop_object")
     playable.task(suite, index)
     if bench:
         import torch
-
-        from worldvla.serve.play.session import bench as measure
 
         torch.set_num_threads(threads)
         say(json.dumps({**measure(playable, suite, index, bench), "threads": threads}))

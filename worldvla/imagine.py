@@ -17,7 +17,7 @@ from worldvla.data.loader import check_stores
 from worldvla.data.store import EPISODES, Imagined, TokenStore, write_imagined
 from worldvla.files import whole_folder
 from worldvla.infer.model import Model
-from worldvla.infer.world import World, check_world
+from worldvla.infer.world import World
 
 SHORTEST, LONGEST = 12, 30
 """Frames of a piece, but for the last one of an episode."""
@@ -36,7 +36,7 @@ def imagine_store(
     The greedy choice of every code, as in an evaluation. `seed` is that of the lengths of pieces. A model
     without a world model, or of other views than the store's, raises ValueError.
     """
-    check_world(model)
+    model.check_world()
     check_stores([store], model.config.layout, model.vocab)
     with whole_folder(out, EPISODES) as scratch:
         imagined = _imagined(store, model, batch, np.random.default_rng(seed), on_frames)

@@ -43,7 +43,7 @@ from worldvla.sim.protocol import Task
 from worldvla.train.loop import train
 
 BATCH = 60
-"""Episodes that are imagined side by side."""
+"""Episodes that are imagined in parallel."""
 Kind = Literal["imagination", "simulator"]
 
 
@@ -256,7 +256,7 @@ def starts_of(
 def _roll(
     act: Drawing, execute: int, judge: Judge, world: Model, starts: Sequence[Start], kind: Kind
 ) -> Recorded:
-    """Let the policy act from `starts`, side by side."""
+    """Let the policy act from `starts`, in parallel."""
     numbers, first = np.array([start.task for start in starts]), [start.observation for start in starts]
     tasks = [judge.tasks[n] for n in numbers]
     frames = {view: np.stack([o[view] for o in first]) for view in world.view_sizes}

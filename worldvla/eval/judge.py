@@ -1,4 +1,4 @@
-"""Do policies rank in imagination as they do in the simulator?
+"""A judge of success, and the bodies in which `rank` and `improve` let a policy act before it.
 
 Every policy acts from the same observations twice: in the simulator, and in a world model, which after that
 never asks the simulator again. A judge, a small network trained on recorded episodes, reads success off the
@@ -7,13 +7,12 @@ simulator's frames too, encoded, up to the same step, so that its own errors can
 Dims: N episodes (behind P: codes of a frame), P pictures, M policies, S state dims, Y X pixels.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, fields
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,18 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldvla.data.episode import Episode, fingerprint, read_episodes
-from worldvla.eval.record import Journal
-from worldvla.eval.stats import rank_agreement
 from worldvla.eval.world import Clip, film, imagine
 from worldvla.files import check_shapes, load_tensors, read_json, save_tensors, write_json
-from worldvla.infer.model import Model, load
-from worldvla.infer.policy import Policy
+from worldvla.infer.model import Model
 from worldvla.infer.world import World
-from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
-from worldvla.sim.protocol import NUM_ACTION_DIMS, NUM_INITS, Task
+from worldvla.sim.protocol import NUM_ACTION_DIMS, Task
 from worldvla.video import write_mp4
+
+if TYPE_CHECKING:
+    from worldvla.infer.policy import Policy
 
 AFTER = 4
 """Pictures of each demonstration from its success on, which HDF5 files do not hold: the simulator goes on."""
@@ -335,7 +333,7 @@ def train_judge(
 
 @dataclass(frozen=True)
 class Seen:
-    """What episodes side by side show after a step; one row an episode."""
+    """What parallel episodes show after a step; one row an episode."""
 
     frame: Frame
     """What the policy sees; empty where nobody looks."""
@@ -396,7 +394,7 @@ class Imagined:
 
 
 def drive(
-    policy: Policy,
+    policy: "Policy",
     execute: int,
     body: Simulated | Imagined,
     tasks: Sequence[Task],
@@ -494,133 +492,3 @@ def _filmed(world: Model, wrong: Sequence[tuple[Episode, bool]], out: Path) -> l
 def _confirmed(said: np.ndarray) -> bool:
     """Return whether CONFIRM pictures in a row are called a success."""
     return any(said[i : i + CONFIRM].all() for i in range(len(said) - CONFIRM + 1))
-
-
-def rank_policies(
-    checkpoints: Sequence[Path | str],
-    world: Path | str,
-    demos: Sequence[Path],
-    suites: Sequence[str],
-    out: Path,
-    *,
-    episodes: int = 2,
-    first: int = 0,
-    execute: Sequence[int] = (),
-    judged: int = 30,
-    judge_steps: int = STEPS,
-    held_out: Sequence[Path] = (),
-    dtype: str = "float32",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Let every checkpoint act in the simulator and in `world`; write record.json; return the record.
-
-    `episodes` of each task from initial state `first` on, side by side; `execute`: replan intervals, several:
-    each a policy of its own, none: the whole chunk; `judged`: episodes of each file of `demos` for the judge;
-    `held_out`: files of other episodes, whose actions are imagined (`replays`); `dtype` of the world model's
-    transformer. The same call again goes on where it stopped: judge.safetensors and policies.jsonl hold what
-    is done.
-    """
-    _check_arguments(checkpoints, suites, episodes, first, execute)
-    model = load(world, dtype=getattr(torch, dtype))
-    policies = _with_intervals(checkpoints, model, execute)
-    judge, errors = judge_of(out / "judge.safetensors", demos, suites, model, judged, judge_steps, seed)
-    again = {"replays": replays(judge, model, held_out, judged, out)} if held_out else {}
-    horizons = {suite: sim.suite(suite).horizon for suite in suites}
-    protocol: dict[str, Any] = {"episodes": episodes, "first": first, "confirm": CONFIRM, "seed": seed}
-    protocol |= {"dtype": dtype, "horizons": horizons}
-    identity = {
-        "world": model.identity(),
-        "suites": list(suites),
-        "protocol": protocol,
-        "judge": {"demonstrations": judged, "steps": judge_steps},
-    }
-    with Journal(out / "policies.jsonl", identity) as journal:
-        _act_all(policies, judge, model, range(first, first + episodes), journal)
-        rows = [{k: v for k, v in row.items() if k != "elapsed"} for row in journal.outcomes]
-    record = {
-        **identity,
-        "judge": {**identity["judge"], **errors},
-        "columns": "of each initial state: the simulator's word, the judge's there, the judge's imagined",
-        "policies": rows,
-        **again,
-        **rank_agreement(rows),
-        **provenance(),
-    }
-    write_json(out / "record.json", record)
-    return record
-
-
-def _with_intervals(
-    checkpoints: Sequence[Path | str], world: Model, execute: Sequence[int]
-) -> list[tuple[Model, int]]:
-    """Return every policy with each replan interval of `execute`, at most its chunk; by default that."""
-    policies = []
-    for policy in map(load, checkpoints):
-        _check(policy, world)
-        chunk = policy.config.layout.chunk
-        policies += [(policy, n) for n in dict.fromkeys(min(n, chunk) for n in execute or [chunk])]
-    return policies
-
-
-def _act_all(
-    policies: Sequence[tuple[Model, int]], judge: Judge, world: Model, inits: Sequence[int], journal: Journal
-) -> None:
-    """Add to `journal` a row of each policy and replan interval that it lacks: `inits` of every task."""
-    numbers = np.repeat(np.arange(len(judge.tasks)), len(inits))
-    with ExitStack() as stack:
-        envs = [stack.enter_context(closing(sim.make(judge.tasks[n], world.view_sizes))) for n in numbers]
-        bar = stack.enter_context(progress_bar())
-        for policy, n in bar.track(policies, description="policies"):
-            row = {"name": policy.config.name, "seed": policy.config.train.seed, "execute": n}
-            row = json.loads(json.dumps(row | {"checkpoint": policy.identity(), "status": "done"}))
-            if not any({key: done[key] for key in row} == row for done in journal.outcomes):
-                every = [*inits] * len(judge.tasks)
-                journal.add(row | {"outcomes": _act_twice(policy, n, judge, world, envs, numbers, every)})
-
-
-def _act_twice(
-    policy: Model,
-    execute: int,
-    judge: Judge,
-    world: Model,
-    envs: Sequence[Any],
-    numbers: np.ndarray,
-    inits: Sequence[int],
-) -> list[list[int]]:
-    """Return success of each episode (N): the simulator's word, the judge's there, the judge's imagined."""
-    start = [env.reset(options={"init": init})[0] for env, init in zip(envs, inits, strict=True)]
-    tasks, act = [judge.tasks[n] for n in numbers], Policy(policy)
-    frames = {view: np.stack([o[view] for o in start]) for view in world.view_sizes}
-    real, control = drive(act, execute, Simulated(judge, world, envs, frames, numbers), tasks, start)
-    states = np.stack([o["state"] for o in start])
-    dream = Imagined(judge, World(world), frames, states, numbers)
-    _, imagined = drive(act, execute, dream, tasks, start)
-    return np.array([real, control, imagined], dtype=int).tolist()
-
-
-def _check_arguments(
-    checkpoints: Sequence[Path | str],
-    suites: Sequence[str],
-    episodes: int,
-    first: int,
-    execute: Sequence[int],
-) -> None:
-    if not checkpoints or len(set(map(str, checkpoints))) < len(checkpoints):
-        raise ValueError(f"give every policy once, and at least one, got {[str(c) for c in checkpoints]}")
-    if not suites or len(set(suites)) < len(suites) or any(n < 1 for n in execute):
-        raise ValueError(f"give every suite once, and execute at least 1, got {suites} and {execute}")
-    if episodes < 1 or first < 0 or first + episodes > NUM_INITS:
-        raise ValueError(
-            f"initial states 0..{NUM_INITS - 1} are for evaluation: got {episodes} from {first} on"
-        )
-
-
-def _check(policy: Model, world: Model) -> None:
-    if policy.config.layout.history > 1:
-        raise ValueError(
-            f"{policy.path} looks at {policy.config.layout.history} frames: only policies of one are ranked"
-        )
-    if policy.view_sizes != world.view_sizes:
-        raise ValueError(
-            f"{policy.path} sees {policy.view_sizes}, the world shows {world.view_sizes}: take another world"
-        )

@@ -126,7 +126,7 @@ def rank_violation(a_M: np.ndarray, b_M: np.ndarray) -> float:
 
 def rank_agreement(policies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return how success in imagination, and the judge's on real frames, agree with the simulator's, over
-    rows of `judge.rank_policies`; `by_execute`: the same among those of equal replan interval.
+    rows of `rank.rank_policies`; `by_execute`: the same among those of equal replan interval.
 
     Only the latter compares like with like: each query feeds a policy one more imagined frame, and costs
     success that it does not cost in the simulator.

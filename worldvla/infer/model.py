@@ -94,6 +94,13 @@ class Model:
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 
+    def check_world(self) -> None:
+        """Raise ValueError unless the model was trained on world samples."""
+        if not self.config.data.world_fraction:
+            raise ValueError(
+                f"{self.path} has no world model (data.world_fraction 0): train one on world samples too"
+            )
+
     def identity(self) -> dict[str, Any]:
         """Return what a record names as its model."""
         return {

@@ -22,14 +22,6 @@ from worldvla.vocab import to_ids
 Frame = dict[str, np.ndarray]
 
 
-def check_world(model: Model) -> None:
-    """Raise ValueError unless the model was trained on world samples."""
-    if not model.config.data.world_fraction:
-        raise ValueError(
-            f"{model.path} has no world model (data.world_fraction 0): train one on world samples too"
-        )
-
-
 class World:
     """`speculative`: take this frame as a guess of the next one and verify it in a few passes; off: one
     code a pass. Of a model that predicts a frame at once, that goes for its state. The codes are the same,

@@ -1,6 +1,6 @@
 """The page on which a world model is played, and the websocket that it talks to: `worldvla play`.
 
-    asyncio.run(serve(open_playable("tabletop"), Start("tabletop_object", 0), on_start=print))
+    asyncio.run(serve(open_playable(worldvla.load("tabletop")), Start("tabletop_object", 0), on_start=print))
 
 GET / is the page; /socket the websocket. The page sends JSON with a `type`:
   start {suite, task, init}   move {right, away, up, turn}: keys held, numbers in [-1, 1]

@@ -1,6 +1,6 @@
 """One person's play: who drives, what the world model imagines, and the simulator that runs along.
 
-    session = Session(open_playable("tabletop"), "tabletop_object", 0, init=10)
+    session = Session(open_playable(worldvla.load("tabletop")), "tabletop_object", 0, init=10)
     session.driver = "policy"
     session.step()
     session.frame["agentview"], session.status()
@@ -16,17 +16,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from worldvla.data.episode import Episode, write_episodes
-from worldvla.infer.model import Model, load
-from worldvla.infer.policy import Policy
-from worldvla.infer.world import World, check_world
+from worldvla.infer.model import Model
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import CLOSE, FPS, NUM_INITS, OPEN, RULES, Task
 from worldvla.video import views_side_by_side, write_mp4
+
+if TYPE_CHECKING:
+    from worldvla import WorldVLA
+    from worldvla.infer.policy import Policy
+    from worldvla.infer.world import World
 
 REPLAN = 3
 """Actions of each of the policy's chunks that are executed."""
@@ -45,7 +48,8 @@ Frame = Mapping[str, np.ndarray]
 class Playable:
     """A model, and the tasks in which it can be played."""
 
-    model: Model
+    loaded: "WorldVLA"
+    """A checkpoint, and what acts and imagines by it."""
     simulator: str
     tasks: Mapping[str, tuple[Task, ...]]
     """Suite -> its tasks."""
@@ -57,12 +61,16 @@ class Playable:
         """Steps a second, at most: the simulator's control rate."""
         return FPS[self.simulator]
 
-    @cached_property
-    def policy(self) -> Policy:
-        return Policy(self.model)
+    @property
+    def model(self) -> Model:
+        return self.loaded.model
 
-    def world(self, seed: int = 0) -> World:
-        return World(self.model, temperature=self.temperature, seed=seed)
+    @cached_property
+    def policy(self) -> "Policy":
+        return self.loaded.policy()
+
+    def world(self, seed: int = 0) -> "World":
+        return self.loaded.world(temperature=self.temperature, seed=seed)
 
     def task(self, suite: str, index: int) -> Task:
         """Return a task; an unknown one raises ValueError."""
@@ -77,19 +85,17 @@ class Playable:
         return tasks[index]
 
 
-def open_playable(
-    checkpoint: Path | str, *, suite: str = "", temperature: float = 0.0, device: str = "cpu"
-) -> Playable:
-    """Load a checkpoint to play with; one that cannot be played raises ValueError.
+def open_playable(loaded: "WorldVLA", *, suite: str = "", temperature: float = 0.0) -> Playable:
+    """Open a loaded checkpoint to play with; one that cannot be played raises ValueError.
 
     `suite`: any of the simulator that the checkpoint belongs to; by default its name decides.
     """
     if temperature < 0:
         raise ValueError(f"the temperature must be 0 or more, got {temperature}")
-    model = load(checkpoint, device)
+    model, checkpoint = loaded.model, loaded.model.path
     _ = model.builder.statistics  # of one dataset, or an error that says how to choose
     config = model.config
-    check_world(model)
+    model.check_world()
     if not config.layout.action_conditioning:
         raise ValueError(
             f"{checkpoint} imagines without reading actions (layout.action_conditioning false): nobody can "
@@ -104,7 +110,7 @@ def open_playable(
         )
     names = [name for name, row in sim.SUITES.items() if row.simulator == simulator and not row.base]
     names += [suite] if suite and suite not in names else []
-    return Playable(model, simulator, {name: sim.tasks(name) for name in names}, temperature)
+    return Playable(loaded, simulator, {name: sim.tasks(name) for name in names}, temperature)
 
 
 @dataclass
