@@ -115,6 +115,34 @@ def test_a_folder_has_one_writer_and_a_dead_one_holds_nothing(tmp_path: Path) ->
     assert names(folder / "ckpt") == {"step_4"}
 
 
+WRITE = """
+import sys, time
+from pathlib import Path
+from worldvla.files import whole_file, whole_folder
+with whole_folder(Path(sys.argv[1]), "") as scratch, whole_file(scratch / "a.json"):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_what_another_process_writes_is_not_swept(tmp_path: Path) -> None:
+    nest = tmp_path / "nest"
+    (nest / "run").mkdir(parents=True)
+    dead = nest / ".demos.0123abcd.tmp", nest / "run/.config.json.0123abcd.tmp"
+    for path in dead:
+        path.touch()
+    command, pipe = [sys.executable, "-c", WRITE, nest / "store"], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "held\n"
+        with only_writer(nest):
+            assert not any(path.exists() for path in dead)
+        writer.communicate("\n")
+    assert writer.returncode == 0
+    assert names(nest / "store") == {"a.json"}
+    assert names(nest) == {"store", "run"}
+
+
 def test_digests_name_what_changed(tmp_path: Path) -> None:
     for name in ("manifest.json", "a.json", "image/b.json"):
         write_json(tmp_path / name, {"n": 1})

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,23 +103,32 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Write `folder` alone: another process that does raises BlockingIOError, which says who it is.
 
     The lock is flock's on `.NAME.lock` beside the folder, so that a dead holder holds nothing; a file system
-    without it has none. What killed writers left is removed first.
+    without it has none. What killed writers left is removed first, but nothing that another process writes.
     """
     folder = folder.absolute()
     if folder in _held:
         yield
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        sweep(folder.parent, folder.name)
+        sweep(folder)
+        for inside in folder.glob("*/"):
+            if not _SCRATCH.fullmatch(inside.name):
+                with suppress(BlockingIOError), _locked(inside):
+                    sweep(inside)
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     lock = folder.with_name(f".{folder.name}.lock")
     descriptor = _lock(lock, folder)
     _held.add(folder)
     try:
-        sweep(folder.parent, folder.name)
-        for inside in [folder, *folder.glob("*/")] if folder.is_dir() else ():
-            sweep(inside)
         yield
     finally:
-        _held.remove(folder)
+        _held.discard(folder)
         lock.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -152,15 +161,22 @@ def _lock(lock: Path, folder: Path) -> int:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what killed writers left in `folder` (of the entry `name` alone, where one is given).
+    """Remove what killed writers left of the entry `name` of `folder`, whose lock is held; of all whose lock
+    nobody holds, where none is given.
 
     Of a folder that was being replaced and is not there, the old one comes back.
     """
-    for left_over in folder.glob(f".{glob.escape(name) if name else '*'}.*.tmp"):
-        match = _SCRATCH.fullmatch(left_over.name)
-        if match is None or match["name"] != (name or match["name"]):
-            continue
+    paths = folder.glob(f".{glob.escape(name) if name else '*'}.*.tmp")
+    found = [(path, match) for path in paths if (match := _SCRATCH.fullmatch(path.name))]
+    if not name:
+        for other in {match["name"] for _, match in found}:
+            with suppress(BlockingIOError), _locked(folder / other):
+                sweep(folder, other)
+        return
+    for left_over, match in found:
         target = folder / match["name"]
+        if target.name != name:
+            continue
         if match["old"] and not target.exists():
             left_over.rename(target)
         elif left_over.is_dir():
