@@ -4,6 +4,7 @@ What is written stands under a scratch name of its own, so that two processes th
 meet; a failure leaves nothing behind. What is read is what was written, or an error of one line.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -28,6 +29,8 @@ MANIFEST = "manifest.json"
 PROTECTED = (".json", ".npy", ".safetensors")
 """Endings of the files of a folder that its manifest has digests of."""
 _SCRATCH = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}(?P<old>\.old)?\.tmp")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _held: set[Path] = set()
 """The folders that this process writes."""
 
@@ -58,18 +61,41 @@ def reading(path: Path | str, what: str, fix: str = "restore it or make it again
 
 
 @contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say in a line why `path` cannot be written in the block: one path, one reason, what to do."""
+    try:
+        yield
+    except OSError as error:
+        at = Path(error.filename) if isinstance(error.filename, str | os.PathLike) else None
+        if error.errno in _FULL:
+            where, fix = path, "free some space, then repeat the command"
+        elif error.errno in _CLOSED and at and at.absolute().is_relative_to(path.absolute().parent):
+            where, fix = at if at.exists() else at.parent, "make it writable, or choose another folder"
+        else:
+            raise
+        raise OSError(f"cannot write {_shown(where)}: {error.strerror}: {fix}") from error
+
+
+def _shown(path: Path) -> Path:
+    """Return a path under the names that its scratch folders and files stand for."""
+    return Path(*(m["name"] if (m := _SCRATCH.fullmatch(part)) else part for part in path.parts))
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give the name of a scratch file, which replaces `path` after the block; on an error it is gone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        scratch.touch()
-        mode = scratch.stat().st_mode  # what the umask gives; safetensors makes it 0600
-        yield scratch
-        scratch.chmod(mode)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.touch()
+            mode = scratch.stat().st_mode  # what the umask gives; safetensors makes it 0600
+            yield scratch
+            scratch.chmod(mode)
+            scratch.replace(path)
+        finally:
+            with suppress(OSError):  # of a folder that is read-only: the reason is another one
+                scratch.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -109,15 +135,16 @@ def only_writer(folder: Path) -> Iterator[None]:
     if folder in _held:
         yield
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        sweep(folder.parent, folder.name)
-        sweep(folder)
-        for inside in folder.glob("*/"):
-            if not _SCRATCH.fullmatch(inside.name):
-                with suppress(BlockingIOError), _locked(inside):
-                    sweep(inside)
-        yield
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            sweep(folder.parent, folder.name)
+            sweep(folder)
+            for inside in folder.glob("*/"):
+                if not _SCRATCH.fullmatch(inside.name):
+                    with suppress(BlockingIOError), _locked(inside):
+                        sweep(inside)
+            yield
 
 
 @contextmanager
@@ -221,6 +248,11 @@ def check_digests(folder: Path, names: Collection[str] | None = None) -> None:
     """Raise ValueError unless the manifest and the files `names` (default: all) are as they were written."""
     manifest = read_json(folder / MANIFEST)
     digests = manifest.get("sha256")
+    if digests is None:
+        raise Damaged(
+            f"{folder / MANIFEST} has no SHA-256 of its files, so that nothing shows whether they are whole: "
+            "write the folder again with this version of worldvla"
+        )
     if not isinstance(digests, dict) or digests.get(MANIFEST) != _of_manifest(manifest):
         raise Damaged(f"{folder / MANIFEST} is not as it was written (SHA-256): copy the folder again")
     for name, digest in digests.items():
@@ -263,7 +295,8 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
         try:
             save_file({name: t.contiguous() for name, t in tensors.items()}, scratch, {"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {one_line(error)}; free some space, then repeat") from None
+            fix = "free some space, then repeat the command"
+            raise OSError(f"cannot write {_shown(path)}: {one_line(error)}: {fix}") from None
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":

@@ -179,8 +179,7 @@ def _write(
                     os.fsync(opened.fileno())
     except OSError as error:
         raise OSError(
-            f"cannot save checkpoint {path}: {error}; nothing is left of it and earlier checkpoints are "
-            "whole: free some space, then repeat the command"
+            f"cannot save checkpoint {path.name}: {error}; nothing is left of it, earlier ones are whole"
         ) from error
 
 
