@@ -131,10 +131,31 @@ def test_overrides_reach_the_config(capsys):
     assert config.data.stores == ("a", "b")
 
 
-def test_misspelt_override_is_refused(capsys):
-    code, _, err = _run(capsys, "config", "debug", "--trian.steps", 7)
-    assert code == 2
-    assert "--train.steps" in err
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--trian.steps 7", "Unrecognized options: --trian.steps, 7; did you mean --train.steps INT"),
+        (
+            "--model.head.num-layer 3",
+            "Unrecognized options: --model.head.num-layer, 3; did you mean --model.head",
+        ),
+        (
+            "--train.steps x",
+            "--train.steps: invalid literal for int() with base 10: 'x'; expected --train.steps",
+        ),
+        ("--train.dtype float16", "invalid choice 'float16' for argument '--train.dtype'. Expected one of"),
+        ("--train.steps -5", "train.steps must be a whole number from 1 to 1,"),
+        ("--optim.betas 1", "Missing value for argument '--optim.betas'. Expected 2 values;"),
+    ],
+)
+def test_a_bad_option_is_one_line(capsys, words, line):
+    err = _fails(capsys, "config", "debug", *words.split())
+    assert line in err
+    assert err.endswith("; see `worldvla config debug --help`\n")
+
+
+def test_missing_arguments_are_one_line(capsys):
+    assert "Missing from worldvla eval: STR, --suite STR; see" in _fails(capsys, "eval")
 
 
 def test_nearest_names_are_offered(capsys):

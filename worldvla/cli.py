@@ -7,16 +7,18 @@ red line of the doctor, 130 interrupted.
 
 import difflib
 import importlib.metadata
+import io
 import json
 import os
+import re
 import sys
 import textwrap
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -1287,11 +1289,11 @@ def _overview() -> str:
 
 
 def _run(verb: str, args: list[str]) -> int:
-    """Run a verb and return the exit code; bad arguments exit with code 2 and tyro's message."""
+    """Run a verb and return the exit code; bad arguments raise ValueError."""
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=3, cutoff=0.4) or VERBS
         raise ValueError(f"unknown verb {verb!r}; did you mean {', '.join(near)}? See `worldvla --help`")
-    run, prog = VERBS[verb], f"worldvla {verb}"
+    run, prog = _later(VERBS[verb]), f"worldvla {verb}"
     if verb == "train-tokenizer":
         from worldvla.train.image_tokenizer import TABLETOP
 
@@ -1305,7 +1307,45 @@ def _run(verb: str, args: list[str]) -> int:
             args = ["debug", "--help"]
         name, *args = args
         run, prog = partial(run, config=recipe(name)), f"{prog} {name}"
-    return tyro.cli(run, prog=prog, args=args) or 0
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            call = tyro.cli(run, prog=prog, args=args)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(f"{_line_of(box.getvalue())}; see `{prog} --help`") from None
+    return call() or 0
+
+
+def _later(run: Callable[..., int | None]) -> Callable[..., Callable[[], int | None]]:
+    """Return a function of the same arguments that returns the call."""
+
+    @wraps(run)
+    def bound(*args: Any, **options: Any) -> Callable[[], int | None]:
+        return partial(run, *args, **options)
+
+    return bound
+
+
+def _line_of(box: str) -> str:
+    """Return tyro's box of an error as one line: what is wrong, and which options come near.
+
+    Its sections stand between lines; options in it are indented by 4, their help by 8.
+    """
+    rows = [
+        re.sub(r"[\u2500-\u257f]|^ +-{3,}$|\x1b\[[\d;]*m", "", r.rstrip()).rstrip() for r in box.splitlines()
+    ]
+    text = textwrap.dedent("\n".join(rows[1:])).strip("\n")
+    wrong, *others = text.split("\n\n")
+    options = [re.findall(r"^ {4}(?! )(\S.*)", section, re.M) for section in (wrong, *others)]
+    line = " ".join((wrong.splitlines()[0] if options[0] else wrong).split()).rstrip(".")
+    line += f" {', '.join(options[0])}" if options[0] else ""
+    for section, named in zip(others, options[1:], strict=True):
+        flags = [name for name in named if name.startswith("-")]
+        if flags:
+            line += f"; {'did you mean' if 'Perhaps' in section else 'expected'} {' or '.join(flags)}"
+    return line
 
 
 def main(args: Sequence[str] | None = None) -> int:
