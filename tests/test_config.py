@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 from tiny_run import tiny_config
 
-from worldvla.config import Config, ImageTokenizerConfig, LayoutConfig, TrainConfig, from_json, to_json
+from worldvla.config import (
+    Config,
+    ImageTokenizerConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    from_json,
+    to_json,
+)
 
 ASSETS = Path(__file__).parents[1] / "worldvla/assets"
 
@@ -73,9 +82,25 @@ def test_values_are_checked_without_a_file_too() -> None:
         TrainConfig(steps=1, batch_size=0)
     with pytest.raises(ValueError, match=r"name is part of a path: .* got '\.\./x'"):
         replace(tiny_config(Path("x")), name="../x")
+    with pytest.raises(ValueError, match=r"name is part of a path: .* not empty, .* got ''"):
+        replace(tiny_config(Path("x")), name="")
+    with pytest.raises(ValueError, match=r"optim\.betas \(1, 1\): expected less than 1"):
+        OptimConfig(betas=(1, 1))
+    with pytest.raises(ValueError, match=r"width 18 / num_heads 2 is 9: .* make it even"):
+        ModelConfig(num_layers=1, width=18, num_heads=2, num_kv_heads=2, hidden=8)
     with pytest.raises(ValueError, match=r"give 4 codes of 2 dims, num_codes is 8192"):
         ImageTokenizerConfig(quantizer="fsq", fsq_levels=(2, 2))
     assert TrainConfig(steps=1, batch_size=1, save_every=0).save_every == 0
+
+
+@pytest.mark.parametrize(
+    "prompt", ["do it", "{x}", "{task} {x}", "{task", "{task:>9}", "{}", "{task.real}", ""]
+)
+def test_a_policy_prompt_holds_the_instruction(prompt: str) -> None:
+    line = f"layout.policy_prompt {prompt!r}: expected a text with {{task}}"
+    with pytest.raises(ValueError, match=re.escape(line)):
+        LayoutConfig(policy_prompt=prompt)
+    assert LayoutConfig(policy_prompt="{{{task}}}").policy_prompt.format(task="go") == "{go}"
 
 
 @pytest.mark.parametrize("path", sorted(ASSETS.glob("*/config.json")), ids=lambda p: p.parent.name)

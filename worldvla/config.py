@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Annotated, Any, Literal, TypeVar
 
 _T = TypeVar("_T")
@@ -177,6 +178,15 @@ class LayoutConfig(Checked):
             raise ValueError(
                 f"layout has {len(self.views)} views and {len(self.grids)} grids: give one grid a view"
             )
+        try:
+            fields = {field[1:] for field in Formatter().parse(self.policy_prompt) if field[1] is not None}
+        except ValueError:  # braces without a partner
+            fields = set()
+        if fields != {("task", "", None)}:
+            raise ValueError(
+                f"layout.policy_prompt {self.policy_prompt!r:.80}: expected a text with {{task}}, for which "
+                "the instruction is put, and no other braces"
+            )
 
     @property
     def codes_per_view(self) -> tuple[int, ...]:
@@ -260,6 +270,11 @@ class ModelConfig(Checked):
                 f"width {self.width} must divide by num_heads {self.num_heads}, "
                 f"and that by num_kv_heads {self.num_kv_heads}"
             )
+        if (size := self.width // self.num_heads) % 2:
+            raise ValueError(
+                f"width {self.width} / num_heads {self.num_heads} is {size}: rotary positions turn pairs of "
+                "dims, make it even"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +321,8 @@ class OptimConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if 1 in self.betas:
+            raise ValueError(f"optim.betas {self.betas}: expected less than 1, such as (0.9, 0.95)")
         if self.ema == 1:
             raise ValueError("optim.ema 1 averages nothing: expected less, such as 0.999, or 0 for off")
 
@@ -425,9 +442,10 @@ class Config(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "/" in self.name or "\\" in self.name or self.name.startswith("."):
+        if not self.name or "/" in self.name or "\\" in self.name or self.name.startswith("."):
             raise ValueError(
-                f"name is part of a path: expected one without / and leading dots, got {self.name!r}"
+                "name is part of a path: expected one that is not empty, without / and leading dots, got "
+                f"{self.name!r}"
             )
         if self.model.code_levels and (self.vocab != "compact" or self.loss.supervise != "decoded"):
             raise ValueError(
