@@ -154,6 +154,21 @@ def test_a_bad_option_is_one_line(capsys, words, line):
     assert err.endswith("; see `worldvla config debug --help`\n")
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["play --port 99999", "play --threads 0", "play --bench -1", "play --init -1", "play --temperature nan"],
+)
+def test_numbers_that_do_not_fit_are_one_line(capsys, words):
+    assert "expected --port 0 to 65535, --threads 1 to 1024" in _fails(capsys, *words.split())
+
+
+def test_a_wrong_suite_makes_no_folder(capsys, monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "unknown suite '../../../../x'" in _fails(capsys, "eval", "random", "--suite", "../../../../x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
 def test_missing_arguments_are_one_line(capsys):
     assert "Missing from worldvla eval: STR, --suite STR; see" in _fails(capsys, "eval")
 

@@ -127,6 +127,23 @@ def test_stopped_and_resumed_equals_not_stopped(tmp_path, monkeypatch):
         _collect(tmp_path / "whole", noise=0.3)
 
 
+def test_what_failed_at_once_does_not_refuse_its_correction(tmp_path, monkeypatch):
+    monkeypatch.setenv(CRASH_AT, "0")
+    with pytest.raises(RuntimeError, match="crashed as told"):
+        collect(SUITE, tmp_path, tasks=(0,), episodes=1, workers=1, make=Line, expert=Right, noise=0.3)
+    monkeypatch.delenv(CRASH_AT)
+    for _ in range(2):
+        collect(SUITE, tmp_path, tasks=(0,), episodes=1, workers=1, make=Line, expert=Right, noise=0.2)
+    assert json.loads((tmp_path / "collect.json").read_text())["noise"] == 0.2
+
+
+@pytest.mark.parametrize(("workers", "views"), [(-1, {}), (1, {"agentview": (0, 4)})])
+def test_nothing_is_rendered_again_with_bad_arguments(tmp_path, workers, views):
+    with pytest.raises(ValueError, match=r"workers >= 0|agentview=0x4"):
+        regenerate([], tmp_path / "out", views, workers=workers)
+    assert not (tmp_path / "out").exists()
+
+
 def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
     asked = []
 
@@ -150,6 +167,8 @@ def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
         ({"episodes": 0}, "episodes >= 1"),
         ({"workers": -1}, "workers >= 0"),
         ({"seed": -1}, "seed >= 0"),
+        ({"views": {"agentview": (0, 0)}}, "view agentview=0x0: expected 1x1 to 1,048,576 pixels"),
+        ({"views": {"agentview": (2**16, 2**16)}}, "view agentview=65536x65536: expected"),
         ({"label": -1}, "label >= 0"),
         ({"execute": 0}, "execute >= 1"),
         ({"kind": "world", "label": 2}, "no policy's targets, got label 2"),

@@ -9,6 +9,7 @@ import difflib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -681,6 +682,9 @@ def evaluate(
         shard: I/N: the I-th (from 0) of N equal parts of the episodes; `worldvla merge` joins their records.
         allow_errors: More errors than this make the exit code 3.
     """
+    from worldvla.sim.suites import members
+
+    members(suite)  # a wrong name makes no folder
     out = out or Path("out/eval") / _short(Path(checkpoint)) / suite
     with only_writer(out), _open_cluster(cluster, "gpu" if device.startswith("cuda") else "node") as pool:
         from worldvla.eval.rollout import Protocol, open_actor
@@ -1120,6 +1124,15 @@ def play(
     from worldvla.serve.play.session import open_playable
 
     suite, index = _task(task)
+    if (
+        bench < 0
+        or init < 0
+        or not (0 <= port < 2**16 and 1 <= threads <= 1024 and 0 <= temperature < math.inf)
+    ):
+        raise ValueError(
+            "expected --port 0 to 65535, --threads 1 to 1024, --temperature, --bench, --init from 0 on, got "
+            f"{port}, {threads}, {temperature}, {bench} and {init}"
+        )
     playable = open_playable(checkpoint, suite=suite, temperature=temperature, device=device)
     suite = suite or ("libero_object" if playable.simulator == "libero" else "tabletop_object")
     playable.task(suite, index)
@@ -1237,11 +1250,14 @@ def show_sample(
 
     path = Path(config) / "config.json"
     complete = from_json(Config, read_json(path), str(path)) if path.exists() else recipe(config)
+    if frame < 0:
+        raise ValueError(f"--frame must be at least 0, got {frame}")
     if fake:
         builder, sample = show.fake(complete, mode, frame)
     else:
-        pieces = build(complete)
-        names = complete.data.datasets
+        pieces, names = build(complete), complete.data.datasets
+        if not 0 <= frame < (number := len(pieces.loader.frames.stores_F)):
+            raise ValueError(f"--frame {frame}: the stores hold frames 0 to {number - 1}")
         builder = pieces.builder.only(names[pieces.loader.frames.stores_F[frame]] if names else "")
         sample = pieces.loader.sample(frame, mode)
     Console(width=width).print(show.show(sample, builder, f"{complete.name} {mode}"))
