@@ -313,7 +313,7 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
 def check_finite(path: Path, name: str, tensor: "Tensor") -> None:
     """Raise ValueError if a tensor holds NaN or an infinity: it is neither written nor read."""
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise ValueError(f"{path}: {name} holds numbers that are not finite: take an earlier checkpoint")
+        raise Damaged(f"{path}: {name} holds numbers that are not finite: take an earlier checkpoint")
 
 
 def check_shapes(
