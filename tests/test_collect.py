@@ -7,9 +7,11 @@ Run: pytest tests/test_collect.py
 import inspect
 import json
 import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +28,7 @@ from worldvla.sim import suites as sim
 from worldvla.sim.protocol import NUM_INITS, Task
 
 SUITE, TASK = "tabletop_object", sim.tasks("tabletop_object")[0]
-CRASH_AT = "TEST_COLLECT_CRASH_AT"
+CRASH_AT, DIE_AT = "TEST_COLLECT_CRASH_AT", "TEST_COLLECT_DIE_AT"
 
 
 class Line:
@@ -41,6 +43,8 @@ class Line:
         self.init = (options or {})["init"]
         if str(self.init - FIRST_INIT) == os.environ.get(CRASH_AT):
             raise RuntimeError("crashed as told")
+        if str(self.init - FIRST_INIT) == os.environ.get(DIE_AT):
+            os.kill(os.getpid(), signal.SIGKILL)
         self.x = np.random.default_rng(self.init).uniform(-0.5, 0.0)
         return self.observe(), {}
 
@@ -125,6 +129,18 @@ def test_stopped_and_resumed_equals_not_stopped(tmp_path, monkeypatch):
     assert times == [p.stat().st_mtime_ns for p in sorted((tmp_path / "whole").iterdir())]
     with pytest.raises(ValueError, match=r"holds demonstrations made with .*choose another directory"):
         _collect(tmp_path / "whole", noise=0.3)
+
+
+def test_a_killed_worker_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch):
+    run = partial(collect, SUITE, tmp_path, tasks=(0,), episodes=4, workers=1, make=Line, expert=Right)
+    monkeypatch.setenv(DIE_AT, "2")
+    with pytest.raises(
+        OSError, match=r"a worker process was killed, .*: the same command goes on .* --workers"
+    ):
+        run()
+    monkeypatch.delenv(DIE_AT)
+    assert (tmp_path / f".{TASK.name}.parts/0.hdf5").exists()
+    assert run()[TASK.name]["episodes"] == 4
 
 
 def test_what_failed_at_once_does_not_refuse_its_correction(tmp_path, monkeypatch):

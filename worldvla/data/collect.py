@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,6 +211,11 @@ def work_off(jobs: Sequence[Job], workers: int, title: str, cluster: Cluster | N
                         pending[pool.submit(attempt, job, number)] = job, number
                     elif not any(job is other for other, _ in pending.values()):
                         yield job
+    except BrokenProcessPool:
+        raise OSError(
+            "a worker process was killed, for want of memory perhaps: the same command goes on where this "
+            "one stopped; fewer --workers take less memory"
+        ) from None
     finally:
         if not cluster:
             pool.shutdown(cancel_futures=True)
