@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -239,6 +240,33 @@ def test_idle_connections_and_clients_that_do_not_read_stop_nobody() -> None:
         stack.enter_context(Client(f"ws://{at}"))
         with pytest.raises(ConnectionError, match="HTTP 503: 503 clients are connected"):
             Client(f"ws://{at}")
+
+
+def test_raw_sockets_use_up_neither_files_nor_places() -> None:
+    """Of those that say nothing the oldest go; clients come in, and are not counted by their handshakes."""
+    with policy_server(limits={"max_handshakes": 8, "max_connections": 20}) as at, ExitStack() as stack:
+        host, port = at.split(":")
+        client = stack.enter_context(Client(f"ws://{at}"))
+        mute = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(100)]
+        assert "actions" in client.infer(request())
+        assert "actions" in stack.enter_context(Client(f"ws://{at}")).infer(request())
+        for connection in mute[:92]:
+            connection.settimeout(10)
+            with suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+        for connection in mute[94:]:
+            connection.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+        assert re.search(r'turned_away_total\{reason="handshake"\} 9\d', fetch(at, "/metrics")[1])
+
+
+def test_a_system_that_allows_too_few_files_is_refused() -> None:
+    served = Served(act=lambda o: np.zeros((len(o), 5, 7)), views={"agentview": (4, 4)})
+    with pytest.raises(
+        ValueError, match=r"need 1000000256 open files, the system allows \d+: lower --max-conn"
+    ):
+        asyncio.run(serve(served, limits=Limits(max_connections=10**9)))
 
 
 def test_a_silent_client_is_told_to_come_again() -> None:
