@@ -9,6 +9,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -274,9 +275,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _of_manifest(manifest: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a manifest without its own digest, whatever the order of its keys."""
-    digests = {name: digest for name, digest in manifest["sha256"].items() if name != MANIFEST}
+def _of_manifest(manifest: Mapping[str, Any], own: str = MANIFEST) -> str:
+    """Return the SHA-256 of a manifest named `own` without its own digest, whatever the order of its keys."""
+    digests = {name: digest for name, digest in manifest["sha256"].items() if name != own}
     text = json.dumps({**manifest, "sha256": digests}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -308,6 +309,37 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
     for name, tensor in tensors.items():
         check_finite(path, name, tensor)
     return tensors
+
+
+def save_network(path: Path, tensors: "Mapping[str, Tensor]", facts: Mapping[str, Any]) -> None:
+    """Write a small network that is no checkpoint: tensors, and beside them as JSON `facts` and digests."""
+    save_tensors(path, tensors)
+    about = path.with_suffix(".json")
+    told = json.loads(json.dumps({**facts, "sha256": {path.name: sha256(path)}}))
+    told["sha256"][about.name] = _of_manifest(told, about.name)
+    write_json(about, told)
+
+
+def load_network(path: Path, fix: str) -> "tuple[dict[str, Any], dict[str, Tensor]]":
+    """Return the facts and tensors that `save_network` wrote; others raise ValueError, missing ones
+    FileNotFoundError. `fix`: what makes such a network."""
+    about = path.with_suffix(".json")
+    for file in (path, about):
+        if not file.is_file():
+            raise FileNotFoundError(f"no {file}: {fix}")
+    told = read_json(about)
+    if "sha256" not in told:
+        logging.getLogger("worldvla").warning(
+            "%s holds no SHA-256, so that nothing shows whether %s is whole: %s", about, path.name, fix
+        )
+        return told, load_tensors(path)
+    with reading(about, "facts of a network", fix):
+        digests = told["sha256"][about.name], told["sha256"][path.name]
+        if digests != (_of_manifest(told, about.name), sha256(path)):
+            raise Damaged(
+                f"{path} or {about.name} is not as it was written (SHA-256): copy both again; {fix}"
+            )
+    return told, load_tensors(path)
 
 
 def check_finite(path: Path, name: str, tensor: "Tensor") -> None:
