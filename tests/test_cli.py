@@ -162,6 +162,15 @@ def test_numbers_that_do_not_fit_are_one_line(capsys, words):
     assert "expected --port 0 to 65535, --threads 1 to 1024" in _fails(capsys, *words.split())
 
 
+@pytest.mark.parametrize(
+    "words", ["collect tabletop_goal", "eval random --suite x", "imagine x --world y --out z"]
+)
+def test_a_seed_that_no_generator_takes_is_one_line(capsys, words):
+    for seed in (-1, 2**32):
+        line = f"--seed must be from 0 to 2^32 - 1, got {seed}"
+        assert line in _fails(capsys, *words.split(), "--seed", seed)
+
+
 def test_a_wrong_suite_makes_no_folder(capsys, monkeypatch, tmp_path):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")

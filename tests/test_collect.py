@@ -180,9 +180,11 @@ def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
     ("changed", "message"),
     [
         ({"noise": 0.9}, "0 <= noise < 0.9"),
-        ({"episodes": 0}, "episodes >= 1"),
+        ({"episodes": 0}, "1 to 49995 episodes .* got 0.15, 0 and 0"),
+        ({"episodes": 49_996}, "1 to 49995 episodes"),
+        ({"seed": 2**32}, r"a seed from 0 to 2\^32 - 1, got"),
         ({"workers": -1}, "workers >= 0"),
-        ({"seed": -1}, "seed >= 0"),
+        ({"seed": -1}, "a seed from 0"),
         ({"views": {"agentview": (0, 0)}}, "view agentview=0x0: expected 1x1 to 1,048,576 pixels"),
         ({"views": {"agentview": (2**16, 2**16)}}, "view agentview=65536x65536: expected"),
         ({"label": -1}, "label >= 0"),

@@ -1331,14 +1331,16 @@ def _run(verb: str, args: list[str]) -> int:
         if not stop.code:
             raise
         raise ValueError(f"{_line_of(box.getvalue())}; see `{prog} --help`") from None
+    if not 0 <= (seed := call.keywords.get("seed", 0)) < 2**32:
+        raise ValueError(f"--seed must be from 0 to 2^32 - 1, got {seed}")
     return call() or 0
 
 
-def _later(run: Callable[..., int | None]) -> Callable[..., Callable[[], int | None]]:
+def _later(run: Callable[..., int | None]) -> Callable[..., "partial[int | None]"]:
     """Return a function of the same arguments that returns the call."""
 
     @wraps(run)
-    def bound(*args: Any, **options: Any) -> Callable[[], int | None]:
+    def bound(*args: Any, **options: Any) -> "partial[int | None]":
         return partial(run, *args, **options)
 
     return bound

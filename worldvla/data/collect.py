@@ -40,6 +40,8 @@ FIRST_INIT = NUM_INITS
 INITS_PER_SEED = 100_000
 MAX_FAILED = 10
 """Failed attempts above one a wanted episode after which the expert is taken to be broken."""
+MAX_EPISODES = (INITS_PER_SEED - MAX_FAILED) // 2
+"""Of a task: with the failed attempts that are allowed, all begin from initial states of their own seed."""
 MOVING = 1e-3
 """Metres that a thing moves in a step, at least, to count as moving."""
 
@@ -338,9 +340,10 @@ def collect(
     """
     chosen = choose(suite, sim.tasks(suite), tasks)
     check_sizes(views, workers)
-    if not 0 <= noise < 0.9 or episodes < 1 or seed < 0:
+    if not 0 <= noise < 0.9 or not 1 <= episodes <= MAX_EPISODES or not 0 <= seed < 2**32:
         raise ValueError(
-            f"expected 0 <= noise < 0.9, episodes >= 1 and seed >= 0, got {noise}, {episodes} and {seed}"
+            f"expected 0 <= noise < 0.9, 1 to {MAX_EPISODES} episodes and a seed from 0 to 2^32 - 1, got "
+            f"{noise}, {episodes} and {seed}"
         )
     if label < 0 or execute < 1:
         raise ValueError(f"expected label >= 0 and execute >= 1 steps, got {label} and {execute}")
