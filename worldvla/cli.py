@@ -682,10 +682,7 @@ def evaluate(
         shard: I/N: the I-th (from 0) of N equal parts of the episodes; `worldvla merge` joins their records.
         allow_errors: More errors than this make the exit code 3.
     """
-    from worldvla.sim.suites import members
-
-    members(suite)  # a wrong name makes no folder
-    out = out or Path("out/eval") / _short(Path(checkpoint)) / suite
+    out = out or _results(checkpoint, suite)
     with only_writer(out), _open_cluster(cluster, "gpu" if device.startswith("cuda") else "node") as pool:
         from worldvla.eval.rollout import Protocol, open_actor
         from worldvla.track import track_evaluations
@@ -696,6 +693,14 @@ def evaluate(
         records, folders = _evaluate_members(whole, act, out, workers, pool, save_dataset)
         track_evaluations(track, out, records, folders)
         return _report(suite, records, out, allow_errors)
+
+
+def _results(checkpoint: str, suite: str) -> Path:
+    """Return the default folder of results; a wrong suite, which may lead out of it, raises ValueError."""
+    from worldvla.sim.suites import members
+
+    members(suite)
+    return Path("out/eval") / _short(Path(checkpoint)) / suite
 
 
 def _evaluate_members(
@@ -1124,15 +1129,7 @@ def play(
     from worldvla.serve.play.session import open_playable
 
     suite, index = _task(task)
-    if (
-        bench < 0
-        or init < 0
-        or not (0 <= port < 2**16 and 1 <= threads <= 1024 and 0 <= temperature < math.inf)
-    ):
-        raise ValueError(
-            "expected --port 0 to 65535, --threads 1 to 1024, --temperature, --bench, --init from 0 on, got "
-            f"{port}, {threads}, {temperature}, {bench} and {init}"
-        )
+    _check_play(port, threads, temperature, bench, init)
     playable = open_playable(checkpoint, suite=suite, temperature=temperature, device=device)
     suite = suite or ("libero_object" if playable.simulator == "libero" else "tabletop_object")
     playable.task(suite, index)
@@ -1161,6 +1158,18 @@ def play(
             on_start=lambda at: say(f"play at {at}   recordings: {save_dataset or out}"),
         )
     )
+
+
+def _check_play(port: int, threads: int, temperature: float, bench: int, init: int) -> None:
+    if (
+        bench < 0
+        or init < 0
+        or not (0 <= port < 2**16 and 1 <= threads <= 1024 and 0 <= temperature < math.inf)
+    ):
+        raise ValueError(
+            "expected --port 0 to 65535, --threads 1 to 1024, --temperature, --bench, --init from 0 on, got "
+            f"{port}, {threads}, {temperature}, {bench} and {init}"
+        )
 
 
 def _task(text: str) -> tuple[str, int]:

@@ -126,13 +126,7 @@ def improve(
     replan interval, 0: the whole chunk; `temperature` of the actions; `steps` of training a round; `dtype` of
     the world model's transformer.
     """
-    if min(episodes, rounds, steps) < 1 or min(execute, seed) < 0 or not 0 <= temperature < math.inf:
-        raise ValueError(
-            "expected episodes, rounds and steps >= 1, execute, seed and a finite temperature >= 0, got "
-            f"{episodes}, {rounds}, {steps}, {execute}, {seed} and {temperature}"
-        )
-    for suite in suites:
-        sim.suite(suite)  # a wrong name ends here
+    _check_numbers(suites, episodes, rounds, steps, execute, seed, temperature)
     first, worlds = load(checkpoint), load(world, dtype=getattr(torch, dtype))
     settings = {
         "policy": first.identity(),
@@ -162,6 +156,24 @@ def improve(
     record = {**settings, "judge": errors, "rounds": report, "checkpoint": str(path), **provenance()}
     write_json(out / "record.json", record)
     return record
+
+
+def _check_numbers(
+    suites: Sequence[str],
+    episodes: int,
+    rounds: int,
+    steps: int,
+    execute: int,
+    seed: int,
+    temperature: float,
+) -> None:
+    if min(episodes, rounds, steps) < 1 or min(execute, seed) < 0 or not 0 <= temperature < math.inf:
+        raise ValueError(
+            "expected episodes, rounds and steps >= 1, execute, seed and a finite temperature >= 0, got "
+            f"{episodes}, {rounds}, {steps}, {execute}, {seed} and {temperature}"
+        )
+    for suite in suites:
+        sim.suite(suite)  # a wrong name ends here
 
 
 def _demonstrate(
