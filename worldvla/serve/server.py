@@ -216,7 +216,7 @@ async def serve(
             open_timeout=limits.handshake_s,
             close_timeout=2,
             ssl=tls,
-            **({"ssl_handshake_timeout": limits.handshake_s} if tls else {}),
+            ssl_handshake_timeout=limits.handshake_s if tls else None,
         ) as server:
             if threading.current_thread() is threading.main_thread():
                 asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
