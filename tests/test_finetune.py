@@ -6,6 +6,7 @@ Run: pytest tests/test_finetune.py
 
 import os
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from token_stubs import PixelSums
 
 from worldvla.cli import main
-from worldvla.config import ImageTokenizerConfig
+from worldvla.config import Config, ImageTokenizerConfig
 from worldvla.data.episode import Episode
 from worldvla.data.export import export_lerobot
 from worldvla.data.sources.source import Camera, Source, Vector
@@ -24,7 +25,7 @@ from worldvla.data.store import write_store
 from worldvla.infer.model import load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
-from worldvla.recipes import finetune
+from worldvla.recipes import finetune, tabletop
 from worldvla.serve.client import Client
 from worldvla.serve.server import serve_checkpoint
 from worldvla.tokenizers.image import ImageTokenizer
@@ -152,10 +153,11 @@ def test_a_server_answers_a_client_of_the_robot(run: Path):
     assert answers["actions"].shape == (8, 14)
 
 
-def test_an_open_layout_needs_stores(run: Path):
-    open_config = replace(finetune(), tokenizer=str(run / "image_tokenizer"))
-    with pytest.raises(ValueError, match=r"data\.stores"):
-        build(replace(open_config, data=replace(open_config.data, stores=())))
+@pytest.mark.parametrize("recipe", [finetune, tabletop])
+def test_training_needs_stores(run: Path, recipe: Callable[[], Config]):
+    config = replace(recipe(), tokenizer=str(run / "image_tokenizer"))
+    with pytest.raises(ValueError, match=r"data\.stores is empty: name the token stores"):
+        build(replace(config, data=replace(config.data, stores=())))
 
 
 def test_the_world_model_of_the_same_data_imagines_all_cameras(run: Path):

@@ -24,7 +24,7 @@ from worldvla.data.episode import Episode, fingerprint, read_episodes
 from worldvla.eval.record import Journal
 from worldvla.eval.stats import rank_agreement
 from worldvla.eval.world import Clip, film, imagine
-from worldvla.files import check_shapes, load_tensors, read_json, save_tensors, write_json
+from worldvla.files import check_shapes, load_network, reading, save_network, write_json
 from worldvla.infer.model import Model, load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
@@ -149,23 +149,21 @@ class Judge(nn.Module):
 
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Write the weights, and beside them as JSON the tasks and `facts`."""
-        save_tensors(path, self.state_dict())
-        write_json(path.with_suffix(".json"), {"tasks": [asdict(task) for task in self.tasks], **facts})
+        save_network(path, self.state_dict(), {"tasks": [asdict(task) for task in self.tasks], **facts})
 
     @classmethod
     def load(cls, path: Path, model: Model) -> tuple["Judge", dict[str, Any]]:
         """Read what `save` wrote: the judge of codes of `model`, and all that stands beside it. One of
         another image tokenizer raises ValueError."""
-        for file in (path, path.with_suffix(".json")):
-            if not file.is_file():
-                raise FileNotFoundError(f"no {file}: `worldvla rank` leaves a judge in its folder")
-        told, state = read_json(path.with_suffix(".json")), load_tensors(path)
-        if told["made_of"]["tokenizer"] != model.image.digest():
+        told, state = load_network(path, "`worldvla rank` leaves a judge in its folder")
+        with reading(path.with_suffix(".json"), "facts of a judge", "train it again by `worldvla rank`"):
+            tokenizer, tasks = told["made_of"]["tokenizer"], [Task(**task) for task in told["tasks"]]
+        if tokenizer != model.image.digest():
             raise ValueError(
                 f"{path} learnt from frames of another image tokenizer: give a judge of {model.path}"
             )
         zeros = np.zeros(len(state.get("mean", ())), dtype=np.float32)
-        judge = cls(model, [Task(**task) for task in told["tasks"]], zeros, zeros)
+        judge = cls(model, tasks, zeros, zeros)
         there, own = ({n: t.shape for n, t in table.items()} for table in (state, judge.state_dict()))
         check_shapes(path, there, own, "train it again")
         judge.load_state_dict(state)
