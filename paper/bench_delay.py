@@ -13,25 +13,33 @@ goes on meanwhile. Methods, all with the same policy, episodes and horizon:
   blend     the same, actions of overlapping chunks averaged
   imagined  as latest, but the world model first imagines the actions that are executed meanwhile, and
             the policy answers for the step in which its answer comes
+
+These cells charge nothing for the passes themselves. With --real-time they do: the episodes run by the wall
+clock, with AsyncClient and `worldvla serve` in another process, and each request is held back by the delay.
+The machine must be quiet: steps that came too late are counted.
 """
 
 import json
+import os
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 import tyro
 
+from paper.bench_serve import server
 from worldvla.eval.stats import Pairs, mcnemar, paired_interval, wilson
 from worldvla.files import write_json
+from worldvla.infer.ahead import look_ahead
 from worldvla.infer.model import load
 from worldvla.infer.policy import Policy
-from worldvla.infer.world import World
 from worldvla.machine import provenance
 from worldvla.progress import progress_bar
-from worldvla.serve.client import Plan, keep_still
+from worldvla.serve.client import AsyncClient, Client, Plan
 from worldvla.sim import suites
 from worldvla.sim.protocol import Task
 
@@ -45,84 +53,60 @@ Method = Literal["blocking", "naive", "latest", "blend", "imagined"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "blocking": {"execute": EXECUTE},
+    "latest": {"ahead": False},
+    "blend": {"ahead": False, "blend": BLEND},
+    "imagined": {"ahead": True},
+}
+
+
+class Naive(Plan):
+    """Asks when EXECUTE actions are done; an answer starts at its first action."""
+
+    begun = -EXECUTE
+
+    def question(self) -> np.ndarray | None:
+        return super().question() if self._step - self.begun >= EXECUTE else None
+
+    def answer(self, actions: np.ndarray) -> None:
+        super().answer(actions)
+        self.begun, self._chunks = self._step, [(self._step, actions)]
+
+
 @dataclass
 class Robot:
-    """One episode under one method. `delay` in steps."""
+    """One episode. `delay` in steps."""
 
     env: Any
-    method: str
+    plan: Plan
     delay: int
-    plan: Plan = field(init=False)
     step: int = 0
-    asked: int | None = None
-    """The step whose observation is being answered."""
-    answer: np.ndarray | None = None
-    begin: int = 0
-    """Step at which the first action of the present chunk is executed."""
+    due: int = 0
     chunk: np.ndarray | None = None
-    last: np.ndarray | None = None
+    """What is answered in step `due`."""
 
-    def __post_init__(self) -> None:
-        self.plan = Plan(BLEND if self.method == "blend" else 0.0)
+    def question(self) -> dict[str, Any] | None:
+        """Return what is sent in this step, if anything is."""
+        if self.chunk is not None and self.step >= self.due:
+            self.plan.answer(self.chunk)
+            self.chunk = None
+        committed = self.plan.question()
+        if committed is None:
+            return None
+        seen = self.env.observe() | {"instruction": self.env.task.instruction}
+        return seen | {"committed": committed}
 
-    def wants(self) -> bool:
-        """Return whether this step's observation is sent."""
-        self._take()
-        if self.asked is not None:
-            return False
-        if self.is_planned:
-            return True
-        return self.chunk is None or self.step - self.begin >= EXECUTE
-
-    def act(self) -> np.ndarray:
-        """Return the action of this step."""
-        self._take()
-        if self.is_planned:
-            action = self.plan.action(self.step)
-        else:
-            last = EXECUTE if self.method == "blocking" else len(self.chunk) if self.chunk is not None else 0
-            index = self.step - self.begin
-            action = self.chunk[index] if self.chunk is not None and index < last else None
+    def act(self) -> Any:
+        if self.chunk is not None and not self.delay:
+            self.plan.answer(self.chunk)
+            self.chunk = None
         self.step += 1
-        self.last = self._still_or(action)
-        return self.last
-
-    @property
-    def is_planned(self) -> bool:
-        return self.method in ("latest", "blend", "imagined")
-
-    def committed(self) -> np.ndarray:
-        """Return the actions that are executed before the answer to this step's question, (delay, A)."""
-        return np.array([self._still_or(self.plan.action(self.step + ahead)) for ahead in range(self.delay)])
-
-    def _still_or(self, action: np.ndarray | None) -> np.ndarray:
-        moving = keep_still(STILL, self.last) if action is None else action
-        assert moving is not None
-        return moving
-
-    def _take(self) -> None:
-        """Take an answer that is there."""
-        if self.asked is not None and self.step - self.asked >= self.delay:
-            assert self.answer is not None
-            ahead = self.delay if self.method == "imagined" else 0
-            self.plan.add(self.asked + ahead, self.answer)
-            self.chunk, self.begin, self.asked = self.answer, self.step, None
-
-
-def imagine(world: World, robots: list[Robot], seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what each robot is expected to see when its answer comes."""
-    names = [name for name in seen[0] if name != "instruction"]
-    frames = world.reset({name: np.stack([observation[name] for observation in seen]) for name in names})
-    for actions in np.stack([robot.committed() for robot in robots], axis=1):
-        frames = world.step(actions)
-    assert isinstance(frames, dict)
-    assert world.state is not None
-    frames["state"] = world.state
-    return [seen[i] | {name: frames[name][i] for name in names} for i in range(len(seen))]
+        return self.env.step(self.plan.act())
 
 
 def run(policy: Policy, method: str, delay: int, episodes: list[tuple[Task, int]], width: int) -> list[bool]:
-    """Return whether each episode succeeds; `width` of them go in parallel, answered together."""
+    """Return whether each episode succeeds; `width` of them at a time, answered together."""
     outcomes: dict[int, bool] = {}
     waiting = list(enumerate(episodes))
     busy: dict[int, Robot] = {}
@@ -132,21 +116,81 @@ def run(policy: Policy, method: str, delay: int, episodes: list[tuple[Task, int]
             env: Any = suites.make(task, policy.model.view_sizes)
             env.rendering = False
             env.reset(options={"init": init})
-            busy[number] = Robot(env, method, delay)
-        asking = [robot for robot in busy.values() if robot.wants()]
-        if asking:
-            seen = [r.env.observe() | {"instruction": r.env.task.instruction} for r in asking]
-            if method == "imagined" and delay:
-                seen = imagine(World(policy.model), asking, seen)
-            for robot, actions in zip(asking, policy.act(seen), strict=True):
-                robot.asked, robot.answer = robot.step, actions
+            plan = Naive(STILL) if method == "naive" else Plan(STILL, **OPTIONS[method])
+            busy[number] = Robot(env, plan, delay)
+        questions = [(robot, seen) for robot in busy.values() if (seen := robot.question()) is not None]
+        if questions:
+            expected = [look_ahead(policy.model, seen) for _, seen in questions]
+            for (robot, _), chunk in zip(questions, policy.act(expected), strict=True):
+                robot.chunk, robot.due = chunk, robot.step + delay
         for number, robot in list(busy.items()):
-            _, _, succeeded, is_over, _ = robot.env.step(robot.act())
+            _, _, succeeded, is_over, _ = robot.act()
             if succeeded or is_over:
                 outcomes[number] = bool(succeeded)
                 robot.env.close()
                 del busy[number]
     return [outcomes[i] for i in range(len(episodes))]
+
+
+class FarClient(Client):
+    """A client whose requests take `delay_s` to arrive."""
+
+    delay_s = 0.0
+
+    def infer(self, observation: Mapping[str, Any], *, deadline_ms: float | None = None) -> dict[str, Any]:
+        time.sleep(self.delay_s)
+        return super().infer(observation, deadline_ms=deadline_ms)
+
+
+@dataclass
+class Clock:
+    """Episodes of one method by the wall clock."""
+
+    client: FarClient
+    method: str
+    latencies: list[int] = field(default_factory=list)
+    """Steps that the last answer took, in each step."""
+    is_late: list[bool] = field(default_factory=list)
+    """Whether each step took longer than it may."""
+
+    def run(self, env: Any) -> bool:
+        """Return whether an episode succeeds."""
+        robot = AsyncClient(self.client, still=STILL, **OPTIONS[self.method])
+        tick = time.monotonic()
+        while True:
+            _, _, succeeded, is_over, _ = env.step(
+                robot.act(env.observe() | {"prompt": env.task.instruction})
+            )
+            self.latencies.append(robot.latency)
+            if succeeded or is_over:
+                robot.reset()
+                return bool(succeeded)
+            tick += STEP_MS / 1000
+            self.is_late.append(time.monotonic() > tick)
+            time.sleep(max(0.0, tick - time.monotonic()))
+
+
+def in_real_time(
+    checkpoint: str, methods: tuple[Method, ...], delays: tuple[int, ...], episodes: list[tuple[Task, int]]
+) -> list[dict[str, Any]]:
+    """Return a row for each method and delay, against a server in another process."""
+    rows = []
+    with server(checkpoint, 1, Path(os.devnull)) as (address, _), FarClient(f"ws://{address}") as near:
+        client = cast(FarClient, near)
+        cells = [(method, delay) for delay in delays for method in methods if method != "naive"]
+        for method, delay in cells:
+            client.delay_s, clock, won = delay / 1000, Clock(client, method), []
+            for task, init in episodes:
+                env: Any = suites.make(task, load(checkpoint).view_sizes)
+                env.rendering = False
+                env.reset(options={"init": init})
+                won.append(clock.run(env))
+                env.close()
+            row = {"method": method, "delay_ms": delay, "successes": sum(won), "episodes": len(won)}
+            row |= {"latency_steps": float(np.mean(clock.latencies)), "late": float(np.mean(clock.is_late))}
+            rows.append(row | {"outcomes": won})
+            print(row, flush=True)
+    return rows
 
 
 def paired(before: list[bool], after: list[bool]) -> dict[str, Any]:
@@ -165,13 +209,22 @@ def main(
     delays: tuple[int, ...] = (0, 100, 200, 300, 400, 500),
     methods: tuple[Method, ...] = METHODS,
     width: int = 20,
+    real_time: bool = False,
     out: Path | None = None,
 ) -> None:
-    """Measure success by delay, in ms; `width`: episodes in parallel; `out`: JSON with each outcome too."""
+    """Measure success by delay, in ms; `width`: episodes at a time; `out`: JSON with each outcome too."""
     torch.set_num_threads(1)
     policy = Policy(load(checkpoint))
     tasks = [task for suite in suites.TABLETOP for task in suites.tasks(suite)]
     chosen = [(tasks[i % len(tasks)], i // len(tasks)) for i in range(episodes)]
+    if real_time:
+        rows = in_real_time(checkpoint, methods, delays, chosen)
+        print(
+            json.dumps(
+                {"bench": "delay_real_time", "model": policy.model.identity(), "rows": rows, **provenance()}
+            )
+        )
+        return
     outcomes: dict[str, dict[int, list[bool]]] = {method: {} for method in methods}
     with progress_bar() as progress:
         cells = [(method, delay) for delay in delays for method in methods]

@@ -143,13 +143,20 @@ def requirements(records: Records) -> str:
     def gigabytes(name: str) -> str:
         return f"{mode[name]['measured'] / 1e9:.0f} GB"
 
+    demo = records["bench/demo"]
+    install, run = (round(demo[name] / 60) for name in ("install_s", "demo_s"))
     rows = [
-        ["`make demo`", "not measured", "7 minutes, 4 of them to install", "2 CPU cores"],
+        [
+            "`make demo`",
+            f"{demo['peak_gib']:.1f} GiB",
+            f"{install + run} minutes, {install} of them to install",
+            "2 CPU cores",
+        ],
         ["LIBERO, evaluation", "1.7 GiB a worker", f"{episode:.1f} s an episode", "2 CPU cores"],
         ["7B, one query of ten actions", gigabytes("infer bfloat16"), f"{query:.0f} ms", card],
-        ["7B in 4 bits", gigabytes("infer int4"), "not measured", card],
-        ["7B, LoRA on 4 bits, one sample", gigabytes("LoRA, int4 base"), "not measured", card],
-        ["7B, all weights, one sample", gigabytes("train all, layers again"), "not measured", card],
+        ["7B in 4 bits", gigabytes("infer int4"), "", card],
+        ["7B, LoRA on 4 bits, one sample", gigabytes("LoRA, int4 base"), "", card],
+        ["7B, all weights, one sample", gigabytes("train all, layers again"), "", card],
     ]
     return table(("what", "memory", "time", "hardware"), rows)
 

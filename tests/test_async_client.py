@@ -19,24 +19,55 @@ def chunk(start: int, length: int = 4) -> np.ndarray:
     return np.arange(start, start + length, dtype=np.float32)[:, None]
 
 
-def test_a_chunk_starts_at_the_step_of_its_observation():
-    plan = Plan(blend=0.0)
-    plan.add(0, chunk(0))
-    assert plan.action(2) == [2]  # the answer came two steps late: its first two actions are over
-    plan.add(2, 100 + chunk(2))
-    assert plan.action(3) == [103]  # the newest
-    assert plan.action(5) == [105]
-    assert plan.action(6) is None
+def late_plan(**options: Any) -> Plan:
+    """A plan that executes the actions 0, 1, ... when a question of step 1 is under way, in step 3."""
+    plan = Plan([9.0], **options)
+    plan.question()
+    plan.answer(chunk(0, 6))
+    plan.act()
+    assert plan.question() is not None
+    assert [plan.act(), plan.act()] == [1, 2]
+    assert plan.question() is None  # one at a time
+    return plan
+
+
+def test_a_chunk_starts_after_the_actions_that_were_executed_since_its_question():
+    plan = late_plan()
+    plan.answer(100 + chunk(1))
+    assert plan.latency == 2
+    assert [plan.act() for _ in range(4)] == [103, 104, 5, 9]  # the newest chunk, then the older, then still
+
+
+def test_while_the_robot_stands_still_no_action_is_over():
+    plan = Plan([9.0])
+    plan.question()
+    assert [plan.act(), plan.act()] == [9, 9]
+    plan.answer(chunk(0, 2))
+    plan.question()
+    assert [plan.act(), plan.act(), plan.act()] == [0, 1, 9]
+    plan.answer(chunk(10))
+    assert plan.act() == [12]  # two were executed, one step it stood
 
 
 def test_overlapping_chunks_are_averaged_by_age():
-    plan = Plan(blend=0.5)
-    plan.add(1, chunk(1) + 3)  # the order in which answers come does not matter
-    plan.add(0, chunk(0))
-    assert plan.action(1) == pytest.approx((4 + 0.5 * 1) / 1.5)
-    assert plan.action(4) == 7  # the older one has ended
+    plan = late_plan(blend=0.5)
+    plan.answer(100 + chunk(1))
+    assert plan.act() == pytest.approx((103 + 0.5 * 3) / 1.5)
     with pytest.raises(ValueError, match=r"blend must be in \[0, 1\], got 2"):
         Plan(blend=2)
+
+
+def test_a_robot_that_executes_so_many_actions_waits_between():
+    plan = Plan([9.0], execute=2)
+    done = []
+    for step in range(8):
+        if step in (2, 6):  # an answer takes two steps
+            plan.answer(chunk(step))
+        assert (plan.question() is not None) == (step in (0, 4))
+        done.append(plan.act())
+    assert done == [9, 9, 2, 3, 9, 9, 6, 7]
+    with pytest.raises(ValueError, match="not for ahead or blend, got execute=2, ahead=True, blend=0"):
+        Plan(ahead=True, execute=2)
 
 
 def test_a_robot_without_an_action_keeps_still():
@@ -79,17 +110,17 @@ def test_the_robot_moves_while_the_next_chunk_is_computed():
     assert robot.act({"step": 0}) == [0]  # `still`, before any action: 0
     assert robot.act({"step": 1}) == [0]
     answer()
-    assert robot.act({"step": 2}) == [2]  # the third action of the answer to step 0; step 2 is asked
+    assert robot.act({"step": 2}) == [0]  # it stood still until then; step 2 is asked
     assert robot.latency == 2
-    assert robot.act({"step": 3}) == [3]
-    assert robot.act({"step": 4}) == [3]  # the chunk has ended: the last action again
+    assert [robot.act({"step": step}) for step in (3, 4, 5)] == [1, 2, 3]
+    assert robot.act({"step": 6}) == [3]  # the chunk has ended: the last action again
     answer()
-    assert robot.act({"step": 5}) == [5]
+    assert robot.act({"step": 7}) == [3]  # four were executed since step 2, so all of its actions are over
     server.is_gone = True
     answer()
     with pytest.raises(ConnectionError, match="it went away"):
-        robot.act({"step": 6})
-    assert server.asked == [0, 2, 5]
+        robot.act({"step": 8})
+    assert server.asked == [0, 2, 7]
     robot.close()
 
 
@@ -104,20 +135,18 @@ def test_a_robot_that_looks_ahead_sends_what_is_under_way():
 
     assert [robot.act({"step": step}) for step in (0, 1)] == [0, 0]
     answer()
-    assert robot.act({"step": 2}) == [
-        2
-    ]  # asked with the actions of steps 2 and 3, as long as the last one took
-    assert robot.act({"step": 3}) == [3]
-    answer()  # the first action is the one of step 4
+    # Asked with the actions of steps 2 and 3, as many as the last one took.
+    assert [robot.act({"step": step}) for step in (2, 3)] == [0, 1]
+    answer()  # its first action is for step 4
     assert robot.act({"step": 4}) == [2]
-    assert [None if c is None else c[:, 0].tolist() for c in server.committed[:2]] == [None, [2, 3]]
+    assert [None if c is None else c[:, 0].tolist() for c in server.committed[:2]] == [None, [0, 1]]
     for step in range(5, 20):  # a slow answer: of what is under way only what is known is sent
         robot.act({"step": step})
     answer()
     robot.act({"step": 20})
     assert robot.latency == 16
     answer()
-    assert server.committed[3] is None
+    assert server.committed[3][:, 0].tolist() == [6, 7]
     robot.reset()
     with pytest.raises(ValueError, match="cannot look ahead"):
         AsyncClient(SlowServer(), still=None, ahead=True)  # pyright: ignore[reportArgumentType]

@@ -131,10 +131,55 @@ def test_overrides_reach_the_config(capsys):
     assert config.data.stores == ("a", "b")
 
 
-def test_misspelt_override_is_refused(capsys):
-    code, _, err = _run(capsys, "config", "debug", "--trian.steps", 7)
-    assert code == 2
-    assert "--train.steps" in err
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--trian.steps 7", "Unrecognized options: --trian.steps, 7; did you mean --train.steps INT"),
+        (
+            "--model.head.num-layer 3",
+            "Unrecognized options: --model.head.num-layer, 3; did you mean --model.head",
+        ),
+        (
+            "--train.steps x",
+            "--train.steps: invalid literal for int() with base 10: 'x'; expected --train.steps",
+        ),
+        ("--train.dtype float16", "invalid choice 'float16' for argument '--train.dtype'. Expected one of"),
+        ("--train.steps -5", "train.steps must be a whole number from 1 to 1,"),
+        ("--optim.betas 1", "Missing value for argument '--optim.betas'. Expected 2 values;"),
+    ],
+)
+def test_a_bad_option_is_one_line(capsys, words, line):
+    err = _fails(capsys, "config", "debug", *words.split())
+    assert line in err
+    assert err.endswith("; see `worldvla config debug --help`\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["play --port 99999", "play --threads 0", "play --bench -1", "play --init -1", "play --temperature nan"],
+)
+def test_numbers_that_do_not_fit_are_one_line(capsys, words):
+    assert "expected --port 0 to 65535, --threads 1 to 1024" in _fails(capsys, *words.split())
+
+
+@pytest.mark.parametrize(
+    "words", ["collect tabletop_goal", "eval random --suite x", "imagine x --world y --out z"]
+)
+def test_a_seed_that_no_generator_takes_is_one_line(capsys, words):
+    for seed in (-1, 2**32):
+        line = f"--seed must be from 0 to 2^32 - 1, got {seed}"
+        assert line in _fails(capsys, *words.split(), "--seed", seed)
+
+
+def test_a_wrong_suite_makes_no_folder(capsys, monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "unknown suite '../../../../x'" in _fails(capsys, "eval", "random", "--suite", "../../../../x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
+
+
+def test_missing_arguments_are_one_line(capsys):
+    assert "Missing from worldvla eval: STR, --suite STR; see" in _fails(capsys, "eval")
 
 
 def test_nearest_names_are_offered(capsys):

@@ -7,9 +7,11 @@ Run: pytest tests/test_collect.py
 import inspect
 import json
 import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +28,7 @@ from worldvla.sim import suites as sim
 from worldvla.sim.protocol import NUM_INITS, Task
 
 SUITE, TASK = "tabletop_object", sim.tasks("tabletop_object")[0]
-CRASH_AT = "TEST_COLLECT_CRASH_AT"
+CRASH_AT, DIE_AT = "TEST_COLLECT_CRASH_AT", "TEST_COLLECT_DIE_AT"
 
 
 class Line:
@@ -41,6 +43,8 @@ class Line:
         self.init = (options or {})["init"]
         if str(self.init - FIRST_INIT) == os.environ.get(CRASH_AT):
             raise RuntimeError("crashed as told")
+        if str(self.init - FIRST_INIT) == os.environ.get(DIE_AT):
+            os.kill(os.getpid(), signal.SIGKILL)
         self.x = np.random.default_rng(self.init).uniform(-0.5, 0.0)
         return self.observe(), {}
 
@@ -127,6 +131,35 @@ def test_stopped_and_resumed_equals_not_stopped(tmp_path, monkeypatch):
         _collect(tmp_path / "whole", noise=0.3)
 
 
+def test_a_killed_worker_is_one_line_and_the_same_call_goes_on(tmp_path, monkeypatch):
+    run = partial(collect, SUITE, tmp_path, tasks=(0,), episodes=4, workers=1, make=Line, expert=Right)
+    monkeypatch.setenv(DIE_AT, "2")
+    with pytest.raises(
+        OSError, match=r"a worker process was killed, .*: the same command goes on .* --workers"
+    ):
+        run()
+    monkeypatch.delenv(DIE_AT)
+    assert (tmp_path / f".{TASK.name}.parts/0.hdf5").exists()
+    assert run()[TASK.name]["episodes"] == 4
+
+
+def test_what_failed_at_once_does_not_refuse_its_correction(tmp_path, monkeypatch):
+    monkeypatch.setenv(CRASH_AT, "0")
+    with pytest.raises(RuntimeError, match="crashed as told"):
+        collect(SUITE, tmp_path, tasks=(0,), episodes=1, workers=1, make=Line, expert=Right, noise=0.3)
+    monkeypatch.delenv(CRASH_AT)
+    for _ in range(2):
+        collect(SUITE, tmp_path, tasks=(0,), episodes=1, workers=1, make=Line, expert=Right, noise=0.2)
+    assert json.loads((tmp_path / "collect.json").read_text())["noise"] == 0.2
+
+
+@pytest.mark.parametrize(("workers", "views"), [(-1, {}), (1, {"agentview": (0, 4)})])
+def test_nothing_is_rendered_again_with_bad_arguments(tmp_path, workers, views):
+    with pytest.raises(ValueError, match=r"workers >= 0|agentview=0x4"):
+        regenerate([], tmp_path / "out", views, workers=workers)
+    assert not (tmp_path / "out").exists()
+
+
 def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
     asked = []
 
@@ -147,9 +180,13 @@ def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
     ("changed", "message"),
     [
         ({"noise": 0.9}, "0 <= noise < 0.9"),
-        ({"episodes": 0}, "episodes >= 1"),
+        ({"episodes": 0}, "1 to 49995 episodes .* got 0.15, 0 and 0"),
+        ({"episodes": 49_996}, "1 to 49995 episodes"),
+        ({"seed": 2**32}, r"a seed from 0 to 2\^32 - 1, got"),
         ({"workers": -1}, "workers >= 0"),
-        ({"seed": -1}, "seed >= 0"),
+        ({"seed": -1}, "a seed from 0"),
+        ({"views": {"agentview": (0, 0)}}, "view agentview=0x0: expected 1x1 to 1,048,576 pixels"),
+        ({"views": {"agentview": (2**16, 2**16)}}, "view agentview=65536x65536: expected"),
         ({"label": -1}, "label >= 0"),
         ({"execute": 0}, "execute >= 1"),
         ({"kind": "world", "label": 2}, "no policy's targets, got label 2"),

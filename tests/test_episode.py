@@ -305,5 +305,7 @@ def test_full_disk_is_one_clear_line(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(path), str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == f"one line: [Errno 27] cannot write {path}: File too large\n"
+    assert done.stderr == (
+        f"one line: cannot write {path}: File too large: free some space, then repeat the command\n"
+    )
     assert list(tmp_path.iterdir()) == []

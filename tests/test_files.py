@@ -3,6 +3,8 @@
 Run: pytest tests/test_files.py
 """
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -115,10 +117,66 @@ def test_a_folder_has_one_writer_and_a_dead_one_holds_nothing(tmp_path: Path) ->
     assert names(folder / "ckpt") == {"step_4"}
 
 
+def test_a_full_disk_is_one_path_one_reason_and_what_to_do(tmp_path: Path) -> None:
+    def fill(file: Path) -> None:
+        with whole_folder(tmp_path / "run", "") as scratch, whole_file(scratch / file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch / file))
+
+    with pytest.raises(
+        OSError, match=r"^cannot write .*/run/a\.json: No space left on device: free some space, "
+    ):
+        fill(Path("a.json"))
+    assert not names(tmp_path)
+
+
+def test_a_folder_that_is_read_only_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    line = f"cannot write {tmp_path}: Read-only file system: make it writable, or choose another folder"
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(Path, "touch", refuse)
+    for writing in (whole_file(tmp_path / "a.json"), only_writer(tmp_path / "run")):
+        with pytest.raises(OSError, match=f"^{line}$"):
+            writing.__enter__()
+    unreadable = "/elsewhere/demos.hdf5"
+    monkeypatch.undo()
+    with pytest.raises(PermissionError, match=unreadable), whole_folder(tmp_path / "store", ""):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), unreadable)
+
+
+WRITE = """
+import sys, time
+from pathlib import Path
+from worldvla.files import whole_file, whole_folder
+with whole_folder(Path(sys.argv[1]), "") as scratch, whole_file(scratch / "a.json"):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_what_another_process_writes_is_not_swept(tmp_path: Path) -> None:
+    nest = tmp_path / "nest"
+    (nest / "run").mkdir(parents=True)
+    dead = nest / ".demos.0123abcd.tmp", nest / "run/.config.json.0123abcd.tmp"
+    for path in dead:
+        path.touch()
+    command, pipe = [sys.executable, "-c", WRITE, nest / "store"], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "held\n"
+        with only_writer(nest):
+            assert not any(path.exists() for path in dead)
+        writer.communicate("\n")
+    assert writer.returncode == 0
+    assert names(nest / "store") == {"a.json"}
+    assert names(nest) == {"store", "run"}
+
+
 def test_digests_name_what_changed(tmp_path: Path) -> None:
     for name in ("manifest.json", "a.json", "image/b.json"):
         write_json(tmp_path / name, {"n": 1})
-    with pytest.raises(ValueError, match=r"manifest\.json is not as it was written"):
+    with pytest.raises(ValueError, match=r"manifest\.json has no SHA-256 .*: write the folder again"):
         check_digests(tmp_path)
     write_digests(tmp_path)
     write_digests(tmp_path)

@@ -6,6 +6,7 @@ Run: pytest tests/test_finetune.py
 
 import os
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from released import MODEL, write_release, write_tokenizer
 from token_stubs import PixelSums
 
 from worldvla.cli import main
-from worldvla.config import ImageTokenizerConfig
+from worldvla.config import Config, ImageTokenizerConfig
 from worldvla.data.episode import Episode
 from worldvla.data.export import export_lerobot
 from worldvla.data.sources.source import Camera, Source, Vector
@@ -26,7 +27,7 @@ from worldvla.infer.model import load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
 from worldvla.published.convert import convert
-from worldvla.recipes import finetune, published
+from worldvla.recipes import finetune, published, tabletop
 from worldvla.serve.client import Client
 from worldvla.serve.server import serve_checkpoint
 from worldvla.tokenizers.image import ImageTokenizer
@@ -187,10 +188,11 @@ def test_a_released_model_is_tuned_by_low_rank_updates(tmp_path: Path):
     assert (np.abs(actions) <= np.abs(np.linspace(-1, 1, 14)) + 1e-6).all()  # of this arm, not LIBERO's
 
 
-def test_an_open_layout_needs_stores(run: Path):
-    open_config = replace(finetune(), tokenizer=str(run / "image_tokenizer"))
-    with pytest.raises(ValueError, match=r"data\.stores"):
-        build(replace(open_config, data=replace(open_config.data, stores=())))
+@pytest.mark.parametrize("recipe", [finetune, tabletop])
+def test_training_needs_stores(run: Path, recipe: Callable[[], Config]):
+    config = replace(recipe(), tokenizer=str(run / "image_tokenizer"))
+    with pytest.raises(ValueError, match=r"data\.stores is empty: name the token stores"):
+        build(replace(config, data=replace(config.data, stores=())))
 
 
 def test_the_world_model_of_the_same_data_imagines_all_cameras(run: Path):

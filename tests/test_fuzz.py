@@ -119,6 +119,7 @@ PROTECTED: dict[str, Callable[[Path], object]] = {
     "image_tokenizer": _tokenizer,
     "journal": _journal,
     "tfrecord": _foreign,
+    "reader": _reader,
 }
 """Readers of what has digests."""
 PLAIN: dict[str, Callable[[Path], object]] = {
@@ -131,7 +132,6 @@ PLAIN: dict[str, Callable[[Path], object]] = {
     "metrics": _metrics,
     "record": read_record,
     "example": _example,
-    "reader": _reader,
 }
 """Readers of what has none by its format, or whose digests are not compared."""
 SLOW: dict[str, Callable[[Path], object]] = {

@@ -247,6 +247,13 @@ def test_a_finished_tokenizer_stays_as_it_is(tmp_path, monkeypatch):
         train_tokenizer(views(32), CELL, tmp_path, replace(TRAINING, steps=1))
 
 
+def test_a_tokenizer_that_does_not_fit_is_refused_before_it_is_made(tmp_path):
+    config = replace(CELL, channels=2**16)
+    with pytest.raises(ValueError, match=r"needs .* GB .* are free: make config\.channels or"):
+        train_tokenizer(views(), config, tmp_path, TRAINING)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_trained_on_keeps_its_codes_and_says_from_which(tmp_path):
     first, other, on, further = (tmp_path / name for name in ("first", "other", "on", "further"))
     train = partial(train_tokenizer, views(), CELL)

@@ -88,6 +88,23 @@ def test_what_replayed_is_what_happened_and_is_learnt(
     assert all(len(e) <= 25 and np.isfinite(e.states).all() for e in dreamt)
 
 
+@pytest.mark.parametrize("wrong", [{"episodes": 0}, {"rounds": 0}, {"execute": -1}, {"temperature": np.nan}])
+def test_bad_numbers_are_refused_before_anything_is_written(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match="expected episodes, rounds and steps >= 1, execute, seed and a finite"
+    ):
+        improve(MODEL, MODEL, [], [SUITE], tmp_path / "o", **wrong)
+    with pytest.raises(ValueError, match="did you mean tabletop_object"):
+        improve(MODEL, MODEL, [], ["tabletop_objects"], tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_settings_may_change_until_a_round_has_begun(tmp_path: Path) -> None:
+    for seed in range(2):
+        with pytest.raises(ValueError, match=r"for the judge: collect it anew"):
+            improve(MODEL, MODEL, [], [SUITE], tmp_path / "o", seed=seed)
+
+
 def test_a_policy_that_never_replayed_has_nothing_to_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

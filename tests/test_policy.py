@@ -311,6 +311,9 @@ def test_an_exported_model_is_smaller_and_acts_alike(checkpoint: Path, model: Mo
     assert str(Path(model.config.tokenizer).parent) not in card, "no path of this machine"
     assert f"weights {exported.identity()['digest']}, image tokenizer {model.image.digest()}" in card
     assert f"a WorldVLA of {model.transformer.num_parameters():,} parameters".lower() in card.lower()
+    words = [file.read_text() for file in exported.path.rglob("*.json")]
+    assert not any(str(Path(model.config.tokenizer).parent) in text for text in words), "nor in the config"
+    assert exported.config.data.stores == ("store",)
     for name, weight in exported.transformer.state_dict().items():
         torch.testing.assert_close(weight, model.transformer.state_dict()[name], rtol=1e-2, atol=1e-3)
     assert Policy(exported).act(observe(0)).shape == Policy(model).act(observe(0)).shape

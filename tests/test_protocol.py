@@ -96,7 +96,7 @@ def test_garbage_is_no_message(data: bytes) -> None:
 )
 def test_work_is_bounded_before_it_is_done(message: Any) -> None:
     assert unpack(pack(message)) == message or isinstance(message[0], np.ndarray | list)
-    with pytest.raises(ValueError, match="not a msgpack message"):
+    with pytest.raises(ValueError, match=r"holds too much .*: (shorten|send pictures|leave out)"):
         unpack(pack(message), max_items=256, max_text=256)
 
 

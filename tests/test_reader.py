@@ -4,6 +4,7 @@ Run: pytest tests/test_reader.py
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from tiny_run import TOKENIZER, _episode
 from worldvla.data.episode import Episode, write_episodes
 from worldvla.eval.reader import Reader, Sights, fit, gather, holding, measure, train_reader
 from worldvla.eval.world import Clip, find_reader, score
-from worldvla.files import write_digests, write_json
+from worldvla.files import read_json, write_digests, write_json
 from worldvla.tokenizers.image import ImageTokenizer
 
 SIZES = {"agentview": (16, 16), "wrist": (8, 8)}
@@ -103,6 +104,20 @@ def test_imagination_is_judged_by_the_hand_and_by_what_it_holds(reader: Reader) 
     assert "hand" not in score(clips, {"model": real})
 
 
+def test_a_reader_replaces_nothing_else(tmp_path: Path) -> None:
+    train = partial(train_reader, [], ImageTokenizer(TOKENIZER))
+    write_json(tmp_path / "config.json", {"width": 1})
+    (tmp_path / "model.safetensors").touch()
+    for name in ("config.safetensors", "model.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} or .* exists and is no reader: choose another name"):
+            train(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{tmp_path} is no file for a reader: .*/reader.safetensors"):
+        train(tmp_path)
+    with pytest.raises(ValueError, match="expected frames and steps >= 1"):
+        train(tmp_path / "reader.safetensors", steps=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_a_reader_is_trained_stored_and_found(tmp_path: Path) -> None:
     rng, tokenizer = np.random.default_rng(0), ImageTokenizer(TOKENIZER)
     write_episodes(tmp_path / "a_demo.hdf5", [episode(rng) for _ in range(3)], {})
@@ -122,7 +137,10 @@ def test_a_reader_is_trained_stored_and_found(tmp_path: Path) -> None:
     model.view_sizes = {"agentview": (8, 8)}
     with pytest.raises(ValueError, match="train a reader of its views"):
         find_reader(model)  # pyright: ignore[reportArgumentType]
-    write_json(path.with_suffix(".json"), {"views": SIZES})
+    told = read_json(path.with_suffix(".json"))
+    write_json(path.with_suffix(".json"), told | {"held_out": 0})
+    with pytest.raises(ValueError, match=r"reader.safetensors or reader.json is not as it was written"):
+        find_reader(model, path.parent / "../" / path.parent.name / path.name)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"reader\.json is not as it was written"):
         find_reader(model)  # pyright: ignore[reportArgumentType]
     write_episodes(tmp_path / "b_demo.hdf5", [episode(rng)], {})

@@ -6,6 +6,7 @@ Run: pytest tests/test_rollout.py
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -437,12 +438,22 @@ def test_merged_shards_are_the_whole_evaluation(tmp_path: Path) -> None:
     assert merged["successes"] == 4
     videos = [sorted(p.name for p in (tmp_path / d / "videos").iterdir()) for d in ("whole", "merged")]
     assert videos[0] == videos[1] == ["00_00.mp4", "02_00.mp4"]
+    for path in folders:
+        shutil.rmtree(path / "videos", ignore_errors=True)
+        (path / "tokens.npz").touch()
+    assert merge(folders, tmp_path / "without_videos") == merged
     with pytest.raises(ValueError, match=r"shards 2/4, 0/4: expected each of 0/4 to 3/4 once"):
         merge(folders[:2], tmp_path / "none")
     roll(Forward(), tmp_path / "1", 4, tasks=(0, 2), videos=1, shard=(1, 4), first=4)
     with pytest.raises(ValueError, match=r"other evaluations .*initial_states: '0\.\.3 ") as error:
         merge(folders, tmp_path / "none")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 2**32}, {"videos": -1}])
+def test_a_wrong_seed_or_number_of_films_is_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"expected a seed from 0 to 2\^32 - 1 and videos >= 0, got "):
+        Protocol("tabletop_object", **wrong)
 
 
 @pytest.mark.parametrize("shard", [(0, 3), (4, 4), (0, 0)])

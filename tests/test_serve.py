@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -97,14 +98,22 @@ def test_the_server_speaks_first_and_answers_both_vocabularies(right: str) -> No
         (request(**{"observation/state": np.full(8, 1e300)}), "finite"),
         (request(prompt=""), "prompt must be a text"),
         (request(prompt="a" * 5000), "prompt has 5000 letters, expected at most 4096"),
-        (request(prompt="a" * 10**6), "not a msgpack message"),
+        (
+            request(prompt="a" * 10**6),
+            r"holds too much \(1000000 exceeds max_str_len.*: shorten the text, a prompt",
+        ),
         (request(deadline_ms=-1), "deadline_ms must be milliseconds above 0, got -1"),
         ({"prompt": "go"}, r"needs 'observation/image' or 'agentview', got the keys \['prompt'\]"),
         ([1], "must be a map, got list"),
-        ([[]] * 10**6, "not a msgpack message"),
-        (b"\xdd\xff\xff\xff\xff", "not a msgpack message"),
-        (request(prompt="go", x=[np.zeros(0)] * 10_000), "not a msgpack message"),
-        (dict.fromkeys(map(str, range(10**5))), "not a msgpack message"),
+        ([[]] * 10**6, "holds too much .*: send pictures and other numbers as numpy arrays, not as lists"),
+        (request(**{"observation/image": image().tolist()}), "got list: send an array, uint8"),
+        (
+            request(**{"observation/image": image(side=20).tolist()}),
+            "holds too much .*: send pictures .* arrays",
+        ),
+        (b"\xdd\xff\xff\xff\xff", "holds too much"),
+        (request(prompt="go", x=[np.zeros(0)] * 10_000), "holds too much .* as numpy arrays"),
+        (dict.fromkeys(map(str, range(10**5))), "holds too much .*: leave out"),
         (b"\xc1", "not a msgpack message"),
         ("hello", "binary msgpack frame"),
         (request(prompt="raise"), "RuntimeError: the policy fell off"),
@@ -239,6 +248,33 @@ def test_idle_connections_and_clients_that_do_not_read_stop_nobody() -> None:
         stack.enter_context(Client(f"ws://{at}"))
         with pytest.raises(ConnectionError, match="HTTP 503: 503 clients are connected"):
             Client(f"ws://{at}")
+
+
+def test_raw_sockets_use_up_neither_files_nor_places() -> None:
+    """Of those that say nothing the oldest go; clients come in, and are not counted by their handshakes."""
+    with policy_server(limits={"max_handshakes": 8, "max_connections": 20}) as at, ExitStack() as stack:
+        host, port = at.split(":")
+        client = stack.enter_context(Client(f"ws://{at}"))
+        mute = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(100)]
+        assert "actions" in client.infer(request())
+        assert "actions" in stack.enter_context(Client(f"ws://{at}")).infer(request())
+        for connection in mute[:92]:
+            connection.settimeout(10)
+            with suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+        for connection in mute[94:]:
+            connection.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+        assert re.search(r'turned_away_total\{reason="handshake"\} 9\d', fetch(at, "/metrics")[1])
+
+
+def test_a_system_that_allows_too_few_files_is_refused() -> None:
+    served = Served(act=lambda o: np.zeros((len(o), 5, 7)), views={"agentview": (4, 4)})
+    with pytest.raises(
+        ValueError, match=r"need 1000000256 open files, the system allows \d+: lower --max-conn"
+    ):
+        asyncio.run(serve(served, limits=Limits(max_connections=10**9)))
 
 
 def test_a_silent_client_is_told_to_come_again() -> None:

@@ -34,5 +34,7 @@ def test_a_run_shows_what_its_loader_makes(
     (tmp_path / "config.json").write_text(json.dumps(to_json(tiny_config(root))))
     main(["show-sample", str(tmp_path), "--mode", mode, "--frame", "3", "--width", "200"])
     out = capsys.readouterr().out
+    assert main(["show-sample", str(tmp_path), "--mode", mode, "--frame", "99999999"]) == 2
+    assert "--frame 99999999: the stores hold frames 0 to " in capsys.readouterr().err
     assert f"tiny {mode}" in out
     assert ("do 0" if mode == "policy" else "go") in out

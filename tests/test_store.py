@@ -294,6 +294,57 @@ def test_foreign_actions_are_named_before_anything_is_encoded(what: str, message
         tokenize(tmp_path.glob("*.hdf5"), tokenizer, tmp_path / "store")
 
 
+def test_a_reversed_gripper_is_seen_over_files_that_move_it_seldom(tmp_path: Path):
+    for i in range(8):
+        sound = replace(random_episode(i, 12), states=np.zeros((12, 8), np.float32))
+        bad = _spoilt(sound, "reversed")
+        bad.states[3:, 6:] = bad.states[3, 6:]  # three steps that move
+        write_episodes(tmp_path / f"{i}_demo.hdf5", [bad], {})
+    with pytest.raises(ValueError, match=r"^8 faults: .*0_demo.hdf5: .* change its sign; .*7_demo.hdf5"):
+        tokenize(tmp_path.glob("*.hdf5"), PixelSums(), tmp_path / "store")
+    write_episodes(tmp_path / "good_demo.hdf5", [_with_gripper(random_episode(9, 40))], {})
+    store = tokenize(tmp_path.glob("*.hdf5"), PixelSums(), tmp_path / "store", skip_bad=True)
+    assert [e.key for e in store.episodes] == ["stub/task_0/9/0"]
+
+
+def _with_gripper(episode: Episode) -> Episode:
+    """Return an episode whose gripper does as it is told."""
+    episode = _spoilt(episode, "reversed")
+    return replace(episode, states=np.hstack((episode.states[:, :6], 1 - episode.states[:, 6:])))
+
+
+def test_labels_out_of_range_are_named(tmp_path: Path):
+    labels = [np.zeros((9, 2, 7), np.float32) for _ in range(2)]
+    labels[1][4, 1, 2] = 3
+    told = [replace(random_episode(i), expert_actions=label) for i, label in enumerate(labels)]
+    write_episodes(tmp_path / "a_demo.hdf5", told, {})
+    with pytest.raises(
+        ValueError, match=r"^1 faults: .*demo_1: expert_actions\[:, :, 2\] \(z\) range from 0 to 3"
+    ):
+        tokenize([tmp_path / "a_demo.hdf5"], PixelSums(), tmp_path / "store")
+
+
+def test_what_does_not_fit_into_a_store_is_named_before_anything_is_encoded(tmp_path: Path):
+    tokenizer = PixelSums()
+    first, small, lacks, odd, told = (random_episode(i) for i in range(5))
+    small = replace(small, images={**small.images, "wrist": small.images["wrist"][:, :2, :2]})
+    lacks = replace(lacks, images={"agentview": lacks.images["agentview"]})
+    odd = replace(odd, images={**odd.images, "agentview": odd.images["agentview"][:, :5]})
+    told = replace(told, expert_actions=np.zeros((9, 2, 7), np.float32))
+    for i, episode in enumerate((first, small, lacks, odd, told)):
+        write_episodes(tmp_path / f"{i}_demo.hdf5", [episode], {})
+    lines = (
+        r"4 faults: .*1_demo.*: wrist has pictures of 2x2 pixels, those before it 4x4: use one size; "
+        r".*2_demo.*: lacks views \['wrist'\], has \['agentview'\]; "
+        r".*3_demo.*: agentview has pictures of 5x6 pixels, the image tokenizer needs multiples of 2: .*; "
+        r".*4_demo.*: has 2 expert actions a step, those before it 0"
+    )
+    with pytest.raises(ValueError, match=lines):
+        tokenize(tmp_path.glob("*.hdf5"), tokenizer, tmp_path / "store")
+    assert not tokenizer.seen
+    assert len(tokenize(tmp_path.glob("*.hdf5"), tokenizer, tmp_path / "store", skip_bad=True).episodes) == 1
+
+
 def test_a_hand_that_stays_closed_in_a_whole_file_is_no_fault(tmp_path: Path):
     episode = random_episode(0, 20)
     closed = np.full(20, 0.996)  # as a policy's bins say it

@@ -22,7 +22,7 @@ from tiny_run import joined, tiny_config, train_in_parts
 
 from worldvla.batch import Batch
 from worldvla.config import Config, LoraConfig, OptimConfig, from_json
-from worldvla.files import save_tensors, write_digests
+from worldvla.files import read_json, save_tensors, write_digests, write_json
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train import checkpoint, loop, parallel
 from worldvla.train.build import build
@@ -241,6 +241,28 @@ def test_more_steps_go_on_with_the_optimiser_and_say_what_the_rate_does(
     caplog.clear()
     train(longer, tmp_path / "run")
     assert not caplog.text
+
+
+def test_a_damaged_checkpoint_names_the_one_before(root: Path, tmp_path: Path) -> None:
+    newest = train(tiny_config(root), tmp_path / "run").checkpoint
+    weights, state = newest / "trainer.safetensors", read_json(newest / "trainer.json")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + b"?")
+    line = (
+        rf"trainer.safetensors is not as it was written .*; or type `rm -r {newest}`, and the same command "
+    )
+    with pytest.raises(ValueError, match=f"{line}goes on from step_4$"):
+        train(tiny_config(root), tmp_path / "run")
+    weights.write_bytes(content)
+    write_json(newest / "trainer.json", state | {"stop": 8})
+    write_digests(newest)
+    with pytest.raises(ValueError, match=r"trainer\.json is damaged or no state of a training .*'stop'"):
+        train(tiny_config(root), tmp_path / "run")
+    shutil.rmtree(newest.with_name("step_4"))
+    with pytest.raises(ValueError, match=r"and the same command begins anew$"):
+        train(tiny_config(root), tmp_path / "run")
+    shutil.rmtree(newest)
+    assert train(tiny_config(root), tmp_path / "run").checkpoint == newest
 
 
 def test_changed_data_is_refused_on_resume(root: Path, tmp_path: Path) -> None:

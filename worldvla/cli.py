@@ -6,16 +6,19 @@ red line of the doctor, 130 interrupted.
 """
 
 import difflib
+import io
 import json
+import math
 import os
+import re
 import sys
 import textwrap
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -696,7 +699,7 @@ def evaluate(
         shard: I/N: the I-th (from 0) of N equal parts of the episodes; `worldvla merge` joins their records.
         allow_errors: More errors than this make the exit code 3.
     """
-    out = out or Path("out/eval") / _short(Path(checkpoint)) / suite
+    out = out or _results(checkpoint, suite)
     with only_writer(out), _open_cluster(cluster, "gpu" if device.startswith("cuda") else "node") as pool:
         from worldvla.eval.rollout import Protocol, open_actor
         from worldvla.track import track_evaluations
@@ -707,6 +710,14 @@ def evaluate(
         records, folders = _evaluate_members(whole, act, out, workers, pool, save_dataset)
         track_evaluations(track, out, records, folders)
         return _report(suite, records, out, allow_errors)
+
+
+def _results(checkpoint: str, suite: str) -> Path:
+    """Return the default folder of results; a wrong suite, which may lead out of it, raises ValueError."""
+    from worldvla.sim.suites import members
+
+    members(suite)
+    return Path("out/eval") / _short(Path(checkpoint)) / suite
 
 
 def _evaluate_members(
@@ -1142,6 +1153,7 @@ def play(
     from worldvla.serve.play.session import open_playable
 
     suite, index = _task(task)
+    _check_play(port, threads, temperature, bench, init)
     playable = open_playable(load(checkpoint, device), suite=suite, temperature=temperature)
     suite = suite or ("libero_object" if playable.simulator == "libero" else "tabletop_object")
     playable.task(suite, index)
@@ -1168,6 +1180,18 @@ def play(
             on_start=lambda at: say(f"play at {at}   recordings: {save_dataset or out}"),
         )
     )
+
+
+def _check_play(port: int, threads: int, temperature: float, bench: int, init: int) -> None:
+    if (
+        bench < 0
+        or init < 0
+        or not (0 <= port < 2**16 and 1 <= threads <= 1024 and 0 <= temperature < math.inf)
+    ):
+        raise ValueError(
+            "expected --port 0 to 65535, --threads 1 to 1024, --temperature, --bench, --init from 0 on, got "
+            f"{port}, {threads}, {temperature}, {bench} and {init}"
+        )
 
 
 def _task(text: str) -> tuple[str, int]:
@@ -1257,11 +1281,14 @@ def show_sample(
 
     path = Path(config) / "config.json"
     complete = from_json(Config, read_json(path), str(path)) if path.exists() else recipe(config)
+    if frame < 0:
+        raise ValueError(f"--frame must be at least 0, got {frame}")
     if fake:
         builder, sample = show.fake(complete, mode, frame)
     else:
-        pieces = build(complete)
-        names = complete.data.datasets
+        pieces, names = build(complete), complete.data.datasets
+        if not 0 <= frame < (number := len(pieces.loader.frames.stores_F)):
+            raise ValueError(f"--frame {frame}: the stores hold frames 0 to {number - 1}")
         builder = pieces.builder.only(names[pieces.loader.frames.stores_F[frame]] if names else "")
         sample = pieces.loader.sample(frame, mode)
     Console(width=width).print(show.show(sample, builder, f"{complete.name} {mode}"))
@@ -1309,11 +1336,11 @@ def _overview() -> str:
 
 
 def _run(verb: str, args: list[str]) -> int:
-    """Run a verb and return the exit code; bad arguments exit with code 2 and tyro's message."""
+    """Run a verb and return the exit code; bad arguments raise ValueError."""
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=3, cutoff=0.4) or VERBS
         raise ValueError(f"unknown verb {verb!r}; did you mean {', '.join(near)}? See `worldvla --help`")
-    run, prog = VERBS[verb], f"worldvla {verb}"
+    run, prog = _later(VERBS[verb]), f"worldvla {verb}"
     if verb == "train-tokenizer":
         from worldvla.train.image_tokenizer import TABLETOP
 
@@ -1327,7 +1354,47 @@ def _run(verb: str, args: list[str]) -> int:
             args = ["debug", "--help"]
         name, *args = args
         run, prog = partial(run, config=recipe(name)), f"{prog} {name}"
-    return tyro.cli(run, prog=prog, args=args) or 0
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            call = tyro.cli(run, prog=prog, args=args)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(f"{_line_of(box.getvalue())}; see `{prog} --help`") from None
+    if not 0 <= (seed := call.keywords.get("seed", 0)) < 2**32:
+        raise ValueError(f"--seed must be from 0 to 2^32 - 1, got {seed}")
+    return call() or 0
+
+
+def _later(run: Callable[..., int | None]) -> Callable[..., "partial[int | None]"]:
+    """Return a function of the same arguments that returns the call."""
+
+    @wraps(run)
+    def bound(*args: Any, **options: Any) -> "partial[int | None]":
+        return partial(run, *args, **options)
+
+    return bound
+
+
+def _line_of(box: str) -> str:
+    """Return tyro's box of an error as one line: what is wrong, and which options come near.
+
+    Its sections stand between lines; options in it are indented by 4, their help by 8.
+    """
+    rows = [
+        re.sub(r"[\u2500-\u257f]|^ +-{3,}$|\x1b\[[\d;]*m", "", r.rstrip()).rstrip() for r in box.splitlines()
+    ]
+    text = textwrap.dedent("\n".join(rows[1:])).strip("\n")
+    wrong, *others = text.split("\n\n")
+    options = [re.findall(r"^ {4}(?! )(\S.*)", section, re.M) for section in (wrong, *others)]
+    line = " ".join((wrong.splitlines()[0] if options[0] else wrong).split()).rstrip(".")
+    line += f" {', '.join(options[0])}" if options[0] else ""
+    for section, named in zip(others, options[1:], strict=True):
+        flags = [name for name in named if name.startswith("-")]
+        if flags:
+            line += f"; {'did you mean' if 'Perhaps' in section else 'expected'} {' or '.join(flags)}"
+    return line
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Annotated, Any, Literal, TypeVar
 
 _T = TypeVar("_T")
@@ -35,6 +36,11 @@ class Range:
 
 Count = Annotated[int, Range(1, 10**9)]
 Whole = Annotated[int, Range(0, 10**9)]
+Size = Annotated[int, Range(1, 2**16)]
+"""Of what takes memory: a width, a side, a length, rows of a batch."""
+Few = Annotated[int, Range(1, 1024)]
+"""Layers, heads, threads, frames of a sequence."""
+FewOrNone = Annotated[int, Range(0, 1024)]
 Share = Annotated[float, Range(0, 1)]
 Amount = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, is_open=True)]
@@ -52,25 +58,25 @@ class Checked:
 class ImageTokenizerConfig(Checked):
     """Shape of the VQGAN (published values: WorldVLA model/chameleon_vae_ori/vqgan.yaml)."""
 
-    channels: Count = 128
+    channels: Size = 128
     """Width at full resolution."""
-    channel_mult: tuple[Count, ...] = (1, 1, 2, 2, 4)
+    channel_mult: tuple[Few, ...] = (1, 1, 2, 2, 4)
     """Width of each level over `channels`; each level but the last halves the sides."""
     encoder: Literal["vqgan", "cell"] = "vqgan"
     """cell: every code is a function of its own factor x factor pixels alone, so that what stands still keeps
     its codes, as a world model needs it. vqgan: as published; its norms and attention see the whole frame."""
-    patch: Count = 1
+    patch: Size = 1
     """Side of the pixel blocks folded into channels before the first level (published: 1). More makes small
     tokenizers fast."""
-    num_res_blocks: Whole = 2
-    z_channels: Count = 256
-    embed_dim: Count = 256
+    num_res_blocks: FewOrNone = 2
+    z_channels: Size = 256
+    embed_dim: Size = 256
     """Dimension of a codebook vector (for FSQ: the number of levels)."""
     quantizer: Literal["vq", "fsq"] = "vq"
     num_codes: Annotated[int, Range(2, 2**24)] = 8192
     fsq_levels: tuple[Annotated[int, Range(2, 256)], ...] = ()
     """Levels of each FSQ dimension; their product is num_codes. Empty for VQ."""
-    context_widths: tuple[Count, ...] = ()
+    context_widths: tuple[Size, ...] = ()
     """Widths at 1/2, 1/4, 1/8 of a frame's side of a decoder that also reads a real frame of the same clip
     and copies from it what stands still. Empty, as published: the VQGAN's, which reads codes alone."""
 
@@ -105,7 +111,7 @@ class TokenizerTraining(Checked):
     """Budget."""
     steps: Whole = 0
     """Budget instead of minutes, if not 0; the result is then a function of the seed, on any machine."""
-    batch_size: Count = 32
+    batch_size: Size = 32
     """Frames of every view in a step."""
     learning_rate: Positive = 2e-3
     """At its highest; a fifth of it or less to train on from another tokenizer."""
@@ -120,7 +126,7 @@ class TokenizerTraining(Checked):
     for codes that see their own cell alone (encoder "cell")."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    num_threads: Count = 2
+    num_threads: Few = 2
     max_frames: Count = 60_000
     """Frames of a view that are read, about; drawn from all episodes."""
 
@@ -132,11 +138,11 @@ class LayoutConfig(Checked):
     views: tuple[str, ...] = ("agentview",)
     """Cameras, in the order in which they stand in a sequence; none: cameras, grids and numbers of dims are
     those of the stores (train/build.py, fit)."""
-    grids: tuple[tuple[Count, Count], ...] = ((16, 16),)
+    grids: tuple[tuple[Few, Few], ...] = ((16, 16),)
     """Code rows and columns of each view."""
-    history: Count = 2
+    history: Few = 2
     """M, frames of a policy sample; the first frame of an episode stands alone (WorldVLA: no padding)."""
-    clip: Count = 1
+    clip: Few = 1
     """C, frames that a world sample asks for one after the other, each after its action (published: 1). With
     more, nearly every token is a target and a frame has up to C before it, in imagination too."""
     anchor: bool = False
@@ -146,15 +152,15 @@ class LayoutConfig(Checked):
     """All codes of a frame that is asked for are predicted at once, none from another one of it: what
     layout.selective_mask is for actions. Needs model.previous_code, which reads the frame before. Off, as
     published: each from those before it."""
-    chunk: Count = 5
+    chunk: Few = 5
     """K, actions of a chunk."""
     state: bool = False
     """State tokens after the text of a policy sample (RynnVLA-002)."""
     world_state: bool = False
     """State tokens before each frame of a world sample: the model says where the hand will be, then shows
     it, and imagination has a state for the policy. Off, as published: frames alone."""
-    num_action_dims: Count = 7
-    num_state_dims: Whole = 8
+    num_action_dims: Few = 7
+    num_state_dims: FewOrNone = 8
     selective_mask: bool = True
     """Hide the other actions of a chunk from each action (the paper's key finding). Off: plain causal."""
     action_conditioning: bool = True
@@ -171,6 +177,15 @@ class LayoutConfig(Checked):
         if len(self.views) != len(self.grids):
             raise ValueError(
                 f"layout has {len(self.views)} views and {len(self.grids)} grids: give one grid a view"
+            )
+        try:
+            fields = {field[1:] for field in Formatter().parse(self.policy_prompt) if field[1] is not None}
+        except ValueError:  # braces without a partner
+            fields = set()
+        if fields != {("task", "", None)}:
+            raise ValueError(
+                f"layout.policy_prompt {self.policy_prompt!r:.80}: expected a text with {{task}}, for which "
+                "the instruction is put, and no other braces"
             )
 
     @property
@@ -209,11 +224,11 @@ class LayoutConfig(Checked):
 class HeadConfig(Checked):
     """Shape of the continuous action head (published: 2 layers, width 1024, 4 heads, hidden 4096)."""
 
-    num_layers: Whole = 0
+    num_layers: FewOrNone = 0
     """0: no head; the policy has its bins alone."""
-    width: Count = 1024
-    num_heads: Count = 4
-    hidden: Count = 4096
+    width: Size = 1024
+    num_heads: Size = 4
+    hidden: Size = 4096
     dropout: Share = 0.1
 
     def __post_init__(self) -> None:
@@ -226,11 +241,11 @@ class HeadConfig(Checked):
 class ModelConfig(Checked):
     """Shape of the transformer (published 7B: 32 layers, width 4096, 32 heads, hidden 11008)."""
 
-    num_layers: Count
-    width: Count
-    num_heads: Count
-    num_kv_heads: Count
-    hidden: Count
+    num_layers: Few
+    width: Size
+    num_heads: Size
+    num_kv_heads: Size
+    hidden: Size
     """Inner width of the SwiGLU block."""
     rope_theta: Positive = 10000.0
     norm_eps: Positive = 1e-5
@@ -238,7 +253,7 @@ class ModelConfig(Checked):
     """On attention and MLP outputs before the residual add (published: 0.05)."""
     place_embedding: bool = False
     """Learned row and column embeddings on image codes (compact models)."""
-    code_levels: tuple[Count, ...] = ()
+    code_levels: tuple[Size, ...] = ()
     """Levels of the image tokenizer's FSQ dims, where image codes are embedded and predicted level by level
     (model/codes.py). Empty, as published: a row of the embedding and of the head for each code."""
     previous_code: bool = False
@@ -254,6 +269,11 @@ class ModelConfig(Checked):
             raise ValueError(
                 f"width {self.width} must divide by num_heads {self.num_heads}, "
                 f"and that by num_kv_heads {self.num_kv_heads}"
+            )
+        if (size := self.width // self.num_heads) % 2:
+            raise ValueError(
+                f"width {self.width} / num_heads {self.num_heads} is {size}: rotary positions turn pairs of "
+                "dims, make it even"
             )
 
 
@@ -301,6 +321,8 @@ class OptimConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if 1 in self.betas:
+            raise ValueError(f"optim.betas {self.betas}: expected less than 1, such as (0.9, 0.95)")
         if self.ema == 1:
             raise ValueError("optim.ema 1 averages nothing: expected less, such as 0.999, or 0 for off")
 
@@ -326,7 +348,7 @@ class DataConfig(Checked):
     that reads them so; the real ones stay their targets."""
     statistics: Literal["minmax", "quantile"] = "minmax"
     """Normalisation range of actions and states: minimum, maximum (published) or 1st, 99th percentile."""
-    sequence_length: Count = 256
+    sequence_length: Size = 256
     """Batches are padded to it; a longer sample raises."""
     truncate: bool = False
     """Cut longer samples instead, as published for pairs of 512 px views (docs/DETAILS.md, 26)."""
@@ -349,13 +371,13 @@ class DataConfig(Checked):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Checked):
     steps: Count
-    batch_size: Count
-    accumulation: Count = 1
+    batch_size: Size
+    accumulation: Few = 1
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """bfloat16 is autocast over float32 weights. auto: the faster one, measured when a run begins."""
     device: str = "cpu"
-    num_threads: Count = 2
+    num_threads: Few = 2
     shard: Whole = 1
     """Processes that share one copy of weights, gradients and moments (FSDP2); 1: each holds all of it, 0: as
     many as there are for a copy."""
@@ -387,7 +409,7 @@ class TrainConfig(Checked):
 class LoraConfig(Checked):
     """Train low-rank updates W + alpha / rank * B A of a frozen checkpoint (LoRA, arXiv 2106.09685)."""
 
-    rank: Whole = 0
+    rank: Annotated[int, Range(0, 2**16)] = 0
     """Rows of A; 0: off, every weight is trained. Else train.init_from names the checkpoint."""
     alpha: Positive = 32.0
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
@@ -420,9 +442,10 @@ class Config(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if "/" in self.name or "\\" in self.name or self.name.startswith("."):
+        if not self.name or "/" in self.name or "\\" in self.name or self.name.startswith("."):
             raise ValueError(
-                f"name is part of a path: expected one without / and leading dots, got {self.name!r}"
+                "name is part of a path: expected one that is not empty, without / and leading dots, got "
+                f"{self.name!r}"
             )
         if self.model.code_levels and (self.vocab != "compact" or self.loss.supervise != "decoded"):
             raise ValueError(

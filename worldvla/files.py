@@ -4,10 +4,12 @@ What is written stands under a scratch name of its own, so that two processes th
 meet; a failure leaves nothing behind. What is read is what was written, or an error of one line.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -15,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ MANIFEST = "manifest.json"
 PROTECTED = (".json", ".npy", ".safetensors")
 """Endings of the files of a folder that its manifest has digests of."""
 _SCRATCH = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}(?P<old>\.old)?\.tmp")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _held: set[Path] = set()
 """The folders that this process writes."""
 
@@ -58,18 +62,41 @@ def reading(path: Path | str, what: str, fix: str = "restore it or make it again
 
 
 @contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say in a line why `path` cannot be written in the block: one path, one reason, what to do."""
+    try:
+        yield
+    except OSError as error:
+        at = Path(error.filename) if isinstance(error.filename, str | os.PathLike) else None
+        if error.errno in _FULL:
+            where, fix = path, "free some space, then repeat the command"
+        elif error.errno in _CLOSED and at and at.absolute().is_relative_to(path.absolute().parent):
+            where, fix = at if at.exists() else at.parent, "make it writable, or choose another folder"
+        else:
+            raise
+        raise OSError(f"cannot write {_shown(where)}: {error.strerror}: {fix}") from error
+
+
+def _shown(path: Path) -> Path:
+    """Return a path under the names that its scratch folders and files stand for."""
+    return Path(*(m["name"] if (m := _SCRATCH.fullmatch(part)) else part for part in path.parts))
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give the name of a scratch file, which replaces `path` after the block; on an error it is gone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        scratch.touch()
-        mode = scratch.stat().st_mode  # what the umask gives; safetensors makes it 0600
-        yield scratch
-        scratch.chmod(mode)
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.touch()
+            mode = scratch.stat().st_mode  # what the umask gives; safetensors makes it 0600
+            yield scratch
+            scratch.chmod(mode)
+            scratch.replace(path)
+        finally:
+            with suppress(OSError):  # of a folder that is read-only: the reason is another one
+                scratch.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -103,23 +130,33 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Write `folder` alone: another process that does raises BlockingIOError, which says who it is.
 
     The lock is flock's on `.NAME.lock` beside the folder, so that a dead holder holds nothing; a file system
-    without it has none. What killed writers left is removed first.
+    without it has none. What killed writers left is removed first, but nothing that another process writes.
     """
     folder = folder.absolute()
     if folder in _held:
         yield
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            sweep(folder.parent, folder.name)
+            sweep(folder)
+            for inside in folder.glob("*/"):
+                if not _SCRATCH.fullmatch(inside.name):
+                    with suppress(BlockingIOError), _locked(inside):
+                        sweep(inside)
+            yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     lock = folder.with_name(f".{folder.name}.lock")
     descriptor = _lock(lock, folder)
     _held.add(folder)
     try:
-        sweep(folder.parent, folder.name)
-        for inside in [folder, *folder.glob("*/")] if folder.is_dir() else ():
-            sweep(inside)
         yield
     finally:
-        _held.remove(folder)
+        _held.discard(folder)
         lock.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -152,15 +189,22 @@ def _lock(lock: Path, folder: Path) -> int:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what killed writers left in `folder` (of the entry `name` alone, where one is given).
+    """Remove what killed writers left of the entry `name` of `folder`, whose lock is held; of all whose lock
+    nobody holds, where none is given.
 
     Of a folder that was being replaced and is not there, the old one comes back.
     """
-    for left_over in folder.glob(f".{glob.escape(name) if name else '*'}.*.tmp"):
-        match = _SCRATCH.fullmatch(left_over.name)
-        if match is None or match["name"] != (name or match["name"]):
-            continue
+    paths = folder.glob(f".{glob.escape(name) if name else '*'}.*.tmp")
+    found = [(path, match) for path in paths if (match := _SCRATCH.fullmatch(path.name))]
+    if not name:
+        for other in {match["name"] for _, match in found}:
+            with suppress(BlockingIOError), _locked(folder / other):
+                sweep(folder, other)
+        return
+    for left_over, match in found:
         target = folder / match["name"]
+        if target.name != name:
+            continue
         if match["old"] and not target.exists():
             left_over.rename(target)
         elif left_over.is_dir():
@@ -205,6 +249,11 @@ def check_digests(folder: Path, names: Collection[str] | None = None) -> None:
     """Raise ValueError unless the manifest and the files `names` (default: all) are as they were written."""
     manifest = read_json(folder / MANIFEST)
     digests = manifest.get("sha256")
+    if digests is None:
+        raise Damaged(
+            f"{folder / MANIFEST} has no SHA-256 of its files, so that nothing shows whether they are whole: "
+            "write the folder again with this version of worldvla"
+        )
     if not isinstance(digests, dict) or digests.get(MANIFEST) != _of_manifest(manifest):
         raise Damaged(f"{folder / MANIFEST} is not as it was written (SHA-256): copy the folder again")
     for name, digest in digests.items():
@@ -226,9 +275,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _of_manifest(manifest: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a manifest without its own digest, whatever the order of its keys."""
-    digests = {name: digest for name, digest in manifest["sha256"].items() if name != MANIFEST}
+def _of_manifest(manifest: Mapping[str, Any], own: str = MANIFEST) -> str:
+    """Return the SHA-256 of a manifest named `own` without its own digest, whatever the order of its keys."""
+    digests = {name: digest for name, digest in manifest["sha256"].items() if name != own}
     text = json.dumps({**manifest, "sha256": digests}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -247,7 +296,8 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
         try:
             save_file({name: t.contiguous() for name, t in tensors.items()}, scratch, {"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"cannot write {path}: {one_line(error)}; free some space, then repeat") from None
+            fix = "free some space, then repeat the command"
+            raise OSError(f"cannot write {_shown(path)}: {one_line(error)}: {fix}") from None
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":
@@ -261,10 +311,41 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
     return tensors
 
 
+def save_network(path: Path, tensors: "Mapping[str, Tensor]", facts: Mapping[str, Any]) -> None:
+    """Write a small network that is no checkpoint: tensors, and beside them as JSON `facts` and digests."""
+    save_tensors(path, tensors)
+    about = path.with_suffix(".json")
+    told = json.loads(json.dumps({**facts, "sha256": {path.name: sha256(path)}}))
+    told["sha256"][about.name] = _of_manifest(told, about.name)
+    write_json(about, told)
+
+
+def load_network(path: Path, fix: str) -> "tuple[dict[str, Any], dict[str, Tensor]]":
+    """Return the facts and tensors that `save_network` wrote; others raise ValueError, missing ones
+    FileNotFoundError. `fix`: what makes such a network."""
+    about = path.with_suffix(".json")
+    for file in (path, about):
+        if not file.is_file():
+            raise FileNotFoundError(f"no {file}: {fix}")
+    told = read_json(about)
+    if "sha256" not in told:
+        logging.getLogger("worldvla").warning(
+            "%s holds no SHA-256, so that nothing shows whether %s is whole: %s", about, path.name, fix
+        )
+        return told, load_tensors(path)
+    with reading(about, "facts of a network", fix):
+        digests = told["sha256"][about.name], told["sha256"][path.name]
+        if digests != (_of_manifest(told, about.name), sha256(path)):
+            raise Damaged(
+                f"{path} or {about.name} is not as it was written (SHA-256): copy both again; {fix}"
+            )
+    return told, load_tensors(path)
+
+
 def check_finite(path: Path, name: str, tensor: "Tensor") -> None:
     """Raise ValueError if a tensor holds NaN or an infinity: it is neither written nor read."""
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise ValueError(f"{path}: {name} holds numbers that are not finite: take an earlier checkpoint")
+        raise Damaged(f"{path}: {name} holds numbers that are not finite: take an earlier checkpoint")
 
 
 def check_shapes(

@@ -8,6 +8,7 @@ control. Dims: N episodes.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -125,6 +126,7 @@ def improve(
     replan interval, 0: the whole chunk; `temperature` of the actions; `steps` of training a round; `dtype` of
     the world model's transformer.
     """
+    _check_numbers(suites, episodes, rounds, steps, execute, seed, temperature)
     first, worlds = load(checkpoint), load(world, dtype=getattr(torch, dtype))
     settings = {
         "policy": first.identity(),
@@ -154,6 +156,24 @@ def improve(
     record = {**settings, "judge": errors, "rounds": report, "checkpoint": str(path), **provenance()}
     write_json(out / "record.json", record)
     return record
+
+
+def _check_numbers(
+    suites: Sequence[str],
+    episodes: int,
+    rounds: int,
+    steps: int,
+    execute: int,
+    seed: int,
+    temperature: float,
+) -> None:
+    if min(episodes, rounds, steps) < 1 or min(execute, seed) < 0 or not 0 <= temperature < math.inf:
+        raise ValueError(
+            "expected episodes, rounds and steps >= 1, execute, seed and a finite temperature >= 0, got "
+            f"{episodes}, {rounds}, {steps}, {execute}, {seed} and {temperature}"
+        )
+    for suite in suites:
+        sim.suite(suite)  # a wrong name ends here
 
 
 def _demonstrate(
@@ -213,9 +233,10 @@ def _replayed(pairs: Iterable[tuple[Start, Episode]], tasks: Sequence[Task], wor
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write what this improvement is; another one in the same folder raises ValueError."""
+    """Write what this improvement is; another one that has begun in the same folder raises ValueError."""
     settings = json.loads(json.dumps(settings))
-    if path.is_file() and (earlier := read_json(path)) != settings:
+    is_begun = any(path.parent.glob("round_*"))
+    if path.is_file() and is_begun and (earlier := read_json(path)) != settings:
         differing = [name for name in settings if earlier.get(name) != settings[name]]
         raise ValueError(
             f"{path.parent} holds an improvement with another {', '.join(differing)}: give a new --out"

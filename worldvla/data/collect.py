@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from worldvla.cluster import Cluster
 from worldvla.data.drivers import WORLD_MIX, Act, Driven, Driver, Labeller, Perturbed, world_driver
 from worldvla.data.episode import Episode, facts, read_episodes, write_episodes
 from worldvla.files import only_writer, whole_file, write_text
+from worldvla.image import MAX_PIXELS
 from worldvla.machine import cores, end_with_parent, version
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
@@ -37,6 +39,8 @@ FIRST_INIT = NUM_INITS
 INITS_PER_SEED = 100_000
 MAX_FAILED = 10
 """Failed attempts above one a wanted episode after which the expert is taken to be broken."""
+MAX_EPISODES = (INITS_PER_SEED - MAX_FAILED) // 2
+"""Of a task: with the failed attempts that are allowed, all begin from initial states of their own seed."""
 MOVING = 1e-3
 """Metres that a thing moves in a step, at least, to count as moving."""
 
@@ -127,6 +131,17 @@ def choose(suite: str, table: Sequence[Task], indices: Sequence[int]) -> list[Ta
     return [task for task in table if not indices or task.index in indices]
 
 
+def check_sizes(views: Views | None, workers: int) -> None:
+    """Raise ValueError for pictures that cannot be rendered, or a negative number of workers."""
+    for name, (rows, cols) in (views or {}).items():
+        if not (rows and cols and rows * cols <= MAX_PIXELS):
+            raise ValueError(
+                f"view {name}={rows}x{cols}: expected 1x1 to {MAX_PIXELS:,} pixels, such as {name}=128x128"
+            )
+    if workers < 0:
+        raise ValueError(f"expected workers >= 0 (0: one a core), got {workers}")
+
+
 # -- files made of parts -------------------------------------------------------------------------------------
 
 
@@ -197,6 +212,11 @@ def work_off(jobs: Sequence[Job], workers: int, title: str, cluster: Cluster | N
                         pending[pool.submit(attempt, job, number)] = job, number
                     elif not any(job is other for other, _ in pending.values()):
                         yield job
+    except BrokenProcessPool:
+        raise OSError(
+            "a worker process was killed, for want of memory perhaps: the same command goes on where this "
+            "one stopped; fewer --workers take less memory"
+        ) from None
     finally:
         if not cluster:
             pool.shutdown(cancel_futures=True)
@@ -225,10 +245,13 @@ def _attempt_away(job: Job, number: int) -> bytes:
 
 @contextmanager
 def guard(path: Path, arguments: dict[str, Any]) -> Iterator[None]:
-    """Write the directory of `path` alone, and refuse demonstrations made with other arguments in it."""
+    """Write the directory of `path` alone, and refuse demonstrations made with other arguments in it. Where
+    none has been made, arguments may change.
+    """
     text = json.dumps(arguments, sort_keys=True)
     with only_writer(path.parent):
-        if not path.exists():
+        is_begun = any(p.suffix in (".hdf5", ".failed") for p in path.parent.rglob("*"))
+        if not (path.exists() and is_begun):
             write_text(path, text)
         if (there := path.read_text()) != text:
             raise ValueError(
@@ -315,10 +338,11 @@ def collect(
     workers.
     """
     chosen = choose(suite, sim.tasks(suite), tasks)
-    if not 0 <= noise < 0.9 or episodes < 1 or workers < 0 or seed < 0:
+    check_sizes(views, workers)
+    if not 0 <= noise < 0.9 or not 1 <= episodes <= MAX_EPISODES or not 0 <= seed < 2**32:
         raise ValueError(
-            "expected 0 <= noise < 0.9, episodes >= 1, workers >= 0 and seed >= 0, "
-            f"got {noise}, {episodes}, {workers} and {seed}"
+            f"expected 0 <= noise < 0.9, 1 to {MAX_EPISODES} episodes and a seed from 0 to 2^32 - 1, got "
+            f"{noise}, {episodes} and {seed}"
         )
     if label < 0 or execute < 1:
         raise ValueError(f"expected label >= 0 and execute >= 1 steps, got {label} and {execute}")

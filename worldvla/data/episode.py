@@ -172,7 +172,7 @@ def write_episodes(path: Path, episodes: Iterable[Episode], env_args: dict[str, 
             data.attrs["total"] = total
             data.attrs.update(flags)
         if disk.failure:
-            raise OSError(disk.failure.errno, f"cannot write {path}: {disk.failure.strerror}")
+            raise OSError(disk.failure.errno, disk.failure.strerror)
         if not count:
             raise ValueError(f"{path}: no episodes to write")
 

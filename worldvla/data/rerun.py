@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from worldvla.data.collect import Job, Views, guard, kept, record, work_off
+from worldvla.data.collect import Job, Views, check_sizes, guard, kept, record, work_off
 from worldvla.data.episode import Episode, count_episodes, facts, fingerprint, read_episodes
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import SETTLE_ACTION, VIEWS, Task
@@ -164,6 +164,7 @@ def regenerate(files: Sequence[Path], out_dir: Path, views: Views, *, workers: i
         raise ValueError(
             f"{len(twice)} names occur twice, {twice[0]} first: regenerate each folder into its own"
         )
+    check_sizes(views, workers)
     with guard(out_dir / "regenerate.json", {"views": views, "drop_no_ops": True}):
         jobs, digests = [], {path.name: str(fingerprint(path)["sha256"]) for path in files}
         for path in files:

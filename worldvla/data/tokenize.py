@@ -33,13 +33,20 @@ def tokenize(
     """
     files = sorted(set(files), key=lambda file: (file.name, str(file)))
     good: dict[Path, list[str]] = {}
+    alike = _Alike(tokenizer.factor)
 
     def checked() -> Iterator[tuple[int, list[str]]]:
+        few: dict[Path, np.ndarray] = {}
         for path in files:
-            good[path], faults = check(path)
+            good[path], faults, hands = check(path, alike)
+            if good[path] and _moves(hands).sum() < SEVERAL:
+                few[path] = hands
             yield len(good[path]), faults
+        if few and (wrong := _wrong_gripper(np.concatenate(list(few.values())))):
+            for path in few:
+                yield -len(good.pop(path)), [f"{path}: {wrong}"]
 
-    episodes = (episode for path in files for episode in _chosen(path, good[path]))
+    episodes = (episode for path in files for episode in _chosen(path, good.get(path, ())))
     source = open_files(files[0].parent, files) if files else None  # None: nothing is sound, as `check` says
     facts = source.at(fps).facts() if source else {}
     facts |= {"files": [fingerprint(path) for path in files]}
@@ -52,11 +59,19 @@ def tokenize_source(
     """Write the store of a data set of another format, as `tokenize`; its facts go into the manifest."""
     root = source.path
     prints = [fingerprint(file) | {"name": file.relative_to(root).as_posix()} for file in source.present()]
-    attempts = (episode for _, episode in source.attempts(True))
-    checked = ((1, []) if isinstance(e, Episode) else (0, [str(e)]) for e in attempts)
-    episodes = (e for _, e in source.attempts(True) if isinstance(e, Episode))
+    alike, good = _Alike(tokenizer.factor), set[str]()
+
+    def checked() -> Iterator[tuple[int, list[str]]]:
+        for name, episode in source.attempts(True):
+            if wrong := alike.fault(episode) if isinstance(episode, Episode) else str(episode):
+                yield 0, [wrong if isinstance(episode, ValueError) else f"{root}: {name}: {wrong}"]
+            else:
+                good.add(name)
+                yield 1, []
+
+    episodes = (e for name, e in source.attempts(True) if name in good and isinstance(e, Episode))
     facts = source.facts() | {"files": prints}
-    return _write(out_dir, tokenizer, facts, skip_bad, source.num_episodes, checked, episodes)
+    return _write(out_dir, tokenizer, facts, skip_bad, source.num_episodes, checked(), episodes)
 
 
 def _write(
@@ -108,39 +123,72 @@ def _chosen(path: Path, names: Collection[str]) -> Iterator[Episode]:
             yield episode
 
 
-def check(path: Path) -> tuple[list[str], list[str]]:
-    """Read a file of demonstrations whole; return the names of those that are sound, and a line a fault.
+class _Alike:
+    """What the episodes of a store share, as the first has it: views, sizes of pictures, length of labels."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor, self.sizes, self.label = factor, dict[str, tuple[int, ...]](), 0
+
+    def fault(self, episode: Episode) -> str:
+        """Return why an episode does not fit into the store, empty if it does."""
+        sizes = {view: images.shape[1:3] for view, images in episode.images.items()}
+        label = 0 if episode.expert_actions is None else episode.expert_actions.shape[1]
+        for view, (rows, cols) in sizes.items():
+            if rows % self.factor or cols % self.factor:
+                return (
+                    f"{view} has pictures of {rows}x{cols} pixels, the image tokenizer needs multiples of "
+                    f"{self.factor}: render or resize them"
+                )
+        if not self.sizes:
+            self.sizes, self.label = sizes, label
+        if missing := sorted(self.sizes.keys() - sizes.keys()):
+            return f"lacks views {missing}, has {sorted(sizes)}"
+        for view, (rows, cols) in self.sizes.items():
+            if sizes[view] != (rows, cols):
+                got = "x".join(map(str, sizes[view]))
+                return f"{view} has pictures of {got} pixels, those before it {rows}x{cols}: use one size"
+        if label != self.label:
+            return f"has {label} expert actions a step, those before it {self.label}: use stores of their own"
+        return ""
+
+
+def check(path: Path, alike: _Alike) -> tuple[list[str], list[str], np.ndarray]:
+    """Read a file of demonstrations whole; return the names of those that are sound, a line a fault, and what
+    the hands of the sound ones did (`_wrong_gripper`).
 
     A gripper that runs from 0 to 1 or the other way round is a fault of all of them.
     """
     good: list[str] = []
     faults: list[str] = []
-    hands: list[np.ndarray] = []
+    hands = [np.zeros((0, 2))]
     try:
         for name, episode in read_demos(path):
             if isinstance(episode, Damaged):
                 faults.append(str(episode))
-            elif wrong := _wrong_actions(episode):
+            elif wrong := _wrong_actions(episode) or alike.fault(episode):
                 faults.append(f"{path}: data/{name}: {wrong}")
             else:
                 good.append(name)
                 width = np.abs(episode.states[:, 6:]).sum(1)
                 hands.append(np.stack([episode.actions[:-1, 6], np.diff(width)], 1))
     except ValueError as error:
-        return [], [str(error)]
+        return [], [str(error)], hands[0]
     if good and (wrong := _wrong_gripper(np.concatenate(hands))):
-        return [], [*faults, f"{path}: {wrong}"]
-    return good, faults
+        return [], [*faults, f"{path}: {wrong}"], hands[0]
+    return good, faults, np.concatenate(hands)
 
 
 def _wrong_actions(episode: Episode) -> str:
     """Return what is wrong with actions that are no motions of LIBERO's controller, empty if nothing."""
+    labels = np.zeros((0, 1, 7)) if episode.expert_actions is None else episode.expert_actions
+    for name, array in {"expert_actions[:, :": labels.reshape(-1, 7), "actions[:": episode.actions}.items():
+        low, high = array.min(0, initial=0), array.max(0, initial=0)
+        for dim in np.flatnonzero(np.maximum(-low, high) > 1 + 1e-6):
+            return (
+                f"{name}, {dim}] ({ACTION_NAMES[dim]}) range from {low[dim]:.3g} to {high[dim]:.3g}, "
+                "expected [-1, 1] of the controller: are they scaled, or absolute poses?"
+            )
     low, high = episode.actions.min(0), episode.actions.max(0)
-    for dim in np.flatnonzero(np.maximum(-low, high) > 1 + 1e-6):
-        return (
-            f"actions[:, {dim}] ({ACTION_NAMES[dim]}) range from {low[dim]:.3g} to {high[dim]:.3g}, expected "
-            "[-1, 1] of the controller: are they scaled, or absolute poses?"
-        )
     places = episode.states[:, :3]
     moves = len(places) > 1 and np.ptp(places, 0).max() > 0.05
     if moves and np.abs(episode.actions[:-1, :3] - places[1:]).max() < 0.05:
@@ -149,6 +197,11 @@ def _wrong_actions(episode: Episode) -> str:
             "is, expected how it moves: absolute poses are no actions of the controller"
         )
     return ""
+
+
+def _moves(hands: np.ndarray) -> np.ndarray:
+    """Return at which steps the gripper moves, (M,) bool."""
+    return np.abs(hands[:, 1]) > 1e-3
 
 
 def _wrong_gripper(hands: np.ndarray) -> str:
@@ -160,7 +213,7 @@ def _wrong_gripper(hands: np.ndarray) -> str:
             f"actions[:, 6] (gripper) range from {command.min():.3g} to {command.max():.3g}, expected -1 "
             "(open) to 1 (closed)"
         )
-    moves = np.abs(change) > 1e-3
+    moves = _moves(hands)
     if moves.sum() >= SEVERAL and (command * change)[moves].sum() > 0.6 * np.abs(change[moves]).sum():
         return (
             "actions[:, 6] (gripper) range from 1 (open) to -1 (closed), expected -1 (open) to 1 (closed): "

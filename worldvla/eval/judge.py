@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from worldvla.data.episode import Episode, fingerprint, read_episodes
 from worldvla.eval.world import Clip, film, imagine
-from worldvla.files import check_shapes, load_tensors, read_json, save_tensors, write_json
+from worldvla.files import check_shapes, load_network, reading, save_network
 from worldvla.infer.model import Model
 from worldvla.infer.world import World
 from worldvla.progress import progress_bar
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 AFTER = 4
 """Pictures of each demonstration from its success on, which HDF5 files do not hold: the simulator goes on."""
 CONFIRM = 2
-"""Pictures in a row that the judge must call a success."""
+"""Pictures in a row that must be a success, by the judge's word or, where episodes are compared with it, the
+simulator's: what lands and rolls on is none."""
 STEPS, BATCH, RATE, WIDTH = 3_000, 192, 2e-3, 32
 DISCOUNT = 0.95
 """Of the value, for each step that success is away."""
@@ -147,23 +148,21 @@ class Judge(nn.Module):
 
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Write the weights, and beside them as JSON the tasks and `facts`."""
-        save_tensors(path, self.state_dict())
-        write_json(path.with_suffix(".json"), {"tasks": [asdict(task) for task in self.tasks], **facts})
+        save_network(path, self.state_dict(), {"tasks": [asdict(task) for task in self.tasks], **facts})
 
     @classmethod
     def load(cls, path: Path, model: Model) -> tuple["Judge", dict[str, Any]]:
         """Read what `save` wrote: the judge of codes of `model`, and all that stands beside it. One of
         another image tokenizer raises ValueError."""
-        for file in (path, path.with_suffix(".json")):
-            if not file.is_file():
-                raise FileNotFoundError(f"no {file}: `worldvla rank` leaves a judge in its folder")
-        told, state = read_json(path.with_suffix(".json")), load_tensors(path)
-        if told["made_of"]["tokenizer"] != model.image.digest():
+        told, state = load_network(path, "`worldvla rank` leaves a judge in its folder")
+        with reading(path.with_suffix(".json"), "facts of a judge", "train it again by `worldvla rank`"):
+            tokenizer, tasks = told["made_of"]["tokenizer"], [Task(**task) for task in told["tasks"]]
+        if tokenizer != model.image.digest():
             raise ValueError(
                 f"{path} learnt from frames of another image tokenizer: give a judge of {model.path}"
             )
         zeros = np.zeros(len(state.get("mean", ())), dtype=np.float32)
-        judge = cls(model, [Task(**task) for task in told["tasks"]], zeros, zeros)
+        judge = cls(model, tasks, zeros, zeros)
         there, own = ({n: t.shape for n, t in table.items()} for table in (state, judge.state_dict()))
         check_shapes(path, there, own, "train it again")
         judge.load_state_dict(state)
@@ -322,7 +321,7 @@ def train_judge(
         off[rows] = np.abs(read - seen.states[rows])
     good, bad = held & seen.success, held & ~seen.success
     each = [np.flatnonzero(held & (seen.episodes == n)) for n in np.unique(seen.episodes[held])]
-    agree = [_confirmed(said[rows]) == seen.success[rows].any() for rows in each]
+    agree = [_confirmed(said[rows]) == _confirmed(seen.success[rows]) for rows in each]
     return judge, {
         "episodes_agree": [int(sum(agree)), len(agree)],
         "position_error_mm": round(1000 * float(off[held, :3].mean()), 2),
@@ -437,14 +436,15 @@ def replays(
 ) -> dict[str, Any]:
     """Return how often episodes that nothing was trained on end as they did in the simulator: by the judge's
     word on real frames, and when their actions are imagined from the first frame. `table`: of failures and of
-    successes, how many the judge calls failures and successes.
+    successes, how many the judge calls failures and successes. `passing`: failures that were a success for
+    fewer than CONFIRM pictures.
 
     At most `episodes` of each file of `paths`. `films`: some that imagination ends otherwise, in `out`/films.
     """
     shown = list(_shown(paths, judge.tasks, world, episodes, "held-out episodes"))
     if not shown:
         raise ValueError("no held-out episode of the judge's tasks: give --held-out files of the same suites")
-    truth, real, dreamt = [], [], []
+    truth, real, dreamt, passing = [], [], [], 0
     with progress_bar() as progress:
         parts = [shown[i : i + batch] for i in range(0, len(shown), batch)]
         for part in progress.track(parts, description="replay in imagination"):
@@ -458,11 +458,12 @@ def replays(
                 said.append(body.step(actions, look=False).said)
             said_NT = np.stack(said, 1)
             for row, (plan, (_, pictures)) in enumerate(zip(plans, part, strict=True)):
-                truth.append(bool(pictures.success.any()))
+                truth.append(_confirmed(pictures.success))
+                passing += bool(pictures.success.any()) and not truth[-1]
                 seen = pictures.codes, pictures.first, pictures.tasks, pictures.states
                 real.append(_confirmed(judge.read(*seen)[1]))
                 dreamt.append(_confirmed(said_NT[row, : len(plan)]))
-    report: dict[str, Any] = {"episodes": len(truth), "successes": sum(truth)}
+    report: dict[str, Any] = {"episodes": len(truth), "successes": sum(truth), "passing": passing}
     for name, found in {"judge_on_real_frames": real, "imagined": dreamt}.items():
         table = np.zeros((2, 2), dtype=int)
         np.add.at(table, (np.array(truth, dtype=int), np.array(found, dtype=int)), 1)

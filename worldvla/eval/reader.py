@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from worldvla.data.episode import Episode, read_episodes
-from worldvla.files import check_shapes, load_tensors, read_json, reading, save_tensors, write_json
+from worldvla.files import check_shapes, load_network, only_writer, read_json, reading, save_network
 from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_pixels
@@ -122,19 +122,14 @@ class Reader(nn.Module):
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Write the weights in half precision, and `facts` beside them as JSON."""
         tensors = {n: t.half() if t.is_floating_point() else t for n, t in self.state_dict().items()}
-        save_tensors(path, tensors)
-        write_json(path.with_suffix(".json"), {"views": self.sizes, **facts})
+        save_network(path, tensors, {"views": self.sizes, **facts})
 
     @classmethod
     def load(cls, path: Path) -> "Reader":
         """Read what `save` wrote; in evaluation mode, without gradients."""
-        for file in (path, path.with_suffix(".json")):
-            if not file.is_file():
-                raise FileNotFoundError(f"no {file}: `worldvla train-reader` makes a reader of frames")
-        facts = path.with_suffix(".json")
-        with reading(facts, "facts of a reader", "train it again"):
-            reader = cls(read_json(facts)["views"])
-        state = load_tensors(path)
+        facts, state = load_network(path, "`worldvla train-reader` makes a reader of frames")
+        with reading(path.with_suffix(".json"), "facts of a reader", "train it again"):
+            reader = cls(facts["views"])
         there, own = ({n: t.shape for n, t in table.items()} for table in (state, reader.state_dict()))
         check_shapes(path, there, own, "train it again")
         reader.load_state_dict(state)
@@ -190,7 +185,23 @@ def train_reader(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Train a reader, write it and its errors on held-out episodes to `out` and the JSON beside it; return
-    the errors. Minutes on one core."""
+    the errors. Minutes on one core. Anything but a reader in their place raises ValueError."""
+    with only_writer(out):
+        return _train_reader(files, tokenizer, out, frames, steps, seed)
+
+
+def _train_reader(
+    files: Sequence[Path], tokenizer: ImageTokenizer, out: Path, frames: int, steps: int, seed: int
+) -> dict[str, Any]:
+    about = out.with_suffix(".json")
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise ValueError(f"{out} is no file for a reader: expected one such as {out / NAME}")
+    if (out.exists() or about.exists()) and not (about.is_file() and "held_out" in read_json(about)):
+        raise ValueError(
+            f"{out} or {about.name} exists and is no reader: choose another name, such as {NAME}"
+        )
+    if min(frames, steps) < 1 or seed < 0:
+        raise ValueError(f"expected frames and steps >= 1 and a seed >= 0, got {frames}, {steps} and {seed}")
     sights = gather(files, tokenizer, frames, seed)
     reader = fit(sights, steps, seed)
     reader.load_state_dict({n: t.half().to(t.dtype) for n, t in reader.state_dict().items()})  # as stored

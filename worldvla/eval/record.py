@@ -162,6 +162,7 @@ def merge(directories: Sequence[Path], out: Path) -> dict[str, Any]:
     whole["protocol"] = {k: v for k, v in whole["protocol"].items() if k != "shard"}
     whole["outcomes"] = [outcome for record in records for outcome in record["outcomes"]]
     whole["seconds"] = round(sum(record["seconds"] for record in records), 1)
+    out.mkdir(parents=True, exist_ok=True)
     for directory in directories:
         for name in ("videos", "errors"):
             if (directory / name).is_dir():

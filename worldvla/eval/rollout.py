@@ -56,6 +56,10 @@ class Protocol:
                 f"initial states 0..{NUM_INITS - 1} are for evaluation, those after them for demonstrations; "
                 f"ask for at least one and all of one kind, got {self.episodes} from {self.first} on"
             )
+        if not 0 <= self.seed < 2**32 or self.videos < 0:
+            raise ValueError(
+                f"expected a seed from 0 to 2^32 - 1 and videos >= 0, got {self.seed} and {self.videos}"
+            )
 
     @property
     def states(self) -> range:

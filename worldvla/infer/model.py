@@ -240,8 +240,8 @@ def export(
     """Copy what acting and imagining need, the transformer's weights in bfloat16, and write a model card for
     the hub; atomic. About a sixth of a checkpoint's size. Low-rank updates are merged: it is a plain one.
 
-    `repo`: its name on the hub; the config then names stores and files alone, not where they are on this
-    machine. `results`: records of evaluations, for the card; those of another model raise ValueError.
+    The config names stores and files alone, not where they are on this machine. `repo`: its name on the hub,
+    for the card. `results`: records of evaluations, for the card; those of another model raise ValueError.
     `unnorm_key`: keep the statistics of this dataset of a mixture alone, so that nobody need choose.
     `license`: the card's; empty: apache-2.0, of weights that go back to a release "other".
     """
@@ -265,10 +265,9 @@ def export(
             manifest = {k: v for k, v in manifest.items() if not k.startswith("base")}
             dtype = read_json(base / "manifest.json").get("dtype", "float32")
             manifest |= {"dtype": dtype, "merged_base": model.manifest["base"]}
-        if repo:
-            write_json(scratch / "config.json", to_json(_portable(model.config)))
-            if not manifest.get("source", "hf:").startswith("hf:"):  # of a converted release: a folder here
-                manifest["source"] = Path(manifest["source"]).name
+        write_json(scratch / "config.json", to_json(_portable(model.config)))
+        if not manifest.get("source", "hf:").startswith("hf:"):  # of a converted release: a folder here
+            manifest["source"] = Path(manifest["source"]).name
         write_json(scratch / "manifest.json", manifest)
         write_digests(scratch)
         weights, own = weights_digest(scratch), weights_digest(source)

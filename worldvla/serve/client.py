@@ -18,6 +18,7 @@ import contextlib
 import ssl
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,33 +116,76 @@ class Client:
 
 
 class Plan:
-    """Chunks of actions that overlap in time -> one action a step.
+    """Chunks of actions that come late -> one action a step, without waiting for any.
 
-    A chunk begins at the step whose observation it answers, so that what has passed meanwhile is left out
-    (a start index by latency). Where several chunks know a step, their actions are averaged, an older chunk
-    with `blend` times the weight of the next newer one; 0: the newest alone. The actions of a chunk do not
-    see one another (the mask of WorldVLA), so none of them can be conditioned on those already under way.
+    Each step: `question` says whether to ask, `answer` takes the chunk (K, A) when it is there, `act` returns
+    the action. A chunk begins with the action that follows what was executed since its question: actions in
+    whose place others were executed are left out, and while the robot stood still none was. Where several
+    chunks know a step, their actions are averaged, an older chunk with `blend` times the weight of the next
+    newer one; 0: the newest alone. `still`, `ahead`, `execute`: see AsyncClient.
     """
 
-    def __init__(self, blend: float = 0.0) -> None:
+    def __init__(
+        self,
+        still: Sequence[float] | None = None,
+        *,
+        blend: float = 0.0,
+        ahead: bool = False,
+        execute: int | None = None,
+    ) -> None:
         if not 0 <= blend <= 1:
             raise ValueError(f"blend must be in [0, 1], got {blend}")
-        self.blend = blend
+        if execute is not None and (execute < 1 or ahead or blend):
+            got = f"execute={execute}, ahead={ahead}, blend={blend}"
+            raise ValueError(f"execute must be 1 or more, and is not for ahead or blend, got {got}")
+        self.still, self.blend, self.ahead, self.execute = still, blend, ahead, execute
+        self.latency = 0
+        """Steps from the last question to its answer."""
         self._chunks: list[tuple[int, np.ndarray]] = []
+        self._step, self._is_asking, self._last = 0, False, None
+        self._asked, self._begins, self._num_moves = 0, 0, 0
 
-    def add(self, start: int, actions: np.ndarray) -> None:
-        """Take the chunk (K, A) whose first action is for step `start`; those that end before are dropped."""
-        self._chunks = [(s, a) for s, a in self._chunks if start < s + len(a)]
-        self._chunks.append((start, np.asarray(actions)))
+    def question(self) -> np.ndarray | None:
+        """Return the actions that are under way, (D, A), to be sent with the observation of this step; None:
+        nothing is to be asked now.
 
-    def action(self, step: int) -> np.ndarray | None:
-        """Return the action (A,) of a step; None: no chunk reaches it."""
-        known = [(s, a[step - s]) for s, a in self._chunks if s <= step < s + len(a)]
-        if not known:
+        They are as many as the last answer took, at most those that are known: each costs the server a
+        frame, and one that is slow must not be asked for more and more.
+        """
+        is_busy = self.execute is not None and self.known(self._step) is not None
+        if self._is_asking or is_busy:
             return None
-        known.sort(key=lambda pair: -pair[0])
-        weights = np.array([self.blend**age for age in range(len(known))])
-        return np.average([action for _, action in known], axis=0, weights=weights).astype(np.float32)
+        committed: list[np.ndarray] = []
+        while self.ahead and len(committed) < min(self.latency, MAX_COMMITTED):
+            if (action := self.known(self._step + len(committed))) is None:
+                break
+            committed.append(action)
+        self._is_asking, self._asked, self._num_moves = True, self._step, 0
+        self._begins = self._step + len(committed)
+        return np.stack(committed) if committed else np.zeros((0, 0), np.float32)
+
+    def answer(self, actions: np.ndarray) -> None:
+        """Take the chunk (K, A) that the last question is answered by."""
+        start = max(self._begins, self._step - self._num_moves)
+        self._chunks = [(s, a) for s, a in self._chunks if self._step < s + len(a)]
+        self._chunks.append((start, np.asarray(actions)[: self.execute]))
+        self.latency, self._is_asking = self._step - self._asked, False
+
+    def act(self) -> np.ndarray | None:
+        """Return the action (A,) of this step and go on to the next; None: there is none yet, nor `still`."""
+        action = self.known(self._step)
+        self._num_moves += action is not None and self._step >= self._begins
+        self._step += 1
+        self._last = keep_still(self.still, self._last) if action is None else action
+        return self._last
+
+    def known(self, step: int) -> np.ndarray | None:
+        """Return the action (A,) of a step; None: no chunk reaches it."""
+        actions = [a[step - s] for s, a in reversed(self._chunks) if s <= step < s + len(a)]
+        if not actions:
+            return None
+        weights = self.blend ** np.arange(len(actions))
+        return np.average(actions, axis=0, weights=weights).astype(np.float32)
 
 
 class AsyncClient:
@@ -152,10 +196,11 @@ class AsyncClient:
     that number of the last action, None all of it, which is right for absolute actions. Whatever a request
     raises, the next `act` raises: a lost connection stops the robot.
 
-    `ahead`: send the actions that are executed until the answer is expected, as long as the last one took,
-    and let the server's world model imagine them: the answer is for the step after them. By default where the
-    server's metadata say `looks_ahead`. With 200 ms of delay 190 of 200 episodes succeed with it and 46
-    without, 29 with a `blend` of 0.5 (paper/bench_delay.py).
+    `ahead`: send the actions that are executed until the answer is expected, and let the server's world model
+    imagine them: the answer is for the step after them. By default where the server's metadata say
+    `looks_ahead`. `execute`: stand still until each answer comes, and then execute so many of its actions, as
+    evaluations do; slower, and the safest where nothing moves by itself. `blend`: average overlapping chunks.
+    paper/bench_delay.py compares them.
     """
 
     def __init__(
@@ -165,50 +210,39 @@ class AsyncClient:
         still: Sequence[float] | None,
         blend: float = 0.0,
         ahead: bool | None = None,
+        execute: int | None = None,
     ) -> None:
         can = bool(client.metadata.get("looks_ahead"))
         if ahead and not can:
             raise ValueError(f"the policy at {client.address} cannot look ahead: leave ahead=True out")
-        self.client, self.still, self.blend = client, still, blend
-        self.ahead = can if ahead is None else ahead
+        if ahead is None:
+            ahead = can and execute is None
+        self.client = client
+        self._new_plan = partial(Plan, still, blend=blend, ahead=ahead, execute=execute)
         self._thread = ThreadPoolExecutor(1, "policy")
         self._request: Future[dict[str, Any]] | None = None
         self.reset()
+
+    @property
+    def latency(self) -> int:
+        """Control steps from an observation to its answer, the last time."""
+        return self._plan.latency
 
     def reset(self) -> None:
         """Begin an episode: forget the actions of the one before."""
         if self._request is not None:
             self._request.result()  # its answer would be taken for one to this episode
-        self._request, self._asked, self._begins = None, 0, 0
-        self._plan, self._step = Plan(self.blend), 0
-        self._last: np.ndarray | None = None
-        self.latency = 0
-        """Control steps from an observation to its answer, the last time."""
+        self._request, self._plan = None, self._new_plan()
 
     def act(self, observation: Mapping[str, Any]) -> np.ndarray | None:
         """Return the action (A,) of this control step; None: nothing is known yet and `still` is None."""
         if self._request is not None and self._request.done():
-            self._plan.add(self._begins, self._request.result()["actions"])
-            self.latency, self._request = self._step - self._asked, None
-        if self._request is None:
-            committed = self._committed() if self.ahead else []
-            self._asked, self._begins = self._step, self._step + len(committed)
-            extra = {COMMITTED_KEY: np.stack(committed)} if committed else {}
+            self._plan.answer(self._request.result()["actions"])
+            self._request = None
+        if (committed := self._plan.question()) is not None:
+            extra = {COMMITTED_KEY: committed} if len(committed) else {}
             self._request = self._thread.submit(self.client.infer, {**observation, **extra})
-        action = self._plan.action(self._step)
-        self._step += 1
-        self._last = keep_still(self.still, self._last) if action is None else action
-        return self._last
-
-    def _committed(self) -> list[np.ndarray]:
-        """Return the actions of the next steps, as many as the last answer took, at most those that are
-        known: each costs the server a frame, and one that is slow must not be asked for more and more."""
-        committed: list[np.ndarray] = []
-        while len(committed) < min(self.latency, MAX_COMMITTED):
-            if (action := self._plan.action(self._step + len(committed))) is None:
-                break
-            committed.append(action)
-        return committed
+        return self._plan.act()
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -39,6 +39,15 @@ def pack(message: Any) -> bytes:
     return data
 
 
+_HINTS = {
+    "max_str_len": "shorten the text, a prompt say",
+    "max_array_len": "send pictures and other numbers as numpy arrays, not as lists",
+    "lists and maps": "send pictures and other numbers as numpy arrays, not as lists",
+    "max_map_len": "leave out what the server does not ask for",
+}
+"""What an error of a bound says -> what to do about it."""
+
+
 def unpack(data: bytes | str, max_items: int = MAX_ITEMS, max_text: int = MAX_TEXT) -> Any:
     """Return the message in a frame; a text frame, or bytes that are no message, raises ValueError.
 
@@ -58,6 +67,9 @@ def unpack(data: bytes | str, max_items: int = MAX_ITEMS, max_text: int = MAX_TE
     try:
         return msgpack.unpackb(data, object_hook=counted, list_hook=counted, **bounds)
     except (ValueError, TypeError, KeyError, OverflowError, MemoryError, msgpack.UnpackException) as error:
+        for bound, hint in _HINTS.items():
+            if bound in str(error):
+                raise ValueError(f"a message holds too much ({error}): {hint}") from None
         raise ValueError(
             f"not a msgpack message of openpi's protocol ({type(error).__name__}: {error})"
         ) from None

@@ -17,13 +17,16 @@ import hmac
 import http
 import logging
 import math
+import resource
 import signal
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +61,8 @@ MESSAGE_BYTES, MESSAGE_ITEMS, MESSAGE_TEXT = 2**20, 256, 2**16
 and maps of a message, and entries in each; bytes of a text."""
 MAX_PROMPT = 4096
 """Letters of a prompt, whatever the tokenizer could take."""
+OTHER_FILES = 128
+"""Open files beside connections."""
 MAX_UNSENT, MAX_LINE = 2**20, 500
 """Bytes that wait for a client that does not read; letters of an error."""
 log = logging.getLogger(__name__)
@@ -101,6 +106,8 @@ class Limits:
     wait_s: float = 0.005
     """Longest wait of a request for company, while nothing else runs."""
     handshake_s: float = 10.0
+    max_handshakes: int = 128
+    """Connections that have not asked yet; of more, the oldest of the host with most is dropped."""
     idle_s: float = 600.0
     """Longest silence between an answer and the next request."""
     send_s: float = 20.0
@@ -111,8 +118,8 @@ class Limits:
     """After SIGTERM, for what runs to finish."""
 
     def __post_init__(self) -> None:
-        for name, value in (("max_batch", self.max_batch), ("max_connections", self.max_connections)):
-            if value < 1:  # a batch of none would be gathered for ever
+        for name in ("max_batch", "max_connections", "max_handshakes"):
+            if (value := getattr(self, name)) < 1:  # a batch of none would be gathered for ever
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
@@ -189,6 +196,8 @@ async def serve(
     if not 0 <= port < 2**16:
         raise ValueError(f"--port must be in 0..65535 (0: a free one), got {port}")
     limits = limits or Limits()
+    _allow_files(limits.max_connections + limits.max_handshakes + OTHER_FILES)
+    tls = _tls(certificate, key_file)
     serving = _Serving(served, api_key, limits)
     stop = asyncio.Event()
     tasks = [asyncio.create_task(work) for work in (serving.batcher.run(), serving.watch(), stop.wait())]
@@ -198,13 +207,15 @@ async def serve(
             host,
             port,
             process_request=serving.admit,
+            create_connection=partial(_Counted, serving),  # pyright: ignore[reportArgumentType]
             origins=[None],  # a browser says where its page is from; no page of ours asks
             compression=None,
             max_size=served.max_bytes,
             max_queue=1,
             open_timeout=limits.handshake_s,
             close_timeout=2,
-            ssl=_tls(certificate, key_file),
+            ssl=tls,
+            ssl_handshake_timeout=limits.handshake_s if tls else None,
         ) as server:
             if threading.current_thread() is threading.main_thread():
                 asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
@@ -220,6 +231,24 @@ async def serve(
         serving.readers.shutdown()
 
 
+class _Counted(ServerConnection):
+    """A connection that counts from its first moment, before it has said anything."""
+
+    def __init__(self, serving: "_Serving", *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.serving = serving
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.serving.handshakes[self] = str((self.remote_address or ("",))[0])
+        self.serving.drop_handshakes()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.serving.handshakes.pop(self, None)
+        self.serving.connections.discard(self)
+        super().connection_lost(exc)
+
+
 class _Serving:
     """One server's connections."""
 
@@ -228,11 +257,13 @@ class _Serving:
         self.batcher = Batcher(served.act, limits.max_batch, limits.wait_s)
         self.readers = ThreadPoolExecutor(1, "reader")
         self.connections: set[ServerConnection] = set()
+        self.handshakes: dict[ServerConnection, str] = {}
+        """Connections that have not asked yet, the oldest first -> host."""
         self.running = 0
         """Requests between their arrival and the end of their answer."""
         self.is_stopping = False
         self.outcomes = dict.fromkeys(("answered", "refused", "failed", "late", "left"), 0)
-        self.turned_away = dict.fromkeys(("key", "full"), 0)
+        self.turned_away = dict.fromkeys(("key", "full", "handshake"), 0)
         self.request_s = Histogram(SECONDS)
 
     def admit(self, connection: ServerConnection, request: Request) -> Response | None:
@@ -257,7 +288,18 @@ class _Serving:
             self.turned_away["full"] += 1
             line = f"{len(self.connections)} clients are connected, no more are let in: come again later\n"
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, line)
+        self.handshakes.pop(connection, None)
+        self.connections.add(connection)
         return None
+
+    def drop_handshakes(self) -> None:
+        """Drop the oldest handshake of the host with most of them, if there are too many."""
+        if len(self.handshakes) > self.limits.max_handshakes:
+            (most, _), *_ = Counter(self.handshakes.values()).most_common(1)
+            oldest = next(connection for connection, host in self.handshakes.items() if host == most)
+            self.turned_away["handshake"] += 1
+            del self.handshakes[oldest]
+            oldest.transport.abort()
 
     def trouble(self) -> str:
         """Return why requests are not answered; empty while they are."""
@@ -300,7 +342,6 @@ class _Serving:
 
     async def converse(self, connection: ServerConnection) -> None:
         """Answer one client, one request at a time, until it leaves or an error ends the conversation."""
-        self.connections.add(connection)
         has_asked = False
         try:
             await self._send(connection, pack(dict(self.served.metadata)))
@@ -503,6 +544,19 @@ def _patience_s(message: Mapping[str, Any]) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not value > 0:
         raise ValueError(f"{DEADLINE_KEY} must be milliseconds above 0, got {value!r:.60}")
     return float(value) / 1000
+
+
+def _allow_files(number: int) -> None:
+    """Let this process open so many files; where the system does not, raise ValueError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if most < number:
+        raise ValueError(
+            f"so many connections need {number} open files, the system allows {hard}: lower "
+            "--max-connections, or raise `ulimit -Hn`"
+        )
+    if soft != resource.RLIM_INFINITY and soft < number:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
 
 
 def _tls(certificate: Path | None, key_file: Path | None) -> ssl.SSLContext | None:

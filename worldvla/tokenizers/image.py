@@ -327,6 +327,10 @@ class ImageTokenizer(nn.Module):
         return self.config.num_codes
 
     @property
+    def factor(self) -> int:
+        return self.config.factor
+
+    @property
     def grey_levels(self) -> Literal["float64", "float32"]:
         """By which rule grey levels become pixels: float64 is the published one, float32 that of our own."""
         return "float64" if self.config.quantizer == "vq" else "float32"

@@ -68,10 +68,10 @@ class Pieces:
 def fit(config: Config) -> Config:
     """Return the config with what a layout without views leaves open as its stores have it: cameras, grids,
     numbers of action and state dims, and a sequence length that every sample fits in."""
+    if not config.data.stores:
+        raise ValueError("data.stores is empty: name the token stores that `worldvla tokenize` wrote")
     if config.layout.views:
         return config
-    if not config.data.stores:
-        raise ValueError("a layout without views takes them from the stores: name those in data.stores")
     found = {}
     for path in config.data.stores:
         manifest = TokenStore.open(Path(path)).manifest

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from worldvla.config import Config, from_json, to_json
 from worldvla.files import (
+    Damaged,
     check_digests,
     check_finite,
     load_tensors,
@@ -179,8 +180,7 @@ def _write(
                     os.fsync(opened.fileno())
     except OSError as error:
         raise OSError(
-            f"cannot save checkpoint {path}: {error}; nothing is left of it and earlier checkpoints are "
-            "whole: free some space, then repeat the command"
+            f"cannot save checkpoint {path.name}: {error}; nothing is left of it, earlier ones are whole"
         ) from error
 
 
@@ -251,6 +251,17 @@ def resume(
         tensor.copy_(tensors[name])
     average.swap()
     return read_json(path / "trainer.json")
+
+
+@contextmanager
+def or_earlier(run_dir: Path, path: Path) -> Iterator[None]:
+    """Say of a damaged checkpoint which one is before it and what to type."""
+    try:
+        yield
+    except Damaged as error:
+        before = max((p for p in _all(run_dir) if p != path), key=_step, default=None)
+        then = f"goes on from {before.name}" if before else "begins anew"
+        raise Damaged(f"{error}; or type `rm -r {path}`, and the same command {then}") from None
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

@@ -37,6 +37,7 @@ from worldvla.files import (
     write_json,
     write_text,
 )
+from worldvla.machine import free_memory
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_images, to_pixels
 from worldvla.video import write_png
@@ -170,6 +171,7 @@ def train_tokenizer(
         raise ValueError(
             "a quantizer of 'vq' is only loaded, not trained: set quantizer 'fsq' and fsq_levels"
         )
+    _check_memory(config)
     torch.set_num_threads(training.num_threads)
     torch.manual_seed(training.seed)
     views = [f for f in episode_files if isinstance(f, Frames)] or load_frames(
@@ -187,6 +189,17 @@ def train_tokenizer(
         tokenizer.load_state_dict(parent.state_dict())
         tokenizer.ancestors = (parent.digest(), *parent.ancestors)
     return TokenizerTrainer(tokenizer, views, Path(out_dir), training).run()
+
+
+def _check_memory(config: ImageTokenizerConfig) -> None:
+    """Raise ValueError if weights, gradients and AdamW's moments do not fit."""
+    with torch.device("meta"):
+        needed, free = 4 * sum(p.nbytes for p in ImageTokenizer(config).parameters()), free_memory()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"training this image tokenizer needs {needed / 1e9:.3g} GB (activations on top), "
+            f"{free / 1e9:.3g} GB are free: make config.channels or config.channel_mult smaller"
+        )
 
 
 class TokenizerTrainer:

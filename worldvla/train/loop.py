@@ -25,7 +25,7 @@ from torch import Tensor
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_PROMPT, Batch
 from worldvla.config import Config, to_json
 from worldvla.data.loader import MODES
-from worldvla.files import only_writer, read_json
+from worldvla.files import only_writer, read_json, reading
 from worldvla.machine import faster_dtype, matmul_rate, peak_memory
 from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import stored
@@ -117,8 +117,10 @@ class Trainer:
         self.loss = Loss(self.config.loss, pieces.vocab)
         self.state, self.saved = State(), -1
         if (path := checkpoint.latest(run_dir)) is not None:
-            state = checkpoint.resume(path, pieces, self.model, self.optimizers, self.average)
-            self.state = State(**state)
+            with checkpoint.or_earlier(run_dir, path):
+                state = checkpoint.resume(path, pieces, self.model, self.optimizers, self.average)
+                with reading(path / "trainer.json", "state of a training", "copy the folder again"):
+                    self.state = State(**state)
             self.saved = self.state.step
         hidden, head = torch.compile(self.model) if config.compile else self.model, self.model.action_head
         if config.compile and head is not None:
