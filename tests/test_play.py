@@ -222,7 +222,7 @@ def test_checkpoints_that_cannot_be_played(
         (["--task", "tabletop_object"], "expected SUITE:INDEX"),
         (["--task", "tabletop_objekt:0"], "did you mean tabletop_object"),
         (["--task", "tabletop_object:99"], "has no task 99: expected 0..9"),
-        (["--temperature", "-1"], "temperature must be 0 or more"),
+        (["--temperature", "-1"], "--temperature, --bench, --init from 0 on"),
         (["--host", "0.0.0.0"], "set WORLDVLA_API_KEY"),
     ],
 )

@@ -1149,19 +1149,18 @@ def play(
         bench: Measure this many frames driven by a person and by the policy, print a line of JSON and stop.
     """
     from worldvla import load
-    from worldvla.serve.play.session import bench as measure
-    from worldvla.serve.play.session import open_playable
+    from worldvla.serve.play import session
 
     suite, index = _task(task)
     _check_play(port, threads, temperature, bench, init)
-    playable = open_playable(load(checkpoint, device), suite=suite, temperature=temperature)
+    playable = session.open_playable(load(checkpoint, device), suite=suite, temperature=temperature)
     suite = suite or ("libero_object" if playable.simulator == "libero" else "tabletop_object")
     playable.task(suite, index)
     if bench:
         import torch
 
         torch.set_num_threads(threads)
-        say(json.dumps({**measure(playable, suite, index, bench), "threads": threads}))
+        say(json.dumps({**session.bench(playable, suite, index, bench), "threads": threads}))
         return
     import asyncio
 
