@@ -451,7 +451,7 @@ def test_merged_shards_are_the_whole_evaluation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"seed": -1}, {"seed": 2**32}, {"videos": -1}])
-def test_a_wrong_seed_or_number_of_films_is_refused(wrong: dict[str, int]) -> None:
+def test_a_wrong_seed_or_number_of_films_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"expected a seed from 0 to 2\^32 - 1 and videos >= 0, got "):
         Protocol("tabletop_object", **wrong)
 
