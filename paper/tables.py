@@ -125,8 +125,10 @@ def readme(records: Records) -> str:
     record = records["tabletop_world/rank"]
     of = record["imagined"]["spearman"]
     low, high = of["interval_95"]
+    shipped = records["tabletop_world/imagine"]["checkpoint"]["digest"]
+    where = "imagination" if record["world"]["digest"] == shipped else "the imagination of the model before"
     ranked = (
-        f"In imagination {len(record['policies'])} policies, weak to strong, rank as in the simulator: "
+        f"In {where} {len(record['policies'])} policies, weak to strong, rank as in the simulator: "
         f"Spearman {of['value']:.2f} ({low:.2f} to {high:.2f})."
     )
     return f"{results}\n\n{ranked}"

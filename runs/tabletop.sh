@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tabletop models, from nothing: demonstrations, image tokenizer, policy, two rounds of DAgger on the states that
-# the policy itself visits, then the world model, each trained on from the one before; $OUT/imagined_model is the
-# last. Two CPU cores: about eleven hours of training, and the collecting. Run it again after a stop: finished steps
+# the policy itself visits, then the world model, each trained on from the one before; $OUT/shipped is the
+# last. Two CPU cores: about twelve hours of training, and the collecting. Run it again after a stop: finished steps
 # are skipped. Training runs as two processes of one thread that share every batch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -88,8 +88,22 @@ for suite in $SUITES; do
     [ -e $OUT/imagined3_"$suite" ] || worldvla imagine $OUT/levels_world3_"$suite" --world $OUT/deep_model --out $OUT/imagined3_"$suite" --dtype auto
 done
 train tabletop_imagined $OUT/imagined_model
+
+# Once more, with hands that act beside the things and a weaker policy; the weights halfway are the shipped ones.
+[ -e $OUT/noisy ] || python -m paper.noisy $OUT/imagined_model --levels 0.4 --out $OUT/noisy
 for suite in $SUITES; do
-    worldvla eval $OUT/imagined_model --suite "$suite" --first 10 --episodes 10 --execute 3 --videos 0
-    worldvla collect "$suite" --out $OUT/held_out3/"$suite" --kind world --episodes 2 --policy $OUT/deep_model --seed 99
+    worldvla collect "$suite" --out $OUT/world4/"$suite" --kind world --episodes 40 --policy $OUT/noisy/noise_0.4 --seed 61
+    worldvla collect "$suite" --out $OUT/visited4/"$suite" --policy $OUT/imagined_model --episodes 10 --seed 63 --label 5 --execute 3
+    worldvla collect "$suite" --out $OUT/expert4/"$suite" --episodes 10 --seed 55 --label 5
+    for kind in world visited expert; do
+        worldvla tokenize $OUT/${kind}4/"$suite" --tokenizer $OUT/levels --out $OUT/levels_${kind}4_"$suite"
+    done
+    [ -e $OUT/imagined4_"$suite" ] || worldvla imagine $OUT/levels_world4_"$suite" --world $OUT/imagined_model --out $OUT/imagined4_"$suite" --dtype auto
 done
-worldvla eval-world $OUT/imagined_model --demos $OUT/held_out3 --clips 64 --horizons 10 30
+train tabletop_astray $OUT/astray_model
+[ -e $OUT/shipped ] || python -m paper.average $OUT/imagined_model $OUT/astray_model --out $OUT/shipped
+for suite in $SUITES; do
+    worldvla eval $OUT/shipped --suite "$suite" --first 10 --episodes 10 --execute 3 --videos 0
+    worldvla collect "$suite" --out $OUT/held_out4/"$suite" --kind world --episodes 2 --policy $OUT/noisy/noise_0.4 --seed 99
+done
+worldvla eval-world $OUT/shipped --demos $OUT/held_out4 --clips 64 --horizons 10 30

@@ -98,7 +98,7 @@ MACHINE = ("device", "num_threads", "compile", "dtype")
 
 @pytest.mark.parametrize(
     ("recipe_name", "shipped"),
-    [("tabletop_imagined", "tabletop"), ("libero_object_spatial_drawer", "libero")],
+    [("tabletop_astray", "tabletop"), ("libero_object_spatial_drawer", "libero")],
 )
 def test_recipes_of_the_shipped_models_give_their_configs(recipe_name: str, shipped: str) -> None:
     made = from_json(Config, json.loads((ROOT / f"worldvla/assets/{shipped}/config.json").read_text()))

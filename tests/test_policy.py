@@ -463,7 +463,7 @@ def test_what_cannot_be_pushed_is_said(
     assert main(["push", str(checkpoint), "Org/a b"]) == 2
     capsys.readouterr()
     assert main(["push", str(checkpoint), "Org/tiny", "--license", "Apache 2"]) == 2
-    assert "--license 'Apache 2': expected a name of the hub's, such as" in capsys.readouterr().err
+    assert "--license 'Apache 2': expected a name of the hub's: apache-2.0" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", "")
     monkeypatch.setattr(HfApi, "create_repo", Mock(side_effect=OSError("no network")))
     assert main(["push", str(checkpoint), "Org/tiny"]) == 2

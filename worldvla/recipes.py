@@ -430,6 +430,17 @@ def tabletop_imagined() -> Config:
     )
 
 
+def tabletop_astray() -> Config:
+    """`tabletop_imagined`, trained on in the same way with data in which hands act beside the things. What is
+    shipped has weights halfway between the two (paper/average.py)."""
+    return changed(
+        tabletop_imagined(),
+        "tabletop_astray",
+        data={"stores": stores("imagined4", "levels_visited4", "levels_expert4")},
+        train={"steps": 2_900, "init_from": "out/tabletop/imagined_model"},
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop": tabletop,
     "tabletop_dagger1": partial(dagger, 1),
@@ -443,6 +454,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop_at_once": tabletop_at_once,
     "tabletop_deep": tabletop_deep,
     "tabletop_imagined": tabletop_imagined,
+    "tabletop_astray": tabletop_astray,
     "tabletop_pilot": tabletop_pilot,
     "debug": debug,
     "finetune": finetune,
