@@ -126,10 +126,10 @@ def readme(records: Records) -> str:
     of = record["imagined"]["spearman"]
     low, high = of["interval_95"]
     shipped = records["tabletop_world/imagine"]["checkpoint"]["digest"]
-    where = "imagination" if record["world"]["digest"] == shipped else "the imagination of the model before"
+    where = "" if record["world"]["digest"] == shipped else " (of the model before)"
     ranked = (
-        f"In {where} {len(record['policies'])} policies, weak to strong, rank as in the simulator: "
-        f"Spearman {of['value']:.2f} ({low:.2f} to {high:.2f})."
+        f"{len(record['policies'])} policies, weak to strong, rank in imagination{where} as in the "
+        f"simulator:\nSpearman {of['value']:.2f} ({low:.2f} to {high:.2f})."
     )
     return f"{results}\n\n{ranked}"
 
@@ -146,14 +146,9 @@ def requirements(records: Records) -> str:
         return f"{mode[name]['measured'] / 1e9:.0f} GB"
 
     demo = records["bench/demo"]
-    install, run = (round(demo[name] / 60) for name in ("install_s", "demo_s"))
+    time = f"{demo['demo_s']:.0f} s after the installation"
     rows = [
-        [
-            "`make demo`",
-            f"{demo['peak_gib']:.1f} GiB",
-            f"{install + run} minutes, {install} of them to install",
-            "2 CPU cores",
-        ],
+        ["`make demo`", f"{demo['peak_gib']:.1f} GiB", time, "2 CPU cores"],
         ["LIBERO, evaluation", "1.7 GiB a worker", f"{episode:.1f} s an episode", "2 CPU cores"],
         ["7B, one query of ten actions", gigabytes("infer bfloat16"), f"{query:.0f} ms", card],
         ["7B in 4 bits", gigabytes("infer int4"), "", card],
