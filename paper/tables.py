@@ -126,10 +126,10 @@ def readme(records: Records) -> str:
     of = record["imagined"]["spearman"]
     low, high = of["interval_95"]
     shipped = records["tabletop_world/imagine"]["checkpoint"]["digest"]
-    where = "" if record["world"]["digest"] == shipped else " (of the model before)"
+    where = "In imagination" if record["world"]["digest"] == shipped else "In the last model's imagination"
     ranked = (
-        f"{len(record['policies'])} policies, weak to strong, rank in imagination{where} as in the "
-        f"simulator:\nSpearman {of['value']:.2f} ({low:.2f} to {high:.2f})."
+        f"{where} {len(record['policies'])} policies rank as in the simulator: Spearman {of['value']:.2f} "
+        f"({low:.2f} to {high:.2f})."
     )
     return f"{results}\n\n{ranked}"
 
@@ -513,24 +513,40 @@ def speed(records: Records) -> str:
     return table(("what", "measured", "record"), rows)
 
 
+DELAYED = {
+    "latest": "the newest answer, after what was executed meanwhile",
+    "blend": "overlapping answers averaged",
+    "blocking": "stands still until the answer comes",
+    "naive": "starts a late answer at its first action",
+    "imagined": "the world model imagines what is under way",
+}
+
+
 def delay(records: Records) -> str:
     """Success by delay, against no delay on the same episodes."""
     ends: dict[str, dict[str, str]] = records["bench/delay"]["ends"]
-    names = {
-        "latest": "the newest answer, from the present step on",
-        "blend": "overlapping answers averaged",
-        "blocking": "stands still until the answer comes",
-        "naive": "starts a late answer at its first action",
-        "imagined": "the world model imagines what is under way",
-    }
     first, rows = ends["latest"]["0"], []
     for method, by_delay in ends.items():
         for ms, of in sorted(by_delay.items(), key=lambda item: int(item[0])):
             ended = list(zip(of, first, strict=True))
             pairs = Pairs(*(ended.count(pair) for pair in (("S", "S"), ("S", "F"), ("F", "S"), ("F", "F"))))
             against = ("", "") if of is first else effect(pairs)
-            rows.append([names[method], ms, f"{of.count('S')}/{len(of)}", *against])
+            rows.append([DELAYED[method], ms, f"{of.count('S')}/{len(of)}", *against])
     return table(("what the robot does", "delay, ms", "successes", "points against no delay", "p"), rows)
+
+
+def delay_real_time(records: Records) -> str:
+    """The same by the wall clock, against a server: what an answer costs comes on top of the delay."""
+    rows = [
+        [
+            DELAYED[row["method"]],
+            row["delay_ms"],
+            f"{row['latency_steps']:.1f}",
+            f"{row['successes']}/{row['episodes']}",
+        ]
+        for row in records["bench/delay_real_time"]["rows"]
+    ]
+    return table(("what the robot does", "added delay, ms", "steps to an answer", "successes"), rows)
 
 
 TABLES: dict[str, Callable[[Records], str]] = {
@@ -538,7 +554,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     for f in (
         *(suites, experts, ablation, ablation_differences, short_chunks, short_chunks_differences),
         *(ablation_libero, history, heads, chunk_length, chunk_error, world, shipped_world, motion),
-        *(rank, ranking, ranking_agreement, speed, delay),
+        *(rank, ranking, ranking_agreement, speed, delay, delay_real_time),
     )
 }
 
