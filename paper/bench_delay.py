@@ -16,7 +16,7 @@ goes on meanwhile. Methods, all with the same policy, episodes and horizon:
 
 These cells charge nothing for the passes themselves. With --real-time they do: the episodes run by the wall
 clock, with AsyncClient and `worldvla serve` in another process, and each request is held back by the delay.
-The machine must be quiet: steps that came too late are counted.
+The machine must be quiet: steps that came too late are counted. There is no naive client: it has no row.
 """
 
 import json
@@ -219,11 +219,10 @@ def main(
     chosen = [(tasks[i % len(tasks)], i // len(tasks)) for i in range(episodes)]
     if real_time:
         rows = in_real_time(checkpoint, methods, delays, chosen)
-        print(
-            json.dumps(
-                {"bench": "delay_real_time", "model": policy.model.identity(), "rows": rows, **provenance()}
-            )
-        )
+        record = {"bench": "delay_real_time", "model": policy.model.identity(), "rows": rows, **provenance()}
+        if out:
+            write_json(out, record)
+        print(json.dumps(record))
         return
     outcomes: dict[str, dict[int, list[bool]]] = {method: {} for method in methods}
     with progress_bar() as progress:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny_run import tiny_config
 
-from paper import run, scaling
+from paper import average, noisy, run, scaling
 from paper.ablations import ROWS, SCALED, config_of
 from paper.records import Records, paired, read_folder, write
 from paper.tables import ROOT, TABLES, effect, fill
@@ -215,3 +216,16 @@ def test_models_are_measured_on_other_data_and_fitted(
     assert [r["compute"] for r in said["rows"]] == ["a", "a", "b", "b"]
     assert said["scaling"].keys() == {"action_loss", "image_loss"}
     assert "policy loss" in (tmp_path / "law.svg").read_text()
+
+
+def test_an_average_lies_between_its_checkpoints(tmp_path: Path) -> None:
+    noisy.main(ROOT / "worldvla/assets/tabletop", (0.5,), tmp_path)
+    weak = tmp_path / "noise_0.5"
+    average.main(ROOT / "worldvla/assets/tabletop", weak, tmp_path / "mean", share=0.25)
+    model = load(tmp_path / "mean")  # whole, its digests right
+    before, after = (load(path).transformer.state_dict() for path in ("tabletop", weak))
+    for name, tensor in model.transformer.state_dict().items():
+        expected = 0.75 * before[name] + 0.25 * after[name]
+        assert torch.allclose(tensor, expected, atol=0.01, rtol=0.01)
+    with pytest.raises(ValueError, match="expected a share from 0 to 1, got 2"):
+        average.main(ROOT / "worldvla/assets/tabletop", weak, tmp_path / "none", share=2)
