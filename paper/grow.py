@@ -2,10 +2,12 @@
 
 What it knows of acting stays about as it is.
 
-    python -m paper.grow OLD NEW_CONFIG.json --demos out/world/demos --out out/tabletop/grown
+    python -m paper.grow --old OLD --config-file NEW.json --demos out/world/demos --out out/tabletop/grown
 
-New layers stand between the old ones, with branches that end in zeros. The embedding of the new codes is
-fitted to that of the old codes of the same cells, which both tokenizers must share.
+New layers stand between the old ones, with branches that end in zeros. With demonstrations the embedding of
+the new codes is fitted to that of the old codes of the same cells, which both tokenizers must share. Without,
+the new model is of another world: words and ranges are those of its own stores, and what words and codes
+mean is left to learn; acting, copying and attending come along.
 """
 
 import json
@@ -24,16 +26,30 @@ from worldvla.data.sample import SampleBuilder
 from worldvla.model.transformer import Block, Transformer
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train import checkpoint
-from worldvla.train.build import Pieces
+from worldvla.train.build import Pieces, build, build_model
 from worldvla.vocab import compact
 
 
 def grow(
-    old: Path, config_file: Path, demos: Path, out: Path, episodes: int = 400, steps: int = 3000
+    old: Path,
+    config_file: Path,
+    out: Path,
+    demos: Path | None = None,
+    episodes: int = 400,
+    steps: int = 3000,
 ) -> None:
     """Write the checkpoint `out`; `config_file` is the new model's whole config (`worldvla config NAME`)."""
     source = worldvla.load(str(old)).model
     config = from_json(Config, json.loads(config_file.read_text()), str(config_file))
+    config = replace(config, train=replace(config.train, init_from=""))
+    if demos is None:
+        pieces = build(config)
+        model = build_model(pieces)
+        with torch.no_grad():
+            _copy(source.transformer, model, source.vocab, pieces.vocab, words=False)
+        checkpoint.save(out, pieces, model, [], {"step": 0})
+        print(f"{out}: {model.num_parameters():,} parameters")
+        return
     image = ImageTokenizer.load(config.tokenizer)
     text = source.builder.text
     vocab = compact(image.num_codes, text.size, image_last=True)
@@ -44,14 +60,13 @@ def grow(
     pairs = _pairs(source, image, demos, episodes)
     error = _fit(model, source.transformer.embed.weight[source.vocab.image.start :], pairs, steps)
     builder = SampleBuilder(layout, vocab, text, source.builder.statistics)
-    config = replace(config, train=replace(config.train, init_from=""))
     pieces = Pieces(config, image, text, source.builder.statistics, vocab, builder, None)  # pyright: ignore
     checkpoint.save(out, pieces, model, [], {"step": 0})
     print(f"{out}: {model.num_parameters():,} parameters; embeddings fitted to {error:.3f} of their variance")
 
 
 @torch.no_grad()
-def _copy(old: Transformer, new: Transformer, old_vocab, vocab) -> None:
+def _copy(old: Transformer, new: Transformer, old_vocab, vocab, words: bool = True) -> None:
     spots = np.linspace(0, len(new.layers) - 1, len(old.layers)).round().astype(int).tolist()
     for index, layer in enumerate(new.layers):
         assert isinstance(layer, Block)
@@ -65,8 +80,8 @@ def _copy(old: Transformer, new: Transformer, old_vocab, vocab) -> None:
     for span in ("text", "action", "state"):
         there, here = getattr(old_vocab, span), getattr(vocab, span)
         is_text = span == "text"  # and what stands before it
-        first = slice(0 if is_text else here.start, here.stop)
-        origin = slice(0 if is_text else there.start, there.stop)
+        first = slice(0 if is_text else here.start, here.stop if words or not is_text else here.start)
+        origin = slice(0 if is_text else there.start, there.stop if words or not is_text else there.start)
         for table in ("embed", "head"):
             getattr(new, table).weight[first] = getattr(old, table).weight[origin]
     for own, theirs in ((new.row_embed, old.row_embed), (new.col_embed, old.col_embed)):
@@ -74,6 +89,14 @@ def _copy(old: Transformer, new: Transformer, old_vocab, vocab) -> None:
         assert theirs is not None
         own.weight.copy_(theirs.weight)
     new.norm.weight.copy_(old.norm.weight)
+    pairs = (
+        (new.code_embed, old.code_embed),
+        (new.code_head, old.code_head),
+        (new.previous_in, old.previous_in),
+    )
+    for own, theirs in pairs:
+        if own is not None and theirs is not None:
+            own.load_state_dict(theirs.state_dict())
 
 
 @torch.no_grad()

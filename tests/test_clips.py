@@ -350,16 +350,17 @@ def test_a_cell_that_stands_still_is_encoded_once_and_the_same() -> None:
     assert torch.equal(tokenizer.encode(images), torch.cat([tokenizer.encode(one[None]) for one in images]))
 
 
-def test_a_context_decoder_copies_what_it_may() -> None:
+@pytest.mark.parametrize("halvings", [3, 4])
+def test_a_context_decoder_copies_what_it_may(halvings: int) -> None:
     rng = np.random.default_rng(2)
-    shape = replace(CELLS, patch=4, channel_mult=(1, 2), context_widths=(4, 4, 4))
+    shape = replace(CELLS, patch=2 ** (halvings - 1), channel_mult=(1, 2), context_widths=(4,) * halvings)
     tokenizer = ImageTokenizer(shape).eval()
     images = torch.from_numpy(rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8))
     codes = tokenizer.encode(images)
     tokenizer.decoder.conv_out.bias.data[12:] = 50.0  # pyright: ignore
     assert torch.equal(tokenizer.decode(codes, images), images)
     assert tokenizer.decode(codes).unique().tolist() == [128]
-    with pytest.raises(ValueError, match="three widths"):
+    with pytest.raises(ValueError, match="4 pixels a side"):
         replace(shape, context_widths=(4, 4))
 
 

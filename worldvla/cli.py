@@ -385,7 +385,8 @@ def train_tokenizer(
         out: Directory of the tokenizer.
         skip_bad: Go on without broken episodes; each is told.
         levels: Codes for a model that predicts them level by level, and a decoder that copies what stands
-            still from a frame of the clip, in place of --config.
+            still from a frame of the clip, in place of --config; of it --config.patch 8 counts, for frames of
+            128 pixels.
         minutes: Budget; steps, if given, replace it.
         steps: With a number of steps the result is a function of the seed, whatever the machine's speed.
         init_from: Directory of an image tokenizer of the same --config to go on from: its codes keep about
@@ -394,11 +395,14 @@ def train_tokenizer(
     """
     from worldvla.data.episode import demonstration_files
     from worldvla.data.sources import open_source
-    from worldvla.train.image_tokenizer import LEVELS, train_tokenizer
+    from worldvla.train.image_tokenizer import LEVELS, LEVELS_16, train_tokenizer
 
     training = TokenizerTraining(minutes=minutes, steps=steps, seed=seed, learning_rate=learning_rate)
     if levels:
-        config, training = LEVELS, replace(training, nested=0.3, crop=32)
+        shapes = {shape.patch: shape for shape in (LEVELS, LEVELS_16)}
+        if config.patch not in shapes:
+            raise ValueError(f"--levels with --config.patch {config.patch}: expected one of {[*shapes]}")
+        config, training = shapes[config.patch], replace(training, nested=0.3, crop=8 * config.patch)
     source = _other_format(paths, camera)
     sources = [open_source(path) for path in demonstration_files(paths)] if source is None else [source]
     with only_writer(out):

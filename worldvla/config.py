@@ -77,8 +77,9 @@ class ImageTokenizerConfig(Checked):
     fsq_levels: tuple[Annotated[int, Range(2, 256)], ...] = ()
     """Levels of each FSQ dimension; their product is num_codes. Empty for VQ."""
     context_widths: tuple[Size, ...] = ()
-    """Widths at 1/2, 1/4, 1/8 of a frame's side of a decoder that also reads a real frame of the same clip
-    and copies from it what stands still. Empty, as published: the VQGAN's, which reads codes alone."""
+    """Widths at 1/2, 1/4, ... of a frame's side, down to one code a pixel, of a decoder that also reads a real
+    frame of the same clip and copies from it what stands still. Empty, as published: the VQGAN's, which reads
+    codes alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,10 +90,10 @@ class ImageTokenizerConfig(Checked):
                     f"fsq_levels {self.fsq_levels} give {product} codes of {len(self.fsq_levels)} dims, "
                     f"num_codes is {self.num_codes} and embed_dim {self.embed_dim}: make them agree"
                 )
-        if self.context_widths and (len(self.context_widths) != 3 or self.factor != 8):
+        if (widths := self.context_widths) and 2 ** len(widths) != self.factor:
             raise ValueError(
-                f"context_widths {self.context_widths} with codes of {self.factor} pixels a side: expected "
-                "three widths and 8"
+                f"context_widths {widths} are for codes of {2 ** len(widths)} pixels a side, got "
+                f"{self.factor}: give one width for each time that the side is halved"
             )
         if self.quantizer != "fsq" and self.fsq_levels:
             raise ValueError(f"fsq_levels {self.fsq_levels} with quantizer 'vq': empty them or use 'fsq'")

@@ -19,7 +19,7 @@ from worldvla.config import (
     OptimConfig,
     TrainConfig,
 )
-from worldvla.sim.suites import TABLETOP
+from worldvla.sim.suites import FOUR, TABLETOP
 
 LIBERO_FRAMES = {
     "libero_spatial": 52_970,
@@ -318,6 +318,27 @@ PUBLISHED = ModelConfig(num_layers=32, width=4096, num_heads=32, num_kv_heads=32
 """The published 7B."""
 
 
+def libero() -> Config:
+    """All four suites of LIBERO in one model that acts and imagines, from the tabletop's (paper/grow.py).
+
+    `runs/libero.sh` makes what it needs.
+    """
+    return changed(
+        tabletop_imagined(),
+        "libero",
+        tokenizer="out/libero/levels",
+        layout={"clip": 3},
+        optim={"learning_rate": 2e-3, "warmup_steps": 50},
+        data={
+            "stores": tuple(f"out/libero/store_{suite}" for suite in FOUR),
+            "world_fraction": 0.12,
+            "imagined": 0.0,
+            "sequence_length": 544,
+        },
+        train={"steps": 3_000, "batch_size": 96, "init_from": "out/libero/grown"},
+    )
+
+
 def published(family: str, suite: str = "libero_goal") -> Config:
     """`PUBLISHED` on a LIBERO suite, with the layout and chunk of its release: 40 epochs.
 
@@ -460,6 +481,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "finetune": finetune,
     "finetune_world": finetune_world,
     "finetune_7b": finetune_7b,
+    "libero": libero,
     "libero_object_spatial_long": libero_object_spatial_long,
     "libero_object_spatial_drawer": libero_object_spatial_drawer,
 }

@@ -203,22 +203,23 @@ class Decoder(nn.Module):
 class ContextDecoder(nn.Module):
     """Codes' vectors and a real frame of the same clip -> pixels: each is copied from that frame or painted.
 
-    What stands still is crisp whatever the codes hold. `widths`: at 1/2, 1/4 and 1/8 of the side.
+    What stands still is crisp whatever the codes hold. `widths`: at 1/2, 1/4, ... of the side.
     """
 
     def __init__(self, embed_dim: int, widths: tuple[int, ...]) -> None:
         super().__init__()
-        half, quarter, eighth = widths
-        self.conv_in = nn.Conv2d(embed_dim, eighth, 3, padding=1)
-        self.context_in = nn.Conv2d(3 * 4, half, 3, padding=1)
+        finest, coarsest = widths[0], widths[-1]
+        self.conv_in = nn.Conv2d(embed_dim, coarsest, 3, padding=1)
+        self.context_in = nn.Conv2d(3 * 4, finest, 3, padding=1)
         self.context = nn.ModuleList(ResnetBlock(width, width) for width in widths)
         self.context_down = nn.ModuleList(
             nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths)
         )
-        joined = [(2 * eighth, eighth), (eighth + quarter, quarter), (quarter + half, half)]
+        rising = (coarsest, *reversed(widths))
+        joined = [(below + width, width) for below, width in pairwise(rising)]
         self.up = nn.ModuleList(nn.ModuleList((ResnetBlock(a, b), ResnetBlock(b, b))) for a, b in joined)
-        self.norm_out = _norm(half)
-        self.conv_out = nn.Conv2d(half, 4 * 4, 3, padding=1)
+        self.norm_out = _norm(finest)
+        self.conv_out = nn.Conv2d(finest, 4 * 4, 3, padding=1)
 
     def forward(
         self, vectors: Float[Tensor, "B E R Q"], context: Float[Tensor, "B 3 Y X"]

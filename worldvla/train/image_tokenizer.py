@@ -15,7 +15,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -69,6 +69,8 @@ LEVELS = ImageTokenizerConfig(
 )
 """The same grids for a model that predicts codes level by level (ModelConfig.code_levels): what stands still
 keeps its codes, and is copied from a frame of the clip."""
+LEVELS_16 = replace(LEVELS, patch=8, context_widths=(32, 48, 80, 128))
+"""`LEVELS` for frames of twice the side: 128x128 and 64x64 pixels, as the LIBERO models see."""
 CONTRAST = 0.3
 """Difference to the background, of a range of 2, from which a pixel counts fully as foreground."""
 VIVID = 0.45, 0.5
