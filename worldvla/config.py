@@ -77,9 +77,9 @@ class ImageTokenizerConfig(Checked):
     fsq_levels: tuple[Annotated[int, Range(2, 256)], ...] = ()
     """Levels of each FSQ dimension; their product is num_codes. Empty for VQ."""
     context_widths: tuple[Size, ...] = ()
-    """Widths at 1/2, 1/4, ... of a frame's side, down to one code a pixel, of a decoder that also reads a real
-    frame of the same clip and copies from it what stands still. Empty, as published: the VQGAN's, which reads
-    codes alone."""
+    """Widths at 1/2, 1/4, ... of a frame's side, down to the grid of codes, of a decoder that also reads a
+    real frame of the same clip and copies from it what stands still. Empty, as published: the VQGAN's, which
+    reads codes alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
