@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from worldvla.model.transformer import MLP, Attention, Block, Transformer
 
 
-class _Joined(nn.Module):
+class _JoinedLinear(nn.Module):
     """A part of a block whose `layers` read the same input: one product in place of several."""
 
     def __init__(self, part: nn.Module, *layers: nn.Linear) -> None:
@@ -32,11 +32,11 @@ class _Joined(nn.Module):
         return F.linear(x_BTD, self.joined_FD).split(self.sizes, -1)
 
 
-class JoinedAttention(_Joined, Attention):
+class JoinedAttention(_JoinedLinear, Attention):
     pass
 
 
-class JoinedMLP(_Joined, MLP):
+class JoinedMLP(_JoinedLinear, MLP):
     pass
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from worldvla.serve.server import Limits, Served, serve
+from worldvla.serve.server import Limits, ServedPolicy, serve
 
 
 def act(observations: Sequence[dict[str, Any]], settings: dict[str, Any]) -> np.ndarray:
@@ -76,7 +76,7 @@ def request(**other: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     SETTINGS: dict[str, Any] = json.loads(sys.argv[1])
     OPTIONS = {k: SETTINGS[k] for k in ("port", "api_key", "certificate", "key_file") if k in SETTINGS}
-    SERVED = Served(
+    SERVED = ServedPolicy(
         act=lambda observations: act(observations, SETTINGS),
         views={"agentview": (4, 4)},
         history=SETTINGS.get("history", 1),

@@ -21,7 +21,7 @@ import pytest
 
 from worldvla import cli
 from worldvla.data.collect import FIRST_INIT, INITS_PER_SEED, Job, _attempt, collect, kept, record
-from worldvla.data.drivers import Astray, Driven, Perturbed, Play
+from worldvla.data.drivers import Astray, DaggerDriver, PerturbedExpert, Play
 from worldvla.data.episode import demonstration_files, facts, read_episodes, write_episodes
 from worldvla.data.rerun import regenerate, rerun
 from worldvla.sim import suites as sim
@@ -204,7 +204,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changed,
 
 @pytest.mark.parametrize("fraction", [0.0, 0.15, 0.3])
 def test_perturbations_come_in_bursts_of_the_wanted_share(fraction):
-    driver = Perturbed(Right(None), np.random.default_rng(0), fraction)
+    driver = PerturbedExpert(Right(None), np.random.default_rng(0), fraction)
     steps = [driver({}) for _ in range(20_000)]
     clean = np.array([is_expert for _, is_expert in steps])
     actions = np.array([action for action, _ in steps])
@@ -233,12 +233,12 @@ def test_initial_states_are_never_those_of_the_evaluation():
 
 def test_an_episode_ends_with_the_action_that_succeeds():
     env = Line(TASK)
-    episode = record(env, Perturbed(Right(env), np.random.default_rng(0), 0.0), init=60, seed=4)
+    episode = record(env, PerturbedExpert(Right(env), np.random.default_rng(0), 0.0), init=60, seed=4)
     assert episode is not None
     assert (episode.init, episode.seed, episode.instruction) == (60, 4, TASK.instruction)
     assert episode.sim_states[-1, 0] < 1 <= episode.sim_states[-1, 0] + 0.1 * episode.actions[-1, 0] + 1e-9
     np.testing.assert_array_equal(episode.states[:, 0], episode.sim_states[:, 0].astype(np.float32))
-    assert record(env, Perturbed(Right(env), np.random.default_rng(0), 0.0), init=63, seed=4) is None
+    assert record(env, PerturbedExpert(Right(env), np.random.default_rng(0), 0.0), init=63, seed=4) is None
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
@@ -264,7 +264,7 @@ def _stay() -> Any:
 
 def test_a_policy_drives_and_the_expert_ends_the_episode():
     line = Line(SimpleNamespace(instruction="line"))  # pyright: ignore[reportArgumentType]
-    driver = Driven(_stay(), Right(line), "line", np.random.default_rng(0), until=40, execute=3)
+    driver = DaggerDriver(_stay(), Right(line), "line", np.random.default_rng(0), until=40, execute=3)
     episode_actions, flags = [], []
     observation, _ = line.reset(options={"init": FIRST_INIT})
     success = False
@@ -364,7 +364,7 @@ def test_an_astray_hand_acts_beside_the_thing_and_then_recovers() -> None:
     env: Any = sim.make(TASK, {})
     scout: Any = sim.make(TASK, {})
     scout.reset(options={"init": 0})
-    then = Perturbed(sim.expert(env), np.random.default_rng(0), 0.0)
+    then = PerturbedExpert(sim.expert(env), np.random.default_rng(0), 0.0)
     driver = Astray(env, scout, sim.expert(scout), then, np.array([0.06, 0.0]), env.horizon)
     aside, closed = [], []
 
@@ -387,7 +387,7 @@ def test_an_astray_hand_acts_beside_the_thing_and_then_recovers() -> None:
 def test_replay_reports_success_and_drift(tmp_path, monkeypatch):
     monkeypatch.setattr(sim, "make", Line)
     env = Line(TASK)
-    episode = record(env, Perturbed(Right(env), np.random.default_rng(0), 0.15), init=60, seed=0)
+    episode = record(env, PerturbedExpert(Right(env), np.random.default_rng(0), 0.15), init=60, seed=0)
     assert episode is not None
     short = replace(
         episode,
@@ -408,7 +408,7 @@ def test_tabletop_demonstrations_replay_to_the_same_bits(tmp_path):
     env: Any = sim.make(TASK, {"wrist": (8, 8)})
     episodes = []
     for init in (FIRST_INIT, FIRST_INIT + 1, FIRST_INIT + 2):
-        driver = Perturbed(sim.expert(env), np.random.default_rng(init), 0.15)
+        driver = PerturbedExpert(sim.expert(env), np.random.default_rng(init), 0.15)
         episodes.append(record(env, driver, init, seed=0))
     found = [e for e in episodes if e is not None]
     assert len(found) >= 2

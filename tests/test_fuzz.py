@@ -33,14 +33,14 @@ from worldvla.infer.model import load
 from worldvla.published.names import open_release
 from worldvla.published.tokenizers import load_image_tokenizer
 from worldvla.serve.protocol import pack
-from worldvla.serve.server import Served, read_request
+from worldvla.serve.server import ServedPolicy, read_request
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train.metrics import Recorder
 from worldvla.vocab import chameleon
 
 HERE = Path(__file__).parent
 SUITE = {"suite": "tabletop_object"}
-SERVED = Served(act=lambda _: np.zeros(0), views={"agentview": (4, 4)})
+SERVED = ServedPolicy(act=lambda _: np.zeros(0), views={"agentview": (4, 4)})
 
 
 def _store(path: Path) -> object:

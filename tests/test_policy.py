@@ -32,7 +32,7 @@ from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
 from worldvla.serve.exact import BatchedPolicy
 from worldvla.serve.protocol import pack
-from worldvla.serve.server import Served, read_request
+from worldvla.serve.server import ServedPolicy, read_request
 from worldvla.sim.suites import make, tasks
 from worldvla.tokenizers.action import DatasetStatistics
 from worldvla.tokenizers.image import ImageTokenizer
@@ -392,7 +392,7 @@ def test_a_new_dataset_brings_its_own_ranges(mixture: Path) -> None:
 
 def test_a_server_of_a_mixture_wants_a_dataset_in_each_request(mixture: Path) -> None:
     policy = BatchedPolicy(load(mixture), "discrete")
-    served = Served(act=policy.act, views=policy.model.view_sizes, check=policy.check, history=2)
+    served = ServedPolicy(act=policy.act, views=policy.model.view_sizes, check=policy.check, history=2)
     sent = observe(0) | {"prompt": "do 0"}
     for key in ("arm", "wide"):
         seen, _ = read_request(pack(sent | {"unnorm_key": key}), served)

@@ -15,7 +15,7 @@ from worldvla.config import ModelConfig
 from worldvla.infer.model import Model, Quantize, load
 from worldvla.infer.policy import Policy
 from worldvla.model.mask import dense_mask
-from worldvla.model.quantize import Form, Packed, num_bytes
+from worldvla.model.quantize import Form, QuantizedLinear, num_bytes
 from worldvla.model.transformer import Transformer
 from worldvla.model.weights import assign, empty_model
 from worldvla.sim.suites import make, tasks
@@ -31,7 +31,7 @@ FORMS = ("int8", "int4")
 def test_a_weight_is_half_a_step_off(form: Form, shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight[0] = 0.0
-    layer = Packed(weight, form)
+    layer = QuantizedLinear(weight, form)
     step = layer.scale.float().abs().repeat_interleave(shape[1] // layer.scale.shape[1], 1).squeeze(-1)
     error = (layer.dense(torch.float32) - weight).abs()
     # int4: the codes end at 7, the values opposite to the largest at 8, and its scale is in bfloat16.
@@ -39,14 +39,14 @@ def test_a_weight_is_half_a_step_off(form: Form, shape: tuple[int, int]) -> None
     assert bool((error <= limit + 1e-6).all())
     assert torch.equal(layer.dense(torch.float32)[0], weight[0])
     assert sum(b.nbytes for b in layer.buffers()) == num_bytes(shape, form)
-    again = Packed(layer.dense(torch.float32), form)
+    again = QuantizedLinear(layer.dense(torch.float32), form)
     assert torch.equal(again.codes, layer.codes)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("half", [False, True])
 def test_products_and_gradients_are_those_of_the_dense_weight(form: Form, half: bool) -> None:
-    layer = Packed(torch.randn(6, 64), form)
+    layer = QuantizedLinear(torch.randn(6, 64), form)
     dense = layer.dense(torch.float32)
     left, right = (torch.linspace(-1, 1, 192).view(3, 64).requires_grad_() for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16, enabled=half):

@@ -45,7 +45,7 @@ from worldvla.serve import exact
 from worldvla.serve.client import Client, ServerError
 from worldvla.serve.exact import BatchedPolicy, CarefulTokenizer
 from worldvla.serve.protocol import IMAGE_KEYS, PROMPT_KEY, STATE_KEY, pack, unpack
-from worldvla.serve.server import Limits, Served, read_request, serve, serve_checkpoint
+from worldvla.serve.server import Limits, ServedPolicy, read_request, serve, serve_checkpoint
 from worldvla.tokenizers.image import ImageTokenizer, VectorQuantizer
 
 
@@ -270,7 +270,7 @@ def test_raw_sockets_use_up_neither_files_nor_places() -> None:
 
 
 def test_a_system_that_allows_too_few_files_is_refused() -> None:
-    served = Served(act=lambda o: np.zeros((len(o), 5, 7)), views={"agentview": (4, 4)})
+    served = ServedPolicy(act=lambda o: np.zeros((len(o), 5, 7)), views={"agentview": (4, 4)})
     with pytest.raises(
         ValueError, match=r"need 1000000256 open files, the system allows \d+: lower --max-conn"
     ):
@@ -306,7 +306,7 @@ def test_a_server_that_could_answer_nobody_is_refused() -> None:
     for limits, reason in (({"max_batch": 0}, "--max-batch"), ({"max_connections": 0}, "--max-connections")):
         with pytest.raises(ValueError, match=f"{reason} must be at least 1, got 0"):
             Limits(**limits)
-    served = Served(act=lambda o: np.zeros((len(o), 5, 7)), views={"agentview": (4, 4)})
+    served = ServedPolicy(act=lambda o: np.zeros((len(o), 5, 7)), views={"agentview": (4, 4)})
     with pytest.raises(ValueError, match=r"--port must be in 0\.\.65535 \(0: a free one\), got 99999"):
         asyncio.run(serve(served, port=99_999))
 
@@ -323,7 +323,7 @@ def test_who_may_come_in(tmp_path: Path) -> None:
             connect(f"ws://{at}", additional_headers=headers)
         with Client(f"ws://{at}", api_key="a key") as client:
             assert client.infer(request(**{"observation/image": image(7, side=9)}))["actions"][0, 1] == 7
-    served = Served(act=lambda observations: np.zeros((len(observations), 5, 7)), views={})
+    served = ServedPolicy(act=lambda observations: np.zeros((len(observations), 5, 7)), views={})
     for host in ("0.0.0.0", "", "::", "example.com"):
         with pytest.raises(ValueError, match="set the environment variable WORLDVLA_API_KEY, or --insecure"):
             asyncio.run(serve(served, host=host))
@@ -505,7 +505,7 @@ def test_actions_under_way_are_imagined() -> None:
     ],
 )
 def test_actions_under_way_that_cannot_be_imagined_are_refused(dims: int, value: Any, reason: str) -> None:
-    served = Served(
+    served = ServedPolicy(
         act=lambda o: np.zeros((len(o), 5, 7)), views={"agentview": (4, 4)}, num_committed_dims=dims
     )
     with pytest.raises(ValueError, match=reason):

@@ -46,7 +46,7 @@ Amount = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, is_open=True)]
 
 
-class Checked:
+class CheckedConfig:
     """A dataclass whose values must fit their annotations; ValueError names the first that does not."""
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class Checked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageTokenizerConfig(Checked):
+class ImageTokenizerConfig(CheckedConfig):
     """Shape of the VQGAN (published values: WorldVLA model/chameleon_vae_ori/vqgan.yaml)."""
 
     channels: Size = 128
@@ -105,7 +105,7 @@ class ImageTokenizerConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerTraining(Checked):
+class TokenizerTraining(CheckedConfig):
     """How an image tokenizer is trained (train/image_tokenizer.py)."""
 
     minutes: Positive = 12.0
@@ -133,7 +133,7 @@ class TokenizerTraining(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayoutConfig(Checked):
+class LayoutConfig(CheckedConfig):
     """What a sequence holds, in which order. The ablations of the paper are fields of this class."""
 
     views: tuple[str, ...] = ("agentview",)
@@ -222,7 +222,7 @@ class LayoutConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig(Checked):
+class HeadConfig(CheckedConfig):
     """Shape of the continuous action head (published: 2 layers, width 1024, 4 heads, hidden 4096)."""
 
     num_layers: FewOrNone = 0
@@ -239,7 +239,7 @@ class HeadConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(Checked):
+class ModelConfig(CheckedConfig):
     """Shape of the transformer (published 7B: 32 layers, width 4096, 32 heads, hidden 11008)."""
 
     num_layers: Few
@@ -279,7 +279,7 @@ class ModelConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig(Checked):
+class LossConfig(CheckedConfig):
     image_weight: Amount = 0.04
     """alpha (WorldVLA pretrain_ck.py:932; paper)."""
     state_weight: Amount = 0.2
@@ -304,7 +304,7 @@ class LossConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig(Checked):
+class OptimConfig(CheckedConfig):
     method: Literal["adamw", "muon"] = "adamw"
     """muon: for the linear layers inside the transformer, AdamW for the rest. A small model that starts from
     nothing learns in half the steps (paper/LOG.md); published weights go on with AdamW, as trained."""
@@ -329,7 +329,7 @@ class OptimConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Checked):
+class DataConfig(CheckedConfig):
     stores: tuple[str, ...]
     """TokenStore directories."""
     weights: tuple[Positive, ...] = ()
@@ -370,7 +370,7 @@ class DataConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Checked):
+class TrainConfig(CheckedConfig):
     steps: Count
     batch_size: Size
     accumulation: Few = 1
@@ -407,7 +407,7 @@ class TrainConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(Checked):
+class LoraConfig(CheckedConfig):
     """Train low-rank updates W + alpha / rank * B A of a frozen checkpoint (LoRA, arXiv 2106.09685)."""
 
     rank: Annotated[int, Range(0, 2**16)] = 0
@@ -424,7 +424,7 @@ class LoraConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Checked):
+class Config(CheckedConfig):
     """Everything that a training run needs, complete."""
 
     name: str

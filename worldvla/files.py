@@ -42,20 +42,27 @@ def one_line(error: object, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: 3 * longest // 4]} ... {text[-longest // 4 :]}"
 
 
-class Damaged(ValueError):
+class DamagedFileError(ValueError):
     """A file does not hold what it should; the message is one line with its path."""
 
 
 @contextmanager
 def reading(path: Path | str, what: str, fix: str = "restore it or make it again") -> Iterator[None]:
-    """Turn whatever a library raises on a damaged file in the block into `Damaged`, one line."""
+    """Turn whatever a library raises on a damaged file in the block into `DamagedFileError`, one line."""
     try:
         yield
-    except (Damaged, FileNotFoundError, PermissionError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (
+        DamagedFileError,
+        FileNotFoundError,
+        PermissionError,
+        KeyboardInterrupt,
+        SystemExit,
+        GeneratorExit,
+    ):
         raise
     except BaseException as error:  # Rust's panics are no Exception
         reason = one_line(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        raise Damaged(f"{path} is damaged or no {what} ({reason}): {fix}") from None
+        raise DamagedFileError(f"{path} is damaged or no {what} ({reason}): {fix}") from None
 
 
 # -- whole files and folders ---------------------------------------------------------------------------------
@@ -250,20 +257,22 @@ def check_digests(folder: Path, names: Collection[str] | None = None) -> None:
     manifest = read_json(folder / MANIFEST)
     digests = manifest.get("sha256")
     if digests is None:
-        raise Damaged(
+        raise DamagedFileError(
             f"{folder / MANIFEST} has no SHA-256 of its files, so that nothing shows whether they are whole: "
             "write the folder again with this version of worldvla"
         )
     if not isinstance(digests, dict) or digests.get(MANIFEST) != _of_manifest(manifest):
-        raise Damaged(f"{folder / MANIFEST} is not as it was written (SHA-256): copy the folder again")
+        raise DamagedFileError(
+            f"{folder / MANIFEST} is not as it was written (SHA-256): copy the folder again"
+        )
     for name, digest in digests.items():
         if name != MANIFEST and (names is None or name in names):
             try:
                 got = sha256(folder / name)
             except FileNotFoundError:
-                raise Damaged(f"{folder / name} is missing: copy the folder again") from None
+                raise DamagedFileError(f"{folder / name} is missing: copy the folder again") from None
             if got != digest:
-                raise Damaged(
+                raise DamagedFileError(
                     f"{folder / name} is not as it was written (SHA-256 {got[:16]}, in {MANIFEST} "
                     f"{digest[:16]}): copy the folder again"
                 )
@@ -336,7 +345,7 @@ def load_network(path: Path, fix: str) -> "tuple[dict[str, Any], dict[str, Tenso
     with reading(about, "facts of a network", fix):
         digests = told["sha256"][about.name], told["sha256"][path.name]
         if digests != (_of_manifest(told, about.name), sha256(path)):
-            raise Damaged(
+            raise DamagedFileError(
                 f"{path} or {about.name} is not as it was written (SHA-256): copy both again; {fix}"
             )
     return told, load_tensors(path)
@@ -345,7 +354,9 @@ def load_network(path: Path, fix: str) -> "tuple[dict[str, Any], dict[str, Tenso
 def check_finite(path: Path, name: str, tensor: "Tensor") -> None:
     """Raise ValueError if a tensor holds NaN or an infinity: it is neither written nor read."""
     if tensor.is_floating_point() and not tensor.isfinite().all():
-        raise Damaged(f"{path}: {name} holds numbers that are not finite: take an earlier checkpoint")
+        raise DamagedFileError(
+            f"{path}: {name} holds numbers that are not finite: take an earlier checkpoint"
+        )
 
 
 def check_shapes(

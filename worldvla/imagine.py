@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from worldvla.data.loader import check_stores
-from worldvla.data.store import EPISODES, Imagined, TokenStore, write_imagined
+from worldvla.data.store import EPISODES, ImaginedFrames, TokenStore, write_imagined
 from worldvla.files import whole_folder
 from worldvla.infer.model import Model
 from worldvla.infer.world import World
@@ -46,7 +46,7 @@ def imagine_store(
 
 def _imagined(
     store: TokenStore, model: Model, batch: int, rng: np.random.Generator, on_frames: Callable[[int], None]
-) -> Imagined:
+) -> ImaginedFrames:
     world, layout = World(model), model.config.layout
     pieces = _pieces(store, rng)
     codes = {view: array.copy() for view, array in store.codes.items()}
@@ -68,7 +68,7 @@ def _imagined(
             for view, grid in world.codes.items():
                 codes[view][rows_B] = grid.reshape(len(grid), -1)[is_open_B]
             on_frames(len(rows_B))
-    return Imagined(codes, start)
+    return ImaginedFrames(codes, start)
 
 
 def _pieces(store: TokenStore, rng: np.random.Generator) -> list[tuple[int, int]]:

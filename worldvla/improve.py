@@ -25,10 +25,10 @@ from worldvla.data.tokenize import tokenize
 from worldvla.eval.judge import (
     CONFIRM,
     STEPS,
-    Imagined,
+    ImaginedBody,
     Judge,
     Seen,
-    Simulated,
+    SimulatedBody,
     drive,
     judge_of,
     last_actions,
@@ -60,7 +60,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingPolicy:
     """A policy that draws its actions, each time by other seeds."""
 
     policy: Policy
@@ -72,10 +72,12 @@ class Drawing:
         return self.policy.act(observations, self.temperature, seeds)
 
 
-class Recorded:
-    """`body` (judge.Simulated or Imagined), which also notes what N episodes saw, felt and did until done."""
+class EpisodeRecorder:
+    """`body`, which also notes what N episodes saw, felt and did until done."""
 
-    def __init__(self, body: Simulated | Imagined, first: Sequence[Mapping[str, Any]], in_simulator: bool):
+    def __init__(
+        self, body: SimulatedBody | ImaginedBody, first: Sequence[Mapping[str, Any]], in_simulator: bool
+    ):
         self.body, self.in_simulator = body, in_simulator
         self.now = [dict(o) for o in first]
         self.rows, self.streaks = np.arange(len(first)), np.zeros(len(first), dtype=int)
@@ -147,7 +149,7 @@ def improve(
     for number in range(rounds):
         folder, policy = out / f"round_{number}", load(path)
         if not (folder / "round.json").is_file():
-            act = Drawing(Policy(policy), temperature, np.random.default_rng([seed, number]))
+            act = SamplingPolicy(Policy(policy), temperature, np.random.default_rng([seed, number]))
             starts = list(starts_of(demos, critic.tasks, suites, episodes, number * episodes))
             interval = execute or policy.config.layout.chunk
             _demonstrate(folder, act, interval, critic, worlds, starts, kind, keep_all)
@@ -178,7 +180,7 @@ def _check_numbers(
 
 def _demonstrate(
     folder: Path,
-    act: Drawing,
+    act: SamplingPolicy,
     execute: int,
     judge: Judge,
     world: Model,
@@ -275,8 +277,8 @@ def starts_of(
 
 
 def _roll(
-    act: Drawing, execute: int, judge: Judge, world: Model, starts: Sequence[Start], kind: Kind
-) -> Recorded:
+    act: SamplingPolicy, execute: int, judge: Judge, world: Model, starts: Sequence[Start], kind: Kind
+) -> EpisodeRecorder:
     """Let the policy act from `starts`, in parallel."""
     numbers, first = np.array([start.task for start in starts]), [start.observation for start in starts]
     tasks = [judge.tasks[n] for n in numbers]
@@ -287,16 +289,16 @@ def _roll(
             for env, start in zip(envs, starts, strict=True):
                 env.reset(options={"init": start.init})  # fixtures are not in every state
                 env.set_state(start.sim_state)
-            body: Simulated | Imagined = Simulated(judge, world, envs, frames, numbers)
+            body: SimulatedBody | ImaginedBody = SimulatedBody(judge, world, envs, frames, numbers)
         else:
             states = np.stack([o["state"] for o in first])
-            body = Imagined(judge, World(world), frames, states, numbers)
-        recorded = Recorded(body, first, kind == "simulator")
+            body = ImaginedBody(judge, World(world), frames, states, numbers)
+        recorded = EpisodeRecorder(body, first, kind == "simulator")
         drive(act, execute, recorded, tasks, first)  # pyright: ignore[reportArgumentType]
     return recorded
 
 
-def _episodes(roll: Recorded, starts: Sequence[Start], tasks: Sequence[Task]) -> Iterator[Episode]:
+def _episodes(roll: EpisodeRecorder, starts: Sequence[Start], tasks: Sequence[Task]) -> Iterator[Episode]:
     for start, steps, done in zip(starts, roll.steps, roll.done, strict=True):
         task, length = tasks[start.task], len(steps)
         yield Episode(

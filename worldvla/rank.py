@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldvla.eval.judge import CONFIRM, STEPS, Imagined, Judge, Simulated, drive, judge_of, replays
+from worldvla.eval.judge import CONFIRM, STEPS, ImaginedBody, Judge, SimulatedBody, drive, judge_of, replays
 from worldvla.eval.record import Journal
 from worldvla.eval.stats import rank_agreement
 from worldvla.files import write_json
@@ -120,9 +120,9 @@ def _act_twice(
     start = [env.reset(options={"init": init})[0] for env, init in zip(envs, inits, strict=True)]
     tasks, act = [judge.tasks[n] for n in numbers], Policy(policy)
     frames = {view: np.stack([o[view] for o in start]) for view in world.view_sizes}
-    real, control = drive(act, execute, Simulated(judge, world, envs, frames, numbers), tasks, start)
+    real, control = drive(act, execute, SimulatedBody(judge, world, envs, frames, numbers), tasks, start)
     states = np.stack([o["state"] for o in start])
-    dream = Imagined(judge, World(world), frames, states, numbers)
+    dream = ImaginedBody(judge, World(world), frames, states, numbers)
     _, imagined = drive(act, execute, dream, tasks, start)
     return np.array([real, control, imagined], dtype=int).tolist()
 

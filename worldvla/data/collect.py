@@ -25,7 +25,15 @@ from typing import Any, Literal
 import numpy as np
 
 from worldvla.cluster import Cluster
-from worldvla.data.drivers import WORLD_MIX, Act, Driven, Driver, Labeller, Perturbed, world_driver
+from worldvla.data.drivers import (
+    WORLD_MIX,
+    Act,
+    DaggerDriver,
+    Driver,
+    Labeller,
+    PerturbedExpert,
+    world_driver,
+)
 from worldvla.data.episode import Episode, facts, read_episodes, write_episodes
 from worldvla.files import only_writer, whole_file, write_text
 from worldvla.image import MAX_PIXELS
@@ -47,7 +55,7 @@ MOVING = 1e-3
 Kind = Literal["demonstrations", "world"]
 Views = dict[str, tuple[int, int]]
 LoadPolicy = Callable[[], Act]
-"""Importable by a worker; returns what `Driven.act` is, loaded once a process."""
+"""Importable by a worker; returns what `DaggerDriver.act` is, loaded once a process."""
 
 
 def record(
@@ -292,10 +300,10 @@ class _Attempt:
             return episode and replace(episode, is_expert=np.zeros(len(episode), dtype=np.bool_))
         rng = np.random.default_rng([self.seed, self.task.index, init])
         label = Labeller(scout, self.expert(scout), self.label) if scout is not None else None
-        driver = Perturbed(expert, rng, self.noise)
+        driver = PerturbedExpert(expert, rng, self.noise)
         if self.policy is not None:
             until = int(rng.uniform(0.2, 0.7) * env.horizon)
-            driver = Driven(self.policy(), expert, self.task.instruction, rng, until, self.execute)
+            driver = DaggerDriver(self.policy(), expert, self.task.instruction, rng, until, self.execute)
         return record(env, driver, init, self.seed, label)
 
     @property

@@ -32,7 +32,7 @@ def expert_action(expert: Expert) -> np.ndarray:
 
 
 @dataclass
-class Driven:
+class DaggerDriver:
     """Drive by a policy, by stretches and at last by the expert: the policy's own errors are visited (DAgger,
     Ross et al. 2011; the expert ends each episode, so that one that is stuck still succeeds)."""
 
@@ -95,7 +95,7 @@ class Labeller:
 
 
 @dataclass
-class Perturbed:
+class PerturbedExpert:
     """Drive by the expert, with bursts of strong noise from which it then recovers.
 
     Only the steps without noise may be imitated: their action is exactly the expert's.
@@ -313,17 +313,19 @@ def world_driver(
     horizon = int(env.horizon)
     if kind in ("play", "mixed"):
         play = Play(env, rng)
-        driver = Turns([Perturbed(expert, rng, 0.3), play], rng) if kind == "mixed" else play
+        driver = Turns([PerturbedExpert(expert, rng, 0.3), play], rng) if kind == "mixed" else play
         length = int(rng.integers(horizon // 2, horizon + 1))
         return driver, length, length
     if kind == "policy" and act is not None:
-        driver = Driven(_noisy(act, rng), expert, env.task.instruction, rng, horizon, execute, share=1.0)
+        driver = DaggerDriver(
+            _noisy(act, rng), expert, env.task.instruction, rng, horizon, execute, share=1.0
+        )
     elif kind == "astray":
         angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(*ASTRAY)
         aside = far * np.array([np.cos(angle), np.sin(angle)])
-        driver = Astray(env, *scout, Perturbed(expert, rng, 0.15), aside, horizon)
+        driver = Astray(env, *scout, PerturbedExpert(expert, rng, 0.15), aside, horizon)
     else:
-        driver = Perturbed(expert, rng, 0.5 if kind == "gross" else 0.15)
+        driver = PerturbedExpert(expert, rng, 0.5 if kind == "gross" else 0.15)
     return driver, horizon, AFTER_SUCCESS
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from worldvla.files import Damaged, reading, sha256, whole_file
+from worldvla.files import DamagedFileError, reading, sha256, whole_file
 from worldvla.sim.protocol import FPS, NUM_ACTION_DIMS, NUM_STATE_DIMS
 from worldvla.sim.suites import SUITES
 
@@ -233,12 +233,12 @@ def read_episodes(path: Path, images: bool = True) -> Iterator[Episode]:
     truncated, foreign or incomplete raises a one-line ValueError. `images=False` skips the cameras.
     """
     for _, episode in read_demos(path, images):
-        if isinstance(episode, Damaged):
+        if isinstance(episode, DamagedFileError):
             raise episode
         yield episode
 
 
-def read_demos(path: Path, images: bool = True) -> Iterator[tuple[str, Episode | Damaged]]:
+def read_demos(path: Path, images: bool = True) -> Iterator[tuple[str, Episode | DamagedFileError]]:
     """Yield name and episode of every demo, as `read_episodes` does; of a damaged one what is wrong."""
     path = Path(path)
     if not path.exists():
@@ -264,7 +264,7 @@ def read_demos(path: Path, images: bool = True) -> Iterator[tuple[str, Episode |
                     if ("sha256" in demo.attrs) != ("sha256" in data.attrs):
                         raise ValueError("the digests of the file or of the demonstration are lost")
                     episode = _read_demo(demo, told, images)
-            except Damaged as damaged:
+            except DamagedFileError as damaged:
                 episode = damaged
             yield name, episode
 
@@ -281,7 +281,7 @@ def control_rate(path: Path) -> float | None:
         args = json.loads(str(file["data"].attrs.get("env_args", "{}")))
         if rate := args.get("env_kwargs", {}).get("control_freq"):
             return float(rate)
-    with suppress(Damaged):
+    with suppress(DamagedFileError):
         suites = (e.suite for _, e in read_demos(path, images=False) if isinstance(e, Episode))
         if suite := SUITES.get(next(suites, "")):
             return FPS[suite.simulator]

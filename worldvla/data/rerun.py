@@ -73,7 +73,7 @@ def _environment(episode: Episode, views: Views) -> Any:
 # -- replay --------------------------------------------------------------------------------------------------
 
 
-class Replayed(NamedTuple):
+class Replay(NamedTuple):
     """What became of one stored episode when its actions were executed again."""
 
     episode: int
@@ -85,7 +85,7 @@ class Replayed(NamedTuple):
 
 def rerun(
     path: Path, transform: Callable[[np.ndarray], np.ndarray] = lambda actions: actions
-) -> Iterator[Replayed]:
+) -> Iterator[Replay]:
     """Re-execute each stored episode from its first state to success or its end; nothing is rendered.
 
     `transform` changes the actions (T, 7) before they are executed, such as `through_bins`.
@@ -99,7 +99,7 @@ def rerun(
             success = bool(env.step(action)[2])
             if success:
                 break
-        yield Replayed(i, success, drift)
+        yield Replay(i, success, drift)
 
 
 def through_bins(files: Sequence[Path]) -> Callable[[np.ndarray], np.ndarray]:

@@ -65,7 +65,7 @@ class EpisodeRow:
 
 
 @dataclass(frozen=True)
-class Imagined:
+class ImaginedFrames:
     """The frames of a store as a world model imagined them, from real frames and the actions executed."""
 
     codes: dict[str, np.ndarray]
@@ -93,7 +93,7 @@ class TokenStore:
     is_expert: np.ndarray
     expert_actions: np.ndarray | None = None
     """float32 (F, U, A), the expert's next U actions from each frame on; None: not in the demonstrations."""
-    imagined: Imagined | None = None
+    imagined: ImaginedFrames | None = None
     """None: no world model has imagined them."""
 
     def __len__(self) -> int:
@@ -142,7 +142,7 @@ class TokenStore:
                 view: _load(path, f"imagined_codes_{view}", a.dtype.type, a.shape)
                 for view, a in codes.items()
             }
-            imagined = Imagined(own, _load(path, "imagined_start", np.int64, (num_frames,)))
+            imagined = ImaginedFrames(own, _load(path, "imagined_start", np.int64, (num_frames,)))
             every |= {f"imagined_{view}": array for view, array in own.items()}
         rows = json.loads((path / EPISODES).read_text(encoding="utf-8"))
         episodes = tuple(EpisodeRow(**row) for row in rows)
@@ -207,7 +207,9 @@ def write_store(
     return path
 
 
-def write_imagined(folder: Path, store: TokenStore, imagined: Imagined, made_by: dict[str, Any]) -> None:
+def write_imagined(
+    folder: Path, store: TokenStore, imagined: ImaginedFrames, made_by: dict[str, Any]
+) -> None:
     """Write a copy of `store` that also holds `imagined` into an empty folder (`files.whole_folder`);
     `made_by` goes into its manifest."""
     for file in (store.path / EPISODES, *store.path.glob("*.npy")):

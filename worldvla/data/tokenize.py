@@ -13,7 +13,7 @@ from worldvla.data.episode import Episode, fingerprint, read_demos
 from worldvla.data.sources.hdf5 import ACTION_NAMES, open_files
 from worldvla.data.sources.source import Source
 from worldvla.data.store import FrameTokenizer, TokenStore, read_manifest, write_store
-from worldvla.files import Damaged, only_writer
+from worldvla.files import DamagedFileError, only_writer
 from worldvla.progress import progress_bar
 
 MOST = 20
@@ -163,7 +163,7 @@ def check(path: Path, alike: _Alike) -> tuple[list[str], list[str], np.ndarray]:
     hands = [np.zeros((0, 2))]
     try:
         for name, episode in read_demos(path):
-            if isinstance(episode, Damaged):
+            if isinstance(episode, DamagedFileError):
                 faults.append(str(episode))
             elif wrong := _wrong_actions(episode) or alike.fault(episode):
                 faults.append(f"{path}: data/{name}: {wrong}")

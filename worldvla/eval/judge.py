@@ -344,7 +344,7 @@ class Seen:
     """(N,) bool: the simulator's word; the judge's where there is no simulator."""
 
 
-class Simulated:
+class SimulatedBody:
     """Episodes in the simulator."""
 
     def __init__(
@@ -368,7 +368,7 @@ class Simulated:
         return Seen(frame, states, said, success)
 
 
-class Imagined:
+class ImaginedBody:
     """The same in a world model; the judge is asked for what neither frame nor world says."""
 
     def __init__(
@@ -395,7 +395,7 @@ class Imagined:
 def drive(
     policy: "Policy",
     execute: int,
-    body: Simulated | Imagined,
+    body: SimulatedBody | ImaginedBody,
     tasks: Sequence[Task],
     first: Sequence[Mapping[str, Any]],
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -452,7 +452,7 @@ def replays(
             plans = [[*episode.actions[:-1], *last_actions(episode)] for episode, _ in part]
             first = {v: np.stack([e.images[v][0] for e, _ in part]) for v in world.view_sizes}
             states = np.stack([e.states[0] for e, _ in part])
-            body, said = Imagined(judge, World(world), first, states, numbers), []
+            body, said = ImaginedBody(judge, World(world), first, states, numbers), []
             for t in range(max(map(len, plans))):
                 actions = np.stack([plan[min(t, len(plan) - 1)] for plan in plans])
                 said.append(body.step(actions, look=False).said)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from worldvla.eval.stats import count
-from worldvla.files import Damaged, read_json, reading, write_json, write_text
+from worldvla.files import DamagedFileError, read_json, reading, write_json, write_text
 
 TIMES = ("simulation_seconds", "policy_seconds")
 log = logging.getLogger("worldvla")
@@ -30,7 +30,9 @@ class Journal:
         lines = [_parse(line) for line in dict.fromkeys(text.splitlines())]
         if lines:
             if lines[0] is None:
-                raise Damaged(f"{path} is damaged in its first line: give another --out, or remove it")
+                raise DamagedFileError(
+                    f"{path} is damaged in its first line: give another --out, or remove it"
+                )
             there, now = (dict(_flat(_plain(line))) for line in (lines[0], json.loads(json.dumps(identity))))
             names = sorted(name for name in there | now if there.get(name) != now.get(name))
             if names:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from worldvla.config import LoraConfig
 from worldvla.files import read_json
-from worldvla.model.quantize import Packed, rounded
+from worldvla.model.quantize import QuantizedLinear, rounded
 from worldvla.model.transformer import Transformer
 from worldvla.model.weights import header, is_block_matrix, read_tensor
 
 
-class Updated(nn.Module):
+class LoraLinear(nn.Module):
     """A frozen linear layer and its update: x -> base(x) + scale * (x A^T) B^T. B starts at zero."""
 
     def __init__(self, base: nn.Module, num_in: int, num_out: int, config: LoraConfig) -> None:
@@ -42,10 +42,12 @@ def add_updates(model: Transformer, config: LoraConfig, seed: int) -> Transforme
     generator = torch.Generator().manual_seed(seed)
     device = model.embed.weight.device
     for name, layer in list(model.layers.named_modules()):
-        if name.rpartition(".")[2] not in config.targets or not isinstance(layer, nn.Linear | Packed):
+        if name.rpartition(".")[2] not in config.targets or not isinstance(
+            layer, nn.Linear | QuantizedLinear
+        ):
             continue
         with torch.device(device):
-            updated = Updated(layer, layer.in_features, layer.out_features, config)
+            updated = LoraLinear(layer, layer.in_features, layer.out_features, config)
         with torch.no_grad():
             noise = torch.rand(updated.a.shape, generator=generator)
             updated.a.copy_((2 * noise - 1) * layer.in_features**-0.5)
@@ -59,7 +61,7 @@ def add_updates(model: Transformer, config: LoraConfig, seed: int) -> Transforme
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that a checkpoint holds, by name: all, or with updates what is trained alone."""
-    has_updates = any(isinstance(module, Updated) for module in model.modules())
+    has_updates = any(isinstance(module, LoraLinear) for module in model.modules())
     named = model.named_parameters()
     return {name: p.detach() for name, p in named if p.requires_grad or not has_updates}
 

@@ -16,7 +16,7 @@ Form = Literal["float32", "bfloat16", "int8", "int4"]
 GROUP = 32
 
 
-class Packed(nn.Module):
+class QuantizedLinear(nn.Module):
     """A frozen linear layer without bias whose weight (out, in) is held in `form`, "int8" or "int4"."""
 
     def __init__(self, weight_OI: Tensor, form: Form) -> None:
@@ -53,7 +53,7 @@ class _Product(torch.autograd.Function):
     """x W^T; the wide W is made again for the backward pass instead of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Packed) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -67,7 +67,7 @@ class _Product(torch.autograd.Function):
 def rounded(weight_OI: Tensor, form: Form) -> Tensor:
     """Return the weight as it is after being held in `form`, float32."""
     if form in ("int8", "int4"):
-        return Packed(weight_OI, form).dense(torch.float32)
+        return QuantizedLinear(weight_OI, form).dense(torch.float32)
     return weight_OI.to(getattr(torch, form)).float()
 
 
@@ -75,5 +75,5 @@ def num_bytes(shape: tuple[int, ...], form: Form) -> int:
     """Return the bytes of a matrix (out, in) held in `form`."""
     if form in ("int8", "int4"):
         with torch.device("meta"):
-            return sum(b.nbytes for b in Packed(torch.empty(shape), form).buffers())
+            return sum(b.nbytes for b in QuantizedLinear(torch.empty(shape), form).buffers())
     return math.prod(shape) * getattr(torch, form).itemsize

@@ -19,7 +19,7 @@ from worldvla.config import ModelConfig
 from worldvla.model.action_head import ActionHead
 from worldvla.model.codes import CodeEmbedding, CodeHead
 from worldvla.model.mask import additive_mask
-from worldvla.model.quantize import Packed
+from worldvla.model.quantize import QuantizedLinear
 
 EMBED_STD = 0.1
 """Of every embedding table; `init_codebook` scales to it."""
@@ -274,14 +274,14 @@ class Transformer(nn.Module):
             self.head.weight[span.start : span.stop] = (features_ND * HEAD_STD).to(self.head.weight)
 
     def num_parameters(self) -> int:
-        packed = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, Packed))
+        packed = sum(m.in_features * m.out_features for m in self.modules() if isinstance(m, QuantizedLinear))
         return packed + sum(parameter.numel() for parameter in self.parameters())
 
     def flops(self, num_positions: int, num_logits: int | None = None) -> int:
         """Return the floating-point operations of one sequence's forward pass (training: 3 times), without
         those of an action head. `num_logits`: positions that reach the head (default all)."""
         num_logits = num_positions if num_logits is None else num_logits
-        linear = (m for m in self.layers.modules() if isinstance(m, nn.Linear | Packed))
+        linear = (m for m in self.layers.modules() if isinstance(m, nn.Linear | QuantizedLinear))
         matrices = sum(m.in_features * m.out_features for m in linear)
         scores_and_values = 2 * self.config.num_layers * self.config.width * num_positions
         return 2 * (num_positions * (matrices + scores_and_values) + num_logits * self.head.weight.numel())

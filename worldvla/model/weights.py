@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from worldvla.config import ModelConfig
 from worldvla.files import check_finite, check_shapes, read_json, reading, sha256
-from worldvla.model.quantize import Form, Packed
+from worldvla.model.quantize import Form, QuantizedLinear
 from worldvla.model.transformer import Transformer
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -82,7 +82,7 @@ def assign(
         owner, _, leaf = name.rpartition(".")
         if form and is_block_matrix(name, tensor.shape):
             if form in ("int8", "int4"):
-                model.set_submodule(owner, Packed(tensor.to(device), form))
+                model.set_submodule(owner, QuantizedLinear(tensor.to(device), form))
                 continue
             placed = tensor.to(device, getattr(torch, form), copy=True)
         else:

@@ -22,7 +22,7 @@ from worldvla.published.names import (
     RELEASES,
     VQ_PREFIX,
     Release,
-    Released,
+    ReleasedFiles,
     open_release,
     published_names,
     published_tensors,
@@ -157,7 +157,7 @@ def _layout(facts: Release, release: str, suite: str) -> LayoutConfig:
     return replace(facts.layout, chunk=facts.chunks[suite])
 
 
-def _image(released: Released, pieces: Path, vocab: Vocab) -> ImageTokenizer:
+def _image(released: ReleasedFiles, pieces: Path, vocab: Vocab) -> ImageTokenizer:
     """Return the image tokenizer of a file beside the text, else of the `model.vqmodel.*` keys."""
     keys = [key for key in released.aside if key.startswith(VQ_PREFIX)]
     is_apart = pieces != released.directory
@@ -195,7 +195,7 @@ def _text(pieces: Path, vocab: Vocab) -> TextTokenizer:
     return text
 
 
-def _remarks(released: Released, image: ImageTokenizer, facts: Release) -> list[str]:
+def _remarks(released: ReleasedFiles, image: ImageTokenizer, facts: Release) -> list[str]:
     lines = []
     if image.decoder is None:
         lines.append("the image tokenizer has no decoder: the policy acts, imagined frames cannot be shown")

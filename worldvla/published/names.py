@@ -119,7 +119,7 @@ def model_config(data: Mapping[str, Any], where: str, vocab: Vocab) -> ModelConf
 
 
 @dataclass(frozen=True)
-class Released:
+class ReleasedFiles:
     """A released folder whose every key has been accounted for; no weight has been read."""
 
     directory: Path
@@ -146,7 +146,7 @@ class Released:
 
 def open_release(
     directory: Path, vocab: Vocab, action_shape: tuple[int, int] = (0, 0), without_head: bool = False
-) -> Released:
+) -> ReleasedFiles:
     """Check a released folder by its headers; whatever is missing, too much or misshapen raises ValueError.
 
     `action_shape`: (K, A) of a release that may have a continuous action head, which is read, or its keys set
@@ -186,7 +186,7 @@ def open_release(
     says = "config.json and the suite say" if config.head.num_layers else "config.json says"
     _named(directory, f"has other shapes than {says}:", wrong, "use files of one checkpoint")
     types = {name: dtypes[key] for name, key in names.items()}
-    return Released(directory, hub_config, config, files, aside, rows, types)
+    return ReleasedFiles(directory, hub_config, config, files, aside, rows, types)
 
 
 def _head_config(shapes: Mapping[str, tuple[int, ...]]) -> HeadConfig:

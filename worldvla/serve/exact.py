@@ -59,7 +59,7 @@ class CarefulTokenizer:
 
 
 class BatchedPolicy:
-    """A model's policy for `Served`: `act` answers a batch, `check` a request before it joins one."""
+    """A model's policy for `ServedPolicy`: `act` answers a batch, `check` a request before it joins one."""
 
     def __init__(self, model: Model, head: str) -> None:
         self.model, self.alone = model, Policy(model, head)

@@ -69,7 +69,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Served:
+class ServedPolicy:
     """What is served."""
 
     act: Callable[[Sequence[Observation]], np.ndarray]
@@ -157,7 +157,7 @@ def serve_checkpoint(
         "views": {view: list(size) for view, size in model.view_sizes.items()},
         "worldvla": version("worldvla"),
     }
-    served = Served(
+    served = ServedPolicy(
         act=policy.act,
         check=policy.check,
         views=model.view_sizes,
@@ -172,7 +172,7 @@ def serve_checkpoint(
 
 
 async def serve(
-    served: Served,
+    served: ServedPolicy,
     *,
     host: str = "127.0.0.1",
     port: int = PORT,
@@ -207,7 +207,7 @@ async def serve(
             host,
             port,
             process_request=serving.admit,
-            create_connection=partial(_Counted, serving),  # pyright: ignore[reportArgumentType]
+            create_connection=partial(_CountedConnection, serving),  # pyright: ignore[reportArgumentType]
             origins=[None],  # a browser says where its page is from; no page of ours asks
             compression=None,
             max_size=served.max_bytes,
@@ -231,7 +231,7 @@ async def serve(
         serving.readers.shutdown()
 
 
-class _Counted(ServerConnection):
+class _CountedConnection(ServerConnection):
     """A connection that counts from its first moment, before it has said anything."""
 
     def __init__(self, serving: "_Serving", *args: Any, **options: Any) -> None:
@@ -252,7 +252,7 @@ class _Counted(ServerConnection):
 class _Serving:
     """One server's connections."""
 
-    def __init__(self, served: Served, api_key: str, limits: Limits) -> None:
+    def __init__(self, served: ServedPolicy, api_key: str, limits: Limits) -> None:
         self.served, self.api_key, self.limits = served, api_key, limits
         self.batcher = Batcher(served.act, limits.max_batch, limits.wait_s)
         self.readers = ThreadPoolExecutor(1, "reader")
@@ -428,7 +428,7 @@ class _Serving:
             await connection.close(CloseCode.INTERNAL_ERROR, "the frame before says why")
 
 
-def read_request(data: bytes | str, served: Served) -> tuple[Observation, float]:
+def read_request(data: bytes | str, served: ServedPolicy) -> tuple[Observation, float]:
     """Return the observation in a request, as `Policy.act` takes it, and the seconds that an answer may take
     (infinity: any time); a bad request raises ValueError. Keys are openpi's or ours.
 
@@ -461,7 +461,7 @@ def _pick(message: Mapping[str, Any], *keys: str) -> Any:
     )
 
 
-def _frame(message: Mapping[str, Any], served: Served) -> dict[str, np.ndarray]:
+def _frame(message: Mapping[str, Any], served: ServedPolicy) -> dict[str, np.ndarray]:
     frame = {}
     for view, size in served.views.items():
         key = IMAGE_KEYS.get(view, view)
@@ -481,7 +481,7 @@ def _frame(message: Mapping[str, Any], served: Served) -> dict[str, np.ndarray]:
     return frame
 
 
-def _prompt(message: Mapping[str, Any], served: Served) -> str:
+def _prompt(message: Mapping[str, Any], served: ServedPolicy) -> str:
     text = _pick(message, PROMPT_KEY, "instruction")
     if not isinstance(text, str) or not text:
         raise ValueError(f"{PROMPT_KEY} must be a text that is not empty, got {text!r:.60}")
@@ -505,7 +505,7 @@ def _state(message: Mapping[str, Any], num_dims: int) -> np.ndarray:
     return state.astype(np.float32)
 
 
-def _previous(message: Mapping[str, Any], served: Served) -> list[dict[str, np.ndarray]]:
+def _previous(message: Mapping[str, Any], served: ServedPolicy) -> list[dict[str, np.ndarray]]:
     frames = message.get(HISTORY_KEY)
     if frames is None:
         raise ValueError(

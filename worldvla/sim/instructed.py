@@ -20,7 +20,7 @@ from worldvla.sim.protocol import Task
 NAMESPACE = "worldvla"
 
 
-class Instructed(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any]):
+class InstructedEnv(gym.Wrapper[dict[str, Any], Any, dict[str, Any], Any]):
     """An environment whose observations and `info` hold the task's instruction, as `Policy.act` reads it."""
 
     def __init__(self, env: gym.Env[Any, Any], instruction: str) -> None:
@@ -49,7 +49,7 @@ def make(
     task: int | Task = 0,
     views: dict[str, tuple[int, int]] | None = None,
     render_mode: Literal["rgb_array"] | None = None,
-) -> Instructed:
+) -> InstructedEnv:
     """Return the environment of a task, by its index in the suite or as `suites.tasks` gives it."""
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"render_mode must be rgb_array or None, got {render_mode!r}")
@@ -62,7 +62,7 @@ def make(
         task = tasks[int(task)]
     env = suites.make(task, views)
     env.render_mode = render_mode
-    return Instructed(env, task.instruction)
+    return InstructedEnv(env, task.instruction)
 
 
 def _register() -> None:

@@ -21,7 +21,15 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from worldvla.config import ImageTokenizerConfig, from_json, to_json
-from worldvla.files import Damaged, check_shapes, load_tensors, read_json, reading, save_tensors, write_json
+from worldvla.files import (
+    DamagedFileError,
+    check_shapes,
+    load_tensors,
+    read_json,
+    reading,
+    save_tensors,
+    write_json,
+)
 
 PUBLISHED_LEVELS = torch.from_numpy(np.arange(256) / 255.0 * 2 - 1).float()
 """Grey level -> what the published encoder reads, computed in float64 as in WorldVLA's
@@ -449,7 +457,9 @@ class ImageTokenizer(nn.Module):
         tokenizer.load_state_dict(state)
         tokenizer.ancestors, seal = _ancestors(directory)
         if seal not in (None, tokenizer._seal()):
-            raise Damaged(f"{directory} is not as it was written (SHA-256): copy the image tokenizer again")
+            raise DamagedFileError(
+                f"{directory} is not as it was written (SHA-256): copy the image tokenizer again"
+            )
         return tokenizer.eval().requires_grad_(False)
 
     def _seal(self) -> str:

@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from worldvla.config import Config, from_json, to_json
 from worldvla.files import (
-    Damaged,
+    DamagedFileError,
     check_digests,
     check_finite,
     load_tensors,
@@ -258,10 +258,10 @@ def or_earlier(run_dir: Path, path: Path) -> Iterator[None]:
     """Say of a damaged checkpoint which one is before it and what to type."""
     try:
         yield
-    except Damaged as error:
+    except DamagedFileError as error:
         before = max((p for p in _all(run_dir) if p != path), key=_step, default=None)
         then = f"goes on from {before.name}" if before else "begins anew"
-        raise Damaged(f"{error}; or type `rm -r {path}`, and the same command {then}") from None
+        raise DamagedFileError(f"{error}; or type `rm -r {path}`, and the same command {then}") from None
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from worldvla.data.sources.source import Names, Source
-from worldvla.files import Damaged, one_line
+from worldvla.files import DamagedFileError, one_line
 from worldvla.published.hub import fetch_data
 
 
@@ -44,7 +44,7 @@ def open_source(path: Path, names: Names | None = None) -> Source:
             if kind == "lerobot"
             else f"{path} is not a valid RLDS data set"
         )
-        raise Damaged(f"{what} ({reason}): download it again") from None
+        raise DamagedFileError(f"{what} ({reason}): download it again") from None
 
 
 def _versions(path: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from worldvla.data.episode import (
     view_key,
 )
 from worldvla.data.sources.source import Camera, Names, Source, Vector
-from worldvla.files import Damaged
+from worldvla.files import DamagedFileError
 from worldvla.published.hub import origin
 from worldvla.sim.protocol import POSITION_SCALE, ROTATION_SCALE
 from worldvla.sim.suites import SUITES
@@ -68,12 +68,12 @@ def _attempts(files: list[Path], images: bool) -> Iterator[tuple[str, Episode | 
         try:
             for name, episode in read_demos(path, images):
                 yield f"{path.name} {name}", episode
-        except Damaged as damaged:  # the file as a whole
+        except DamagedFileError as damaged:  # the file as a whole
             yield path.name, damaged
 
 
 def _count(path: Path) -> int:
     try:
         return count_episodes(path)
-    except Damaged:
+    except DamagedFileError:
         return 1  # its fault

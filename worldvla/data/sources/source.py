@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from worldvla.data.episode import Episode
-from worldvla.files import Damaged, one_line, reading
+from worldvla.files import DamagedFileError, one_line, reading
 from worldvla.image import resize_with_pad
 from worldvla.robot import delta_dims
 
@@ -140,8 +140,8 @@ def attempt(path: Path, name: str, read: Callable[[], Episode]) -> tuple[str, Ep
             try:
                 return name, read()
             except ValueError as error:
-                raise Damaged(f"{path}: {name}: {one_line(error)}") from None
-    except Damaged as damaged:
+                raise DamagedFileError(f"{path}: {name}: {one_line(error)}") from None
+    except DamagedFileError as damaged:
         return name, damaged
 
 
