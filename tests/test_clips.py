@@ -339,6 +339,8 @@ def test_training_learns_a_batch_of_clips(tmp_path: Path) -> None:
 def test_more_codes_than_two_bytes_hold_are_stored_in_four() -> None:
     assert code_type(65_536) is np.uint16
     assert code_type(65_537) is np.uint32
+    assert code_type(2**32) is np.uint32
+    assert code_type(2**32 + 1) is np.int64
 
 
 def test_a_cell_that_stands_still_is_encoded_once_and_the_same() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_run import tiny_config
+from tiny_run import tiny_config, write_tiny
 
-from paper import average, noisy, run, scaling
+from paper import average, grow, noisy, run, scaling
 from paper.ablations import ROWS, SCALED, config_of
 from paper.records import Records, paired, read_folder, write
 from paper.tables import ROOT, TABLES, effect, fill
@@ -24,6 +24,7 @@ from worldvla.files import read_json, write_json
 from worldvla.infer.model import export, load
 from worldvla.model.weights import empty_model
 from worldvla.recipes import recipe
+from worldvla.train.build import build, build_model
 from worldvla.train.loop import train
 
 
@@ -106,6 +107,31 @@ def test_recipes_of_the_shipped_models_give_their_configs(recipe_name: str, ship
     config = recipe(recipe_name)
     machine = {name: getattr(made.train, name) for name in MACHINE}
     assert replace(config, train=replace(config.train, **machine)) == made
+
+
+def test_a_model_of_another_world_grows_from_a_trained_one(tmp_path: Path) -> None:
+    """Blocks, places, bins and specials come along; words are those of the new stores."""
+    for name in ("old", "new"):
+        write_tiny(tmp_path / name)
+    old = train(tiny_config(tmp_path / "old", steps=1), tmp_path / "run").checkpoint
+    config = tiny_config(tmp_path / "new")
+    config = replace(config, num_text=270, model=replace(config.model, num_layers=3))
+    write_json(tmp_path / "new.json", to_json(config))
+    grow.grow(old, tmp_path / "new.json", tmp_path / "grown")
+    one, other = load(old), load(tmp_path / "grown")
+    theirs, own = one.transformer, other.transformer
+    for layer, before in ((own.layers[0], theirs.layers[0]), (own.layers[2], theirs.layers[1])):
+        assert all(map(torch.equal, layer.parameters(), before.parameters()))
+    assert not any(
+        p.any() for n, p in own.layers[1].named_parameters() if n.endswith(("o.weight", "down.weight"))
+    )
+    for span in ("action", "state"):
+        rows, before = getattr(other.vocab, span), getattr(one.vocab, span)
+        head = theirs.head.weight[before.start : before.stop]
+        assert torch.equal(own.head.weight[rows.start : rows.stop], head)
+    text, drawn = other.vocab.text, build_model(build(config)).embed.weight
+    assert torch.equal(own.embed.weight[: text.start], theirs.embed.weight[: text.start])
+    assert torch.equal(own.embed.weight[text.start : text.stop], drawn[text.start : text.stop])
 
 
 @pytest.mark.parametrize("row", ROWS)

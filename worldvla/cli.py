@@ -402,7 +402,11 @@ def train_tokenizer(
         shapes = {shape.patch: shape for shape in (LEVELS, LEVELS_16)}
         if config.patch not in shapes:
             raise ValueError(f"--levels with --config.patch {config.patch}: expected one of {[*shapes]}")
-        config, training = shapes[config.patch], replace(training, nested=0.3, crop=8 * config.patch)
+        cells = 0.6 if config.patch == 8 and init_from is None else 0.0
+        config, training = (
+            shapes[config.patch],
+            replace(training, nested=0.3, cells=cells, crop=8 * config.patch),
+        )
     source = _other_format(paths, camera)
     sources = [open_source(path) for path in demonstration_files(paths)] if source is None else [source]
     with only_writer(out):

@@ -73,7 +73,8 @@ class ImageTokenizerConfig(CheckedConfig):
     embed_dim: Size = 256
     """Dimension of a codebook vector (for FSQ: the number of levels)."""
     quantizer: Literal["vq", "fsq"] = "vq"
-    num_codes: Annotated[int, Range(2, 2**24)] = 8192
+    num_codes: Annotated[int, Range(2, 2**60)] = 8192
+    """A codebook of "vq" holds 2^24 at most; FSQ has none."""
     fsq_levels: tuple[Annotated[int, Range(2, 256)], ...] = ()
     """Levels of each FSQ dimension; their product is num_codes. Empty for VQ."""
     context_widths: tuple[Size, ...] = ()
@@ -90,6 +91,8 @@ class ImageTokenizerConfig(CheckedConfig):
                     f"fsq_levels {self.fsq_levels} give {product} codes of {len(self.fsq_levels)} dims, "
                     f"num_codes is {self.num_codes} and embed_dim {self.embed_dim}: make them agree"
                 )
+        if self.quantizer == "vq" and self.num_codes > 2**24:
+            raise ValueError(f"num_codes {self.num_codes} with quantizer 'vq': expected at most {2**24}")
         if (widths := self.context_widths) and 2 ** len(widths) != self.factor:
             raise ValueError(
                 f"context_widths {widths} are for codes of {2 ** len(widths)} pixels a side, got "
@@ -122,6 +125,13 @@ class TokenizerTraining(CheckedConfig):
     nested: Share = 0.0
     """Share of frames that are decoded from their first dims alone, any number of them: what matters most
     then stands in the first dims, which a model of levels decides first."""
+    plain: Share = 0.1
+    """Share of frames that are decoded without a context frame, where the decoder reads one: of what stands
+    still codes say no more than that asks for, and a policy reads codes alone."""
+    cells: Share = 0.0
+    """Share of the budget in which the encoder learns cell by cell, against a small decoder of one cell; then
+    the decoder of frames learns from codes that stay as they are. For an encoder "cell": codes then hold what
+    their cell shows, even where a context frame shows it too, and a step costs a third."""
     crop: Whole = 0
     """Side of the square, in pixels, that larger frames are cut to, mostly around what moves; 0: none. Only
     for codes that see their own cell alone (encoder "cell")."""

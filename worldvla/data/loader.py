@@ -46,7 +46,7 @@ class FrameTable:
     offsets: np.ndarray
     """First frame of each store."""
     codes: list[list[np.ndarray]]
-    """Of each store and view the image codes, uint16 (frames of the store, N)."""
+    """Of each store and view the image codes, (frames of the store, N)."""
     instructions: np.ndarray
     """(F,) of str."""
     states_FS: np.ndarray | None

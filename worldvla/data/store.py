@@ -1,6 +1,6 @@
 """TokenStore: every frame's image codes beside actions and states, as memory-mapped arrays in one directory.
 
-codes_<view>.npy   uint16 or uint32 (F, N), row-major codes of a view's grid
+codes_<view>.npy   uint16, uint32 or int64 (F, N), row-major codes of a view's grid
 actions.npy        float32 (F, A)        states.npy  float32 (F, S)        is_expert.npy  bool (F,)
 expert_actions.npy float32 (F, U, A)     where the demonstrations hold the expert's answer to every state
 imagined_*.npy     where `worldvla imagine` added them: the codes of each view as a world model imagined the
@@ -69,7 +69,7 @@ class ImaginedFrames:
     """The frames of a store as a world model imagined them, from real frames and the actions executed."""
 
     codes: dict[str, np.ndarray]
-    """View -> uint16 or uint32 (F, N)."""
+    """View -> uint16, uint32 or int64 (F, N)."""
     start: np.ndarray
     """int64 (F,), the real frame from which each was imagined; its own for that frame itself."""
 
@@ -87,7 +87,7 @@ class TokenStore:
     manifest: dict[str, Any]
     episodes: tuple[EpisodeRow, ...]
     codes: dict[str, np.ndarray]
-    """View -> uint16 or uint32 (F, N), row-major codes of the view's grid."""
+    """View -> uint16, uint32 or int64 (F, N), row-major codes of the view's grid."""
     actions: np.ndarray
     states: np.ndarray
     is_expert: np.ndarray
@@ -222,7 +222,7 @@ def write_imagined(
 
 
 def encode(images: np.ndarray, tokenizer: FrameTokenizer) -> np.ndarray:
-    """Return the codes (T, R, Q) of frames (T, Y, X, 3) uint8, uint16 or uint32 (`code_type`)."""
+    """Return the codes (T, R, Q) of frames (T, Y, X, 3) uint8, in `code_type`."""
     parts = []
     with torch.inference_mode():
         for i in range(0, len(images), BATCH):
@@ -237,8 +237,9 @@ def encode(images: np.ndarray, tokenizer: FrameTokenizer) -> np.ndarray:
 
 
 def code_type(num_codes: int) -> type[np.generic]:
-    """Return the smallest type that a store keeps codes in: uint16, or uint32 of more than 65,536 codes."""
-    return np.uint16 if num_codes <= 2**16 else np.uint32
+    """Return the type in which a store keeps codes: uint16, of more than 2^16 codes uint32, of more than 2^32
+    int64."""
+    return np.uint16 if num_codes <= 2**16 else np.uint32 if num_codes <= 2**32 else np.int64
 
 
 class _Writer:
