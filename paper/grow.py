@@ -95,8 +95,12 @@ def _copy(old: Transformer, new: Transformer, old_vocab, vocab, words: bool = Tr
         (new.previous_in, old.previous_in),
     )
     for own, theirs in pairs:
-        if own is not None and theirs is not None:
+        if own is not None and theirs is not None and _shapes(own) == _shapes(theirs):
             own.load_state_dict(theirs.state_dict())
+
+
+def _shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 @torch.no_grad()

@@ -327,6 +327,7 @@ def libero() -> Config:
         tabletop_imagined(),
         "libero",
         tokenizer="out/libero/levels",
+        model={"code_levels": (8,) * 16},
         layout={"clip": 3},
         optim={"learning_rate": 2e-3, "warmup_steps": 50},
         data={
