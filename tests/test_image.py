@@ -262,6 +262,8 @@ def test_codes_that_cells_taught_stay_as_they_are(tmp_path):
             ValueError, match="only an encoder 'cell' learns by cells, and only from the start"
         ):
             train_tokenizer(views(), config, tmp_path / "x", training, source)
+    with pytest.raises(ValueError, match="leaves nothing of the budget to the decoder"):
+        train_tokenizer(views(), CELL, tmp_path / "x", replace(training, cells=1.0))
 
 
 def test_a_finished_tokenizer_stays_as_it_is(tmp_path, monkeypatch):

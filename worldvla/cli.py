@@ -373,6 +373,7 @@ def train_tokenizer(
     config: ImageTokenizerConfig,
     skip_bad: bool = False,
     levels: bool = False,
+    cells: float = 0.0,
     minutes: float = 12.0,
     steps: int = 0,
     seed: int = 0,
@@ -387,6 +388,8 @@ def train_tokenizer(
         levels: Codes for a model that predicts them level by level, and a decoder that copies what stands
             still from a frame of the clip, in place of --config; of it --config.patch 8 counts, for frames of
             128 pixels.
+        cells: Share of the budget in which codes learn to say all that their cell shows, before the decoder
+            learns; 0.6 say, for --levels and scenes with more in them than the tabletop's.
         minutes: Budget; steps, if given, replace it.
         steps: With a number of steps the result is a function of the seed, whatever the machine's speed.
         init_from: Directory of an image tokenizer of the same --config to go on from: its codes keep about
@@ -397,16 +400,14 @@ def train_tokenizer(
     from worldvla.data.sources import open_source
     from worldvla.train.image_tokenizer import LEVELS, LEVELS_16, train_tokenizer
 
-    training = TokenizerTraining(minutes=minutes, steps=steps, seed=seed, learning_rate=learning_rate)
+    training = TokenizerTraining(
+        minutes=minutes, steps=steps, seed=seed, learning_rate=learning_rate, cells=cells
+    )
     if levels:
         shapes = {shape.patch: shape for shape in (LEVELS, LEVELS_16)}
         if config.patch not in shapes:
             raise ValueError(f"--levels with --config.patch {config.patch}: expected one of {[*shapes]}")
-        cells = 0.6 if config.patch == 8 and init_from is None else 0.0
-        config, training = (
-            shapes[config.patch],
-            replace(training, nested=0.3, cells=cells, crop=8 * config.patch),
-        )
+        config, training = shapes[config.patch], replace(training, nested=0.3, crop=8 * config.patch)
     source = _other_format(paths, camera)
     sources = [open_source(path) for path in demonstration_files(paths)] if source is None else [source]
     with only_writer(out):

@@ -238,6 +238,8 @@ def train_tokenizer(
         raise ValueError(
             "a quantizer of 'vq' is only loaded, not trained: set quantizer 'fsq' and fsq_levels"
         )
+    if training.cells == 1.0:
+        raise ValueError("cells 1.0 leaves nothing of the budget to the decoder: 0.6 say")
     if training.cells and (config.encoder != "cell" or init_from is not None):
         raise ValueError(
             f"cells {training.cells} with encoder {config.encoder!r} and init_from {init_from}: only an "
