@@ -187,11 +187,11 @@ def probe(
     if pixels is None:
         pixels = _fit(images, to_pixels, shrink=3, name="pixels", **fit)
     codes = [torch.cat([tokenizer.encode(part) for part in view.split(64)]) for view in images]
-    book = tokenizer.codebook()
-    book = (book - book.mean(dim=0)) / book.std(dim=0).clamp(min=1e-6)
+    some = tokenizer.quantize.vectors(codes[0][:: max(1, len(codes[0]) // 500)].flatten())
+    mean, std = some.mean(dim=0), some.std(dim=0).clamp(min=1e-6)
 
     def vectors(ids: Tensor) -> Tensor:
-        return book[ids].permute(0, 3, 1, 2)
+        return ((tokenizer.quantize.vectors(ids) - mean) / std).permute(0, 3, 1, 2)
 
     found = _fit(codes, vectors, shrink=0, name="codes", **fit)
     worst = max(found["target"][axis] for axis in "xyz")

@@ -375,6 +375,25 @@ def test_levels_that_are_not_the_tokenizers_are_refused(trained: Path) -> None:
     assert build_model(build(config)).num_parameters() > 0
 
 
+def test_codes_without_end_need_levels(tmp_path: Path) -> None:
+    """Of 2^48 codes: a store keeps them, a model of levels learns them, one with a table is refused."""
+    shape = replace(CELLS, embed_dim=16, z_channels=16, num_codes=8**16, fsq_levels=(8,) * 16)
+    write_tiny(tmp_path, shape)
+    config = clip_config(tmp_path)
+    store = TokenStore.open(tmp_path / "store")
+    assert store.codes["agentview"].dtype == np.int64
+    assert store.codes["agentview"].max() > 2**32
+    with pytest.raises(ValueError, match=r"281,474,976,710,656 codes.*recipe finetune_world"):
+        build(replace(config, model=replace(config.model, code_levels=(), previous_code=False)))
+    config = replace(config, model=replace(config.model, code_levels=(8,) * 16))
+    world = World(load(train(config, tmp_path / "run").checkpoint))
+    sized = zip(config.layout.views, config.layout.grids, strict=True)
+    frames = {view: np.full((*(2 * n for n in grid), 3), 90, np.uint8) for view, grid in sized}
+    world.reset({**frames, "state": store.states[0]})
+    imagined = world.step(store.actions[0])
+    assert {view: imagined[view].shape for view in frames} == {v: f.shape for v, f in frames.items()}
+
+
 def test_imagined_frames_are_those_of_a_world_and_only_read(trained: Path, tmp_path: Path) -> None:
     """A store's imagined frames continue its real ones; a sample reads them and learns the real ones."""
     model, pieces = load(trained), build(load(trained).config)

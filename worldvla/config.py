@@ -73,7 +73,7 @@ class ImageTokenizerConfig(CheckedConfig):
     embed_dim: Size = 256
     """Dimension of a codebook vector (for FSQ: the number of levels)."""
     quantizer: Literal["vq", "fsq"] = "vq"
-    num_codes: Annotated[int, Range(2, 2**60)] = 8192
+    num_codes: Annotated[int, Range(2, 2**48)] = 8192
     """A codebook of "vq" holds 2^24 at most; FSQ has none."""
     fsq_levels: tuple[Annotated[int, Range(2, 256)], ...] = ()
     """Levels of each FSQ dimension; their product is num_codes. Empty for VQ."""

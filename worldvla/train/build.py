@@ -33,6 +33,9 @@ from worldvla.tokenizers.text import TextTokenizer
 from worldvla.train.metrics import ActionScale
 from worldvla.vocab import NUM_BIN_CODES, Vocab, chameleon, compact
 
+MAX_TABLE = 2**20
+"""Image codes that a model without code_levels may have: each is a row of its embedding and of its head."""
+
 
 @dataclass(frozen=True)
 class Pieces:
@@ -132,6 +135,11 @@ def build(config: Config) -> Pieces:
         raise ValueError(
             f"model.code_levels {levels} are not the fsq_levels {image.config.fsq_levels} of "
             f"{config.tokenizer}"
+        )
+    if not levels and image.num_codes > MAX_TABLE:
+        raise ValueError(
+            f"{config.tokenizer} has {image.num_codes:,} codes, too many for a table of them: predict them "
+            f"level by level (the recipe finetune_world, or model.code_levels {image.config.fsq_levels})"
         )
     compact_vocab = partial(compact, image.num_codes, text.size, image_last=bool(levels))
     vocab = chameleon() if config.vocab == "chameleon" else compact_vocab()
