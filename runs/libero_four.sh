@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The LIBERO model to come: all four suites in one model that acts and imagines, grown from the shipped tabletop model,
-# on codes that are taught cell by cell. It has not been trained to the end yet; what is known of its parts is in
-# paper/LOG.md (2026-11-30, LIBERO's codes). Needs pip install -e '.[libero]' -c constraints.txt. On two CPU cores ten
+# on codes of sixteen dims. It has not been trained to the end yet; what is known of its parts is in paper/LOG.md
+# (2026-11-30, LIBERO's codes). Needs pip install -e '.[libero]' -c constraints.txt. On two CPU cores ten
 # episodes a task take 37 minutes for libero_10 and 17 for libero_goal. Run it again after a stop: finished steps are
 # skipped.
 set -euo pipefail

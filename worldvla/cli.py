@@ -388,8 +388,8 @@ def train_tokenizer(
         levels: Codes for a model that predicts them level by level, and a decoder that copies what stands
             still from a frame of the clip, in place of --config; of it --config.patch 8 counts, for frames of
             128 pixels.
-        cells: Share of the budget in which codes learn to say all that their cell shows, before the decoder
-            learns; 0.6 say, for --levels and scenes with more in them than the tabletop's.
+        cells: Share of the budget in which codes learn from the pixels of their own cells, before the decoder
+            of frames learns; 0.6 say, for --levels.
         minutes: Budget; steps, if given, replace it.
         steps: With a number of steps the result is a function of the seed, whatever the machine's speed.
         init_from: Directory of an image tokenizer of the same --config to go on from: its codes keep about
