@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The LIBERO model to come: all four suites in one model that acts and imagines, grown from the shipped tabletop model,
-# on codes of sixteen dims. It has not been trained to the end yet; what is known of its parts is in paper/LOG.md
+# on codes by levels. It has not been trained to the end yet; what is known of its parts is in paper/LOG.md
 # (2026-11-30, LIBERO's codes). Needs pip install -e '.[libero]' -c constraints.txt. On two CPU cores ten
 # episodes a task take 37 minutes for libero_10 and 17 for libero_goal. Run it again after a stop: finished steps are
 # skipped.
@@ -17,8 +17,7 @@ collect() {  # part, suite, what else
 for suite in $SUITES; do
     collect demos "$suite" --label 5 --episodes 24
 done
-[ -e $OUT/levels/report ] || worldvla train-tokenizer $OUT/demos --levels --config.patch 8 --cells 0.6 \
-    --out $OUT/levels --steps 9000
+[ -e $OUT/levels/report ] || worldvla train-tokenizer $OUT/demos --levels --config.patch 8 --out $OUT/levels --steps 2500
 for suite in $SUITES; do
     worldvla tokenize $OUT/demos/"$suite" --tokenizer $OUT/levels --out $OUT/store_"$suite"
 done

@@ -328,7 +328,6 @@ def libero_four() -> Config:
         tabletop_imagined(),
         "libero_four",
         tokenizer="out/libero/levels",
-        model={"code_levels": (8,) * 16},
         layout={"clip": 3},
         optim={"learning_rate": 2e-3, "warmup_steps": 50},
         data={

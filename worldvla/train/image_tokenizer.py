@@ -70,17 +70,8 @@ LEVELS = ImageTokenizerConfig(
 )
 """The same grids for a model that predicts codes level by level (ModelConfig.code_levels): what stands still
 keeps its codes, and is copied from a frame of the clip."""
-LEVELS_16 = replace(
-    LEVELS,
-    patch=8,
-    z_channels=16,
-    embed_dim=16,
-    num_codes=8**16,
-    fsq_levels=(8,) * 16,
-    context_widths=(32, 48, 80, 128),
-)
-"""`LEVELS` for frames of twice the side, 128x128 and 64x64 pixels as in LIBERO, with twice the dims: 1.4 dB
-more than eight from codes alone (paper/LOG.md, 2026-11-30)."""
+LEVELS_16 = replace(LEVELS, patch=8, context_widths=(32, 48, 80, 128))
+"""`LEVELS` for frames of twice the side, 128x128 and 64x64 pixels as in LIBERO."""
 CONTRAST = 0.3
 """Difference to the background, of a range of 2, from which a pixel counts fully as foreground."""
 VIVID = 0.45, 0.5
