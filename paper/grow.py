@@ -23,6 +23,7 @@ import worldvla
 from worldvla.config import Config, from_json
 from worldvla.data.episode import demonstration_files, read_episodes
 from worldvla.data.sample import SampleBuilder
+from worldvla.infer.model import Model
 from worldvla.model.transformer import Block, Transformer
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train import checkpoint
@@ -43,13 +44,23 @@ def grow(
     config = from_json(Config, json.loads(config_file.read_text()), str(config_file))
     config = replace(config, train=replace(config.train, init_from=""))
     if demos is None:
-        pieces = build(config)
-        model = build_model(pieces)
-        with torch.no_grad():
-            _copy(source.transformer, model, source.vocab, pieces.vocab, words=False)
-        checkpoint.save(out, pieces, model, [], {"step": 0})
-        print(f"{out}: {model.num_parameters():,} parameters")
-        return
+        pieces, model, remark = _of_another_world(source, config)
+    else:
+        pieces, model, remark = _of_the_same_world(source, config, demos, episodes, steps)
+    checkpoint.save(out, pieces, model, [], {"step": 0})
+    print(f"{out}: {model.num_parameters():,} parameters{remark}")
+
+
+def _of_another_world(source: Model, config: Config) -> tuple[Pieces, Transformer, str]:
+    pieces = build(config)
+    model = build_model(pieces)
+    _copy(source.transformer, model, source.vocab, pieces.vocab, words=False)
+    return pieces, model, ""
+
+
+def _of_the_same_world(
+    source: Model, config: Config, demos: Path, episodes: int, steps: int
+) -> tuple[Pieces, Transformer, str]:
     image = ImageTokenizer.load(config.tokenizer)
     text = source.builder.text
     vocab = compact(image.num_codes, text.size, image_last=True)
@@ -61,8 +72,7 @@ def grow(
     error = _fit(model, source.transformer.embed.weight[source.vocab.image.start :], pairs, steps)
     builder = SampleBuilder(layout, vocab, text, source.builder.statistics)
     pieces = Pieces(config, image, text, source.builder.statistics, vocab, builder, None)  # pyright: ignore
-    checkpoint.save(out, pieces, model, [], {"step": 0})
-    print(f"{out}: {model.num_parameters():,} parameters; embeddings fitted to {error:.3f} of their variance")
+    return pieces, model, f"; embeddings fitted to {error:.3f} of their variance"
 
 
 @torch.no_grad()

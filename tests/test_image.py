@@ -199,14 +199,9 @@ def test_small_things_weigh_more_than_the_table():
     assert foreground(pixels, frames.background).max() <= 1.0
 
 
-@pytest.mark.parametrize(
-    ("config", "cells", "killed_at"),
-    [(TINY_FSQ, 0.0, 27), (CELL, 0.0, 27), (CELL, 0.5, 13), (CELL, 0.5, 27)],
-    ids=["fsq", "cell", "by cells", "after cells"],
-)
-def test_training_learns_and_goes_on_where_it_stopped(config, cells, killed_at, tmp_path, monkeypatch):
-    training = replace(TRAINING, cells=cells)
-    record = train_tokenizer(views(), config, tmp_path / "a", training)
+@pytest.mark.parametrize("config", [TINY_FSQ, CELL], ids=["fsq", "cell"])
+def test_training_learns_and_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
+    record = train_tokenizer(views(), config, tmp_path / "a", TRAINING)
     rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == record["num_steps"] == 40
     assert record["views"]["agentview"]["psnr"] > 14
@@ -220,50 +215,24 @@ def test_training_learns_and_goes_on_where_it_stopped(config, cells, killed_at, 
 
     monkeypatch.setattr(image_tokenizer, "METRIC_STEPS", 10)
     monkeypatch.setattr(image_tokenizer, "SAVE_SECONDS", 0.0)
-    step = TokenizerTrainer.step_at
+    step = TokenizerTrainer.step
 
-    def killed(self, done):
-        if self.num_steps == killed_at:
+    def killed(self, rate):
+        if self.num_steps == 27:
             raise RuntimeError("killed")
-        return step(self, done)
+        return step(self, rate)
 
-    monkeypatch.setattr(TokenizerTrainer, "step_at", killed)
+    monkeypatch.setattr(TokenizerTrainer, "step", killed)
     with pytest.raises(RuntimeError, match="killed"):
-        train_tokenizer(views(), config, tmp_path / "b", training)
-    monkeypatch.setattr(TokenizerTrainer, "step_at", step)
+        train_tokenizer(views(), config, tmp_path / "b", TRAINING)
+    monkeypatch.setattr(TokenizerTrainer, "step", step)
     with pytest.raises(ValueError, match=r"of another run \(other train\).*choose another directory"):
-        train_tokenizer(views(), config, tmp_path / "b", replace(training, seed=1))
+        train_tokenizer(views(), config, tmp_path / "b", replace(TRAINING, seed=1))
     torch.manual_seed(99)
-    again = train_tokenizer(views(), config, tmp_path / "b", training)
+    again = train_tokenizer(views(), config, tmp_path / "b", TRAINING)
     assert again["digest"] == record["digest"]
     steps = [json.loads(line)["step"] for line in (tmp_path / "b/metrics.jsonl").read_text().splitlines()]
     assert steps == [10, 20, 30, 40]
-
-
-def test_codes_that_cells_taught_stay_as_they_are(tmp_path):
-    """Cells teach the encoder to say what each shows; then the decoder of frames alone learns."""
-    training = replace(TRAINING, cells=0.5, steps=400)
-    trainer = TokenizerTrainer(ImageTokenizer(CELL), views(), tmp_path, training)
-    losses = []
-    for trainer.num_steps in range(200):
-        losses.append(trainer.step_at(trainer.num_steps / 400)[0][0])
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    codes, decoder = (
-        {n: p.clone() for n, p in trainer.tokenizer.named_parameters() if n.startswith(part)}
-        for part in (("encoder", "quant_conv"), ("decoder",))
-    )
-    for i in range(200, 220):
-        trainer.step_at(i / 400)
-    after = dict(trainer.tokenizer.named_parameters())
-    assert all(torch.equal(after[name], p) for name, p in codes.items())
-    assert any(not torch.equal(after[name], p) for name, p in decoder.items())
-    for config, source in ((TINY_FSQ, None), (CELL, tmp_path)):
-        with pytest.raises(
-            ValueError, match="only an encoder 'cell' learns by cells, and only from the start"
-        ):
-            train_tokenizer(views(), config, tmp_path / "x", training, source)
-    with pytest.raises(ValueError, match="leaves nothing of the budget to the decoder"):
-        train_tokenizer(views(), CELL, tmp_path / "x", replace(training, cells=1.0))
 
 
 def test_a_finished_tokenizer_stays_as_it_is(tmp_path, monkeypatch):

@@ -373,7 +373,6 @@ def train_tokenizer(
     config: ImageTokenizerConfig,
     skip_bad: bool = False,
     levels: bool = False,
-    cells: float = 0.0,
     minutes: float = 12.0,
     steps: int = 0,
     seed: int = 0,
@@ -388,8 +387,6 @@ def train_tokenizer(
         levels: Codes for a model that predicts them level by level, and a decoder that copies what stands
             still from a frame of the clip, in place of --config; of it --config.patch 8 counts, for frames of
             128 pixels.
-        cells: Share of the budget in which codes learn from the pixels of their own cells, before the decoder
-            of frames learns. An experiment: more dB from codes alone, but positions read off them less well.
         minutes: Budget; steps, if given, replace it.
         steps: With a number of steps the result is a function of the seed, whatever the machine's speed.
         init_from: Directory of an image tokenizer of the same --config to go on from: its codes keep about
@@ -400,9 +397,7 @@ def train_tokenizer(
     from worldvla.data.sources import open_source
     from worldvla.train.image_tokenizer import LEVELS, LEVELS_16, train_tokenizer
 
-    training = TokenizerTraining(
-        minutes=minutes, steps=steps, seed=seed, learning_rate=learning_rate, cells=cells
-    )
+    training = TokenizerTraining(minutes=minutes, steps=steps, seed=seed, learning_rate=learning_rate)
     if levels:
         shapes = {shape.patch: shape for shape in (LEVELS, LEVELS_16)}
         if config.patch not in shapes:

@@ -125,12 +125,6 @@ class TokenizerTraining(CheckedConfig):
     nested: Share = 0.0
     """Share of frames that are decoded from their first dims alone, any number of them: what matters most
     then stands in the first dims, which a model of levels decides first."""
-    plain: Share = 0.1
-    """Share of frames that are decoded without a context frame, where the decoder reads one."""
-    cells: Share = 0.0
-    """Share of the budget in which the encoder learns cell by cell, against a small decoder of one cell; then
-    the decoder of frames learns from codes that stay as they are. For an encoder "cell": a step costs a
-    third, and codes do not leave to the context frame what it shows, too."""
     crop: Whole = 0
     """Side of the square, in pixels, that larger frames are cut to, mostly around what moves; 0: none. Only
     for codes that see their own cell alone (encoder "cell")."""

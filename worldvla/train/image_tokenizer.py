@@ -15,7 +15,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldvla.config import ImageTokenizerConfig, TokenizerTraining, to_json
 from worldvla.data.sources import open_source
@@ -79,12 +78,6 @@ VIVID = 0.45, 0.5
 comes to count fully. Without, a purple ball in the hand becomes teal: few pixels of a frame are coloured."""
 METRIC_STEPS = 50
 """Steps between rows of metrics.jsonl, after each of which the run may be saved."""
-CELL_BATCH = 1_536
-"""Cells in a step of cells."""
-CELL_FRAMES = 6_000
-"""Frames of a view that cells are drawn from."""
-PLAIN_CELL = 0.08
-"""Chance of a cell without foreground to be among those drawn from."""
 SAVE_SECONDS = 60.0
 REPORTED = 512
 """Held-out frames of a view that a report is of, at most."""
@@ -163,55 +156,6 @@ def foreground(
     return (contrast / CONTRAST).clamp(max=1.0)
 
 
-class CellDecoder(nn.Module):
-    """A code's vector -> the pixels of its cell: what the encoder learns against, and nothing else needs."""
-
-    def __init__(self, config: ImageTokenizerConfig) -> None:
-        super().__init__()
-        width = 2 * config.channels * config.channel_mult[-1]
-        self.linear_in = nn.Linear(config.embed_dim, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
-            )
-            for _ in range(1 + config.num_res_blocks)
-        )
-        self.linear_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * config.factor**2))
-
-    def forward(self, vectors: Float[Tensor, "N E"]) -> Float[Tensor, "N F"]:
-        h = self.linear_in(vectors)
-        for block in self.blocks:
-            h = h + block(h)
-        return self.linear_out(h)
-
-
-def draw_cells(
-    views: Sequence[Frames], side: int, generator: torch.Generator
-) -> tuple[UInt8[Tensor, "N 3 S S"], UInt8[Tensor, "N 1 S S"]]:
-    """Return cells of all views, rather those with something in them, and the weights of their pixels in
-    sixteenths of that of a pixel of the table."""
-    cells, weights = [], []
-    for frames in views:
-        rows = torch.randperm(len(frames.train), generator=generator)[:CELL_FRAMES]
-        for part in frames.train[rows].split(128):
-            pixels = to_pixels(part)
-            is_weighty = foreground(pixels, frames.background) + 2 * _vivid(pixels)
-            per_cell = "b c (r y) (q x) -> (b r q) c y x"
-            weighty = rearrange(is_weighty, per_cell, y=side, x=side)
-            chance = weighty.mean((1, 2, 3)) + PLAIN_CELL
-            kept = torch.rand(len(chance), generator=generator) < chance
-            cut = rearrange(part.permute(0, 3, 1, 2), per_cell, y=side, x=side)
-            cells.append(cut[kept])
-            weights.append((16 * weighty[kept]).to(torch.uint8))
-    return torch.cat(cells), torch.cat(weights)
-
-
-def _vivid(pixels_BCYX: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B 1 Y X"]:
-    """Return how much the colour of a pixel counts, 0 to 1."""
-    spread = pixels_BCYX.amax(1, keepdim=True) - pixels_BCYX.amin(1, keepdim=True)
-    return ((spread - VIVID[0]) / VIVID[1]).clamp(0, 1)
-
-
 def train_tokenizer(
     episode_files: Sequence[Path | str | Source] | Sequence[Frames],
     config: ImageTokenizerConfig,
@@ -228,13 +172,6 @@ def train_tokenizer(
     if config.quantizer != "fsq":
         raise ValueError(
             "a quantizer of 'vq' is only loaded, not trained: set quantizer 'fsq' and fsq_levels"
-        )
-    if training.cells == 1.0:
-        raise ValueError("cells 1.0 leaves nothing of the budget to the decoder: 0.6 say")
-    if training.cells and (config.encoder != "cell" or init_from is not None):
-        raise ValueError(
-            f"cells {training.cells} with encoder {config.encoder!r} and init_from {init_from}: only an "
-            "encoder 'cell' learns by cells, and only from the start, for its codes lose their meaning"
         )
     _check_memory(config)
     torch.set_num_threads(training.num_threads)
@@ -275,16 +212,10 @@ class TokenizerTrainer:
     ) -> None:
         self.tokenizer, self.views, self.out_dir, self.training = tokenizer, views, out_dir, training
         self.weights = dict(tokenizer.to(memory_format=torch.channels_last).named_parameters())  # pyright: ignore
-        self.generator = torch.Generator().manual_seed(training.seed)
-        self.cells: CellDecoder | None = None
-        if training.cells:
-            self.cells = CellDecoder(tokenizer.config)
-            self.weights |= {f"cells.{name}": p for name, p in self.cells.named_parameters()}
-            drawing = torch.Generator().manual_seed(training.seed)
-            self.pixels, self.pixel_weights = draw_cells(views, tokenizer.factor, drawing)
         self.optimizer = torch.optim.AdamW(
             self.weights.values(), lr=training.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
         )
+        self.generator = torch.Generator().manual_seed(training.seed)
         self.num_steps, self.seconds = 0, 0.0
         self.identity = {
             "train": asdict(training) | {"init_from": list(tokenizer.ancestors)},
@@ -311,10 +242,12 @@ class TokenizerTrainer:
         return record
 
     def _loop(self, log: TextIO, show: Callable[[float, str], None]) -> None:
-        before, started = self.seconds, time.monotonic()
+        training, before, started = self.training, self.seconds, time.monotonic()
         saved, window, done = started, list[Tensor](), self._done()
         while done < 1.0:
-            losses, codes = self.step_at(done)
+            warm_up = min(1.0, (self.num_steps + 1) / 100)
+            rate = training.learning_rate * warm_up * (0.02 + 0.49 * (1 + math.cos(math.pi * done)))
+            losses, codes = self.step(rate)
             window.append(codes)
             self.num_steps += 1
             self.seconds = before + time.monotonic() - started
@@ -325,7 +258,9 @@ class TokenizerTrainer:
                 loss = sum(loss.item() for loss in losses) / len(losses)
                 show(min(done, 1.0), f"image tokenizer  step {self.num_steps}  loss {loss:.4f}")
             if is_row:
-                row = {"step": self.num_steps, "seconds": round(self.seconds, 1), "reconstruction": loss}
+                speed = self.num_steps * training.batch_size * len(self.views) / self.seconds
+                row = {"step": self.num_steps, "seconds": round(self.seconds, 1), "lr": rate}
+                row |= {"frames_per_second": round(speed, 1), "reconstruction": loss}
                 log.write(json.dumps(row | code_use(torch.cat(window), self.tokenizer.config)) + "\n")
                 log.flush()
                 window = []
@@ -333,45 +268,11 @@ class TokenizerTrainer:
                     self._save()
                     saved = time.monotonic()
 
-    def step_at(self, done: float) -> tuple[list[Tensor], Tensor]:
-        """Take the step that is due at this share of the budget: of cells, or of frames."""
-        share, rate = self.training.cells, self.training.learning_rate
-        warm_up = min(1.0, (self.num_steps + 1) / 100)
-        if done < share:
-            done, rate, step = done / share, rate / 2, self.step_of_cells
-        else:
-            done, step = (done - share) / (1 - share), self.step
-            warm_up = min(warm_up, 0.01 + 20 * done) if share else warm_up
-        return step(rate * warm_up * (0.02 + 0.49 * (1 + math.cos(math.pi * done))))
-
-    def step_of_cells(self, rate: float) -> tuple[list[Tensor], Tensor]:
-        """Take one step on cells alone; return their loss, and their codes."""
-        assert self.cells is not None
-        self._begin(rate)
-        rows = torch.randint(len(self.pixels), (CELL_BATCH,), generator=self.generator)
-        pixels = 2 * self.pixels[rows].float() / 255 - 1
-        weight = 1.0 + self.training.foreground_weight * self.pixel_weights[rows].float() / 16
-        with self._autocast():
-            vectors, codes = self._encode(pixels)
-            guess = self.cells(self._kept(vectors)[..., 0, 0]).float().unflatten(1, pixels.shape[1:])
-        error = (guess - pixels).abs()
-        loss = ((error + error.square()) * weight).mean() / weight.mean()
-        loss.backward()
-        self._end()
-        return [loss.detach()], codes
-
-    def _begin(self, rate: float) -> None:
+    def step(self, rate: float) -> tuple[list[Tensor], Tensor]:
+        """Take one step on a batch of every view; return the losses of the views, and all codes."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _end(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
-        self.optimizer.step()
-
-    def step(self, rate: float) -> tuple[list[Tensor], Tensor]:
-        """Take one step on a batch of every view; return the losses of the views, and all codes."""
-        self._begin(rate)
         losses, codes = [], []
         for frames in self.views:
             rows = torch.randint(len(frames.train), (self.training.batch_size,), generator=self.generator)
@@ -380,7 +281,8 @@ class TokenizerTrainer:
             loss.backward()
             losses.append(loss.detach())
             codes.append(codes_N)
-        self._end()
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+        self.optimizer.step()
         return losses, torch.cat(codes)
 
     def _draw(self, frames: Frames, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -393,7 +295,8 @@ class TokenizerTrainer:
         share = torch.rand(len(rows), generator=self.generator)
         context = to_pixels(frames.train[first + (share * (rows - first + 1)).long()])
         is_new = (pixels - context).abs().amax(1, keepdim=True) / CONTRAST
-        is_weighty = torch.maximum(is_weighty, is_new.clamp(max=1)) + 2 * _vivid(pixels)
+        is_vivid = (pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True) - VIVID[0]) / VIVID[1]
+        is_weighty = torch.maximum(is_weighty, is_new.clamp(max=1)) + 2 * is_vivid.clamp(0, 1)
         return pixels, context, 1.0 + self.training.foreground_weight * is_weighty
 
     def _cut(
@@ -423,33 +326,23 @@ class TokenizerTrainer:
         weight: Float[Tensor, "B 1 Y X"],
     ) -> tuple[Tensor, Int[Tensor, " N"]]:
         """Encode, quantise, decode and compare; return the loss and the codes."""
+        tokenizer, num_dims = self.tokenizer, len(self.tokenizer.config.fsq_levels)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        if context is not None:
-            draws = torch.rand(len(context), 1, 1, 1, generator=self.generator)
-            context = context * (draws > self.training.plain)
-        with self._autocast():
-            with torch.no_grad() if self.training.cells else nullcontext():
-                vectors, codes = self._encode(pixels)
-            guess = self.tokenizer.pixels(self._kept(vectors), context)
+        if context is not None:  # without one in a tenth, so that codes can be shown alone too
+            context = context * (torch.rand(len(context), 1, 1, 1, generator=self.generator) > 0.1)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.training.dtype == "bfloat16"):
+            z = tokenizer.latents(pixels)
+            vectors, codes = tokenizer.quantize(rearrange(z, "b e r q -> (b r q) e").float())
+            vectors = rearrange(vectors, "(b r q) e -> b e r q", r=z.shape[2], q=z.shape[3])
+            if self.training.nested:
+                draws = torch.rand(2, len(pixels), generator=self.generator)
+                num_kept = torch.where(
+                    draws[0] < self.training.nested, (draws[1] * num_dims).ceil(), num_dims
+                )
+                vectors = vectors * (torch.arange(num_dims) < num_kept[:, None])[..., None, None]
+            guess = tokenizer.pixels(vectors, context)
         error = (guess.float() - pixels).abs()
         return ((error + error.square()) * weight).mean() / weight.mean(), codes
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.training.dtype == "bfloat16")
-
-    def _encode(self, pixels: Float[Tensor, "B 3 Y X"]) -> tuple[Float[Tensor, "B E R Q"], Int[Tensor, " N"]]:
-        z = self.tokenizer.latents(pixels)
-        vectors, codes = self.tokenizer.quantize(rearrange(z, "b e r q -> (b r q) e").float())
-        return rearrange(vectors, "(b r q) e -> b e r q", r=z.shape[2], q=z.shape[3]), codes
-
-    def _kept(self, vectors: Float[Tensor, "B E R Q"]) -> Float[Tensor, "B E R Q"]:
-        """Return the vectors, of training.nested of the rows only their first dims."""
-        if not self.training.nested:
-            return vectors
-        num_dims = vectors.shape[1]
-        draws = torch.rand(2, len(vectors), generator=self.generator)
-        num_kept = torch.where(draws[0] < self.training.nested, (draws[1] * num_dims).ceil(), num_dims)
-        return vectors * (torch.arange(num_dims) < num_kept[:, None])[..., None, None]
 
     def _done(self) -> float:
         """Return the share of the budget that is used up."""
@@ -475,12 +368,10 @@ class TokenizerTrainer:
         self._refuse_other(state)
         self.num_steps, self.seconds = state["step"], state["seconds"]
         self.generator.set_state(tensors["generator"])
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        with torch.no_grad():
-            for name, parameter in self.weights.items():
-                parameter.copy_(tensors[f"model.{name}"])
-                if f"step.{name}" in tensors:  # the part of the run that has begun
-                    self.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in keys}
+        self.tokenizer.load_state_dict({name: tensors[f"model.{name}"] for name in self.weights})
+        for name, parameter in self.weights.items():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in keys}
         return True
 
     def _refuse_other(self, run: Mapping[str, Any]) -> None:
