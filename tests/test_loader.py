@@ -46,6 +46,18 @@ def make(
     return Loader(stores, builder, data, **settings)
 
 
+def test_changed_pictures_are_for_policies_to_learn_from(stores: list[TokenStore]) -> None:
+    """No world model sees them, and validation is on pictures as they are."""
+    a, b = stores
+    changed = replace(b, manifest=b.manifest | {"source": {"augmented": 1}})
+    plain, mixed = make([a, b]), make([a, changed])
+    assert mixed.num_train("policy") == plain.num_train("policy")
+    assert mixed.num_train("world") == make([a], replace(DATA, stores=("a",))).num_train("world")
+    held_out = {mode: set(mixed._val[mode].tolist()) for mode in MODES}
+    assert all(held_out[mode] <= set(plain._val[mode].tolist()) for mode in MODES)
+    assert max(held_out["policy"]) < len(a) <= max(plain._val["policy"])
+
+
 def valid_chunks(pad_chunks: bool, chunk: int) -> set[int]:
     """Brute force: the frames that may start a chunk."""
     frames, start = set(), 0

@@ -15,6 +15,7 @@ import torch
 from token_stubs import PixelSums, random_episode
 
 from worldvla.config import ImageTokenizerConfig
+from worldvla.data.augment import augmented
 from worldvla.data.episode import Episode, demonstration_files, write_episodes
 from worldvla.data.sources import open_source
 from worldvla.data.store import TokenStore, write_store
@@ -204,6 +205,41 @@ def test_tokenising_twice_encodes_once(demos: Path, tmp_path: Path):
     assert TokenStore.open(out).manifest["tokenizer"] == "other"
     write_episodes(demos / "task_1_demo.hdf5", [random_episode(4)], {})
     assert len(tokenize(demos.glob("*.hdf5"), tokenizer, out)) == 3 * 9
+
+
+def test_pictures_of_other_cameras_are_a_store_beside(demos: Path, tmp_path: Path):
+    files, make = sorted(demos.glob("*.hdf5")), PixelSums()
+    plain = tokenize(files, make, tmp_path / "plain")
+    first, other = (tokenize(files, make, tmp_path / f"{n}", augment=n) for n in (1, 2))
+    assert (plain.is_augmented, first.is_augmented) == (False, True)
+    assert [e.key for e in first.episodes] == [e.key for e in plain.episodes]  # held out with the original
+    assert np.array_equal(first.actions, plain.actions)
+    assert all((first.codes[v] != plain.codes[v]).mean() > 0.5 for v in plain.codes)
+    assert any((first.codes[v] != other.codes[v]).any() for v in plain.codes)
+    again = tokenize(files, make, tmp_path / "again", augment=1)
+    assert all(np.array_equal(first.codes[v], again.codes[v]) for v in plain.codes)
+    seen = make.seen
+    tokenize(files, make, tmp_path / "1", augment=1)
+    assert make.seen == seen
+
+
+def test_an_episode_is_shifted_and_lit_as_a_whole():
+    """All its frames alike, the views each for itself; black and white stay what they are, about."""
+    square = np.zeros((3, 64, 64, 3), dtype=np.uint8)
+    square[:, 24:40, 24:40] = 200
+    episode = replace(random_episode(0, 3), images={"agentview": square, "wrist": square})
+    places, noisy = set(), 0
+    for seed in range(40):
+        changed = augmented(episode, np.random.default_rng(seed)).images["agentview"]
+        assert (changed.shape, changed.dtype) == (square.shape, np.uint8)
+        noisy += (changed[0] != changed[1]).any()
+        rows, cols = np.nonzero(changed[0].mean(-1) > 110)
+        places.add((round(np.median(rows)), round(np.median(cols))))
+    assert 8 < noisy < 32
+    away = np.abs(np.array([*places]) - 31.5).max(0)
+    assert (away >= 1).all()
+    assert (away <= 3).all()  # a 32nd of the side is 2
+    assert np.array_equal(episode.images["agentview"], square)
 
 
 def test_a_store_of_hdf5_files_knows_their_rate_and_names(demos: Path, tmp_path: Path):

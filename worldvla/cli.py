@@ -455,6 +455,7 @@ def tokenize(
     regenerate: tuple[str, ...] = (),
     workers: Workers = 0,
     skip_bad: bool = False,
+    augment: int = 0,
 ) -> None:
     """Encode every frame once into a TokenStore. HDF5 files are checked before anything is encoded.
 
@@ -469,6 +470,8 @@ def tokenize(
             sizes, into OUT.demos (see `worldvla regenerate`).
         skip_bad: Go on without demonstrations that are damaged, have no steps or, in HDF5 files, no actions
             of LIBERO's controller; the store's manifest names them.
+        augment: Shift, light and colour the pictures by this seed, as other cameras would show them: a store
+            for policies to learn from beside the one without; no world model does. 0: leave them as they are.
     """
     with only_writer(out):
         from worldvla.data.episode import demonstration_files
@@ -484,9 +487,10 @@ def tokenize(
             paths = (demos,)
         encoder = ImageTokenizer.load(tokenizer)
         if source is None:
-            store = tokenize(demonstration_files(paths), encoder, out, skip_bad=skip_bad, fps=fps)
+            files = demonstration_files(paths)
+            store = tokenize(files, encoder, out, skip_bad=skip_bad, fps=fps, augment=augment)
         else:
-            store = tokenize_source(source.at(fps), encoder, out, skip_bad=skip_bad)
+            store = tokenize_source(source.at(fps), encoder, out, skip_bad=skip_bad, augment=augment)
     if store.manifest["source"].get("fps") is None:
         say("steps per second: unknown; --fps N says it, to the client of a robot too")
     if skipped := store.manifest["source"].get("skipped"):

@@ -172,14 +172,16 @@ class Loader:
         self.frames = FrameTable.of(stores, builder, data, [chunks for chunks, _ in targets])
         lengths = [e.length for store in stores for e in store.episodes]
         held_out = np.repeat(np.concatenate(split(stores, data.val_fraction)), lengths)
+        is_real = np.repeat([not store.is_augmented for store in stores], [len(store) for store in stores])
         _, stops = frame_spans(stores)
         is_start = {
             "policy": np.concatenate([is_start for _, is_start in targets]),
-            "world": np.arange(len(stops)) + builder.layout.clip < stops,
+            "world": is_real & (np.arange(len(stops)) + builder.layout.clip < stops),
         }
         self._train = {mode: np.flatnonzero(is_start[mode] & ~held_out) for mode in MODES}
         rng = {mode: np.random.default_rng(VAL_SEED) for mode in MODES}
-        self._val = {mode: rng[mode].permutation(np.flatnonzero(is_start[mode] & held_out)) for mode in MODES}
+        of_val = is_real & held_out
+        self._val = {mode: rng[mode].permutation(np.flatnonzero(is_start[mode] & of_val)) for mode in MODES}
         self._share = Fraction(str(data.world_fraction))
         self._sources = {mode: self._split_sources(own) for mode, own in self._train.items()}
         self._orders: dict[tuple[Mode, int], tuple[int, np.ndarray]] = {}

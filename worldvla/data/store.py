@@ -31,6 +31,8 @@ from worldvla.files import check_digests, reading, whole_folder, write_digests, 
 FORMAT = "worldvla-store-1"
 EPISODES = "episodes.json"
 """What a token store has and nothing else here."""
+AUGMENTED = "augmented"
+"""Key of a manifest's source: the seed by which pictures were changed (data/augment.py)."""
 BATCH = 64
 """Frames that are encoded together."""
 
@@ -103,6 +105,11 @@ class TokenStore:
     def grids(self) -> dict[str, tuple[int, int]]:
         """View -> code rows and columns."""
         return {view: (rows, cols) for view, (rows, cols) in self.manifest["grids"].items()}
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether its pictures were changed: policies learn from them, no world model does."""
+        return AUGMENTED in self.manifest["source"]
 
     @classmethod
     def open(cls, path: Path, tokenizer_digest: str | None = None) -> "TokenStore":

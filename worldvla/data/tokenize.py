@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from worldvla.data.augment import augmented
 from worldvla.data.episode import Episode, fingerprint, read_demos
 from worldvla.data.sources.hdf5 import ACTION_NAMES, open_files
 from worldvla.data.sources.source import Source
-from worldvla.data.store import FrameTokenizer, TokenStore, read_manifest, write_store
+from worldvla.data.store import AUGMENTED, FrameTokenizer, TokenStore, read_manifest, write_store
 from worldvla.files import DamagedFileError, only_writer
 from worldvla.progress import progress_bar
 
@@ -23,9 +24,15 @@ SEVERAL = 10
 
 
 def tokenize(
-    files: Iterable[Path], tokenizer: FrameTokenizer, out_dir: Path, skip_bad: bool = False, fps: float = 0.0
+    files: Iterable[Path],
+    tokenizer: FrameTokenizer,
+    out_dir: Path,
+    skip_bad: bool = False,
+    fps: float = 0.0,
+    augment: int = 0,
 ) -> TokenStore:
     """Write the store of all episodes in `files` and return it. `fps`: steps a second, if they do not say.
+    `augment`: the seed of changes to the pictures (data/augment.py); 0: none.
 
     All are read and checked first: faults raise ValueError, which names them; with `skip_bad` the rest is
     tokenized, and the manifest tells what is left out. Idempotent: a store of the same files by the same
@@ -50,11 +57,11 @@ def tokenize(
     source = open_files(files[0].parent, files) if files else None  # None: nothing is sound, as `check` says
     facts = source.at(fps).facts() if source else {}
     facts |= {"files": [fingerprint(path) for path in files]}
-    return _write(out_dir, tokenizer, facts, skip_bad, len(files), checked(), episodes)
+    return _write(out_dir, tokenizer, facts, skip_bad, len(files), checked(), episodes, augment)
 
 
 def tokenize_source(
-    source: Source, tokenizer: FrameTokenizer, out_dir: Path, skip_bad: bool = False
+    source: Source, tokenizer: FrameTokenizer, out_dir: Path, skip_bad: bool = False, augment: int = 0
 ) -> TokenStore:
     """Write the store of a data set of another format, as `tokenize`; its facts go into the manifest."""
     root = source.path
@@ -71,7 +78,7 @@ def tokenize_source(
 
     episodes = (e for name, e in source.attempts(True) if name in good and isinstance(e, Episode))
     facts = source.facts() | {"files": prints}
-    return _write(out_dir, tokenizer, facts, skip_bad, source.num_episodes, checked(), episodes)
+    return _write(out_dir, tokenizer, facts, skip_bad, source.num_episodes, checked(), episodes, augment)
 
 
 def _write(
@@ -82,9 +89,13 @@ def _write(
     total: int,
     checked: Iterable[tuple[int, list[str]]],
     episodes: Iterable[Episode],
+    augment: int,
 ) -> TokenStore:
     """Write the store of `episodes`, which are read once all `total` of `checked`, (sound episodes, faults),
     have been; a store of the same `facts` by the same tokenizer is opened as it is."""
+    if augment:
+        rng, facts = np.random.default_rng(augment), facts | {AUGMENTED: augment}
+        episodes = (augmented(episode, rng) for episode in episodes)
     with only_writer(out_dir):
         if not _is_made(out_dir, tokenizer, facts, skip_bad):
             with progress_bar(transient=True) as progress:
