@@ -8,7 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,36 @@ def test_a_folder_has_one_writer_and_a_dead_one_holds_nothing(tmp_path: Path) ->
         assert names(folder / "ckpt") >= {".step_4.lock"}
     assert names(tmp_path) == {"run"}
     assert names(folder / "ckpt") == {"step_4"}
+
+
+@contextmanager
+def as_nobody(folder: Path) -> Iterator[None]:
+    """Act as a user who may write only where anybody may, and can reach `folder`; root may write anywhere."""
+    is_root = os.geteuid() == 0
+    for parent in folder.parents[:3] if is_root else ():
+        parent.chmod(parent.stat().st_mode | 0o055)
+    try:
+        if is_root:
+            os.seteuid(65534)
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+def test_a_folder_in_one_that_is_read_only_has_its_lock_inside(tmp_path: Path) -> None:
+    """As one that is mounted into a container whose user may write nothing else."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    folder.chmod(0o777)
+    tmp_path.chmod(0o555)
+    with as_nobody(folder):
+        with only_writer(folder):
+            assert names(folder) == {".lock"}
+        assert not names(folder)
+        with pytest.raises(OSError, match=r"cannot write .*: make it writable, or choose another folder$"):
+            fail(only_writer(tmp_path / "other"))
+    tmp_path.chmod(0o755)
 
 
 def test_a_full_disk_is_one_path_one_reason_and_what_to_do(tmp_path: Path) -> None:

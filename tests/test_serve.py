@@ -250,6 +250,17 @@ def test_idle_connections_and_clients_that_do_not_read_stop_nobody() -> None:
             Client(f"ws://{at}")
 
 
+def assert_shut_out(out: list[socket.socket], waiting: list[socket.socket]) -> None:
+    for connection in out:
+        connection.settimeout(10)
+        with suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+    for connection in waiting:
+        connection.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+
+
 def test_raw_sockets_use_up_neither_files_nor_places() -> None:
     """Of those that say nothing the oldest go; clients come in, and are not counted by their handshakes."""
     with policy_server(limits={"max_handshakes": 8, "max_connections": 20}) as at, ExitStack() as stack:
@@ -258,14 +269,7 @@ def test_raw_sockets_use_up_neither_files_nor_places() -> None:
         mute = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(100)]
         assert "actions" in client.infer(request())
         assert "actions" in stack.enter_context(Client(f"ws://{at}")).infer(request())
-        for connection in mute[:92]:
-            connection.settimeout(10)
-            with suppress(ConnectionResetError):
-                assert connection.recv(1) == b""
-        for connection in mute[94:]:
-            connection.settimeout(0.05)
-            with pytest.raises(TimeoutError):
-                connection.recv(1)
+        assert_shut_out(mute[:92], mute[94:])
         assert re.search(r'turned_away_total\{reason="handshake"\} 9\d', fetch(at, "/metrics")[1])
 
 
@@ -341,11 +345,17 @@ def test_tls_by_certificate_files(tmp_path: Path) -> None:
     )
     words += f" -out {files['certificate']} -keyout {files['key_file']}"
     subprocess.run(words.split(), check=True, capture_output=True)
-    with policy_server(**files) as at:
-        with Client(f"wss://{at}", certificate=files["certificate"]) as client:
-            assert "actions" in client.infer(request())
+    with policy_server(**files, limits={"max_handshakes": 8}) as at, ExitStack() as stack:
         with pytest.raises(ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
             Client(f"wss://{at}")
+        client = stack.enter_context(Client(f"wss://{at}", certificate=files["certificate"]))
+        assert "actions" in client.infer(request())
+        host, port = at.split(":")
+        mute = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(100)]
+        again = stack.enter_context(Client(f"wss://{at}", certificate=files["certificate"]))
+        assert "actions" in client.infer(request())
+        assert "actions" in again.infer(request())
+        assert_shut_out(mute[:92], mute[94:])  # before TLS, too
 
 
 def test_a_history_is_of_frames_one_step_apart() -> None:

@@ -136,8 +136,9 @@ def whole_folder(path: Path, mark: str) -> Iterator[Path]:
 def only_writer(folder: Path) -> Iterator[None]:
     """Write `folder` alone: another process that does raises BlockingIOError, which says who it is.
 
-    The lock is flock's on `.NAME.lock` beside the folder, so that a dead holder holds nothing; a file system
-    without it has none. What killed writers left is removed first, but nothing that another process writes.
+    The lock is flock's on `.NAME.lock` beside the folder, so that a dead holder holds nothing; on `.lock`
+    inside where only the folder itself can be written (mounted into a container, say). A file system without
+    flock has none. What killed writers left is removed first, but nothing that another process writes.
     """
     folder = folder.absolute()
     if folder in _held:
@@ -158,7 +159,13 @@ def only_writer(folder: Path) -> Iterator[None]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     lock = folder.with_name(f".{folder.name}.lock")
-    descriptor = _lock(lock, folder)
+    try:
+        descriptor = _lock(lock, folder)
+    except OSError as error:
+        if error.errno not in _CLOSED or not os.access(folder, os.W_OK):
+            raise
+        lock = folder / ".lock"
+        descriptor = _lock(lock, folder)
     _held.add(folder)
     try:
         yield

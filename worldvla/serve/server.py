@@ -19,6 +19,7 @@ import logging
 import math
 import resource
 import signal
+import socket
 import ssl
 import threading
 import time
@@ -65,6 +66,8 @@ OTHER_FILES = 128
 """Open files beside connections."""
 MAX_UNSENT, MAX_LINE = 2**20, 500
 """Bytes that wait for a client that does not read; letters of an error."""
+Address = tuple[str, int]
+"""Host and port of a client."""
 log = logging.getLogger(__name__)
 
 
@@ -199,15 +202,15 @@ async def serve(
     _allow_files(limits.max_connections + limits.max_handshakes + OTHER_FILES)
     tls = _tls(certificate, key_file)
     serving = _Serving(served, api_key, limits)
+    door = _Door(host, port, serving.greet)
     stop = asyncio.Event()
     tasks = [asyncio.create_task(work) for work in (serving.batcher.run(), serving.watch(), stop.wait())]
     try:
         async with listen(
             serving.converse,
-            host,
-            port,
+            sock=door,
             process_request=serving.admit,
-            create_connection=partial(_CountedConnection, serving),  # pyright: ignore[reportArgumentType]
+            create_connection=partial(_Connection, serving),  # pyright: ignore[reportArgumentType]
             origins=[None],  # a browser says where its page is from; no page of ours asks
             compression=None,
             max_size=served.max_bytes,
@@ -229,22 +232,40 @@ async def serve(
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         serving.readers.shutdown()
+        door.close()
 
 
-class _CountedConnection(ServerConnection):
-    """A connection that counts from its first moment, before it has said anything."""
+class _Door(socket.socket):
+    """A socket that listens, and shows whoever comes in from the first moment, before TLS has begun."""
+
+    def __init__(self, host: str, port: int, greet: Callable[[socket.socket, "Address"], None]) -> None:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+        super().__init__(family, kind, protocol)
+        self.greet = greet
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self.bind(address)
+        except OSError as error:
+            self.close()
+            raise OSError(
+                error.errno, f"cannot listen on {host}:{port}: {error.strerror}: choose another --port"
+            ) from None
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        visitor, address = super().accept()
+        self.greet(visitor, address[:2])
+        return visitor, address
+
+
+class _Connection(ServerConnection):
+    """A connection that is no longer counted once it is lost."""
 
     def __init__(self, serving: "_Serving", *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.serving = serving
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.serving.handshakes[self] = str((self.remote_address or ("",))[0])
-        self.serving.drop_handshakes()
-
     def connection_lost(self, exc: Exception | None) -> None:
-        self.serving.handshakes.pop(self, None)
         self.serving.connections.discard(self)
         super().connection_lost(exc)
 
@@ -257,8 +278,8 @@ class _Serving:
         self.batcher = Batcher(served.act, limits.max_batch, limits.wait_s)
         self.readers = ThreadPoolExecutor(1, "reader")
         self.connections: set[ServerConnection] = set()
-        self.handshakes: dict[ServerConnection, str] = {}
-        """Connections that have not asked yet, the oldest first -> host."""
+        self.handshakes: dict[Address, socket.socket] = {}
+        """Who has come in and has not asked yet, the oldest first."""
         self.running = 0
         """Requests between their arrival and the end of their answer."""
         self.is_stopping = False
@@ -288,18 +309,20 @@ class _Serving:
             self.turned_away["full"] += 1
             line = f"{len(self.connections)} clients are connected, no more are let in: come again later\n"
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, line)
-        self.handshakes.pop(connection, None)
+        self.handshakes.pop(connection.remote_address[:2], None)
         self.connections.add(connection)
         return None
 
-    def drop_handshakes(self) -> None:
-        """Drop the oldest handshake of the host with most of them, if there are too many."""
+    def greet(self, visitor: socket.socket, address: Address) -> None:
+        """Count who comes in; of too many, shut out the oldest of the host with most."""
+        self.handshakes = {at: other for at, other in self.handshakes.items() if other.fileno() >= 0}
+        self.handshakes[address] = visitor
         if len(self.handshakes) > self.limits.max_handshakes:
-            (most, _), *_ = Counter(self.handshakes.values()).most_common(1)
-            oldest = next(connection for connection, host in self.handshakes.items() if host == most)
+            (most, _), *_ = Counter(host for host, _ in self.handshakes).most_common(1)
+            oldest = next(at for at in self.handshakes if at[0] == most)
             self.turned_away["handshake"] += 1
-            del self.handshakes[oldest]
-            oldest.transport.abort()
+            with contextlib.suppress(OSError):  # it has left by itself
+                self.handshakes.pop(oldest).shutdown(socket.SHUT_RDWR)
 
     def trouble(self) -> str:
         """Return why requests are not answered; empty while they are."""
