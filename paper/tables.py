@@ -126,9 +126,9 @@ def readme(records: Records) -> str:
     of = record["imagined"]["spearman"]
     low, high = of["interval_95"]
     shipped = records["tabletop_world/imagine"]["checkpoint"]["digest"]
-    where = "In imagination" if record["world"]["digest"] == shipped else "In the last model's imagination"
+    world = "The world model" if record["world"]["digest"] == shipped else "The previous world model"
     ranked = (
-        f"{where} {len(record['policies'])} policies rank as in the simulator: Spearman {of['value']:.2f} "
+        f"{world} ranks {len(record['policies'])} policies as the simulator does: Spearman {of['value']:.2f} "
         f"({low:.2f} to {high:.2f})."
     )
     return f"{results}\n\n{ranked}"
@@ -137,7 +137,7 @@ def readme(records: Records) -> str:
 def requirements(records: Records) -> str:
     """Return the README's table of memory and time; of 7B: allocated on the device, random weights."""
     mode = records["bench/memory_7b"]["memory"]
-    query = records["bench/cuda_compiled"]["bench"]["7b"]["actions"]["side by side"]["query_ms"]
+    query = records["bench/cuda"]["bench"]["7b"]["actions"]["side by side"]["query_ms"]
     card = records["bench/memory_7b"]["gpu"]
     libero = records["libero/object_spatial_drawer/libero_spatial_discrete"]
     episode = libero["seconds"] / libero["episodes"]

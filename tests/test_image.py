@@ -8,6 +8,8 @@ import math
 from dataclasses import replace
 from functools import partial
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from token_stubs import random_episode
 
 from worldvla.config import ImageTokenizerConfig, TokenizerTraining
 from worldvla.data.episode import write_episodes
+from worldvla.published.hub import ASSETS
 from worldvla.tokenizers.image import (
     Encoder,
     FiniteScalarQuantizer,
@@ -186,6 +189,16 @@ def test_save_and_load_give_the_same_tokenizer(tmp_path):
         ImageTokenizer.load(tmp_path / "tok")
     with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         ImageTokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_goes_by_the_name_of_its_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = ImageTokenizer.load("tabletop")
+    assert shipped.digest() == ImageTokenizer.load(ASSETS / "tabletop").digest()  # a checkpoint's folder
+    assert shipped.digest() == ImageTokenizer.load(ASSETS / "tabletop/image_tokenizer").digest()
+    Path("tabletop").mkdir()
+    with pytest.raises(FileNotFoundError, match="tabletop is no image tokenizer: config.json is missing"):
+        ImageTokenizer.load("tabletop")
 
 
 def test_small_things_weigh_more_than_the_table():

@@ -94,3 +94,10 @@ def test_bad_sizes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert main(["plan", "debug", *words]) == 2
         assert line in capsys.readouterr().err
+
+
+def test_cameras_that_stores_would_say_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """A sample without pictures would be planned otherwise."""
+    assert main(["plan", "finetune_7b", "--data.stores", "nowhere"]) == 2
+    assert "takes its cameras from its stores, which are not there" in capsys.readouterr().err
+    assert main(["plan", "finetune_7b", "--layout.views", "agentview", "--layout.grids", "32", "32"]) == 0

@@ -95,7 +95,7 @@ def shipped() -> tuple[list[dict], torch.Tensor, torch.Tensor]:
 
 
 def decisions(model: Model, observations: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the bins (B, K, 7) of the greedy actions, and the logits (B, 256) where a prompt ends."""
+    """Return the bins (B, U, 7) of the greedy actions, and the logits (B, 256) where a prompt ends."""
     statistics, logits = model.builder.statistics, []
     actions = normalize(Policy(model).act(observations), statistics.action_low, statistics.action_high)
     for prompt in Policy(model).prompts(observations):

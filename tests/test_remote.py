@@ -99,7 +99,7 @@ def test_a_server_that_dies_costs_no_finished_episode(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ({"action": np.zeros((5, 7))}, r"expected actions, .*\(K, 7\), .* got the keys \['action'\]"),
+        ({"action": np.zeros((5, 7))}, r"expected actions, .*\(U, 7\), .* got the keys \['action'\]"),
         ({"actions": np.zeros((5, 8))}, r"got the shape \(5, 8\)"),
         ({"actions": np.zeros(7)}, r"got the shape \(7,\)"),
         ({"actions": [0.0] * 7}, "got list"),

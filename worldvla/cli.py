@@ -598,7 +598,8 @@ def _checkpoint_of(name: str) -> str:
 
 
 def plan(config: Recipe, *, gpus: int = 1, memory: str = "80GB") -> int:
-    """Print which settings of RECIPE fit on the GPUs, and how many samples at a time; needs no files.
+    """Print which settings of RECIPE fit on the GPUs, and how many samples at a time; needs no files unless
+    RECIPE takes its cameras from its stores.
 
     Args:
         gpus: Processes that train together, one per GPU.
@@ -611,6 +612,12 @@ def plan(config: Recipe, *, gpus: int = 1, memory: str = "80GB") -> int:
 
     if gpus < 1:
         raise ValueError(f"--gpus {gpus}: expected at least 1")
+    config = _fitted(config)
+    if not config.layout.views:
+        raise ValueError(
+            f"{config.name} takes its cameras from its stores, which are not there: tokenize the data first, "
+            "or say --layout.views agentview --layout.grids ROWS COLUMNS, in codes"
+        )
     rows = plan(config, gpus, parse_bytes(memory))
     parts = ("weights", "gradients", "moments", "copies", "gathered", "loss", "fixed", "row")
     table = Table("GB (10^9 bytes) per GPU", *parts, "rows at a time")
@@ -632,11 +639,16 @@ def plan(config: Recipe, *, gpus: int = 1, memory: str = "80GB") -> int:
 
 def show_config(config: Recipe) -> None:
     """Print RECIPE, with overrides, as JSON."""
-    if not config.layout.views and all((Path(s) / "manifest.json").is_file() for s in config.data.stores):
-        from worldvla.train.build import fit
+    say(json.dumps(to_json(_fitted(config)), indent=2))
 
-        config = fit(config)
-    say(json.dumps(to_json(config), indent=2))
+
+def _fitted(config: Config) -> Config:
+    """Return the config with the cameras of its stores, if it leaves them open and the stores are there."""
+    if config.layout.views or not all((Path(s) / "manifest.json").is_file() for s in config.data.stores):
+        return config
+    from worldvla.train.build import fit
+
+    return fit(config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,8 @@ class LayoutConfig(CheckedConfig):
     grids: tuple[tuple[Few, Few], ...] = ((16, 16),)
     """Code rows and columns of each view."""
     history: Few = 2
-    """M, frames of a policy sample; the first frame of an episode stands alone (WorldVLA: no padding)."""
+    """O (the paper's M), frames of a policy sample; the first frame of an episode stands alone (WorldVLA: no
+    padding)."""
     clip: Few = 1
     """C, frames that a world sample asks for one after the other, each after its action (published: 1). With
     more, nearly every token is a target and a frame has up to C before it, in imagination too."""
@@ -157,7 +158,7 @@ class LayoutConfig(CheckedConfig):
     layout.selective_mask is for actions. Needs model.previous_code, which reads the frame before. Off, as
     published: each from those before it."""
     chunk: Few = 5
-    """K, actions of a chunk."""
+    """U, actions of a chunk (the paper's K)."""
     state: bool = False
     """State tokens after the text of a policy sample (RynnVLA-002)."""
     world_state: bool = False
@@ -220,7 +221,7 @@ class LayoutConfig(CheckedConfig):
 
     @property
     def action_shape(self) -> tuple[int, int]:
-        """(K, A): what an action head answers."""
+        """(U, A): what an action head answers."""
         return self.chunk, self.num_action_dims
 
 

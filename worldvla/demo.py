@@ -15,9 +15,9 @@ from worldvla.eval.actors import ModelActor, RandomActor
 from worldvla.eval.page import write_page
 from worldvla.eval.rollout import Protocol, evaluate
 from worldvla.eval.world import evaluate_world
+from worldvla.published.hub import ASSETS
 from worldvla.sim.suites import TABLETOP
 
-ASSETS = Path(__file__).parent / "assets"
 WORKERS = 4
 EXECUTE = 3
 """Replan interval, of chunks of five, as in runs/tabletop.sh."""

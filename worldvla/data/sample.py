@@ -1,6 +1,6 @@
 """Instruction, state, image codes, actions -> Sample: the only place that knows the order of a sequence.
 
-policy  bos text [STATE] IMG.. sep | ACT x K sep
+policy  bos text [STATE] IMG.. sep | ACT x U sep
 world   bos text [IMG..] FRAME ([ACT] sep FRAME) x C sep   C = layout.clip, published: 1; the first is given,
                                                         and with layout.anchor an earlier one before it
 FRAME   [STATE] IMG..                                   STATE with layout.world_state
@@ -132,7 +132,7 @@ class SampleBuilder:
     ) -> Sample:
         """Return everything before the first action.
 
-        `frames`: 1..M frames, oldest first, each the codes (N,) of every view. `unnorm_key`: the dataset
+        `frames`: 1..O frames, oldest first, each the codes (N,) of every view. `unnorm_key`: the dataset
         whose statistics the state is read by.
         """
         template = self.policy_template(instruction, len(frames))
@@ -185,12 +185,12 @@ class SampleBuilder:
         return self._fill(template, every, self._action_ids(actions, number), codes)
 
     def action_block_positions(self, prompt: int) -> np.ndarray:
-        """Return the positions (K, A + 2) of each action's begin, dims and end after `prompt` tokens."""
+        """Return the positions (U, A + 2) of each action's begin, dims and end after `prompt` tokens."""
         block = self.layout.num_action_dims + 2
         return prompt + np.arange(self.layout.chunk * block).reshape(self.layout.chunk, block)
 
     def policy_tail(self) -> Sample:
-        """Return what follows a policy prompt: K blocks and the closing separator, code 0 in every dim."""
+        """Return what follows a policy prompt: U blocks and the closing separator, code 0 in every dim."""
         template = self.policy_template("", 1)
         return _sample(template.table[:, template.prompt :])
 
@@ -214,7 +214,7 @@ class SampleBuilder:
         return tuple(np.split(np.asarray(codes), np.cumsum(self.layout.codes_per_view)[:-1]))
 
     def policy_template(self, instruction: str, num_frames: int) -> Template:
-        """Return the template of a policy sample with 1..M frames."""
+        """Return the template of a policy sample with 1..O frames."""
         if not 1 <= num_frames <= self.layout.history:
             raise ValueError(
                 f"a policy sample holds 1..{self.layout.history} frames (layout.history), got {num_frames}"

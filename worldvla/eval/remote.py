@@ -186,7 +186,7 @@ class RemoteActor(Actor):
         return {IMAGE_KEYS[view]: resize_with_pad(frame[view], *size) for view, size in self.sent.items()}
 
     def _actions(self, answer: Mapping[str, Any]) -> np.ndarray:
-        expected = f"numbers of shape (K, {NUM_ACTION_DIMS}), K at least {self.execute}"
+        expected = f"numbers of shape (U, {NUM_ACTION_DIMS}), U at least {self.execute}"
         if "actions" not in answer:
             raise self._error(
                 f"bad answer: expected actions, {expected}, got the keys {sorted(map(str, answer))}"

@@ -27,7 +27,7 @@ sizes its tensors have."""
 
 @dataclass(frozen=True)
 class Release:
-    """A family of published checkpoints: what its sequences hold. `chunks`: suite -> K; empty: no policy."""
+    """A family of published checkpoints: what its sequences hold. `chunks`: suite -> U; empty: no policy."""
 
     layout: LayoutConfig
     actions: Literal["worldvla", "rynnvla"]
@@ -52,7 +52,7 @@ RELEASES: dict[str, Release] = {
     "rynnvla_action_world_512": Release(_two_views(32, True), "rynnvla", _RYNNVLA_K, may_have_head=True),
 }
 """WorldVLA model_256, model_512; RynnVLA-002 VLA_model_256, World_model_512, Action_World_model_512 (both
-README.md); K by suite: WorldVLA exps_256_all/*.sh, RynnVLA-002's training scripts."""
+README.md); U by suite: WorldVLA exps_256_all/*.sh, RynnVLA-002's training scripts."""
 
 _TOP = {
     "embed.weight": "model.embed_tokens.weight",
@@ -149,7 +149,7 @@ def open_release(
 ) -> ReleasedFiles:
     """Check a released folder by its headers; whatever is missing, too much or misshapen raises ValueError.
 
-    `action_shape`: (K, A) of a release that may have a continuous action head, which is read, or its keys set
+    `action_shape`: (U, A) of a release that may have a continuous action head, which is read, or its keys set
     aside (`without_head`); of others, (0, 0), such keys are unknown ones.
     """
     path = directory / "config.json"

@@ -46,7 +46,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Answer:
-    """Actions (K, 7), and what they cost."""
+    """Actions (U, 7), and what they cost."""
 
     actions: np.ndarray
     queue_s: float
@@ -64,7 +64,7 @@ class _Job:
 
 
 class Batcher:
-    """`act`: observations -> actions (B, K, 7). Lives on one event loop, where `run` is a task."""
+    """`act`: observations -> actions (B, U, 7). Lives on one event loop, where `run` is a task."""
 
     def __init__(
         self,

@@ -76,7 +76,7 @@ class Client:
         self.metadata = self._receive()
 
     def infer(self, observation: Mapping[str, Any], *, deadline_ms: float | None = None) -> dict[str, Any]:
-        """Return the server's answer, `actions` (K, 7) and `server_timing`. An answer that would come later
+        """Return the server's answer, `actions` (U, 7) and `server_timing`. An answer that would come later
         than `deadline_ms` after the request is a ServerError instead of an old action.
         """
         if self._connection is None:
@@ -118,7 +118,7 @@ class Client:
 class Plan:
     """Chunks of actions that come late -> one action a step, without waiting for any.
 
-    Each step: `question` says whether to ask, `answer` takes the chunk (K, A) when it is there, `act` returns
+    Each step: `question` says whether to ask, `answer` takes the chunk (U, A) when it is there, `act` returns
     the action. A chunk begins with the action that follows what was executed since its question: actions in
     whose place others were executed are left out, and while the robot stood still none was. Where several
     chunks know a step, their actions are averaged, an older chunk with `blend` times the weight of the next
@@ -165,7 +165,7 @@ class Plan:
         return np.stack(committed) if committed else np.zeros((0, 0), np.float32)
 
     def answer(self, actions: np.ndarray) -> None:
-        """Take the chunk (K, A) that the last question is answered by."""
+        """Take the chunk (U, A) that the last question is answered by."""
         start = max(self._begins, self._step - self._num_moves)
         self._chunks = [(s, a) for s, a in self._chunks if self._step < s + len(a)]
         self._chunks.append((start, np.asarray(actions)[: self.execute]))

@@ -88,7 +88,7 @@ class BatchedPolicy:
             )
 
     def act(self, observations: Sequence[Observation]) -> np.ndarray:
-        """Return actions (B, K, 7) float32."""
+        """Return actions (B, U, 7) float32."""
         observations, count = [look_ahead(self.model, o) for o in observations], len(observations)
         if count == 1:
             return self.alone.act(observations)

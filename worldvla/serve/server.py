@@ -3,7 +3,7 @@
     serve_checkpoint("tabletop", on_start=print)
 
 The server speaks first, one frame of metadata; then each request, an observation, gets one answer: `actions`
-float32 (K, 7) and `server_timing`. Whatever fails is one line in a text frame, and the connection is closed
+float32 (U, 7) and `server_timing`. Whatever fails is one line in a text frame, and the connection is closed
 (1011); a missed deadline leaves it open. `GET /healthz` says whether inference still answers, `/metrics` has
 counts, queue and latency for Prometheus.
 
@@ -76,7 +76,7 @@ class ServedPolicy:
     """What is served."""
 
     act: Callable[[Sequence[Observation]], np.ndarray]
-    """Observations, as `Policy.act` takes them, -> actions (B, K, 7)."""
+    """Observations, as `Policy.act` takes them, -> actions (B, U, 7)."""
     views: Mapping[str, tuple[int, int]]
     """View -> (rows, columns) in pixels that it reads."""
     check: Callable[[Observation], None] | None = None

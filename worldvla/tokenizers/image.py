@@ -30,6 +30,7 @@ from worldvla.files import (
     save_tensors,
     write_json,
 )
+from worldvla.published.hub import ASSETS
 
 PUBLISHED_LEVELS = torch.from_numpy(np.arange(256) / 255.0 * 2 - 1).float()
 """Grey level -> what the published encoder reads, computed in float64 as in WorldVLA's
@@ -309,6 +310,13 @@ class FiniteScalarQuantizer(nn.Module):
         return quantized, (digits.long() * place).sum(dim=1)
 
 
+def folder_of(name: Path | str) -> Path:
+    """Return the folder of the image tokenizer `name`: its own, a checkpoint's or a shipped model's name."""
+    path = Path(name)
+    known = path if path.exists() else ASSETS / path
+    return known / "image_tokenizer" if (known / "image_tokenizer").is_dir() else path
+
+
 class ImageTokenizer(nn.Module):
     """Frames to codes and back. A code stands for `config.factor` pixels a side."""
 
@@ -441,11 +449,15 @@ class ImageTokenizer(nn.Module):
 
     @classmethod
     def load(cls, directory: Path | str) -> "ImageTokenizer":
-        """Read what `save` wrote; in evaluation mode, without gradients."""
-        directory = Path(directory)
+        """Read what `save` wrote, or the image tokenizer of a checkpoint, shipped ones by name (`tabletop`);
+        in evaluation mode, without gradients."""
+        directory = folder_of(directory)
         for name in ("config.json", "model.safetensors"):
             if not (directory / name).is_file():
-                raise FileNotFoundError(f"{directory} is no image tokenizer: {name} is missing; train one")
+                raise FileNotFoundError(
+                    f"{directory} is no image tokenizer: {name} is missing; train one, or give the folder of "
+                    "a checkpoint, or tabletop or libero"
+                )
         path = directory / "config.json"
         config = from_json(ImageTokenizerConfig, read_json(path), str(path))
         tokenizer = cls(config)

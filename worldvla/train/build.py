@@ -28,7 +28,7 @@ from worldvla.model.weights import (
     weights_digest,
 )
 from worldvla.tokenizers.action import DatasetStatistics, Statistics, dequantize, load_statistics, normalize
-from worldvla.tokenizers.image import ImageTokenizer
+from worldvla.tokenizers.image import ImageTokenizer, folder_of
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.train.metrics import ActionScale
 from worldvla.vocab import NUM_BIN_CODES, Vocab, chameleon, compact
@@ -280,6 +280,6 @@ def _check_codes(image: ImageTokenizer, tokenizer: str, source: Path) -> None:
 
 def _text(config: Config, stores: list[TokenStore]) -> TextTokenizer:
     if config.vocab == "chameleon":
-        return TextTokenizer.load(Path(config.tokenizer) / "text_tokenizer.json")
+        return TextTokenizer.load(folder_of(config.tokenizer) / "text_tokenizer.json")
     instructions = {prompted(e, config.data.scene_prefix) for store in stores for e in store.episodes}
     return TextTokenizer.train(prompt_texts(config.layout, instructions), config.num_text)
