@@ -7,7 +7,6 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
-
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +196,7 @@ def test_a_tokenizer_goes_by_the_name_of_its_model(tmp_path, monkeypatch):
     assert shipped.digest() == ImageTokenizer.load(ASSETS / "tabletop").digest()  # a checkpoint's folder
     assert shipped.digest() == ImageTokenizer.load(ASSETS / "tabletop/image_tokenizer").digest()
     Path("tabletop").mkdir()
-    with pytest.raises(FileNotFoundError, match="tabletop is no image tokenizer: config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"tabletop is no image tokenizer: config\.json is missing"):
         ImageTokenizer.load("tabletop")
 
 

@@ -18,11 +18,14 @@ from paper import motion
 from paper.chunk_error import chunk_codes, chunk_error
 from paper.world import evaluate, other_episodes
 from worldvla.data.episode import write_episodes
+from worldvla.data.sources import open_source
+from worldvla.data.sources.source import Names
 from worldvla.eval.page import write_page
 from worldvla.eval.world import (
     Clip,
     check,
     choose,
+    choose_of,
     evaluate_world,
     imagine,
     psnr,
@@ -121,6 +124,28 @@ def test_clips_are_windows_of_the_files_in_turn(root: Path) -> None:
         choose(files, 7, 2, seed=0)
     with pytest.raises(ValueError, match="at least one of each"):
         choose([], 1, 2, seed=0)
+
+
+def test_clips_of_another_format_are_spread_over_its_episodes(root: Path, tmp_path: Path) -> None:
+    """As own data have it: resized to what the model sees, at their own rate, without a reader."""
+    genuine = Path(__file__).parent / "lerobot_v3"
+    source = open_source(genuine, Names(sizes=load(root / "run").view_sizes))
+    instructions = [e.instruction for e in source.episodes(images=False)]
+    for seed in (0, 1):
+        chosen = choose_of(source, 2 * len(instructions), 3, seed)
+        assert {c.episode.instruction for c in chosen} == set(instructions)
+        assert all(len(c.episode) == 4 and c.fps == source.fps for c in chosen)
+    (clip,) = choose_of(source, 1, 3, shorter=True)
+    whole = [e for e in source.episodes() if np.array_equal(e.actions[:4], clip.episode.actions)]
+    assert [np.array_equal(e.images["wrist"][:4], clip.real["wrist"]) for e in whole] == [True]
+    with pytest.raises(ValueError, match=r"asked for 99 clips of 3 steps, \d+ episodes of .* hold \d+: ask"):
+        choose_of(source, 99, 3)
+    record = evaluate_world(root / "run", [genuine], tmp_path / "out", clips=2, horizons=(3,), videos=1)
+    (section,) = record["horizons"]
+    assert section.keys().isdisjoint({"hand", "said"})
+    assert section["views"]["wrist"].keys() == {"model", "copy", "ceiling"}
+    with pytest.raises(ValueError, match="--reader is for HDF5 files"):
+        evaluate_world(root / "run", [genuine], tmp_path / "out", reader=tmp_path / "reader.safetensors")
 
 
 def test_means_are_over_the_clips_that_reach_a_step() -> None:

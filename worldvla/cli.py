@@ -834,7 +834,7 @@ def _short(checkpoint: Path) -> str:
 def eval_world(
     checkpoint: Positional[Checkpoint],
     *,
-    demos: Demos,
+    demos: Data,
     out: Path = Path("out/eval_world"),
     clips: int = 8,
     horizons: tuple[int, ...] = (10,),
@@ -847,7 +847,8 @@ def eval_world(
     """Let a checkpoint imagine held-out clips: PSNR and the hand's error by step, beside copy and ceiling.
 
     Args:
-        demos: HDF5 files with first frames, actions and the truth, or directories of them; not trained on.
+        demos: What it was not trained on: HDF5 files, directories of them, or one LeRobot or RLDS data set
+            with the features of the training data.
         out: Directory of the record, videos and page.
         horizons: Steps of a clip; several: one set of clips each. The paper: 10 50.
         shorter: One clip an episode, from its first frame, of at most that many steps.
@@ -855,10 +856,11 @@ def eval_world(
         reader: What reads the hand off frames. Default: reader.safetensors beside the checkpoint, if there.
     """
     from worldvla.data.episode import demonstration_files
+    from worldvla.data.sources import kind_of
     from worldvla.eval.page import write_page
     from worldvla.eval.world import evaluate_world
 
-    files = demonstration_files(demos)
+    files = demonstration_files(demos) if all(kind_of(path) == "hdf5" for path in demos) else demos
     options: dict[str, Any] = {"clips": clips, "horizons": horizons, "shorter": shorter, "seed": seed}
     options |= {"temperature": temperature, "reader": reader, "device": device}
     with only_writer(out):

@@ -8,7 +8,7 @@ pixels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from rich.progress import track
 from torch import Tensor
 
 from worldvla.data.episode import Episode, read_episodes
+from worldvla.data.sources import kind_of, open_source
+from worldvla.data.sources.source import Names, Source
 from worldvla.eval.reader import NAME, Reader, holding
 from worldvla.eval.tokens import write_example
 from worldvla.files import check_digests, read_json, reading, write_json
@@ -46,6 +48,8 @@ class Clip:
     episode: Episode
     start: int
     steps: int
+    rate: float = 0.0
+    """Steps a second, where the episode is of no simulator."""
 
     @property
     def real(self) -> Frames:
@@ -69,8 +73,10 @@ class Clip:
 
     @property
     def fps(self) -> float:
-        """Control rate of its simulator, Hz."""
+        """Control rate, Hz."""
         suite = self.episode.suite
+        if self.rate:
+            return self.rate
         return FPS[SUITES[suite].simulator] if suite in SUITES else FPS["libero"]
 
     def describe(self) -> dict[str, Any]:
@@ -98,16 +104,24 @@ def evaluate_world(
     reader: Path | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Imagine `clips` clips of each horizon of the files `demos`; write record.json, videos/ and tokens.npz
-    to `out`; return the record.
+    """Imagine `clips` clips of each horizon of `demos`, HDF5 files or one data set of another format; write
+    record.json, videos/ and tokens.npz to `out`; return the record.
 
     `shorter`: one clip an episode, from its first frame, of at most that many steps. `videos`: filmed clips
     of each horizon. `temperature`: of the codes, as `World` has it. `reader`: weights of the reader of
     frames; by default those beside the checkpoint, if there are any.
     """
     model, sections = load(checkpoint, device), []
-    eye, identity = find_reader(model, reader)
-    sets = {horizon: choose(demos, clips, horizon, seed, shorter) for horizon in horizons}
+    source = _other_format(model, demos)
+    if source and reader:
+        raise ValueError(f"--reader is for HDF5 files, whose states say where the hand is, got {source.kind}")
+    eye, identity = (None, None) if source else find_reader(model, reader)
+    sets = {
+        horizon: choose_of(source, clips, horizon, seed, shorter)
+        if source
+        else choose(demos, clips, horizon, seed, shorter)
+        for horizon in horizons
+    }
     for chosen in sets.values():
         check(model, chosen)
     for horizon, chosen in sets.items():
@@ -115,7 +129,7 @@ def evaluate_world(
         imagined, said, stats = imagine(model, chosen, **how)
         kinds = {"model": imagined, **references(model, chosen)}
         section = {"horizon": horizon, **score(chosen, kinds, eye)}
-        section |= {"said": of_states(chosen, said)} if said else {}
+        section |= {"said": of_states(chosen, said)} if said and not source else {}
         section["decoding"] = summary(stats, sum(model.config.layout.codes_per_view))
         section["clips"] = list(_filmed(chosen, imagined, videos, out, f"videos/clip_{horizon}"))
         sections.append(section)
@@ -181,6 +195,59 @@ def choose(
             "ask for fewer or shorter ones, or collect more or longer episodes"
         )
     return chosen
+
+
+def _other_format(model: Model, demos: Sequence[Path]) -> Source | None:
+    """Open demonstrations that are no HDF5 files, with the features that the model was trained on."""
+    if all(kind_of(path) == "hdf5" for path in demos):
+        return None
+    if len(demos) > 1:
+        raise ValueError(f"got {len(demos)} paths, among them a LeRobot or RLDS data set: give one alone")
+    known = model.manifest.get("features", {})
+    names = Names(
+        cameras={view: camera["feature"] for view, camera in known.get("cameras", {}).items()},
+        sizes=model.view_sizes,
+        action=known.get("action", ""),
+        state=known.get("state", ""),
+        delta=bool(known.get("delta")),
+    )
+    return open_source(demos[0], names)
+
+
+def choose_of(source: Source, clips: int, horizon: int, seed: int = 0, shorter: bool = False) -> list[Clip]:
+    """Return `clips` clips of a data set of another format, spread over its episodes: as `choose`."""
+    if clips < 1 or horizon < 1:
+        raise ValueError(f"got {clips} clips of {horizon} steps: at least one of each")
+    rng, rate = np.random.default_rng(seed), source.fps or FPS["libero"]
+    wanted = set(rng.permutation(source.num_episodes)[:clips].tolist())
+    per_episode, chosen, length = -(-clips // max(1, len(wanted))), list[Clip](), 0
+    for number, episode in enumerate(source.episodes()):
+        if number in wanted:
+            length = min(horizon, len(episode) - 1) if shorter else horizon
+            starts = [0] if shorter else range(0, len(episode) - horizon, horizon)
+            drawn = sorted(rng.permutation(starts)[:per_episode].tolist()) if length else []
+            chosen += [Clip(_cut(episode, start, length), 0, length, rate) for start in drawn]
+        if number == max(wanted):
+            break
+    if len(chosen) < clips:
+        raise ValueError(
+            f"asked for {clips} clips of {horizon} steps, {len(wanted)} episodes of {source.path} hold "
+            f"{len(chosen)}: ask for fewer or shorter ones"
+        )
+    return chosen[:clips]
+
+
+def _cut(episode: Episode, start: int, steps: int) -> Episode:
+    """Return the steps of an episode that a clip shows: a data set's need not stay in memory whole."""
+    part = slice(start, start + steps + 1)
+    return replace(
+        episode,
+        actions=episode.actions[part],
+        states=episode.states[part],
+        images={view: frames[part].copy() for view, frames in episode.images.items()},
+        sim_states=episode.sim_states[part],
+        is_expert=episode.is_expert[part],
+    )
 
 
 def check(model: Model, clips: Sequence[Clip]) -> None:

@@ -248,7 +248,7 @@ def action_scale(pieces: Pieces) -> ActionScale:
 
 
 def _features(store: TokenStore) -> dict[str, Any]:
-    names = ("fps", "action_names", "state_names", "delta", "cameras", "repo", "revision")
+    names = ("fps", "action", "action_names", "state", "state_names", "delta", "cameras", "repo", "revision")
     return {name: store.manifest["source"][name] for name in names if name in store.manifest["source"]}
 
 
