@@ -179,7 +179,7 @@ def test_a_wrong_suite_makes_no_folder(capsys, monkeypatch, tmp_path):
 
 
 def test_missing_arguments_are_one_line(capsys):
-    assert "Missing from worldvla eval: STR, --suite STR; see" in _fails(capsys, "eval")
+    assert "worldvla eval: missing CHECKPOINT, --suite STR; see" in _fails(capsys, "eval")
 
 
 def test_nearest_names_are_offered(capsys):

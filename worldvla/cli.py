@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cache, partial, wraps
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 from tyro.conf import Positional
@@ -1382,19 +1383,29 @@ def _run(verb: str, args: list[str]) -> int:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(f"{_line_of(box.getvalue())}; see `{prog} --help`") from None
+        line = _line_of(box.getvalue()).replace(f"Missing from {prog}:", "missing")
+        raise ValueError(f"{line}; see `{prog} --help`") from None
     if not 0 <= (seed := call.keywords.get("seed", 0)) < 2**32:
         raise ValueError(f"--seed must be from 0 to 2^32 - 1, got {seed}")
     return call() or 0
 
 
 def _later(run: Callable[..., int | None]) -> Callable[..., "partial[int | None]"]:
-    """Return a function of the same arguments that returns the call."""
+    """Return a function of the same arguments that returns the call; those without a name on the command line
+    are called in help and errors as they are in the function."""
+    hints = get_type_hints(run, include_extras=True)
+    for name, hint in hints.items():
+        if Positional in get_args(hint)[1:]:
+            hints[name] = Annotated[hint, tyro.conf.arg(metavar=name.upper())]
 
     @wraps(run)
     def bound(*args: Any, **options: Any) -> "partial[int | None]":
         return partial(run, *args, **options)
 
+    own = signature(run)
+    parameters = [p.replace(annotation=hints[p.name]) for p in own.parameters.values()]
+    bound.__annotations__, bound.__signature__ = hints, own.replace(parameters=parameters)  # pyright: ignore
+    del bound.__wrapped__  # tyro would look at it instead
     return bound
 
 
