@@ -1,32 +1,46 @@
 #!/usr/bin/env bash
-# The LIBERO model to come: all four suites in one model that acts and imagines, grown from the shipped tabletop model,
-# on codes by levels. It has not been trained to the end yet; what is known of its parts is in paper/LOG.md
-# (2026-11-30, LIBERO's codes). Needs pip install -e '.[libero]' -c constraints.txt. On two CPU cores ten
-# episodes a task take 37 minutes for libero_10 and 17 for libero_goal. Run it again after a stop: finished steps are
-# skipped.
+# One LIBERO model of all four suites that acts and imagines, grown from the shipped tabletop model, on codes by
+# levels. Needs pip install -e '.[libero]' -c constraints.txt. Two CPU cores: about two hours for the data, two for
+# the rest. Run it again after a stop: finished steps are skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 
-OUT=out/libero    # the recipe reads this folder
+OUT=out/libero    # the recipes read this folder
 SUITES="libero_spatial libero_object libero_goal libero_10"
+declare -A DEMOS=([libero_spatial]=6 [libero_object]=2 [libero_goal]=10 [libero_10]=10)      # episodes a task
+declare -A VISITED=([libero_spatial]=4 [libero_object]=6 [libero_goal]=3 [libero_10]=5)
 collect() {  # part, suite, what else
     worldvla collect "$2" --out $OUT/"$1"/"$2" --views agentview=128x128 wrist=64x64 "${@:3}"
 }
+tokenize() {  # part, suite, store, seed of the changes to images
+    worldvla tokenize $OUT/"$1"/"$2" --tokenizer $OUT/levels --out $OUT/"$3"_"$2" --augment "$4"
+}
+train() {  # recipe, run
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m worldvla train "$1" \
+        --out $OUT/"$2"_run --train.num-threads 1 --train.compile
+    [ -e $OUT/"$2" ] || worldvla export $OUT/"$2"_run --out $OUT/"$2"
+}
 
 for suite in $SUITES; do
-    collect demos "$suite" --label 5 --episodes 24
+    collect demos "$suite" --label 5 --episodes "${DEMOS[$suite]}"
 done
-[ -e $OUT/levels/report ] || worldvla train-tokenizer $OUT/demos --levels --config.patch 8 --out $OUT/levels --steps 2500
+[ -e $OUT/levels/report ] || worldvla train-tokenizer $OUT/demos --levels --config.patch 8 --out $OUT/levels --steps 1200
 for suite in $SUITES; do
-    worldvla tokenize $OUT/demos/"$suite" --tokenizer $OUT/levels --out $OUT/store_"$suite"
+    tokenize demos "$suite" store 0
 done
-
 worldvla config libero_four > $OUT/libero_four.json
 [ -e $OUT/grown ] || python -m paper.grow --old tabletop --config-file $OUT/libero_four.json --out $OUT/grown
-OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m worldvla train libero_four \
-    --out $OUT/run --train.num-threads 1 --train.compile
-worldvla export $OUT/run --out $OUT/model
+train libero_four four
+
+for suite in $SUITES; do
+    collect visited "$suite" --label 5 --episodes "${VISITED[$suite]}" --seed 11 --policy $OUT/four --execute 3
+    tokenize visited "$suite" visited 0
+    tokenize visited "$suite" visited_shifted 3
+    tokenize demos "$suite" shifted_1 1
+    tokenize demos "$suite" shifted_2 2
+done
+train libero_visited model
 
 worldvla doctor
 for suite in $SUITES; do    # stored initial states, from which no demonstration starts

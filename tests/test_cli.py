@@ -23,8 +23,7 @@ import worldvla
 from worldvla import progress
 from worldvla.cli import VERBS, _checkpoint_of, main
 from worldvla.config import Config, from_json, to_json
-from worldvla.files import only_writer
-from worldvla.published.hub import ASSETS
+from worldvla.files import ASSETS, only_writer
 from worldvla.recipes import RECIPES
 from worldvla.sim.suites import TABLETOP
 from worldvla.train.build import build

@@ -16,7 +16,7 @@ from token_stubs import random_episode
 
 from worldvla.config import ImageTokenizerConfig, TokenizerTraining
 from worldvla.data.episode import write_episodes
-from worldvla.published.hub import ASSETS
+from worldvla.files import ASSETS
 from worldvla.tokenizers.image import (
     Encoder,
     FiniteScalarQuantizer,

@@ -15,7 +15,7 @@ from worldvla.eval.actors import ModelActor, RandomActor
 from worldvla.eval.page import write_page
 from worldvla.eval.rollout import Protocol, evaluate
 from worldvla.eval.world import evaluate_world
-from worldvla.published.hub import ASSETS
+from worldvla.files import ASSETS
 from worldvla.sim.suites import TABLETOP
 
 WORKERS = 4

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+ASSETS = Path(__file__).parent / "assets"
+"""The shipped models, one folder each."""
 LONGEST = 400
 """Letters of an error's message that are shown, about: more is no line."""
 MANIFEST = "manifest.json"

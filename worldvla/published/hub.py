@@ -5,7 +5,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-ASSETS = Path(__file__).parents[1] / "assets"
+from worldvla.files import ASSETS
+
 LEFT_OUT = ["*.pth", "*.pt", "*.bin", "*.h5", "*.msgpack", "*.mp4"]
 """Optimiser states (56 GB beside 14 GB of weights) and pickles."""
 LOCAL = ("out", "data", "results", "runs")

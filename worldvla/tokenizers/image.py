@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from worldvla.config import ImageTokenizerConfig, from_json, to_json
 from worldvla.files import (
+    ASSETS,
     DamagedFileError,
     check_shapes,
     load_tensors,
@@ -30,7 +31,6 @@ from worldvla.files import (
     save_tensors,
     write_json,
 )
-from worldvla.published.hub import ASSETS
 
 PUBLISHED_LEVELS = torch.from_numpy(np.arange(256) / 255.0 * 2 - 1).float()
 """Grey level -> what the published encoder reads, computed in float64 as in WorldVLA's
