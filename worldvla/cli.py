@@ -300,7 +300,7 @@ def replay(paths: Positional[Demos], *, bins: bool = False) -> int:
     outcomes: list[bool] = []
     faults: list[str] = []
     for path in track(files, "replay", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        successes = [episode.success for episode in rerun(path, transform)]
+        successes = list(rerun(path, transform))
         outcomes += successes
         faults += wrong_pictures(path)
         if not (all(successes) or bins):
@@ -329,8 +329,9 @@ def regenerate(
 
     files, sizes = _demonstrations(paths), _views(views)
     counts = regenerate(files, out, sizes, workers=workers)
-    for name, c in counts.items():
-        say(f"{name}: {c.kept} kept, {c.lost} fail now; {c.steps} steps, {c.no_ops} no-ops dropped")
+    for name, told in counts.items():
+        kept, lost, steps, no_ops = (told[key] for key in ("num_demos", "lost", "total", "no_ops"))
+        say(f"{name}: {kept} kept, {lost} fail now; {steps} steps, {no_ops} no-ops dropped")
     say(f"demonstrations: {out}   next: worldvla tokenize {out} --tokenizer DIR --out DIR")
 
 

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -73,33 +73,17 @@ def _environment(episode: Episode, views: Views) -> Any:
 # -- replay --------------------------------------------------------------------------------------------------
 
 
-class Replay(NamedTuple):
-    """What became of one stored episode when its actions were executed again."""
-
-    episode: int
-    """Place in the file."""
-    success: bool
-    drift: float
-    """Largest difference between the simulator's states, stored and reached; 0.0: the same bits."""
-
-
 def rerun(
     path: Path, transform: Callable[[np.ndarray], np.ndarray] = lambda actions: actions
-) -> Iterator[Replay]:
-    """Re-execute each stored episode from its first state to success or its end; nothing is rendered.
+) -> Iterator[bool]:
+    """Yield whether each stored episode succeeds when its actions are executed again; nothing is rendered.
 
     `transform` changes the actions (T, 7) before they are executed, such as `through_bins`.
     """
-    for i, episode in enumerate(read_episodes(Path(path), images=False)):
+    for episode in read_episodes(path, images=False):
         env = _environment(episode, {})
         start(env, episode)
-        success, drift = False, 0.0
-        for action, state in zip(transform(episode.actions), episode.sim_states, strict=True):
-            drift = max(drift, float(np.abs(env.get_state()[: len(state)] - state).max()))
-            success = bool(env.step(action)[2])
-            if success:
-                break
-        yield Replay(i, success, drift)
+        yield any(env.step(action)[2] for action in transform(episode.actions))
 
 
 def through_bins(files: Sequence[Path]) -> Callable[[np.ndarray], np.ndarray]:
@@ -111,18 +95,6 @@ def through_bins(files: Sequence[Path]) -> Callable[[np.ndarray], np.ndarray]:
 
 
 # -- regenerate ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Counts:
-    """What became of the demonstrations of one file."""
-
-    kept: int = 0
-    lost: int = 0
-    """Whose actions do not succeed again."""
-    steps: int = 0
-    no_ops: int = 0
-    """Steps that were dropped."""
 
 
 def is_no_op(actions_TA: np.ndarray) -> np.ndarray:
@@ -152,8 +124,11 @@ class _Attempt:
         return play(_environment(episode, self.views), episode, kept_actions(episode))
 
 
-def regenerate(files: Sequence[Path], out_dir: Path, views: Views, *, workers: int = 0) -> dict[str, Counts]:
-    """Write one file in `out_dir` for each of `files`; return what became of their demonstrations, by name.
+def regenerate(
+    files: Sequence[Path], out_dir: Path, views: Views, *, workers: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Write one file in `out_dir` for each of `files`; return the `facts` of each by name: `lost` are the
+    demonstrations whose actions do not succeed again, `no_ops` the steps that were dropped.
 
     `workers`: processes that simulate; 0: one a core that this process may use.
     A file of which nothing succeeds raises ValueError, which says why if that can be known; so do two files
@@ -177,7 +152,7 @@ def regenerate(files: Sequence[Path], out_dir: Path, views: Views, *, workers: i
                 )
         for job in work_off(jobs, workers, "regenerate"):
             _finish(job, digests[job.path.name])
-        return {name: _counts(out_dir / name) for name in names}
+        return {name: facts(out_dir / name) for name in names}
 
 
 def _finish(job: Job, digest: str) -> None:
@@ -229,8 +204,3 @@ def inverted_gripper(path: Path) -> list[str]:
     if play(env, episode, episode.actions) is not None or play(env, episode, flipped) is None:
         return []
     return [f"{path.name}: the gripper is inverted, expected -1 open and +1 closed: change its sign"]
-
-
-def _counts(path: Path) -> Counts:
-    told = facts(path)
-    return Counts(told["num_demos"], told["lost"], told["total"], told["no_ops"])
