@@ -127,7 +127,7 @@ def test_stopped_and_resumed_equals_not_stopped(tmp_path, monkeypatch):
     times = [p.stat().st_mtime_ns for p in sorted((tmp_path / "whole").iterdir())]
     assert _collect(tmp_path / "whole") == report  # nothing left to do
     assert times == [p.stat().st_mtime_ns for p in sorted((tmp_path / "whole").iterdir())]
-    with pytest.raises(ValueError, match=r"holds demonstrations made with .*choose another directory"):
+    with pytest.raises(ValueError, match=r"other settings \(noise: 0.15 there, 0.3 now\): choose another"):
         _collect(tmp_path / "whole", noise=0.3)
 
 

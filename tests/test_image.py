@@ -238,7 +238,9 @@ def test_training_learns_and_goes_on_where_it_stopped(config, tmp_path, monkeypa
     with pytest.raises(RuntimeError, match="killed"):
         train_tokenizer(views(), config, tmp_path / "b", TRAINING)
     monkeypatch.setattr(TokenizerTrainer, "step", step)
-    with pytest.raises(ValueError, match=r"of another run \(other train\).*choose another directory"):
+    with pytest.raises(
+        ValueError, match=r"of another run \(train\.seed: 0 there, 1 now\).*choose another directory"
+    ):
         train_tokenizer(views(), config, tmp_path / "b", replace(TRAINING, seed=1))
     torch.manual_seed(99)
     again = train_tokenizer(views(), config, tmp_path / "b", TRAINING)
@@ -253,9 +255,11 @@ def test_a_finished_tokenizer_stays_as_it_is(tmp_path, monkeypatch):
     assert train_tokenizer(views(), CELL, tmp_path, replace(TRAINING, steps=1)) == json.loads(
         json.dumps(record)
     )
-    with pytest.raises(ValueError, match=r"of another run \(other train\).*choose another directory"):
+    with pytest.raises(
+        ValueError, match=r"of another run \(train\.steps: 1 there, 2 now\).*choose another directory"
+    ):
         train_tokenizer(views(), CELL, tmp_path, replace(TRAINING, steps=2))
-    with pytest.raises(ValueError, match=r"of another run \(other frames\)"):
+    with pytest.raises(ValueError, match=r"of another run \(frames\.agentview: "):
         train_tokenizer(views(32), CELL, tmp_path, replace(TRAINING, steps=1))
 
 

@@ -64,7 +64,9 @@ def test_what_replayed_is_what_happened_and_is_learnt(
 
     monkeypatch.setattr("worldvla.improve._roll", None)  # nobody acts again
     assert run(tmp_path / "real", kind="simulator")["checkpoint"] == record["checkpoint"]
-    with pytest.raises(ValueError, match="holds an improvement with another keep_all: give a new --out"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(keep_all: False there, True now\): choose another"
+    ):
         run(tmp_path / "real", kind="simulator", keep_all=True)
     monkeypatch.undo()
     monkeypatch.setattr(sim, "tasks", lambda _: tasks)

@@ -247,6 +247,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Return what differs between two settings, as JSON: dotted name -> what to say of it."""
+    old, new = (_leaves(json.loads(json.dumps(settings))) for settings in (there, now))
+    return {
+        name: f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
+        for name in sorted(old | new)
+        if old.get(name) != new.get(name)
+    }
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    pairs = ((f"{prefix}.{key}" if prefix else key, value) for key, value in tree.items())
+    return {leaf: v for path, value in pairs for leaf, v in _leaves(value, path).items()}
+
+
 # -- digests -------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,6 @@ the simulator and takes its word, which is the upper bound; `keep_all` learns fr
 control. Dims: N episodes.
 """
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from worldvla.config import Config
+from worldvla.data.collect import guard
 from worldvla.data.episode import Episode, read_episodes, write_episodes
 from worldvla.data.tokenize import tokenize
 from worldvla.eval.judge import (
@@ -140,23 +140,23 @@ def improve(
         "dtype": dtype,
         "seed": seed,
     }
-    _check_settings(out / "settings.json", settings)
-    if judge is None:
-        critic, errors = judge_of(out / "judge.safetensors", demos, suites, worlds, 30, judge_steps, seed)
-    else:
-        critic, errors = _known_judge(judge, suites, worlds)
-    path, report = first.path, []
-    for number in range(rounds):
-        folder, policy = out / f"round_{number}", load(path)
-        if not (folder / "round.json").is_file():
-            act = SamplingPolicy(Policy(policy), temperature, np.random.default_rng([seed, number]))
-            starts = list(starts_of(demos, critic.tasks, suites, episodes, number * episodes))
-            interval = execute or policy.config.layout.chunk
-            _demonstrate(folder, act, interval, critic, worlds, starts, kind, keep_all)
-        path = _learn(folder, policy, stores, steps)
-        report.append(read_json(folder / "round.json"))
-    record = {**settings, "judge": errors, "rounds": report, "checkpoint": str(path), **provenance()}
-    write_json(out / "record.json", record)
+    with guard(out / "settings.json", settings):
+        if judge is None:
+            critic, errors = judge_of(out / "judge.safetensors", demos, suites, worlds, 30, judge_steps, seed)
+        else:
+            critic, errors = _known_judge(judge, suites, worlds)
+        path, report = first.path, []
+        for number in range(rounds):
+            folder, policy = out / f"round_{number}", load(path)
+            if not (folder / "round.json").is_file():
+                act = SamplingPolicy(Policy(policy), temperature, np.random.default_rng([seed, number]))
+                starts = list(starts_of(demos, critic.tasks, suites, episodes, number * episodes))
+                interval = execute or policy.config.layout.chunk
+                _demonstrate(folder, act, interval, critic, worlds, starts, kind, keep_all)
+            path = _learn(folder, policy, stores, steps)
+            report.append(read_json(folder / "round.json"))
+        record = {**settings, "judge": errors, "rounds": report, "checkpoint": str(path), **provenance()}
+        write_json(out / "record.json", record)
     return record
 
 
@@ -232,18 +232,6 @@ def _replayed(pairs: Iterable[tuple[Start, Episode]], tasks: Sequence[Task], wor
                 env.set_state(start.sim_state)
                 steps = (env.step(action) for action in [*episode.actions[:-1], *last_actions(episode)])
                 yield any(step[4]["success"] for step in steps)
-
-
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write what this improvement is; another one that has begun in the same folder raises ValueError."""
-    settings = json.loads(json.dumps(settings))
-    is_begun = any(path.parent.glob("round_*"))
-    if path.is_file() and is_begun and (earlier := read_json(path)) != settings:
-        differing = [name for name in settings if earlier.get(name) != settings[name]]
-        raise ValueError(
-            f"{path.parent} holds an improvement with another {', '.join(differing)}: give a new --out"
-        )
-    write_json(path, settings)
 
 
 def _known_judge(path: Path, suites: Sequence[str], world: Model) -> tuple[Judge, dict[str, Any]]:

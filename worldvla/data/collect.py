@@ -10,7 +10,6 @@ no step for a policy.
 """
 
 import itertools
-import json
 import multiprocessing
 import shutil
 import tempfile
@@ -35,7 +34,7 @@ from worldvla.data.drivers import (
     world_driver,
 )
 from worldvla.data.episode import Episode, facts, read_episodes, write_episodes
-from worldvla.files import only_writer, whole_file, write_text
+from worldvla.files import differing, only_writer, read_json, whole_file, write_json
 from worldvla.image import MAX_PIXELS
 from worldvla.machine import cores, end_with_parent, version
 from worldvla.progress import progress_bar
@@ -256,15 +255,14 @@ def guard(path: Path, arguments: dict[str, Any]) -> Iterator[None]:
     """Write the directory of `path` alone, and refuse demonstrations made with other arguments in it. Where
     none has been made, arguments may change.
     """
-    text = json.dumps(arguments, sort_keys=True)
     with only_writer(path.parent):
         is_begun = any(p.suffix in (".hdf5", ".failed") for p in path.parent.rglob("*"))
         if not (path.exists() and is_begun):
-            write_text(path, text)
-        if (there := path.read_text()) != text:
+            write_json(path, arguments)
+        if changed := differing(read_json(path), arguments):
             raise ValueError(
-                f"{path.parent} holds demonstrations made with {there}, asked for {text}: "
-                "choose another directory"
+                f"{path.parent} holds demonstrations made with other settings "
+                f"({', '.join(changed.values())}): choose another directory"
             )
         yield
 

@@ -5,12 +5,12 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from worldvla.eval.stats import count
-from worldvla.files import DamagedFileError, read_json, reading, write_json, write_text
+from worldvla.files import DamagedFileError, differing, read_json, reading, write_json, write_text
 
 TIMES = ("simulation_seconds", "policy_seconds")
 log = logging.getLogger("worldvla")
@@ -33,14 +33,10 @@ class Journal:
                 raise DamagedFileError(
                     f"{path} is damaged in its first line: give another --out, or remove it"
                 )
-            there, now = (dict(_flat(_plain(line))) for line in (lines[0], json.loads(json.dumps(identity))))
-            names = sorted(name for name in there | now if there.get(name) != now.get(name))
-            if names:
-                text = ", ".join(
-                    f"{name}: {there.get(name)!r} there, {now.get(name)!r} now" for name in names
-                )
+            if changed := differing(_plain(lines[0]), identity):
                 raise ValueError(
-                    f"{path.parent} holds another evaluation ({text}): give another --out, or remove {path}"
+                    f"{path.parent} holds another evaluation ({', '.join(changed.values())}): give another "
+                    f"--out, or remove {path}"
                 )
             sound = [x for x in lines[1:] if x and _sealed(_plain(x)) == x]
             whole = [_plain(line) for line in sound if line.keys() >= {"status", "elapsed"}]
@@ -66,14 +62,6 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _line(values: Mapping[str, Any]) -> str:
@@ -154,12 +142,12 @@ def merge(directories: Sequence[Path], out: Path) -> dict[str, Any]:
     if sorted(shards) != [(i, number) for i in range(number)]:
         listed = ", ".join(f"{i}/{n}" for i, n in shards)
         raise ValueError(f"shards {listed}: expected each of 0/{number} to {number - 1}/{number} once")
-    origins = [dict(_flat(_origin(record))) for record in records]
-    for path, origin in zip(directories[1:], origins[1:], strict=True):
-        names = sorted(k for k in origins[0] | origin if origins[0].get(k) != origin.get(k))
-        if names:
-            text = ", ".join(f"{k}: {origins[0].get(k)!r} and {origin.get(k)!r}" for k in names)
-            raise ValueError(f"{directories[0]} and {path} are of other evaluations ({text}): evaluate alike")
+    for path, record in zip(directories, records, strict=True):
+        if changed := differing(_origin(record), _origin(records[0])):
+            raise ValueError(
+                f"{path} holds another evaluation than {directories[0]} ({', '.join(changed.values())}): "
+                "evaluate alike"
+            )
     whole = dict(min(zip(shards, records, strict=True))[1])
     whole["protocol"] = {k: v for k, v in whole["protocol"].items() if k != "shard"}
     whole["outcomes"] = [outcome for record in records for outcome in record["outcomes"]]

@@ -35,6 +35,7 @@ from worldvla.files import (
     DamagedFileError,
     check_digests,
     check_finite,
+    differing,
     load_tensors,
     one_line,
     read_json,
@@ -329,17 +330,15 @@ def check_config(run_dir: Path, config: Config, is_writer: bool = True) -> None:
     there = from_json(Config, read_json(path), str(path))  # an older version's, completed by the defaults
     if config.train.steps > there.train.steps or there.optim.learning_rate == there.optim.min_learning_rate:
         free.add("train.steps")
-    old, new = _leaves(to_json(there)), _leaves(to_json(config))
-    differing = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
-    if bad := [key for key in differing if key not in free]:
-        listed = ", ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in bad)
+    changed = differing(to_json(there), to_json(config))
+    if bad := [said for key, said in changed.items() if key not in free]:
         raise ValueError(
-            f"{run_dir} holds a run with another config ({listed}); resume it with its own settings, or use "
-            "a new run directory and train.init_from"
+            f"{run_dir} holds a run with another config ({', '.join(bad)}); resume it with its own settings, "
+            "or use a new run directory and train.init_from"
         )
-    if "train.steps" in differing:
+    if "train.steps" in changed:
         _tell_rate(config, there.train.steps, max(map(_step, _all(run_dir)), default=0))
-    if differing and is_writer:
+    if changed and is_writer:
         write_json(path, to_json(config))
 
 
@@ -363,13 +362,6 @@ def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Te
         for key, value in state.items():
             tensors[f"{key}.{names[id(parameter)]}"] = value.detach()
     return tensors
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    pairs = ((f"{prefix}.{key}" if prefix else key, value) for key, value in tree.items())
-    return {leaf: v for path, value in pairs for leaf, v in _leaves(value, path).items()}
 
 
 def _all(run_dir: Path) -> list[Path]:

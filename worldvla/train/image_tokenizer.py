@@ -30,6 +30,7 @@ from worldvla.config import ImageTokenizerConfig, TokenizerTraining, to_json
 from worldvla.data.sources import open_source
 from worldvla.data.sources.source import Source
 from worldvla.files import (
+    differing,
     load_tensors,
     read_json,
     save_tensors,
@@ -375,11 +376,10 @@ class TokenizerTrainer:
         return True
 
     def _refuse_other(self, run: Mapping[str, Any]) -> None:
-        own = json.loads(json.dumps(self.identity))
-        if differing := [key for key, value in own.items() if run.get(key) != value]:
+        if changed := differing({key: run.get(key) for key in self.identity}, self.identity):
             raise ValueError(
-                f"{self.out_dir} holds an image tokenizer of another run (other {', '.join(differing)}), and "
-                "stores and models may be made of its codes: choose another directory, or remove it"
+                f"{self.out_dir} holds an image tokenizer of another run ({', '.join(changed.values())}), "
+                "and stores and models may be made of its codes: choose another directory, or remove it"
             )
 
 
