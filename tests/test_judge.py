@@ -7,7 +7,6 @@ import functools
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from worldvla.eval.page import write_ranking
 from worldvla.eval.planning import PlanningActor
 from worldvla.eval.rollout import open_actor
 from worldvla.eval.stats import DRAWS, agreement, rank_agreement, rank_violation
-from worldvla.infer.model import load
+from worldvla.infer.model import Model, load
 from worldvla.infer.world import World
 from worldvla.rank import rank_policies
 from worldvla.sim import suites as sim
@@ -216,16 +215,16 @@ def test_success_is_confirmed_by_pictures_in_a_row() -> None:
     assert all(judge._confirmed(np.array([c == "x" for c in said])) == is_it for said, is_it in words.items())
 
 
-def test_what_the_judge_cannot_learn_is_said(tmp_path: Path) -> None:
+def test_what_the_judge_cannot_learn_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     collect(SUITE, tmp_path / "demos", episodes=1, tasks=(0,), workers=1)
     demos, model = sorted((tmp_path / "demos").glob("*.hdf5")), load(MODEL)
     with pytest.raises(ValueError, match=f"no demonstration of {SUITE}/"):
         judge.gather(demos, [SUITE], model, 5)
-    other = SimpleNamespace(view_sizes=model.view_sizes | {"wrist": (16, 16)})
+    monkeypatch.setattr(Model, "view_sizes", model.view_sizes | {"wrist": (16, 16)})
     with pytest.raises(
-        ValueError, match=r"view wrist is \(32, 32\), the models see \(16, 16\): collect it so"
+        ValueError, match=r"view wrist is \(32, 32\), the model sees \(16, 16\): collect it so"
     ):
-        judge.gather(demos, [SUITE], other, 5)  # pyright: ignore
+        judge.gather(demos, [SUITE], model, 5)
 
 
 def test_the_value_counts_the_steps_up_to_the_next_success(tmp_path: Path) -> None:

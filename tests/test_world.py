@@ -185,9 +185,9 @@ def test_clips_that_do_not_fit_the_model_are_refused(root: Path, tmp_path: Path)
     clips = choose(sorted(root.glob("*.hdf5")), 1, 2, seed=0)
     images = clips[0].episode.images
     small = {view: frames[:, :4, :4] for view, frames in images.items()}
-    with pytest.raises(ValueError, match=r"clips is \(4, 4\), the model sees \(\d+, \d+\): collect it so"):
+    with pytest.raises(ValueError, match=r"\w+ is \(4, 4\), the model sees \(\d+, \d+\): collect it so"):
         check(model, [Clip(replace(clips[0].episode, images=small), 0, 2)])
-    with pytest.raises(ValueError, match="lacks the view wrist"):
+    with pytest.raises(ValueError, match="view wrist is missing"):
         check(model, [Clip(replace(clips[0].episode, images={"agentview": images["agentview"]}), 0, 2)])
     fast = Clip(replace(clips[0].episode, suite="tabletop_goal"), 0, 2)
     with pytest.raises(ValueError, match="evaluate each simulator apart"):

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldvla.eval.judge import CONFIRM, STEPS, ImaginedBody, Judge, SimulatedBody, drive, judge_of, replays
+from worldvla.eval.judge import (
+    CONFIRM,
+    STEPS,
+    ImaginedBody,
+    Judge,
+    SimulatedBody,
+    check_policy,
+    drive,
+    judge_of,
+    replays,
+)
 from worldvla.eval.record import Journal
 from worldvla.eval.stats import rank_agreement
 from worldvla.files import write_json
@@ -85,7 +95,7 @@ def _with_intervals(
     """Return every policy with each replan interval of `execute`, at most its chunk; by default that."""
     policies = []
     for policy in map(load, checkpoints):
-        _check(policy, world)
+        check_policy(policy, world)
         chunk = policy.config.layout.chunk
         policies += [(policy, n) for n in dict.fromkeys(min(n, chunk) for n in execute or [chunk])]
     return policies
@@ -141,15 +151,4 @@ def _check_arguments(
     if episodes < 1 or first < 0 or first + episodes > NUM_INITS:
         raise ValueError(
             f"initial states 0..{NUM_INITS - 1} are for evaluation: got {episodes} from {first} on"
-        )
-
-
-def _check(policy: Model, world: Model) -> None:
-    if policy.config.layout.history > 1:
-        raise ValueError(
-            f"{policy.path} looks at {policy.config.layout.history} frames: only policies of one are ranked"
-        )
-    if policy.view_sizes != world.view_sizes:
-        raise ValueError(
-            f"{policy.path} sees {policy.view_sizes}, the world shows {world.view_sizes}: take another world"
         )

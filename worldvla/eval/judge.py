@@ -169,6 +169,19 @@ class Judge(nn.Module):
         return judge.eval(), told
 
 
+def check_policy(policy: Model, world: Model) -> None:
+    """Raise ValueError unless a policy can act in a world model: on one frame, of the same views."""
+    if policy.config.layout.history > 1:
+        raise ValueError(
+            f"{policy.path} looks at {policy.config.layout.history} frames: give a policy of one"
+        )
+    if policy.view_sizes != world.view_sizes:
+        raise ValueError(
+            f"{policy.path} sees {policy.view_sizes}, {world.path} shows {world.view_sizes}: take "
+            "another world"
+        )
+
+
 def encoded(model: Model, images: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return the codes (P, N) of frames, uint8 (P, Y, X, 3) a view."""
     parts = (model.image.encode(torch.from_numpy(images[view])).flatten(1) for view in model.view_sizes)
@@ -230,19 +243,11 @@ def _shown(
                     number = numbers.get((episode.suite, episode.task))
                     if number is None:
                         break
-                    _check_sizes(path, {v: f.shape[1:3] for v, f in episode.images.items()}, model)
+                    model.check_views({v: f.shape[1:3] for v, f in episode.images.items()}, path)
                     if env is None:
                         env = stack.enter_context(closing(sim.make(tasks[number], model.view_sizes)))
                     yield episode, _pictures(env, episode, number, count, model)
                     count += 1
-
-
-def _check_sizes(path: Path, sizes: Mapping[str, tuple[int, ...]], model: Model) -> None:
-    for view, size in model.view_sizes.items():
-        if sizes.get(view) != tuple(size):
-            raise ValueError(
-                f"{path}: view {view} is {sizes.get(view, 'missing')}, the models see {size}: collect it so"
-            )
 
 
 def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model) -> Pictures:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from worldvla.eval.actors import ModelActor, Query
-from worldvla.eval.judge import Judge, encoded
+from worldvla.eval.judge import Judge, check_policy, encoded
 from worldvla.infer.model import load
 from worldvla.infer.world import World
 
@@ -41,13 +41,7 @@ class PlanningActor(ModelActor):
         self.world, self.dtype = load(world, dtype=getattr(torch, dtype)), dtype
         self.chunks, self.temperature = chunks, temperature
         self.judge, self._facts = Judge.load(judge, self.world)
-        if self.history > 1:
-            raise ValueError(f"{checkpoint} looks at {self.history} frames: only policies of one can plan")
-        if self.world.view_sizes != self.model.view_sizes:
-            raise ValueError(
-                f"{checkpoint} sees {self.model.view_sizes}, {world} shows {self.world.view_sizes}: take "
-                "another world"
-            )
+        check_policy(self.model, self.world)
         self._tasks = {(task.suite, task.name): i for i, task in enumerate(self.judge.tasks)}
         self._rng = np.random.default_rng(seed)
         self._first: dict[tuple[str, str, int], np.ndarray] = {}

@@ -253,14 +253,8 @@ def _cut(episode: Episode, start: int, steps: int) -> Episode:
 def check(model: Model, clips: Sequence[Clip]) -> None:
     """Raise ValueError where the clips lack a view of the model, are of another size or of several rates."""
     for clip in clips:
-        for view, size in model.view_sizes.items():
-            images = clip.episode.images.get(view)
-            if images is None:
-                raise ValueError(f"episode of {clip.episode.task!r} lacks the view {view}: collect with it")
-            if images.shape[1:3] != tuple(size):
-                raise ValueError(
-                    f"view {view} of the clips is {images.shape[1:3]}, the model sees {size}: collect it so"
-                )
+        sizes = {view: images.shape[1:3] for view, images in clip.episode.images.items()}
+        model.check_views(sizes, f"an episode of {clip.episode.task!r}")
     if len(rates := {clip.fps for clip in clips}) > 1:
         raise ValueError(f"the clips have frame rates of {sorted(rates)} Hz: evaluate each simulator apart")
 

@@ -101,6 +101,14 @@ class Model:
                 f"{self.path} has no world model (data.world_fraction 0): train one on world samples too"
             )
 
+    def check_views(self, sizes: Mapping[str, Sequence[int]], where: object) -> None:
+        """Raise ValueError unless `sizes`, rows and columns of the pictures in `where`, are those it sees."""
+        for view, size in self.view_sizes.items():
+            if (given := tuple(sizes.get(view, ()))) != size:
+                raise ValueError(
+                    f"{where}: view {view} is {given or 'missing'}, the model sees {size}: collect it so"
+                )
+
     def identity(self) -> dict[str, Any]:
         """Return what a record names as its model."""
         return {
