@@ -434,7 +434,8 @@ def train_reader(
     from worldvla.tokenizers.image import ImageTokenizer
 
     files, image = demonstration_files(paths), ImageTokenizer.load(tokenizer)
-    errors = train_reader(files, image, out, frames=frames, steps=steps, seed=seed)
+    with only_writer(out):
+        errors = train_reader(files, image, out, frames=frames, steps=steps, seed=seed)
     for kind, name in {"real": "real frames", "shown": "through the tokenizer"}.items():
         e = errors[kind]
         say(

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from worldvla.data.episode import Episode, read_episodes
-from worldvla.files import check_shapes, load_network, only_writer, read_json, reading, save_network
+from worldvla.files import check_shapes, load_network, read_json, reading, save_network
 from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_pixels
@@ -186,13 +186,6 @@ def train_reader(
 ) -> dict[str, Any]:
     """Train a reader, write it and its errors on held-out episodes to `out` and the JSON beside it; return
     the errors. Minutes on one core. Anything but a reader in their place raises ValueError."""
-    with only_writer(out):
-        return _train_reader(files, tokenizer, out, frames, steps, seed)
-
-
-def _train_reader(
-    files: Sequence[Path], tokenizer: ImageTokenizer, out: Path, frames: int, steps: int, seed: int
-) -> dict[str, Any]:
     about = out.with_suffix(".json")
     if out.suffix != ".safetensors" or out.is_dir():
         raise ValueError(f"{out} is no file for a reader: expected one such as {out / NAME}")
