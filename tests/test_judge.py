@@ -73,7 +73,7 @@ def test_episodes_end_when_both_say_so_or_at_their_own_horizon(monkeypatch: pyte
     said = ["..xx", "x.x.x.x.x", "....xx", "xx"]
     body = Scripted(said, ["...x", ".........", ".....x", ".....x"])
     first = [{"agentview": np.full((2, 2, 3), n), "state": np.zeros(8, np.float32)} for n in range(4)]
-    success, judged = judge.drive(Counting(), 2, body, tasks, first)  # pyright: ignore
+    success, judged = judge.drive(Counting().act, 2, body, tasks, first)  # pyright: ignore
     assert judged.tolist() == [True, False, False, True]
     assert success.tolist() == [True, False, False, True]
     assert (body.t, body.rows.tolist()) == (9, [1])

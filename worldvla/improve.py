@@ -25,6 +25,7 @@ from worldvla.data.tokenize import tokenize
 from worldvla.eval.judge import (
     CONFIRM,
     STEPS,
+    Act,
     ImaginedBody,
     Judge,
     Seen,
@@ -59,17 +60,10 @@ class Start:
     init: int
 
 
-@dataclass(frozen=True)
-class SamplingPolicy:
-    """A policy that draws its actions, each time by other seeds."""
-
-    policy: Policy
-    temperature: float
-    rng: np.random.Generator
-
-    def act(self, observations: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        seeds = self.rng.integers(0, 2**31, len(observations)).tolist()
-        return self.policy.act(observations, self.temperature, seeds)
+def _sampler(model: Model, temperature: float, seed: Sequence[int]) -> Act:
+    """Return the policy of `model`, which draws its actions, each time by other seeds."""
+    policy, rng = Policy(model), np.random.default_rng(seed)
+    return lambda seen: policy.act(seen, temperature, rng.integers(0, 2**31, len(seen)).tolist())
 
 
 class EpisodeRecorder:
@@ -149,7 +143,7 @@ def improve(
         for number in range(rounds):
             folder, policy = out / f"round_{number}", load(path)
             if not (folder / "round.json").is_file():
-                act = SamplingPolicy(Policy(policy), temperature, np.random.default_rng([seed, number]))
+                act = _sampler(policy, temperature, [seed, number])
                 starts = list(starts_of(demos, critic.tasks, suites, episodes, number * episodes))
                 interval = execute or policy.config.layout.chunk
                 _demonstrate(folder, act, interval, critic, worlds, starts, kind, keep_all)
@@ -180,7 +174,7 @@ def _check_numbers(
 
 def _demonstrate(
     folder: Path,
-    act: SamplingPolicy,
+    act: Act,
     execute: int,
     judge: Judge,
     world: Model,
@@ -265,7 +259,7 @@ def starts_of(
 
 
 def _roll(
-    act: SamplingPolicy, execute: int, judge: Judge, world: Model, starts: Sequence[Start], kind: Kind
+    act: Act, execute: int, judge: Judge, world: Model, starts: Sequence[Start], kind: Kind
 ) -> EpisodeRecorder:
     """Let the policy act from `starts`, in parallel."""
     numbers, first = np.array([start.task for start in starts]), [start.observation for start in starts]

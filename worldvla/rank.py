@@ -128,7 +128,7 @@ def _act_twice(
 ) -> list[list[int]]:
     """Return success of each episode (N): the simulator's word, the judge's there, the judge's imagined."""
     start = [env.reset(options={"init": init})[0] for env, init in zip(envs, inits, strict=True)]
-    tasks, act = [judge.tasks[n] for n in numbers], Policy(policy)
+    tasks, act = [judge.tasks[n] for n in numbers], Policy(policy).act
     frames = {view: np.stack([o[view] for o in start]) for view in world.view_sizes}
     real, control = drive(act, execute, SimulatedBody(judge, world, envs, frames, numbers), tasks, start)
     states = np.stack([o["state"] for o in start])

@@ -7,12 +7,12 @@ simulator's frames too, encoded, up to the same step, so that its own errors can
 Dims: N episodes (behind P: codes of a frame), P pictures, M policies, S state dims, Y X pixels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, fields
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import NUM_ACTION_DIMS, Task
 from worldvla.video import write_mp4
-
-if TYPE_CHECKING:
-    from worldvla.infer.policy import Policy
 
 AFTER = 4
 """Pictures of each demonstration from its success on, which HDF5 files do not hold: the simulator goes on."""
@@ -51,6 +48,8 @@ HELD_OUT = 0.1
 
 Frame = dict[str, np.ndarray]
 """view -> uint8 (P, Y, X, 3)."""
+Act = Callable[[Sequence[Mapping[str, Any]]], np.ndarray]
+"""Observations of N episodes -> their chunks of actions, (N, U, 7)."""
 
 
 @dataclass(frozen=True)
@@ -398,7 +397,7 @@ class ImaginedBody:
 
 
 def drive(
-    policy: "Policy",
+    act: Act,
     execute: int,
     body: SimulatedBody | ImaginedBody,
     tasks: Sequence[Task],
@@ -427,7 +426,7 @@ def drive(
         if t % execute == 0:
             seen = [{**{v: frame[v][i] for v in views}, "state": states[i]} for i in range(len(alive))]
             texts = [{"instruction": tasks[n].instruction} for n in alive.tolist()]
-            chunks = policy.act([{**o, **text} for o, text in zip(seen, texts, strict=True)])
+            chunks = act([{**o, **text} for o, text in zip(seen, texts, strict=True)])
         now = body.step(chunks[:, t % execute], look=(t + 1) % execute == 0)
         frame, states = now.frame, now.states
         streak[alive] = np.where(now.said, streak[alive] + 1, 0)
