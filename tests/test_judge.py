@@ -67,7 +67,7 @@ class Counting:
 
 def test_episodes_end_when_both_say_so_or_at_their_own_horizon(monkeypatch: pytest.MonkeyPatch) -> None:
     horizons = {"short": 5, "long": 9}
-    monkeypatch.setattr(sim, "suite", lambda name: Suite(name, "tabletop", horizons[name], ""))
+    monkeypatch.setattr(sim, "suite", lambda name: Suite(name, "tabletop", horizons[name]))
     tasks = [Task(suite, 0, "a", "do it") for suite in ("long", "long", "short", "long")]
     # twice in a row; never twice; only after the short horizon; the simulator later than the judge
     said = ["..xx", "x.x.x.x.x", "....xx", "xx"]

@@ -65,18 +65,15 @@ class Rules:
     """View -> (rows, columns) in pixels, where none are asked for."""
     demonstrations: Mapping[str, tuple[int, int]]
     """The same of demonstrations that are collected."""
-    source: str
 
 
 _TABLETOP_VIEWS = {"agentview": (64, 64), "wrist": (32, 32)}
-RULES = {
-    "tabletop": Rules(0, _TABLETOP_VIEWS, _TABLETOP_VIEWS, "ours"),
+RULES = {  # docs/CONVENTIONS.md says where these, and the horizons of suites, come from
+    "tabletop": Rules(0, _TABLETOP_VIEWS, _TABLETOP_VIEWS),
     "libero": Rules(
         10,
         {"agentview": (256, 256), "wrist": (256, 256)},
-        {"agentview": (128, 128), "wrist": (128, 128)},
-        "openpi examples/libero/main.py: num_steps_wait, LIBERO_ENV_RESOLUTION; "
-        "LIBERO scripts/create_dataset.py: camera_heights, camera_widths",
+        {"agentview": (128, 128), "wrist": (128, 128)},  # LIBERO scripts/create_dataset.py
     ),
 }
 
@@ -88,8 +85,6 @@ class Suite:
     """`tabletop` or `libero`."""
     horizon: int
     """Steps after which an episode has failed, settling excluded."""
-    source: str
-    """Where the horizon comes from."""
     base: str = ""
     """For a perturbed suite, LIBERO-PRO's or ours: the suite that it perturbs."""
 

@@ -15,35 +15,28 @@ from worldvla.sim.protocol import AXES, Expert, Suite, Task
 if TYPE_CHECKING:
     import gymnasium as gym
 
-PUBLISHED = "WorldVLA libero_util; openpi examples/libero/main.py"
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("tabletop_spatial", "tabletop", 80, "ours"),
-        Suite("tabletop_object", "tabletop", 80, "ours"),
-        Suite("tabletop_goal", "tabletop", 80, "ours"),
-        Suite("tabletop_long", "tabletop", 160, "ours"),
-        Suite("libero_spatial", "libero", 220, PUBLISHED),
-        Suite("libero_object", "libero", 280, PUBLISHED),
-        Suite("libero_goal", "libero", 300, PUBLISHED),
-        Suite("libero_10", "libero", 520, PUBLISHED),
-        Suite("libero_90", "libero", 400, "openpi examples/libero/main.py; openvla run_libero_eval.py"),
+        Suite("tabletop_spatial", "tabletop", 80),
+        Suite("tabletop_object", "tabletop", 80),
+        Suite("tabletop_goal", "tabletop", 80),
+        Suite("tabletop_long", "tabletop", 160),
+        Suite("libero_spatial", "libero", 220),
+        Suite("libero_object", "libero", 280),
+        Suite("libero_goal", "libero", 300),
+        Suite("libero_10", "libero", 520),
+        Suite("libero_90", "libero", 400),  # openvla run_libero_eval.py, too
     )
 }
 FOUR = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 PERTURBATIONS = ("lan", "object", "swap", "task")
 """LIBERO-PRO's: another wording; other looks of things; other places; another goal with its own wording."""
 SUITES |= {
-    f"{name}_{kind}": replace(
-        SUITES[name], name=f"{name}_{kind}", source=f"that of {name}; LIBERO-PRO README", base=name
-    )
+    f"{name}_{kind}": replace(SUITES[name], name=f"{name}_{kind}", base=name)
+    for kinds in (PERTURBATIONS, AXES)
     for name in FOUR
-    for kind in PERTURBATIONS
-}
-SUITES |= {
-    f"{name}_{axis}": replace(SUITES[name], name=f"{name}_{axis}", source=f"that of {name}; ours", base=name)
-    for name in FOUR
-    for axis in AXES
+    for kind in kinds
 }
 TABLETOP = tuple(name for name, suite in SUITES.items() if suite.simulator == "tabletop")
 GROUPS = {
