@@ -105,18 +105,14 @@ def test_module_names_and_shapes_are_the_published_ones():
     assert published.encoder.mid.block_1.norm1.eps == 1e-6
 
 
-def test_vq_finds_the_nearest_vector_and_passes_the_gradient_through():
+def test_vq_finds_the_nearest_vector():
     quantizer = VectorQuantizer(50, 6)
     torch.nn.init.normal_(quantizer.embedding.weight)
-    z = torch.randn(200, 6, requires_grad=True)
-    distance = (z.detach().double()[:, None] - quantizer.embedding.weight.double()).square().sum(-1)
-    vectors, codes = quantizer(z)
+    z = torch.randn(200, 6)
+    distance = (z.double()[:, None] - quantizer.embedding.weight.double()).square().sum(-1)
+    codes = quantizer.codes(z)
     assert torch.equal(codes, distance.argmin(1))
-    assert torch.allclose(vectors, quantizer.embedding(codes), atol=1e-6)
-    weight = torch.randn(200, 6)
-    (vectors * weight).sum().backward()
-    assert z.grad is not None
-    assert torch.equal(z.grad, weight)
+    assert torch.equal(quantizer.vectors(codes), quantizer.embedding.weight[codes])
 
 
 @pytest.mark.parametrize("levels", [(4, 4, 2, 2), (8, 8, 8, 8), (5, 3, 2)])

@@ -9,7 +9,6 @@ import fcntl
 import glob
 import hashlib
 import json
-import logging
 import os
 import re
 import secrets
@@ -363,11 +362,6 @@ def load_network(path: Path, fix: str) -> "tuple[dict[str, Any], dict[str, Tenso
         if not file.is_file():
             raise FileNotFoundError(f"no {file}: {fix}")
     told = read_json(about)
-    if "sha256" not in told:
-        logging.getLogger("worldvla").warning(
-            "%s holds no SHA-256, so that nothing shows whether %s is whole: %s", about, path.name, fix
-        )
-        return told, load_tensors(path)
     with reading(about, "facts of a network", fix):
         digests = told["sha256"][about.name], told["sha256"][path.name]
         if digests != (_of_manifest(told, about.name), sha256(path)):

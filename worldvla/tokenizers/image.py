@@ -249,7 +249,7 @@ class ContextDecoder(nn.Module):
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest of `num_codes` learned vectors, searched in float32 (half precision flips codes)."""
+    """Nearest of `num_codes` vectors, searched in float32 (half precision flips codes); never trained."""
 
     def __init__(self, num_codes: int, embed_dim: int) -> None:
         super().__init__()
@@ -265,12 +265,6 @@ class VectorQuantizer(nn.Module):
             z, book = z_NE.float(), self.embedding.weight.float()
             # |z|^2 is the same for every code, so it is left out of |z - e|^2.
             return torch.addmm(book.square().sum(1), z, book.T, alpha=-2.0).argmin(dim=1)
-
-    def forward(self, z_NE: Float[Tensor, "N E"]) -> tuple[Float[Tensor, "N E"], Int[Tensor, " N"]]:
-        """Return the nearest vectors, whose gradient passes straight through to `z_NE`, and their codes."""
-        codes = self.codes(z_NE)
-        z = z_NE.float()
-        return z + (self.embedding(codes) - z).detach(), codes
 
 
 class FiniteScalarQuantizer(nn.Module):
