@@ -219,7 +219,7 @@ def test_other_masks_are_decoded_in_sequence_and_say_so(rng: np.random.Generator
     tail = replace(tail, chunk=chunk)
     prompts = policy_prompts(builder, rng)
     found = decode_chunk(model, builder.vocab, prompts, tail, blocks)
-    assert found.path.startswith("sequential: actions of a chunk see those before them")
+    assert chunk_path(tail, blocks).startswith("sequential: actions of a chunk see those before them")
     opens = blocks[:, 1:-1].reshape(-1).tolist()
     expected = [slow(model, p, tail, builder.vocab.action, opens, bins=True).reshape(3, 7) for p in prompts]
     np.testing.assert_array_equal(found.codes_BUA, expected)

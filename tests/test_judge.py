@@ -250,7 +250,7 @@ def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) ->
     untaught.save(
         tmp_path / "judge.safetensors", {"made_of": {"tokenizer": model.image.digest()}, "errors": {}}
     )
-    actor = PlanningActor(MODEL, MODEL, tmp_path / "judge.safetensors", 4, temperature=1.5, execute=3)
+    actor = PlanningActor(MODEL, MODEL, tmp_path / "judge.safetensors", 4, execute=3)
     env = sim.make(task, model.view_sizes)
     observation, _ = env.reset(options={"init": 0})
     seen = {**observation, "instruction": task.instruction}

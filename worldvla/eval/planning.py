@@ -17,10 +17,13 @@ from worldvla.eval.judge import Judge, check_policy, encoded
 from worldvla.infer.model import load
 from worldvla.infer.world import World
 
+TEMPERATURE = 1.0
+"""Of the chunks that are drawn."""
+
 
 class PlanningActor(ModelActor):
-    """`chunks`: N, the likeliest chunk and N - 1 drawn at `temperature`. `judge`: weights that `worldvla
-    rank` or `improve` left, which fit `world`. `dtype` of the world model's transformer."""
+    """`chunks`: N, the likeliest chunk and N - 1 drawn. `judge`: weights that `worldvla rank` or `improve`
+    left, which fit `world`. `dtype` of the world model's transformer."""
 
     name = "planning"
 
@@ -30,7 +33,6 @@ class PlanningActor(ModelActor):
         world: Path | str,
         judge: Path,
         chunks: int,
-        temperature: float = 1.0,
         dtype: str = "float32",
         seed: int = 0,
         **options: Any,
@@ -39,7 +41,7 @@ class PlanningActor(ModelActor):
         if chunks < 2:
             raise ValueError(f"planning chooses among at least 2 chunks, got {chunks}")
         self.world, self.dtype = load(world, dtype=getattr(torch, dtype)), dtype
-        self.chunks, self.temperature = chunks, temperature
+        self.chunks = chunks
         self.judge, self._facts = Judge.load(judge, self.world)
         check_policy(self.model, self.world)
         self._tasks = {(task.suite, task.name): i for i, task in enumerate(self.judge.tasks)}
@@ -55,7 +57,7 @@ class PlanningActor(ModelActor):
         drawn = [o for o in observations for _ in range(self.chunks - 1)]
         seeds = self._rng.integers(0, 2**31, len(drawn)).tolist()
         likeliest = np.stack([actions for actions in super().act(queries) if actions is not None])
-        others = self._policy.act(drawn, self.temperature, seeds)[:, : self.execute]
+        others = self._policy.act(drawn, TEMPERATURE, seeds)[:, : self.execute]
         plans = np.concatenate((likeliest[:, None], others.reshape(len(queries), -1, *others.shape[1:])), 1)
         world, (_, _, length, _) = World(self.world), plans.shape
         world.reset(
@@ -89,7 +91,7 @@ class PlanningActor(ModelActor):
     def identity(self) -> dict[str, Any]:
         plan = {
             "chunks": self.chunks,
-            "temperature": self.temperature,
+            "temperature": TEMPERATURE,
             "dtype": self.dtype,
             "judge": self._facts["errors"],
         }

@@ -55,7 +55,6 @@ class RemoteActor(Actor):
         suite_name: str,
         execute: int | None = None,
         api_key: str | None = None,
-        patience_s: float = PATIENCE_S,
         unnorm_key: str = "",
     ) -> None:
         parts = urlsplit(address)
@@ -63,7 +62,6 @@ class RemoteActor(Actor):
             raise ValueError(f"bad address {address!r}: expected websocket://HOST:PORT, ws:// or wss://")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         self.address = f"{SCHEMES[parts.scheme]}://{host}:{parts.port or PORT}{parts.path}"
-        self.patience_s = patience_s
         self.suite, self.unnorm_key = suite_name, unnorm_key
         self._requests = 0
         self._stack = contextlib.ExitStack()  # websockets wants its connections entered
@@ -175,7 +173,7 @@ class RemoteActor(Actor):
         # If it has gone, receiving says why: its last words may still be there.
         with contextlib.suppress(OSError, WebSocketException):
             self._connection.send(pack(message))
-        answer = self._receive(self.patience_s, "answer")
+        answer = self._receive(PATIENCE_S, "answer")
         self._requests += 1
         return self._actions(answer)
 

@@ -50,8 +50,6 @@ class Chunk:
     """Nats, of each dim given those before it as decoded; at most ln 255. An action's is the sum."""
     margin_BUA: np.ndarray
     """Probability of the likeliest code minus that of the second; at temperature 1, whatever was drawn."""
-    path: str
-    """`parallel`, or why the actions were decoded in sequence."""
 
 
 @torch.inference_mode()
@@ -73,11 +71,10 @@ def decode_chunk(
     """
     if not len(blocks_UA):
         raise ValueError("a chunk needs at least one action, got U = 0: raise layout.chunk")
-    path = chunk_path(tail, blocks_UA)
     stream = _Stream(runner, prompts, tail, vocab.pad)
     # From here to the end nothing goes to or from the device: it never waits for the processor.
     blocks, num_dims = torch.from_numpy(blocks_UA).to(stream.tail_BT.device), blocks_UA.shape[1] - 2
-    groups = [blocks] if path == PARALLEL and parallel else blocks.split(1)
+    groups = [blocks] if parallel and chunk_path(tail, blocks_UA) == PARALLEL else blocks.split(1)
     head_VD = _head(runner.model, vocab.action)
     shape = (len(blocks_UA), num_dims, NUM_BIN_CODES - 1)
     noise_BUAV = _noise(shape, len(prompts), temperature, seed, head_VD.device)
@@ -103,7 +100,6 @@ def decode_chunk(
         codes_BUA=stream.tail_BT[:, blocks[:, 1:-1]].cpu().numpy() - vocab.action.start,
         entropy_BUA=entropy_BUA.cpu().numpy(),
         margin_BUA=(best_BUA2[..., 0] - best_BUA2[..., 1]).cpu().numpy(),
-        path=path,
     )
 
 

@@ -55,13 +55,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = compute_dtype(x)
         return F.linear(x.to(dtype), layer.dense(dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return (grads[0] @ ctx.layer.dense(grads[0].dtype)).to(ctx.dtype), None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the type in which matrix products of `x` run: that of autocast where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def rounded(weight_OI: Tensor, form: Form) -> Tensor:

@@ -19,7 +19,7 @@ from worldvla.config import ModelConfig
 from worldvla.model.action_head import ActionHead
 from worldvla.model.codes import CodeEmbedding, CodeHead
 from worldvla.model.mask import additive_mask
-from worldvla.model.quantize import QuantizedLinear
+from worldvla.model.quantize import QuantizedLinear, compute_dtype
 
 EMBED_STD = 0.1
 """Of every embedding table; `init_codebook` scales to it."""
@@ -353,12 +353,6 @@ def rope_table(positions_BT: Tensor, head_dim: int, theta: float) -> Tensor:
 def rotate(x_BTHK: Tensor, rope: Tensor) -> Tensor:
     """Rotate the pairs (i, i + K/2) of each head by `rope`: rotate-half, as the published weights."""
     return x_BTHK * rope[0] + x_BTHK.roll(x_BTHK.shape[-1] // 2, -1) * rope[1]
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the type in which matrix products of `x` run: that of autocast where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _bin_features(num_bins: int, width: int, generator: torch.Generator) -> Tensor:

@@ -38,9 +38,8 @@ def find(directory: Path, names: tuple[str, ...]) -> Path | None:
     return next((directory / name for name in names if (directory / name).is_file()), None)
 
 
-def verify_checksums(directory: Path) -> int:
-    """Compare the files that `checklist.chk` names (md5 or sha256, `HEX NAME` a line); return how many."""
-    checked = 0
+def verify_checksums(directory: Path) -> None:
+    """Compare the files that `checklist.chk` names (md5 or sha256, `HEX NAME` a line)."""
     path = directory / CHECKLIST
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         match = re.fullmatch(r"([0-9a-f]{32}|[0-9a-f]{64}) [ *]?(\S.*)", line.strip())
@@ -50,8 +49,6 @@ def verify_checksums(directory: Path) -> int:
             got = hashlib.file_digest(opened, "md5" if len(match[1]) == 32 else "sha256").hexdigest()
         if got != match[1]:
             raise ValueError(f"{file} has checksum {got}, {path} says {match[1]}: download it again")
-        checked += 1
-    return checked
 
 
 def unlike_published(directory: Path) -> list[str]:

@@ -417,13 +417,11 @@ class ImageTokenizer(nn.Module):
             pixels = None if context is None else to_pixels(context)
             return to_images(self.pixels(rearrange(vectors, "b r q e -> b e r q"), pixels))
 
-    def reconstruct(self, images: np.ndarray, context: np.ndarray | None = None) -> np.ndarray:
-        """Return frames, uint8 (B, Y, X, 3), after encoding and decoding. `context`: the first frame of each
-        one's clip, (B, Y, X, 3); by default they are of one clip, whose first frame is images[0]."""
-        device = self.quant_conv.weight.device
-        frames = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-        first = frames[:1].expand_as(frames) if context is None else torch.from_numpy(context).to(device)
-        return self.decode(self.encode(frames), first).cpu().numpy()
+    def reconstruct(self, images: np.ndarray) -> np.ndarray:
+        """Return the frames of a clip, uint8 (B, Y, X, 3), after encoding and decoding; the context of all is
+        the first."""
+        frames = torch.from_numpy(np.ascontiguousarray(images)).to(self.quant_conv.weight.device)
+        return self.decode(self.encode(frames), frames[:1].expand_as(frames)).cpu().numpy()
 
     def codebook(self) -> Float[Tensor, "num_codes E"]:
         """Return the vector of every code, detached."""

@@ -242,12 +242,10 @@ def resume(
         return read_json(path / "trainer.json")
     load_weights(path, model)
     tensors = load_tensors(path / "trainer.safetensors")
-    names = {id(p): name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            stored = {key: tensors[f"{key}.{names[id(parameter)]}"] for key in _state_keys(optimizer)}
-            state = {key: value.to(parameter.device) for key, value in stored.items()}
-            optimizer.state[parameter] = {k: v.reshape(()) if k == "step" else v for k, v in state.items()}
+    for name, parameter, optimizer in _in_training(model, optimizers):
+        stored = {key: tensors[f"{key}.{name}"] for key in _state_keys(optimizer)}
+        state = {key: value.to(parameter.device) for key, value in stored.items()}
+        optimizer.state[parameter] = {k: v.reshape(()) if k == "step" else v for k, v in state.items()}
     for name, tensor in _raw(average).items():
         tensor.copy_(tensors[name])
     average.swap()
@@ -278,17 +276,15 @@ def _resume_rows(path: Path, model: nn.Module, optimizers: Optimizers, raw: Mapp
     rows = stored(model)
     check_fit(path / "model.safetensors", rows)
     rows |= raw
-    names = {id(p): name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            name, state = names[id(parameter)], {}
-            for key in _state_keys(optimizer):
-                if key == "step":
-                    step = read_tensor(path / "trainer.safetensors", f"step.{name}")
-                    state[key] = step.clone().reshape(()).to(parameter.device)
-                else:
-                    rows[f"{key}.{name}"] = state[key] = torch.zeros_like(parameter.detach())
-            optimizer.state[parameter] = state
+    for name, parameter, optimizer in _in_training(model, optimizers):
+        state = {}
+        for key in _state_keys(optimizer):
+            if key == "step":
+                step = read_tensor(path / "trainer.safetensors", f"step.{name}")
+                state[key] = step.clone().reshape(()).to(parameter.device)
+            else:
+                rows[f"{key}.{name}"] = state[key] = torch.zeros_like(parameter.detach())
+        optimizer.state[parameter] = state
     load_rows(path, rows)
 
 
@@ -356,12 +352,21 @@ def _tell_rate(config: Config, steps: int, step: int) -> None:
 
 
 def _optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    return {
+        f"{key}.{name}": value.detach()
+        for name, parameter, optimizer in _in_training(model, optimizers)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _in_training(
+    model: nn.Module, optimizers: Optimizers
+) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
+    """Yield name and optimiser of every parameter that has one."""
     names = {id(p): name for name, p in model.named_parameters()}
-    tensors = {}
-    for parameter, state in (item for optimizer in optimizers for item in optimizer.state.items()):
-        for key, value in state.items():
-            tensors[f"{key}.{names[id(parameter)]}"] = value.detach()
-    return tensors
+    for optimizer in optimizers:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            yield names[id(parameter)], parameter, optimizer
 
 
 def _all(run_dir: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from worldvla.batch import KIND_ACTION, KIND_PROMPT, KIND_STATE, Batch
 from worldvla.config import LossConfig
 from worldvla.model.codes import CodeHead
+from worldvla.model.quantize import compute_dtype
 from worldvla.vocab import Vocab
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
@@ -223,7 +224,7 @@ class _HeadLoss(torch.autograd.Function):
         has_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         device = x_PD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_PD.dtype
+        dtype = compute_dtype(x_PD)
         with torch.autocast(device, enabled=False):
             x_low_PD, head_low_VD = x_PD.to(dtype), head_VD.to(dtype)
             grads = None
