@@ -64,13 +64,12 @@ def _of_the_same_world(
     image = ImageTokenizer.load(config.tokenizer)
     text = source.builder.text
     vocab = compact(image.num_codes, text.size, image_last=True)
-    layout = config.layout
-    model = Transformer(config.model, vocab.size, layout.num_rows, layout.num_cols, layout.action_shape)
+    model = Transformer(config.model, vocab.size, *config.layout.sizes)
     model.init_weights(config.train.seed)
     _copy(source.transformer, model, source.vocab, vocab)
     pairs = _pairs(source, image, demos, episodes)
     error = _fit(model, source.transformer.embed.weight[source.vocab.image.start :], pairs, steps)
-    builder = SampleBuilder(layout, vocab, text, source.builder.statistics)
+    builder = SampleBuilder(config.layout, vocab, text, source.builder.statistics)
     pieces = Pieces(config, image, text, source.builder.statistics, vocab, builder, None)  # pyright: ignore
     return pieces, model, f"; embeddings fitted to {error:.3f} of their variance"
 

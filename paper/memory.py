@@ -139,9 +139,7 @@ def _loaded(config: Config, vocab_size: int, dtype: torch.dtype, form: Form | No
 
 
 def _empty(config: Config, vocab_size: int) -> Transformer:
-    layout = config.layout
-    sizes = vocab_size, layout.num_rows, layout.num_cols, layout.action_shape
-    return empty_model(config.model, *sizes)
+    return empty_model(config.model, vocab_size, *config.layout.sizes)
 
 
 def _summed(**parts: int) -> dict[str, int]:

@@ -224,6 +224,11 @@ class LayoutConfig(CheckedConfig):
         """(U, A): what an action head answers."""
         return self.chunk, self.num_action_dims
 
+    @property
+    def sizes(self) -> tuple[int, int, tuple[int, int]]:
+        """What the shapes of a `Transformer` depend on besides its own settings and the vocabulary."""
+        return self.num_rows, self.num_cols, self.action_shape
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig(CheckedConfig):

@@ -195,9 +195,7 @@ def load(
     builder = SampleBuilder(config.layout, vocab, text, statistics)
     if unnorm_key:
         builder, manifest = builder.only(unnorm_key), _of_dataset(manifest, unnorm_key)
-    layout = config.layout
-    sizes = layout.num_rows, layout.num_cols, layout.action_shape
-    transformer = empty_model(config.model, vocab.size, *sizes)
+    transformer = empty_model(config.model, vocab.size, *config.layout.sizes)
     base, weights = _base(path, config, manifest), path / WEIGHTS
     stored: torch.dtype = getattr(torch, read_json((base or path) / "manifest.json").get("dtype", "float32"))
     shapes, tensors = merged(weights, base / WEIGHTS, config.lora) if base else read_tensors(weights)

@@ -156,8 +156,7 @@ def build_model(pieces: Pieces) -> Transformer:
     device: each rank reads its own rows.
     """
     config, vocab = pieces.config, pieces.vocab
-    layout = config.layout
-    sizes = vocab.size, layout.num_rows, layout.num_cols, layout.action_shape
+    sizes = vocab.size, *config.layout.sizes
     _check_memory(trainable(empty_model(config.model, *sizes), config, None), config)
     if config.train.init_from:
         path, empty = Path(config.train.init_from) / "model.safetensors", empty_model(config.model, *sizes)

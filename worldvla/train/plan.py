@@ -185,8 +185,7 @@ class _AsOnCuda(TorchFunctionMode):
 
 
 def _empty(config: Config, vocab: Vocab) -> Transformer:
-    layout = config.layout
-    return empty_model(config.model, vocab.size, layout.num_rows, layout.num_cols, layout.action_shape)
+    return empty_model(config.model, vocab.size, *config.layout.sizes)
 
 
 def settings(config: Config, gpus: int) -> dict[str, Config]:
