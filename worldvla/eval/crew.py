@@ -37,22 +37,15 @@ def roll_out(
     workers: int,
     on_end: OnEnd,
     patience_s: float = PATIENCE_S,
-    lockstep: bool = True,
 ) -> None:
-    """Run every job to its end; `on_end` is called once for each.
-
-    `lockstep`: the actor answers once all environments wait: the largest batches, for simulators that are
-    quick. Else it answers whoever waits, MOST_AT_ONCE of them, and nobody waits for another one's reset.
-    """
+    """Run every job to its end; `on_end` is called once for each."""
     with open_workers(min(workers, len(jobs)), settings, patience_s) as pool:
-        roll_out_in(pool, actor, jobs, on_end, lockstep)
+        roll_out_in(pool, actor, jobs, on_end)
 
 
-def roll_out_in(
-    pool: Sequence[Worker], actor: Actor, jobs: Sequence[Job], on_end: OnEnd, lockstep: bool
-) -> None:
+def roll_out_in(pool: Sequence[Worker], actor: Actor, jobs: Sequence[Job], on_end: OnEnd) -> None:
     """As `roll_out`, in workers that are there."""
-    waiting = list(jobs)
+    waiting, lockstep = list(jobs), pool[0].settings.lockstep
     arrived: dict[Worker, Report] = {}
     with _spared_cores(0 if lockstep else len(pool)):
 
@@ -143,7 +136,6 @@ class Crew:
     settings: Settings
     workers: int
     patience_s: float
-    lockstep: bool
     key: float = field(default_factory=time.time)
     """Another one means another crew."""
 
@@ -174,7 +166,7 @@ def _roll_portion(crew: Crew, jobs: Sequence[Job]) -> Portion:
     with contextlib.redirect_stderr(io.StringIO()) as said:
         actor, pool = _join(crew)
         try:
-            roll_out_in(pool, actor, jobs, lambda *end: ends.append(end), crew.lockstep)
+            roll_out_in(pool, actor, jobs, lambda *end: ends.append(end))
         except ActorError as error:
             stopped = str(error)
     # A report's observation is of no use any more, and large.

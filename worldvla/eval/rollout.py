@@ -81,11 +81,6 @@ class Protocol:
     def simulator(self) -> str:
         return sim.suite(self.suite).simulator
 
-    @property
-    def is_lockstep(self) -> bool:
-        """Simulation is cheap: all environments step together, and films hold every step."""
-        return self.simulator == "tabletop"
-
     def choose(self, table: Sequence[Task]) -> list[Task]:
         """Return the tasks of `table` that are run, with the instructions that the policy reads."""
         tasks = choose(self.suite, table, self.tasks)
@@ -99,12 +94,13 @@ class Protocol:
     def settings(self, actor: Actor, make: MakeEnv, save: Path | None = None) -> Settings:
         """Return what the workers need to know: `actor` may see nothing, films and what is saved in `save`
         need pictures all the same."""
-        side = 64 if self.is_lockstep else 128
+        lockstep = self.simulator == "tabletop"
+        side = 64 if lockstep else 128
         views = {"agentview": (side, side)} if self.videos else {}
         if save is not None:
             views = dict(sim.suite(self.suite).rules.demonstrations)
         views = dict(actor.views) or views
-        return Settings(make, views, bool(actor.views), actor.history, self.is_lockstep, self.seed, save)
+        return Settings(make, views, bool(actor.views), actor.history, lockstep, self.seed, save)
 
     def describe(self, actor: Actor, workers: int) -> dict[str, Any]:
         """Return what a record says of how its episodes were run."""
@@ -171,7 +167,7 @@ def evaluate(
     ):
         left = _left(jobs, journal, out, save)
         bar = progress.add_task(name, total=len(jobs), completed=len(jobs) - len(left))
-        fps = FPS[protocol.simulator] / (1 if settings.film_all else actor.execute)
+        fps = FPS[protocol.simulator] / (1 if settings.lockstep else actor.execute)
 
         def on_end(job: Job, report: Report, seconds: float, film: list[dict[str, np.ndarray]]) -> None:
             journal.add(_outcome(out, job, report, seconds, film, fps))
@@ -181,10 +177,10 @@ def evaluate(
 
         try:
             if left and cluster and open_there:
-                crew = Crew(open_there, actor.identity(), settings, workers, patience_s, protocol.is_lockstep)
+                crew = Crew(open_there, actor.identity(), settings, workers, patience_s)
                 actor.example = crew.roll_out(cluster, left, on_end)
             elif left:
-                roll_out(actor, left, settings, workers, on_end, patience_s, protocol.is_lockstep)
+                roll_out(actor, left, settings, workers, on_end, patience_s)
         except ActorError as error:  # what is done is written first
             stopped = error
     record = counted(_record(actor, protocol, tasks, journal, workers))

@@ -45,8 +45,10 @@ class Settings:
     needs_images: bool
     """False: images are rendered for films alone."""
     history: int
-    film_all: bool
-    """Films hold every step; else only the frames that are rendered anyway."""
+    lockstep: bool
+    """Simulation is cheap: the actor answers once all environments wait, which makes the largest batches, and
+    films hold every step. Else it answers whoever waits, nobody waits for another one's reset, and films hold
+    only the frames that are rendered anyway."""
     seed: int
     save: Path | None = None
     """Folder for the episodes; every step is then rendered."""
@@ -100,7 +102,7 @@ class Running:
             left = num_steps - 1 - i
             self.env.rendering = (
                 (settings.needs_images and left < settings.history)
-                or (self.job.film and (settings.film_all or left == 0))
+                or (self.job.film and (settings.lockstep or left == 0))
                 or settings.save is not None
             )
             action = self._expert_action() if isinstance(actions, int) else actions[i]
