@@ -15,7 +15,7 @@ from tiny_run import TOKENIZER, _episode
 from worldvla.data.episode import Episode, write_episodes
 from worldvla.eval.reader import Reader, Sights, fit, gather, holding, measure, train_reader
 from worldvla.eval.world import Clip, find_reader, score
-from worldvla.files import read_json, write_digests, write_json
+from worldvla.files import check_digests, read_json, write_digests, write_json
 from worldvla.tokenizers.image import ImageTokenizer
 
 SIZES = {"agentview": (16, 16), "wrist": (8, 8)}
@@ -137,6 +137,16 @@ def test_a_reader_is_trained_stored_and_found(tmp_path: Path) -> None:
     model.view_sizes = {"agentview": (8, 8)}
     with pytest.raises(ValueError, match="train a reader of its views"):
         find_reader(model)  # pyright: ignore[reportArgumentType]
+    model.view_sizes = SIZES
+    errors = train_reader(files, tokenizer, path, frames=90, steps=4)  # again: the checkpoint stays sealed
+    check_digests(tmp_path)
+    assert (find_reader(model)[1] or {})["errors"] == errors  # pyright: ignore[reportArgumentType]
+    write_json(tmp_path / "config.json", {})
+    write_digests(tmp_path)
+    write_json(tmp_path / "config.json", {"damaged": True})
+    with pytest.raises(ValueError, match=r"config\.json is not as it was written"):
+        train_reader(files, tokenizer, path, frames=90, steps=3)
+    write_json(tmp_path / "config.json", {})
     told = read_json(path.with_suffix(".json"))
     write_json(path.with_suffix(".json"), told | {"held_out": 0})
     with pytest.raises(ValueError, match=r"reader.safetensors or reader.json is not as it was written"):

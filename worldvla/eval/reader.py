@@ -20,7 +20,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from worldvla.data.episode import Episode, read_episodes
-from worldvla.files import check_shapes, load_network, read_json, reading, save_network
+from worldvla.files import (
+    MANIFEST,
+    check_digests,
+    check_shapes,
+    load_network,
+    read_json,
+    reading,
+    save_network,
+    write_digests,
+)
 from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.tokenizers.image import ImageTokenizer, to_pixels
@@ -195,6 +204,9 @@ def train_reader(
         )
     if min(frames, steps) < 1 or seed < 0:
         raise ValueError(f"expected frames and steps >= 1 and a seed >= 0, got {frames}, {steps} and {seed}")
+    digests = read_json(out.parent / MANIFEST).get("sha256") if (out.parent / MANIFEST).is_file() else None
+    if digests:  # a checkpoint, whose seal is renewed: what it has must be sound
+        check_digests(out.parent, digests.keys() - {out.name, about.name})
     sights = gather(files, tokenizer, frames, seed)
     reader = fit(sights, steps, seed)
     reader.load_state_dict({n: t.half().to(t.dtype) for n, t in reader.state_dict().items()})  # as stored
@@ -202,6 +214,8 @@ def train_reader(
     facts = {"errors": errors, "tokenizer": tokenizer.digest(), "steps": steps, "seed": seed}
     facts |= {"frames": len(sights.truth), "held_out": int(sights.is_held_out.sum())}
     reader.save(out, facts | provenance())
+    if digests:
+        write_digests(out.parent)
     return errors
 
 
