@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def fail(writing: AbstractContextManager[Path]) -> None:
+def fail(writing: AbstractContextManager[Any]) -> None:
     with writing as scratch:
         (scratch / "half" if scratch.is_dir() else scratch).write_text("half")
         raise OSError("full")
@@ -95,6 +96,7 @@ def test_a_killed_replacement_brings_the_old_folder_back(tmp_path: Path) -> None
 HOLD = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from worldvla.files import only_writer
 with only_writer(Path(sys.argv[1])):
     print("held", flush=True)
@@ -179,6 +181,7 @@ def test_a_folder_that_is_read_only_is_named(tmp_path: Path, monkeypatch: pytest
 WRITE = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from worldvla.files import whole_file, whole_folder
 with whole_folder(Path(sys.argv[1]), "") as scratch, whole_file(scratch / "a.json"):
     print("held", flush=True)
