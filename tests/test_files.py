@@ -124,8 +124,9 @@ def test_a_folder_has_one_writer_and_a_dead_one_holds_nothing(tmp_path: Path) ->
 def as_nobody(folder: Path) -> Iterator[None]:
     """Act as a user who may write only where anybody may, and can reach `folder`; root may write anywhere."""
     is_root = os.geteuid() == 0
-    for parent in folder.parents[:3] if is_root else ():
-        parent.chmod(parent.stat().st_mode | 0o055)
+    for parent in folder.parents if is_root else ():
+        if not (mode := parent.stat().st_mode) & 0o001:  # pytest's own folders
+            parent.chmod(mode | 0o011)
     try:
         if is_root:
             os.seteuid(65534)
