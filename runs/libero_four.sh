@@ -9,7 +9,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 OUT=out/libero    # the recipes read this folder
 SUITES="libero_spatial libero_object libero_goal libero_10"
 declare -A DEMOS=([libero_spatial]=6 [libero_object]=2 [libero_goal]=10 [libero_10]=10)      # episodes a task
-declare -A VISITED=([libero_spatial]=4 [libero_object]=6 [libero_goal]=3 [libero_10]=5)
+declare -A VISITED=([libero_spatial]=4 [libero_object]=6 [libero_10]=5)    # the shipped model: of five tasks of spatial
 collect() {  # part, suite, what else
     worldvla collect "$2" --out $OUT/"$1"/"$2" --views agentview=128x128 wrist=64x64 "${@:3}"
 }
@@ -33,10 +33,12 @@ worldvla config libero_four > $OUT/libero_four.json
 [ -e $OUT/grown ] || python -m paper.grow --old tabletop --config-file $OUT/libero_four.json --out $OUT/grown
 train libero_four four
 
-for suite in $SUITES; do
+for suite in libero_spatial libero_object libero_10; do
     collect visited "$suite" --label 5 --episodes "${VISITED[$suite]}" --seed 11 --policy $OUT/four --execute 3
     tokenize visited "$suite" visited 0
     tokenize visited "$suite" visited_shifted 3
+done
+for suite in $SUITES; do
     tokenize demos "$suite" shifted_1 1
     tokenize demos "$suite" shifted_2 2
 done

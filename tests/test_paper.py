@@ -100,7 +100,11 @@ MACHINE = ("device", "num_threads", "compile", "dtype")
 
 @pytest.mark.parametrize(
     ("recipe_name", "shipped"),
-    [("tabletop_astray", "tabletop"), ("libero_object_spatial_drawer", "libero")],
+    [
+        ("tabletop_astray", "tabletop"),
+        ("libero_object_spatial_drawer", "libero"),
+        ("libero_visited", "libero_four"),
+    ],
 )
 def test_recipes_of_the_shipped_models_give_their_configs(recipe_name: str, shipped: str) -> None:
     made = from_json(Config, json.loads((ROOT / f"worldvla/assets/{shipped}/config.json").read_text()))

@@ -204,7 +204,7 @@ def _open_cluster(address: str, unit: Literal["core", "node", "gpu"], per_node: 
 
 
 def demo(
-    suite: Literal["tabletop", "libero_object", "libero_spatial"] = "tabletop",
+    suite: Literal["tabletop", "libero_object", "libero_spatial", "libero_goal", "libero_10"] = "tabletop",
     *,
     out: Path | None = None,
     checkpoint: Path | None = None,
@@ -1161,7 +1161,7 @@ def play(
     """Drive the hand through a world model's imagination in the browser, beside the simulator.
 
     Args:
-        checkpoint: tabletop or libero, the shipped models; or a checkpoint or run directory.
+        checkpoint: A shipped model (tabletop, libero, libero_four), or a checkpoint or run directory.
         task: SUITE:INDEX to begin with, such as tabletop_goal:3; the page can change it.
         init: Index of the initial state to begin with.
         temperature: Sampling temperature of the imagined codes; 0: the likeliest ones.

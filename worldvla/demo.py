@@ -25,15 +25,17 @@ DEMONSTRATION_SEED = 9
 """Of the episodes that are imagined: not the one that any recipe collects with."""
 IMAGINED_TASKS = (0, 3)
 """Of each suite."""
+SHIPPED = {"libero_goal": "libero_four", "libero_10": "libero_four"}
+"""Suite -> the shipped model for it; of others the one of their simulator's name."""
 
 
 def demo(out: Path, suite: str = "tabletop", checkpoint: Path | None = None) -> Path:
     """Roll out one episode of each task, imagine a few clips, and return the path of the page.
 
-    `suite`: tabletop (all four suites of it) or a suite of LIBERO that the shipped model was trained on.
+    `suite`: tabletop (all four suites of it) or a suite of LIBERO that a shipped model was trained on.
     """
     suites = TABLETOP if suite == "tabletop" else (suite,)
-    path = checkpoint or ASSETS / suite.split("_")[0]
+    path = checkpoint or ASSETS / SHIPPED.get(suite, suite.split("_")[0])
     if not path.exists():
         raise FileNotFoundError(f"no model at {path}: give yours by worldvla demo --checkpoint PATH")
     actor = ModelActor(path, EXECUTE)

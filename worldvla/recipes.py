@@ -279,7 +279,7 @@ def debug() -> Config:
 def libero_object_spatial_long() -> Config:
     """libero_object and libero_spatial in one model, for a GPU: 128 and 64 pixels at 16 a code, by Muon.
 
-    `runs/libero.sh` makes the stores; the shipped LIBERO model is this one, then `.._drawer`.
+    `runs/libero.sh` makes the stores; the shipped model `libero` is this one, then `.._drawer`.
     """
     root = "out/tables_libero"
     names = (f"{root}/store_libero_object", f"{root}/store_libero_spatial")
@@ -297,7 +297,7 @@ def libero_object_spatial_long() -> Config:
 
 def libero_object_spatial_drawer() -> Config:
     """`libero_object_spatial_long`, trained on on two cores with more of the one task that it failed: the
-    bowl in the drawer (libero_spatial, task 4), every frame of it twice. The shipped LIBERO model."""
+    bowl in the drawer (libero_spatial, task 4), every frame of it twice. Shipped as `libero`."""
     base, root = libero_object_spatial_long(), "out/libero_object_spatial"
     return changed(
         base,
@@ -341,17 +341,16 @@ def libero_four() -> Config:
 
 def libero_visited() -> Config:
     """`libero_four`, trained on with states that it visited, with images that are shifted and lit otherwise,
-    and as a world model."""
+    and as a world model. Shipped as `libero_four`."""
     base, root = libero_four(), "out/libero"
-    parts = ("store", "visited", "shifted_1", "shifted_2", "visited_shifted")
+    every = [f"{root}/{part}_{suite}" for part in ("store", "shifted_1", "shifted_2") for suite in FOUR]
+    some = ("libero_spatial", "libero_object", "libero_10")
+    every += [f"{root}/{part}_{suite}" for part in ("visited", "visited_shifted") for suite in some]
     return changed(
         base,
         "libero_visited",
-        data={
-            "stores": tuple(f"{root}/{part}_{suite}" for part in parts for suite in FOUR),
-            "world_fraction": 0.08,
-        },
-        train={"steps": 2_100, "init_from": f"{root}/four"},
+        data={"stores": tuple(every), "world_fraction": 0.08},
+        train={"steps": 2_000, "init_from": f"{root}/four"},
     )
 
 

@@ -448,7 +448,7 @@ class ImageTokenizer(nn.Module):
             if not (directory / name).is_file():
                 raise FileNotFoundError(
                     f"{directory} is no image tokenizer: {name} is missing; train one, or give the folder of "
-                    "a checkpoint, or tabletop or libero"
+                    "a checkpoint, or the name of a shipped model, such as tabletop"
                 )
         path = directory / "config.json"
         config = from_json(ImageTokenizerConfig, read_json(path), str(path))
