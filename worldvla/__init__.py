@@ -55,8 +55,8 @@ def load(
     quantize: Literal["", "int8", "int4"] = "",
     unnorm_key: str = "",
 ) -> WorldVLA:
-    """Return a shipped model (`tabletop`, `libero`, `libero_four`), that of a checkpoint directory, the newest
-    of a run, or one on the hub (`ORG/NAME`, `hf://ORG/NAME/FOLDER`).
+    """Return a shipped model (`tabletop`, `libero`, `libero_four`), that of a checkpoint directory, the
+    newest of a run, or one on the hub (`ORG/NAME`, `hf://ORG/NAME/FOLDER`).
 
     `quantize` holds its large matrices in 8 or 4 bits. `unnorm_key`: of a model of several datasets, the one
     whose ranges of actions and states are used.
