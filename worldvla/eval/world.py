@@ -9,6 +9,7 @@ pixels.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,8 @@ def evaluate_world(
     if source and reader:
         raise ValueError(f"--reader is for HDF5 files, whose states say where the hand is, got {source.kind}")
     eye, identity = (None, None) if source else find_reader(model, reader)
-    sets = {
-        horizon: choose_of(source, clips, horizon, seed, shorter)
-        if source
-        else choose(demos, clips, horizon, seed, shorter)
-        for horizon in horizons
-    }
+    pick = partial(choose_of, source) if source else partial(choose, demos)
+    sets = {horizon: pick(clips, horizon, seed, shorter) for horizon in horizons}
     for chosen in sets.values():
         check(model, chosen)
     for horizon, chosen in sets.items():
