@@ -124,18 +124,14 @@ def _other_format(
 ) -> "Source | None":
     """Open a data set of another format than LIBERO's HDF5; None: it is HDF5, whose cameras are all read."""
     from worldvla.data.episode import demonstration_files, unused_pictures
-    from worldvla.data.sources import kind_of
+    from worldvla.data.sources import is_hdf5
     from worldvla.data.sources.hdf5 import FIXED
 
-    if all(kind_of(path) == "hdf5" for path in paths):
+    if is_hdf5(paths):
         if camera or action or state or delta:
             raise ValueError(FIXED)
         _say_unused(unused_pictures(demonstration_files(paths)))
         return None
-    if len(paths) > 1:
-        raise ValueError(
-            f"got {len(paths)} paths, one of them a LeRobot or RLDS data set: give that one alone"
-        )
     return _source(paths[0], camera, action, state, delta)
 
 
@@ -858,17 +854,16 @@ def eval_world(
         temperature: 0 takes the likeliest codes; more draws them.
         reader: What reads the hand off frames. Default: reader.safetensors beside the checkpoint, if there.
     """
-    from worldvla.data.episode import demonstration_files
-    from worldvla.data.sources import kind_of
     from worldvla.eval.page import write_page
     from worldvla.eval.world import evaluate_world
 
-    files = demonstration_files(demos) if all(kind_of(path) == "hdf5" for path in demos) else demos
     options: dict[str, Any] = {"clips": clips, "horizons": horizons, "shorter": shorter, "seed": seed}
     options |= {"temperature": temperature, "reader": reader, "device": device}
     with only_writer(out):
-        record = evaluate_world(checkpoint, files, out, **options)
+        record = evaluate_world(checkpoint, demos, out, **options)
         page = write_page(out / "index.html", f"What {record['checkpoint']['name']} imagines", worlds=[out])
+    for guess in record["protocol"].get("guesses", ()):
+        say(f"guess: {guess}")
     for section in record["horizons"]:
         for view, kinds in section["views"].items():
             last = ", ".join(f"{kind} {scores['psnr'][-1]:.1f}" for kind, scores in kinds.items())

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from worldvla.data.episode import Episode, read_episodes
-from worldvla.data.sources import kind_of, open_source
+from worldvla.data.episode import Episode, demonstration_files, read_episodes
+from worldvla.data.sources import is_hdf5, open_source
 from worldvla.data.sources.source import Names, Source
 from worldvla.eval.reader import NAME, Reader, holding
 from worldvla.eval.tokens import write_example
@@ -105,8 +105,8 @@ def evaluate_world(
     reader: Path | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Imagine `clips` clips of each horizon of `demos`, HDF5 files or one data set of another format; write
-    record.json, videos/ and tokens.npz to `out`; return the record.
+    """Imagine `clips` clips of each horizon of `demos`, HDF5 files, folders of them or one data set of
+    another format; write record.json, videos/ and tokens.npz to `out`; return the record.
 
     `shorter`: one clip an episode, from its first frame, of at most that many steps. `videos`: filmed clips
     of each horizon. `temperature`: of the codes, as `World` has it. `reader`: weights of the reader of
@@ -117,7 +117,7 @@ def evaluate_world(
     if source and reader:
         raise ValueError(f"--reader is for HDF5 files, whose states say where the hand is, got {source.kind}")
     eye, identity = (None, None) if source else find_reader(model, reader)
-    pick = partial(choose_of, source) if source else partial(choose, demos)
+    pick = partial(choose_of, source) if source else partial(choose, demonstration_files(demos))
     sets = {horizon: pick(clips, horizon, seed, shorter) for horizon in horizons}
     for chosen in sets.values():
         check(model, chosen)
@@ -140,6 +140,7 @@ def evaluate_world(
             "views": {view: list(size) for view, size in model.view_sizes.items()},
             "metrics": "torchmetrics, per frame, RGB 0..255, mean over clips; PSNR at most 60 dB",
             "psnr_changed": f"of the pixels that are {CHANGE} levels away from the clip's first frame",
+            **({"guesses": source.guesses} if source else {}),
         },
         "reader": identity,
         "horizons": sections,
@@ -196,10 +197,8 @@ def choose(
 
 def _other_format(model: Model, demos: Sequence[Path]) -> Source | None:
     """Open demonstrations that are no HDF5 files, with the features that the model was trained on."""
-    if all(kind_of(path) == "hdf5" for path in demos):
+    if is_hdf5(demos):
         return None
-    if len(demos) > 1:
-        raise ValueError(f"got {len(demos)} paths, among them a LeRobot or RLDS data set: give one alone")
     known = model.manifest.get("features", {})
     names = Names(
         cameras={view: camera["feature"] for view, camera in known.get("cameras", {}).items()},

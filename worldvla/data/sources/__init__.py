@@ -1,5 +1,6 @@
 """Data sets that others made: what a path holds decides how it is read."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from worldvla.data.sources.source import Names, Source
@@ -11,6 +12,17 @@ def kind_of(path: Path) -> str:
     """Return lerobot, rlds or hdf5, by what a folder, or a download of ORG/NAME@REVISION, holds."""
     path = fetch_data(path)
     return "lerobot" if (path / "meta/info.json").is_file() else "rlds" if _versions(path) else "hdf5"
+
+
+def is_hdf5(paths: Sequence[Path]) -> bool:
+    """Return whether the paths are LIBERO's HDF5 files; one data set of another format has to be alone."""
+    if all(kind_of(path) == "hdf5" for path in paths):
+        return True
+    if len(paths) > 1:
+        raise ValueError(
+            f"got {len(paths)} paths, one of them a LeRobot or RLDS data set: give that one alone"
+        )
+    return False
 
 
 def open_source(path: Path, names: Names | None = None) -> Source:
