@@ -7,6 +7,7 @@ import functools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -278,9 +279,18 @@ def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) ->
     dreamt = np.concatenate([grid.reshape(-1) for grid in world.codes.values()])
     np.testing.assert_array_equal(asked[0][4], dreamt)
     assert actor.describe()["ms_a_decision"] > 0
+    actor.ahead = 2
+    actor.act(queries)
+    then: Any = {**world.frame(), "state": world.state, "instruction": task.instruction}
+    for action in actor._policy.act(then)[:3]:
+        world.step(action)
+    dreamt = np.concatenate([grid.reshape(-1) for grid in world.codes.values()])
+    np.testing.assert_array_equal(asked[1][4], dreamt)
     with pytest.raises(ValueError, match="the judge knows no tabletop_goal"):
         actor.act([Query(sim.tasks("tabletop_goal")[0], 0, 0, seen)])
     with pytest.raises(ValueError, match="at least 2 chunks, got 1"):
         PlanningActor(MODEL, MODEL, tmp_path / "judge.safetensors", 1)
+    with pytest.raises(ValueError, match="--temperature > 0, got 1 and 0"):
+        PlanningActor(MODEL, MODEL, tmp_path / "judge.safetensors", 4, temperature=0)
     with pytest.raises(ValueError, match="give all three"):
         open_actor(str(MODEL), SUITE, plan=4)

@@ -661,12 +661,18 @@ class Planning:
     """Checkpoint of the world model to plan in."""
     judge: Path | None = None
     """judge.safetensors that `worldvla rank` or `improve` left, of the same world model."""
+    temperature: float = 1.0
+    """Of the chunks that are drawn, all but the likeliest."""
+    ahead: int = 1
+    """Chunks that are imagined, after the drawn one what the policy would do next."""
     dtype: WorldType = "float32"
 
     def options(self) -> dict[str, Any]:
         """Return those of `open_actor`, which refuses what an actor would ignore."""
-        type_of_world = {"dtype": _decided(self.dtype)} if self.plan else {}
-        return {"plan": self.plan or None, "world": self.world, "judge": self.judge, **type_of_world}
+        options = {"plan": self.plan or None, "world": self.world, "judge": self.judge}
+        if self.plan:
+            options |= {"temperature": self.temperature, "ahead": self.ahead, "dtype": _decided(self.dtype)}
+        return options
 
 
 def evaluate(

@@ -187,6 +187,11 @@ def encoded(model: Model, images: Mapping[str, np.ndarray]) -> np.ndarray:
     return torch.cat(tuple(parts), 1).numpy()
 
 
+def codes_of(world: World) -> np.ndarray:
+    """Return the codes (P, N) of the current frames of P worlds."""
+    return np.concatenate([grid.reshape(len(grid), -1) for grid in world.codes.values()], 1)
+
+
 def judge_of(
     path: Path,
     paths: Sequence[Path],
@@ -380,10 +385,7 @@ class ImaginedBody:
     ) -> None:
         self.judge, self.world, self.numbers = judge, world, numbers
         world.reset({**first, "state": states})
-        self.first = self._codes()
-
-    def _codes(self) -> np.ndarray:
-        return np.concatenate([grid.reshape(len(grid), -1) for grid in self.world.codes.values()], 1)
+        self.first = codes_of(world)
 
     def keep(self, rows: np.ndarray) -> None:
         self.world.keep(rows)
@@ -392,7 +394,7 @@ class ImaginedBody:
     def step(self, actions: np.ndarray, look: bool = True) -> Seen:
         self.world.advance(actions)
         frame: Any = self.world.frame() if look else {}
-        states, said = self.judge.read(self._codes(), self.first, self.numbers, self.world.state)
+        states, said = self.judge.read(codes_of(self.world), self.first, self.numbers, self.world.state)
         return Seen(frame, states if self.world.state is None else self.world.state, said, said)
 
 

@@ -1,9 +1,11 @@
 """A policy that thinks first: draw some chunks, imagine each, execute the one whose end is nearest success.
 
-The world model imagines codes alone; a judge (eval/judge.py) says how near success they are. Dims: B
+The world model imagines each, and if asked what the policy would do after it; a judge (eval/judge.py) says
+how near success the last codes are. Dims: B
 observations, N chunks of each, U actions of a chunk, A action dims.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +15,15 @@ import numpy as np
 import torch
 
 from worldvla.eval.actors import ModelActor, Query
-from worldvla.eval.judge import Judge, check_policy, encoded
+from worldvla.eval.judge import Judge, check_policy, codes_of, encoded
 from worldvla.infer.model import load
 from worldvla.infer.world import World
 
-TEMPERATURE = 1.0
-"""Of the chunks that are drawn."""
-
 
 class PlanningActor(ModelActor):
-    """`chunks`: N, the likeliest chunk and N - 1 drawn. `judge`: weights that `worldvla rank` or `improve`
-    left, which fit `world`. `dtype` of the world model's transformer."""
+    """`chunks`: N, the likeliest chunk and N - 1 drawn, at `temperature`. `ahead`: chunks that are imagined,
+    after the first the likeliest. `judge`: weights that `worldvla rank` or `improve` left, which fit `world`.
+    `dtype` of the world model's transformer."""
 
     name = "planning"
 
@@ -33,6 +33,8 @@ class PlanningActor(ModelActor):
         world: Path | str,
         judge: Path,
         chunks: int,
+        temperature: float = 1.0,
+        ahead: int = 1,
         dtype: str = "float32",
         seed: int = 0,
         **options: Any,
@@ -40,6 +42,9 @@ class PlanningActor(ModelActor):
         super().__init__(checkpoint, **options)
         if chunks < 2:
             raise ValueError(f"planning chooses among at least 2 chunks, got {chunks}")
+        if ahead < 1 or not 0 < temperature < math.inf:
+            raise ValueError(f"expected --ahead >= 1 and --temperature > 0, got {ahead} and {temperature}")
+        self.temperature, self.ahead = temperature, ahead
         self.world, self.dtype = load(world, dtype=getattr(torch, dtype)), dtype
         self.chunks = chunks
         self.judge, self._facts = Judge.load(judge, self.world)
@@ -57,21 +62,35 @@ class PlanningActor(ModelActor):
         drawn = [o for o in observations for _ in range(self.chunks - 1)]
         seeds = self._rng.integers(0, 2**31, len(drawn)).tolist()
         likeliest = np.stack([actions for actions in super().act(queries) if actions is not None])
-        others = self._policy.act(drawn, TEMPERATURE, seeds)[:, : self.execute]
+        others = self._policy.act(drawn, self.temperature, seeds)[:, : self.execute]
         plans = np.concatenate((likeliest[:, None], others.reshape(len(queries), -1, *others.shape[1:])), 1)
         world, (_, _, length, _) = World(self.world), plans.shape
         world.reset(
             {name: np.stack([o[name] for o in observations]) for name in (*self.world.view_sizes, "state")}
         )
         world.keep(np.repeat(np.arange(len(queries)), self.chunks))
-        for t in range(length):
-            world.advance(plans[:, :, t].reshape(len(numbers), -1))
-        codes = np.concatenate([grid.reshape(len(grid), -1) for grid in world.codes.values()], 1)
-        value = self.judge.value(codes, first, numbers, world.state)
+        actions = plans.reshape(-1, *plans.shape[2:])
+        for look in range(self.ahead):
+            if look:
+                actions = self._policy.act(self._imagined(world, queries, first, numbers))[:, :length]
+            for t in range(length):
+                world.advance(actions[:, t])
+        value = self.judge.value(codes_of(world), first, numbers, world.state)
         best = value.reshape(len(queries), -1).argmax(1)
         self.seconds += time.perf_counter() - began
         self.decisions += len(queries)
         return list(plans[np.arange(len(queries)), best])
+
+    def _imagined(
+        self, world: World, queries: Sequence[Query], first: np.ndarray, numbers: np.ndarray
+    ) -> list[dict[str, Any]]:
+        """Return what the policy would see and feel now; what the world does not say the judge reads."""
+        felt = world.state
+        state = self.judge.read(codes_of(world), first, numbers)[0] if felt is None else felt
+        frame = {**world.frame(), "state": state}
+        texts = np.repeat([query.observation["instruction"] for query in queries], self.chunks)
+        rows = [{name: of_name[i] for name, of_name in frame.items()} for i in range(len(texts))]
+        return [{**row, "instruction": text} for row, text in zip(rows, texts.tolist(), strict=True)]
 
     def _number(self, query: Query) -> int:
         number = self._tasks.get((query.task.suite, query.task.name))
@@ -91,7 +110,8 @@ class PlanningActor(ModelActor):
     def identity(self) -> dict[str, Any]:
         plan = {
             "chunks": self.chunks,
-            "temperature": TEMPERATURE,
+            "temperature": self.temperature,
+            "ahead": self.ahead,
             "dtype": self.dtype,
             "judge": self._facts["errors"],
         }

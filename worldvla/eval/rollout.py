@@ -254,6 +254,8 @@ TAKES: dict[str, set[str]] = {
         "plan",
         "world",
         "judge",
+        "temperature",
+        "ahead",
         "dtype",
     },
 }
@@ -284,7 +286,7 @@ def open_actor(name: str, suite: str, seed: int = 0, **options: Any) -> Actor:
         from worldvla.eval.remote import RemoteActor
 
         return RemoteActor(name, suite, **used)
-    dtype = used.pop("dtype", "float32")
+    how = {option: used.pop(option) for option in ("temperature", "ahead", "dtype") if option in used}
     plan = {option: used.pop(option, None) for option in ("plan", "world", "judge")}
     if not any(plan.values()):
         return ModelActor(name, **used)
@@ -292,4 +294,4 @@ def open_actor(name: str, suite: str, seed: int = 0, **options: Any) -> Actor:
         raise ValueError("planning needs --plan CHUNKS, --world CHECKPOINT and --judge FILE: give all three")
     from worldvla.eval.planning import PlanningActor
 
-    return PlanningActor(name, plan["world"], plan["judge"], plan["plan"], dtype=dtype, seed=seed, **used)
+    return PlanningActor(name, plan["world"], plan["judge"], plan["plan"], seed=seed, **how, **used)
