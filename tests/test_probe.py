@@ -32,9 +32,8 @@ def data() -> probe.ProbeData:
         )
         images[near] = colour
     truth = np.concatenate([places, np.zeros((count, 2, 1))], axis=2) / 100
-    return probe.ProbeData(
-        {"agentview": images}, rng.integers(0, 3, count), np.arange(count) // 4, truth[:, 0], truth[:, 1]
-    )
+    places = {"gripper": truth[:, 0], "target": truth[:, 1]}
+    return probe.ProbeData({"agentview": images}, rng.integers(0, 3, count), np.arange(count) // 4, places)
 
 
 def test_pixels_tell_positions_and_blind_codes_do_not(data):
@@ -57,9 +56,9 @@ def test_whole_episodes_are_held_out(data):
 
 
 def test_errors_are_medians_in_centimetres():
-    truth = np.zeros((5, 6))
-    guess = truth + np.array([0.01, 0.02, 0.0, 0.03, 0.04, 0.0])
-    errors = probe._errors(guess, truth)
+    truth = np.zeros((5, 3))
+    guess = np.zeros((5, 6)) + np.array([0.01, 0.02, 0.0, 0.03, 0.04, 0.0])
+    errors = probe._errors(guess, {"gripper": truth, "target": truth})
     assert errors["gripper"]["y"] == pytest.approx(2.0)
     assert errors["target"]["distance"] == pytest.approx(5.0)
 
