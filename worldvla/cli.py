@@ -225,7 +225,7 @@ def demo(
 def collect(
     suite: Positional[str],
     *,
-    kind: Literal["demonstrations", "world"] = "demonstrations",
+    kind: Literal["demonstrations", "world", "grasps"] = "demonstrations",
     out: Path | None = None,
     episodes: int = 50,
     tasks: Tasks = (),
@@ -243,7 +243,8 @@ def collect(
     Args:
         suite: For example tabletop_object; `worldvla --help` lists all.
         kind: world: gross noise, grasps beside the things, aimless play and, with --policy, its rollouts;
-            failures are kept, no step is a policy's target.
+            failures are kept, no step is a policy's target. grasps: the same, of hands that close on
+            things and beside them, again and again.
         out: Directory of the files. Default: out/demos/SUITE.
         episodes: Episodes of each task: successful ones, of world data of any end.
         views: Cameras as NAME=ROWSxCOLUMNS in pixels. Default: agentview=64x64 wrist=32x32 of tabletop;

@@ -6,7 +6,7 @@ as without the stop, for any number of workers. Workers never import torch.
 
 Kind "demonstrations": successes of the expert, or of a policy and the expert in turn (DAgger). Kind "world",
 for a world model alone: gross noise, grasps beside the things, play and weak policies as well, failures kept,
-no step for a policy.
+no step for a policy; kind "grasps", too: nothing but grasps, which hold or miss.
 """
 
 import itertools
@@ -51,7 +51,7 @@ MAX_EPISODES = (INITS_PER_SEED - MAX_FAILED) // 2
 MOVING = 1e-3
 """Metres that a thing moves in a step, at least, to count as moving."""
 
-Kind = Literal["demonstrations", "world"]
+Kind = Literal["demonstrations", "world", "grasps"]
 Views = dict[str, tuple[int, int]]
 LoadPolicy = Callable[[], Act]
 """Importable by a worker; returns what `DaggerDriver.act` is, loaded once a process."""
@@ -289,11 +289,13 @@ class _Attempt:
         env, scout = kept((self.make, self.task, self.views, self._scouts), self._environments)
         init = FIRST_INIT + self.seed * INITS_PER_SEED + number
         expert = self.expert(env)
-        if self.kind == "world":
+        if self.kind != "demonstrations":
             rng = np.random.default_rng([self.seed, self.task.index, init, 1])
             act = self.policy() if self.policy else None
             ahead = scout, self.expert(scout)
-            driver, limit, after = world_driver(env, expert, ahead, rng, act, self.execute)
+            driver, limit, after = world_driver(
+                env, expert, ahead, rng, act, self.execute, self.kind == "grasps"
+            )
             episode = record(env, driver, init, self.seed, limit=limit, after=after)
             return episode and replace(episode, is_expert=np.zeros(len(episode), dtype=np.bool_))
         rng = np.random.default_rng([self.seed, self.task.index, init])
@@ -307,7 +309,7 @@ class _Attempt:
     @property
     def _scouts(self) -> bool:
         """Whether a second environment is needed, in which the expert runs ahead."""
-        return bool(self.label) or self.kind == "world"
+        return bool(self.label) or self.kind != "demonstrations"
 
     def _environments(self) -> tuple[Any, Any]:
         scout = self.make(self.task, {}) if self._scouts else None
@@ -352,17 +354,19 @@ def collect(
         )
     if label < 0 or execute < 1:
         raise ValueError(f"expected label >= 0 and execute >= 1 steps, got {label} and {execute}")
-    if kind == "world" and label:
+    is_world = kind != "demonstrations"
+    if is_world and label:
         raise ValueError(f"world data are no policy's targets, got label {label}: leave it out")
     if make is sim.make:
         sim.check_drawing(suite, views)
     arguments = {"suite": suite, "episodes": episodes, "seed": seed, "views": views, "label": label}
     arguments |= {"policy": policy_name, "execute": execute if policy else 0}
-    arguments |= {"noise": 0.0 if policy or kind == "world" else noise}  # what is applied
-    arguments |= {"kind": kind, "mix": WORLD_MIX} if kind == "world" else {}
+    arguments |= {"noise": 0.0 if policy or is_world else noise}  # what is applied
+    arguments |= {"kind": kind} if is_world else {}
+    arguments |= {"mix": WORLD_MIX} if kind == "world" else {}
     with guard(out_dir / "collect.json", arguments):
         paths = {task: out_dir / f"{task.name}_demo.hdf5" for task in chosen}
-        most = episodes if kind == "world" else 2 * episodes + MAX_FAILED
+        most = episodes if is_world else 2 * episodes + MAX_FAILED
         jobs = []
         for task in chosen:
             attempt = _Attempt(kind, task, views, seed, noise, label, policy, execute, make, expert)
@@ -382,7 +386,10 @@ def _finish(job: Job, task: Task, arguments: dict[str, Any]) -> None:
         )
     versions = {name: version(name) for name in ("mujoco", "numpy")}
     source = "a policy, the scripted expert at last" if arguments["policy"] else "scripted expert"
-    source = source if "kind" not in arguments else "perturbed experts, policies and play; failures kept"
+    source = {
+        "world": "perturbed experts, policies and play; failures kept",
+        "grasps": "grasps tried on things and beside them; failures kept",
+    }.get(arguments.get("kind", ""), source)
     told = {"env_name": task.suite, "source": source, "failed": len(bad), "versions": versions}
     job.merge(told | arguments)
 

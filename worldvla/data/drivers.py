@@ -151,6 +151,8 @@ class Play:
     """Smooth noise on x, y, z and the turn about z, in units of an action."""
     upright: Rotation | None = None
     """Orientation of the hand as play began, which it turns back to."""
+    grasps: bool = False
+    """Close on things and beside them, again and again, and do nothing else."""
 
     def __call__(self, observation: Observation) -> tuple[np.ndarray, bool]:
         rng, hand = self.rng, np.asarray(observation["state"][:3], dtype=np.float64)
@@ -166,7 +168,8 @@ class Play:
         back = 0.5 * np.clip((self.upright * turn.inv()).as_rotvec() / ROTATION_SCALE, -1, 1)
         back[2] += 0.5 * self.drift[3]
         self.left -= 1
-        if self.left <= 0 or (target is not None and float(np.linalg.norm(way)) < 0.008):
+        near = 0.015 if self.grasps else 0.008  # metres
+        if self.left <= 0 or (target is not None and float(np.linalg.norm(way)) < near):
             self.stages.pop(0)
             self._begin(hand)
         return np.clip([*move, *back, gripper], -1, 1).astype(np.float32), False
@@ -180,6 +183,8 @@ class Play:
 
     def _plan(self) -> list[Stage]:
         points = self.env.points_of_interest()
+        if self.grasps:
+            return self._grasp(points[self.rng.integers(len(points))])
         kinds = {self._pick: 0.5, self._push: 0.2, self._wander: 0.2, self._touch: 0.1}
         plan = list(kinds)[self.rng.choice(len(kinds), p=list(kinds.values()))]
         return plan(points, points[self.rng.integers(len(points))])
@@ -200,6 +205,19 @@ class Play:
             Stage(low, CLOSE),
             Stage(None, OPEN, 2),
             Stage(_up(low, 0.08), OPEN),
+        ]
+
+    def _grasp(self, thing: np.ndarray) -> list[Stage]:
+        """Close up to MISS beside a thing, lift a little, let go."""
+        rng, angle = self.rng, self.rng.uniform(0, 2 * np.pi)
+        aside = rng.uniform(0.0, MISS) * np.array([np.cos(angle), np.sin(angle), 0.0])
+        grip = _up(thing + aside, rng.normal(0.0, 0.01))
+        return [
+            Stage(_up(grip, 0.07), OPEN),
+            Stage(grip, OPEN),
+            Stage(None, CLOSE, 3),
+            Stage(_up(grip, rng.uniform(0.02, 0.08)), CLOSE),
+            Stage(None, OPEN, 2),
         ]
 
     def _push(self, points: np.ndarray, thing: np.ndarray) -> list[Stage]:
@@ -293,6 +311,8 @@ WORLD_MIX = {"expert": 0.1, "gross": 0.15, "astray": 0.25, "policy": 0.2, "play"
 """Kind of episode -> its share. Without a policy the others keep their proportions."""
 ASTRAY = (0.015, 0.08)
 """How far beside the things an astray hand acts, metres: at least, at most."""
+MISS = 0.05
+"""How far beside a thing a hand closes that tries grasps, metres, at most."""
 AFTER_SUCCESS = 4
 """Steps that an episode of an expert or a policy goes on after its success."""
 
@@ -304,9 +324,12 @@ def world_driver(
     rng: np.random.Generator,
     act: Act | None,
     execute: int,
+    grasps: bool,
 ) -> tuple[Driver, int, int]:
-    """Draw the driver of an episode of world data; return it, the most steps of the episode, and how many it
-    goes on from its success. `scout`: see `Astray`."""
+    """Draw the driver of an episode of world data, or return the one that tries `grasps`; with it the most
+    steps of the episode, and how many it goes on from its success. `scout`: see `Astray`."""
+    if grasps:
+        return Play(env, rng, grasps=True), int(env.horizon), int(env.horizon)
     mix = {kind: share for kind, share in WORLD_MIX.items() if kind != "policy" or act is not None}
     shares = np.array(list(mix.values()))
     kind = list(mix)[rng.choice(len(mix), p=shares / shares.sum())]
