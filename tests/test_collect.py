@@ -360,6 +360,21 @@ def test_play_touches_and_moves_things_smoothly(suite):
     assert means["jerk"] < 0.35, means
 
 
+def test_grasps_hold_and_miss(tmp_path: Path) -> None:
+    suite = "tabletop_object"
+    collect(suite, tmp_path, kind="grasps", episodes=4, tasks=(0, 3), workers=1, seed=5)
+    held = []
+    for path in sorted(tmp_path.glob("*.hdf5")):
+        for episode in read_episodes(path, images=False):
+            assert not episode.is_expert.any()
+            assert len(episode) == sim.suite(suite).horizon
+            command, width = episode.actions[:-3, 6], np.abs(episode.states[:, 6:]).sum(1)
+            closes = np.flatnonzero((command > 0) & (np.append(-1, command[:-1]) < 0) & (width[:-3] > 0.08))
+            held += (width[closes + 3] > 0.015).tolist()
+    assert len(held) >= 16  # two of each episode
+    assert 0.25 < np.mean(held) < 0.85
+
+
 def test_an_astray_hand_acts_beside_the_thing_and_then_recovers() -> None:
     env: Any = sim.make(TASK, {})
     scout: Any = sim.make(TASK, {})
