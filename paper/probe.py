@@ -285,9 +285,10 @@ def table(record: dict[str, Any]) -> Table:
         gate = record["gate"]
         title += f"; gate {'passed' if gate['passed'] else 'FAILED'} (ratio {gate['ratio']})"
     inputs, axes = ("pixels", "codes", "task median"), ("x", "y", "z", "distance")
-    out = Table("what", *(f"{name} {axis}" for name in inputs for axis in axes), title=title)
+    out = Table("x, y, z; distance", *inputs, title=title)
     for thing in record["codes"]:
-        out.add_row(thing, *(f"{record[name][thing][axis]:.2f}" for name in inputs for axis in axes))
+        cells = ([f"{record[name][thing][axis]:.2f}" for axis in axes] for name in inputs)
+        out.add_row(thing, *(f"{' '.join(each[:3])};  {each[3]}" for each in cells))
     return out
 
 

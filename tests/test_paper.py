@@ -13,11 +13,13 @@ import pytest
 import torch
 from tiny_run import tiny_config, write_tiny
 
-from paper import average, grow, noisy, run, scaling
+from paper import average, closings, grow, noisy, run, scaling
 from paper.ablations import ROWS, SCALED, config_of
 from paper.records import Records, paired, read_folder, write
 from paper.tables import ROOT, TABLES, effect, fill
 from worldvla.config import Config, from_json, to_json
+from worldvla.data.collect import collect
+from worldvla.data.episode import read_episodes
 from worldvla.eval.compare import compare
 from worldvla.eval.stats import Pairs, count
 from worldvla.files import read_json, write_json
@@ -259,3 +261,20 @@ def test_an_average_lies_between_its_checkpoints(tmp_path: Path) -> None:
         assert torch.allclose(tensor, expected, atol=0.01, rtol=0.01)
     with pytest.raises(ValueError, match="expected a share from 0 to 1, got 2"):
         average.main(ROOT / "worldvla/assets/tabletop", weak, tmp_path / "none", share=2)
+
+
+def test_of_each_closing_hand_it_is_asked_whether_it_holds(tmp_path: Path) -> None:
+    collect("tabletop_object", tmp_path, kind="grasps", episodes=3, tasks=(0,), workers=1, seed=5)
+    episodes = list(read_episodes(next(tmp_path.glob("*.hdf5"))))
+    found = closings.closings(episodes)
+    for episode, t in found:
+        width = np.abs(episode.states[:, 6:]).sum(1)
+        assert width[t] > 0.08
+        assert (episode.actions[t : t + 3, 6] > 0).all()
+        assert t == 0 or episode.actions[t - 1, 6] < 0
+        assert width[t + 3] < 0.07  # closed on a thing or on nothing
+    table = closings.judged(load("tabletop"), found, 0)
+    assert table.sum() == len(found) >= 6
+    assert np.trace(table) > 0.6 * table.sum()
+    held = sum(np.abs(e.states[t + 3, 6:]).sum() > closings.HELD_WIDTH for e, t in found)
+    assert table[1].sum() == held
