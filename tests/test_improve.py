@@ -79,7 +79,11 @@ def test_what_replayed_is_what_happened_and_is_learnt(
     record = run(tmp_path / "dream", keep_all=True, judge=judge)
     assert record["rounds"][0]["kept"] == 2
     assert 0 <= record["rounds"][0]["in_simulator"] <= record["rounds"][0]["successes"]
-    starts, world = starts_of(demos, tasks, [SUITE], 2, 0), load(MODEL)
+    with pytest.raises(ValueError, match=r"other settings \(judge: .*: choose another"):
+        run(tmp_path / "dream", keep_all=True)
+    with pytest.raises(ValueError, match="gives 5 actions at a time, asked to execute 8"):
+        run(tmp_path / "long", execute=8)
+    starts, world = starts_of(demos, tasks, [SUITE], 2, 0, ["agentview", "wrist"]), load(MODEL)
     (start,) = (s for s in starts if np.array_equal(s.observation["state"], kept[0].states[0]))
     still = replace(kept[0], actions=0 * kept[0].actions)
     assert list(_replayed([(start, kept[0]), (start, still)], tasks, world)) == [True, False]

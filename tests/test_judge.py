@@ -152,6 +152,11 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
     assert f"{again['imagined']['agree']} end in imagination" in page
     monkeypatch.setattr(rank, "drive", None)
     assert run()["policies"] == record["policies"]
+    assert run(execute=(5,))["policies"] == record["policies"][1:]
+    judged = (tmp_path / "out/judge.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds another evaluation"):
+        run(judge_steps=31)
+    assert (tmp_path / "out/judge.safetensors").read_bytes() == judged
 
 
 @pytest.mark.parametrize("says_states", [False, True])
@@ -278,7 +283,13 @@ def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) ->
         world.step(action)
     dreamt = np.concatenate([grid.reshape(-1) for grid in world.codes.values()])
     np.testing.assert_array_equal(asked[0][4], dreamt)
-    assert actor.describe()["ms_a_decision"] > 0
+    assert actor.timing()["ms_a_decision"] > 0
+    asked.clear()
+    actor.judge.value = lambda codes, *_: np.arange(len(codes))  # the last that was drawn
+    alone, together = actor.act(queries[1:]), actor.act(queries)
+    np.testing.assert_array_equal(alone[0], together[1])  # whoever else waits
+    actor.judge.value = value  # pyright: ignore
+    actor.act(queries)
     actor.ahead = 2
     actor.act(queries)
     then: Any = {**world.frame(), "state": world.state, "instruction": task.instruction}
@@ -292,5 +303,7 @@ def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) ->
         PlanningActor(MODEL, MODEL, tmp_path / "judge.safetensors", 1)
     with pytest.raises(ValueError, match="--temperature > 0, got 1 and 0"):
         PlanningActor(MODEL, MODEL, tmp_path / "judge.safetensors", 4, temperature=0)
+    with pytest.raises(ValueError, match="give all three"):
+        open_actor(str(MODEL), SUITE, temperature=0.5)
     with pytest.raises(ValueError, match="give all three"):
         open_actor(str(MODEL), SUITE, plan=4)

@@ -444,6 +444,8 @@ def test_merged_shards_are_the_whole_evaluation(tmp_path: Path) -> None:
     assert merge(folders, tmp_path / "without_videos") == merged
     with pytest.raises(ValueError, match=r"shards 2/4, 0/4: expected each of 0/4 to 3/4 once"):
         merge(folders[:2], tmp_path / "none")
+    with pytest.raises(ValueError, match="give the directories of the shards, got none"):
+        merge([], tmp_path / "none")
     roll(Forward(), tmp_path / "1", 4, tasks=(0, 2), videos=1, shard=(1, 4), first=4)
     with pytest.raises(ValueError, match=r"another evaluation than .*initial_states: '4\.\.7 ") as error:
         merge(folders, tmp_path / "none")

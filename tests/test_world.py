@@ -146,6 +146,8 @@ def test_clips_of_another_format_are_spread_over_its_episodes(root: Path, tmp_pa
     assert section["views"]["wrist"].keys() == {"model", "copy", "ceiling"}
     with pytest.raises(ValueError, match="--reader is for HDF5 files"):
         evaluate_world(root / "run", [genuine], tmp_path / "out", reader=tmp_path / "reader.safetensors")
+    with pytest.raises(ValueError, match="expected at least one horizon, got none"):
+        evaluate_world(root / "run", [genuine], tmp_path / "out", horizons=())
 
 
 def test_means_are_over_the_clips_that_reach_a_step() -> None:

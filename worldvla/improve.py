@@ -30,11 +30,14 @@ from worldvla.eval.judge import (
     Judge,
     Seen,
     SimulatedBody,
+    check_policy,
     drive,
+    ingredients,
     judge_of,
     last_actions,
 )
-from worldvla.files import read_json, write_json
+from worldvla.eval.record import placeless
+from worldvla.files import read_json, sha256, write_json
 from worldvla.infer.model import Model, load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
@@ -124,9 +127,15 @@ def improve(
     """
     _check_numbers(suites, episodes, rounds, steps, execute, seed, temperature)
     first, worlds = load(checkpoint), load(world, dtype=getattr(torch, dtype))
+    worlds.check_world()
+    check_policy(first, worlds)
+    _check_policy(first, execute)
+    made_of = demos, suites, worlds, 30, judge_steps, seed
     settings = {
-        "policy": first.identity(),
-        "world": worlds.identity(),
+        "policy": placeless(first.identity()),
+        "world": placeless(worlds.identity()),
+        "judge": ingredients(*made_of) if judge is None else sha256(judge)[:16],
+        "demos": ingredients(*made_of)["demos"],
         "suites": list(suites),
         "kind": kind,
         "keep_all": keep_all,
@@ -136,7 +145,7 @@ def improve(
     }
     with guard(out / "settings.json", settings):
         if judge is None:
-            critic, errors = judge_of(out / "judge.safetensors", demos, suites, worlds, 30, judge_steps, seed)
+            critic, errors = judge_of(out / "judge.safetensors", *made_of)
         else:
             critic, errors = _known_judge(judge, suites, worlds)
         path, report = first.path, []
@@ -144,7 +153,8 @@ def improve(
             folder, policy = out / f"round_{number}", load(path)
             if not (folder / "round.json").is_file():
                 act = _sampler(policy, temperature, [seed, number])
-                starts = list(starts_of(demos, critic.tasks, suites, episodes, number * episodes))
+                views = list(worlds.view_sizes)
+                starts = list(starts_of(demos, critic.tasks, suites, episodes, number * episodes, views))
                 interval = execute or policy.config.layout.chunk
                 _demonstrate(folder, act, interval, critic, worlds, starts, kind, keep_all)
             path = _learn(folder, policy, stores, steps)
@@ -170,6 +180,15 @@ def _check_numbers(
         )
     for suite in suites:
         sim.suite(suite)  # a wrong name ends here
+
+
+def _check_policy(policy: Model, execute: int) -> None:
+    """Raise ValueError for what would fail only after the policy has acted."""
+    chunk, names = policy.config.layout.chunk, policy.config.data.datasets
+    if execute > chunk:
+        raise ValueError(f"{policy.path} gives {chunk} actions at a time, asked to execute {execute}")
+    if names:
+        raise ValueError(f"{policy.path} has learnt from {len(set(names))} datasets: give a policy of one")
 
 
 def _demonstrate(
@@ -236,10 +255,15 @@ def _known_judge(path: Path, suites: Sequence[str], world: Model) -> tuple[Judge
 
 
 def starts_of(
-    paths: Sequence[Path], tasks: Sequence[Task], suites: Sequence[str], number: int, skip: int
+    paths: Sequence[Path],
+    tasks: Sequence[Task],
+    suites: Sequence[str],
+    number: int,
+    skip: int,
+    views: Sequence[str],
 ) -> Iterator[Start]:
-    """Yield `number` first frames of each task of `suites` after the first `skip`; where there are fewer,
-    over again."""
+    """Yield `number` first frames of each task of `suites` after the first `skip`, in `views`; where there
+    are fewer, over again."""
     found: dict[int, list[Start]] = {i: [] for i, task in enumerate(tasks) if task.suite in suites}
     numbers = {(tasks[i].suite, tasks[i].name): i for i in found}
     for path in paths:
@@ -247,7 +271,7 @@ def starts_of(
             index = numbers.get((episode.suite, episode.task))
             if index is None or len(found[index]) >= skip + number:
                 break
-            observation = {view: frames[0].copy() for view, frames in episode.images.items()}
+            observation: dict[str, Any] = {view: episode.images[view][0].copy() for view in views}
             observation["state"] = episode.states[0]
             found[index].append(Start(index, observation, episode.sim_states[0], max(episode.init, 0)))
     for index, of_task in found.items():
@@ -316,7 +340,9 @@ def _recipe(policy: Model, stores: Sequence[Path], steps: int) -> Config:
         optim=replace(
             config.optim, learning_rate=rate, min_learning_rate=rate / 10, warmup_steps=min(20, steps // 10)
         ),
-        data=replace(config.data, stores=tuple(map(str, stores)), world_fraction=0.0, val_fraction=0.0),
+        data=replace(
+            config.data, stores=tuple(map(str, stores)), weights=(), world_fraction=0.0, val_fraction=0.0
+        ),
         train=replace(
             config.train,
             steps=steps,

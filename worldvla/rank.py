@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from worldvla.eval.judge import (
     SimulatedBody,
     check_policy,
     drive,
+    ingredients,
     judge_of,
     replays,
 )
-from worldvla.eval.record import Journal
+from worldvla.eval.record import Journal, placeless
 from worldvla.eval.stats import rank_agreement
 from worldvla.files import write_json
 from worldvla.infer.model import Model, load
@@ -62,8 +63,6 @@ def rank_policies(
     _check_arguments(checkpoints, suites, episodes, first, execute)
     model = load(world, dtype=getattr(torch, dtype))
     policies = _with_intervals(checkpoints, model, execute)
-    judge, errors = judge_of(out / "judge.safetensors", demos, suites, model, judged, judge_steps, seed)
-    again = {"replays": replays(judge, model, held_out, judged, out)} if held_out else {}
     horizons = {suite: sim.suite(suite).horizon for suite in suites}
     protocol: dict[str, Any] = {"episodes": episodes, "first": first, "confirm": CONFIRM, "seed": seed}
     protocol |= {"dtype": dtype, "horizons": horizons}
@@ -73,9 +72,12 @@ def rank_policies(
         "protocol": protocol,
         "judge": {"demonstrations": judged, "steps": judge_steps},
     }
-    with Journal(out / "policies.jsonl", identity) as journal:
-        _act_all(policies, judge, model, range(first, first + episodes), journal)
-        rows = [{k: v for k, v in row.items() if k != "elapsed"} for row in journal.outcomes]
+    made_of = demos, suites, model, judged, judge_steps, seed
+    same = placeless({**identity, "judge": ingredients(*made_of)})
+    with Journal(out / "policies.jsonl", same) as journal:
+        judge, errors = judge_of(out / "judge.safetensors", *made_of)
+        again = {"replays": replays(judge, model, held_out, judged, out)} if held_out else {}
+        rows = list(_act_all(policies, judge, model, range(first, first + episodes), journal))
     record = {
         **identity,
         "judge": {**identity["judge"], **errors},
@@ -103,8 +105,9 @@ def _with_intervals(
 
 def _act_all(
     policies: Sequence[tuple[Model, int]], judge: Judge, world: Model, inits: Sequence[int], journal: Journal
-) -> None:
-    """Add to `journal` a row of each policy and replan interval that it lacks: `inits` of every task."""
+) -> Iterator[dict[str, Any]]:
+    """Yield a row of each policy and replan interval, `inits` of every task; add to `journal` those it
+    lacks."""
     numbers = np.repeat(np.arange(len(judge.tasks)), len(inits))
     with ExitStack() as stack:
         envs = [stack.enter_context(closing(sim.make(judge.tasks[n], world.view_sizes))) for n in numbers]
@@ -112,9 +115,11 @@ def _act_all(
         for policy, n in bar.track(policies, description="policies"):
             row = {"name": policy.config.name, "seed": policy.config.train.seed, "execute": n}
             row = json.loads(json.dumps(row | {"checkpoint": policy.identity(), "status": "done"}))
-            if not any({key: done[key] for key in row} == row for done in journal.outcomes):
+            same = [o for o in journal.outcomes if placeless({k: o[k] for k in row}) == placeless(row)]
+            if not same:
                 every = [*inits] * len(judge.tasks)
                 journal.add(row | {"outcomes": _act_twice(policy, n, judge, world, envs, numbers, every)})
+            yield row | {"outcomes": (same or journal.outcomes[-1:])[0]["outcomes"]}
 
 
 def _act_twice(

@@ -55,6 +55,10 @@ class Actor:
         """Return what a record's protocol says of how it chooses actions."""
         return {}
 
+    def timing(self) -> dict[str, Any]:
+        """Return what a record says of the time that it took, beyond that of each episode."""
+        return {}
+
     def write_example(self, directory: Path) -> None:
         """Write an observation as the actor reads it, for the page; most read none."""
 

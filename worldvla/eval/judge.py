@@ -7,6 +7,8 @@ simulator's frames too, encoded, up to the same step, so that its own errors can
 Dims: N episodes (behind P: codes of a frame), P pictures, M policies, S state dims, Y X pixels.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, fields
@@ -203,8 +205,7 @@ def judge_of(
 ) -> tuple[Judge, dict[str, Any]]:
     """Return the judge that stands in `path` and its errors; trained first, unless it is of the same files
     and settings."""
-    made_of = {"demos": [fingerprint(file) for file in paths], "suites": list(suites), "seed": seed}
-    made_of |= {"tokenizer": model.image.digest(), "episodes": episodes, "steps": steps}
+    made_of = ingredients(paths, suites, model, episodes, steps, seed)
     if path.is_file():
         judge, told = Judge.load(path, model)
         if told["made_of"] == made_of:
@@ -212,6 +213,21 @@ def judge_of(
     judge, errors = train_judge(model, *gather(paths, suites, model, episodes), steps, seed)
     judge.save(path, {"made_of": made_of, "errors": errors})
     return judge, errors
+
+
+def ingredients(
+    paths: Sequence[Path], suites: Sequence[str], model: Model, episodes: int, steps: int, seed: int
+) -> dict[str, Any]:
+    """Return what a judge depends on; the files as one digest."""
+    files = json.dumps([fingerprint(file) for file in paths], sort_keys=True).encode()
+    return {
+        "demos": hashlib.sha256(files).hexdigest()[:16],
+        "suites": list(suites),
+        "seed": seed,
+        "tokenizer": model.image.digest(),
+        "episodes": episodes,
+        "steps": steps,
+    }
 
 
 def gather(

@@ -50,7 +50,7 @@ class PlanningActor(ModelActor):
         self.judge, self._facts = Judge.load(judge, self.world)
         check_policy(self.model, self.world)
         self._tasks = {(task.suite, task.name): i for i, task in enumerate(self.judge.tasks)}
-        self._rng = np.random.default_rng(seed)
+        self.seed = seed
         self._first: dict[tuple[str, str, int], np.ndarray] = {}
         """Codes (N,) of the first frame of the episodes that run."""
         self.seconds, self.decisions = 0.0, 0
@@ -60,7 +60,7 @@ class PlanningActor(ModelActor):
         numbers = np.repeat([self._number(query) for query in queries], self.chunks)
         first = np.repeat(self._first_codes(queries), self.chunks, axis=0)
         drawn = [o for o in observations for _ in range(self.chunks - 1)]
-        seeds = self._rng.integers(0, 2**31, len(drawn)).tolist()
+        seeds = [n for query in queries for n in self._seeds(query)]
         likeliest = np.stack([actions for actions in super().act(queries) if actions is not None])
         others = self._policy.act(drawn, self.temperature, seeds)[:, : self.execute]
         plans = np.concatenate((likeliest[:, None], others.reshape(len(queries), -1, *others.shape[1:])), 1)
@@ -92,6 +92,11 @@ class PlanningActor(ModelActor):
         rows = [{name: of_name[i] for name, of_name in frame.items()} for i in range(len(texts))]
         return [{**row, "instruction": text} for row, text in zip(rows, texts.tolist(), strict=True)]
 
+    def _seeds(self, query: Query) -> list[int]:
+        """Return a seed of each chunk that is drawn, a function of the episode and the step alone."""
+        rng = np.random.default_rng([self.seed, query.task.index, query.init, query.step])
+        return rng.integers(0, 2**31, self.chunks - 1).tolist()
+
     def _number(self, query: Query) -> int:
         number = self._tasks.get((query.task.suite, query.task.name))
         if number is None:
@@ -117,6 +122,5 @@ class PlanningActor(ModelActor):
         }
         return {**super().identity(), "planning": {**plan, "world": self.world.identity()["digest"]}}
 
-    def describe(self) -> dict[str, Any]:
-        spent = {"ms_a_decision": round(1000 * self.seconds / self.decisions, 1)} if self.decisions else {}
-        return {**super().describe(), **spent}
+    def timing(self) -> dict[str, Any]:
+        return {"ms_a_decision": round(1000 * self.seconds / self.decisions, 1)} if self.decisions else {}

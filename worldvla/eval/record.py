@@ -136,6 +136,8 @@ def merge(directories: Sequence[Path], out: Path) -> dict[str, Any]:
 
     Shards of other checkpoints, protocols, versions or commits raise ValueError, and so do missing ones.
     """
+    if not directories:
+        raise ValueError("give the directories of the shards, got none")
     records = [read_record(directory) for directory in directories]
     shards = [tuple(record["protocol"].get("shard", (0, 1))) for record in records]
     number = shards[0][1]
@@ -162,6 +164,12 @@ def merge(directories: Sequence[Path], out: Path) -> dict[str, Any]:
     whole = counted(whole)
     write_json(out / "record.json", whole)
     return whole
+
+
+def placeless(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `facts` without the paths of checkpoints, which may be moved."""
+    kept = {name: value for name, value in facts.items() if name != "path"}
+    return {name: placeless(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _origin(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Protocol:
             "history": actor.history,
             "workers": workers,
             **sim.protocol(self.suite, actor.views),
-            **({"scene_prefix": True} if self.scene_prefix else {}),
+            "scene_prefix": self.scene_prefix,
             **({"shard": list(self.shard)} if self.shard[1] > 1 else {}),
             **actor.describe(),
         }
@@ -167,7 +167,8 @@ def evaluate(
     ):
         left = _left(jobs, journal, out, save)
         bar = progress.add_task(name, total=len(jobs), completed=len(jobs) - len(left))
-        fps = FPS[protocol.simulator] / (1 if settings.lockstep else actor.execute)
+        every_step = settings.lockstep or save is not None
+        fps = FPS[protocol.simulator] / (1 if every_step else actor.execute)
 
         def on_end(job: Job, report: Report, seconds: float, film: list[dict[str, np.ndarray]]) -> None:
             journal.add(_outcome(out, job, report, seconds, film, fps))
@@ -229,6 +230,7 @@ def _record(
         "seed": protocol.seed,
         "protocol": protocol.describe(actor, workers),
         "seconds": round(journal.seconds, 1),
+        **actor.timing(),
         **provenance(),
         "doctor": verdict(),
         "tasks": [{"index": t.index, "name": t.name, "instruction": t.instruction} for t in tasks],
@@ -288,7 +290,7 @@ def open_actor(name: str, suite: str, seed: int = 0, **options: Any) -> Actor:
         return RemoteActor(name, suite, **used)
     how = {option: used.pop(option) for option in ("temperature", "ahead", "dtype") if option in used}
     plan = {option: used.pop(option, None) for option in ("plan", "world", "judge")}
-    if not any(plan.values()):
+    if not any((*plan.values(), *how)):
         return ModelActor(name, **used)
     if not all(plan.values()):
         raise ValueError("planning needs --plan CHUNKS, --world CHECKPOINT and --judge FILE: give all three")

@@ -90,7 +90,7 @@ class Running:
         settings = self.settings
         self.env.rendering = settings.needs_images or self.job.film or settings.save is not None
         self.now, _ = self.env.reset(seed=settings.seed, options={"init": self.job.init})
-        self._see(self.now)
+        self._see(self.now, True)
         return self._tell(self.now)
 
     def execute(self, actions: np.ndarray | int) -> Report:
@@ -116,22 +116,22 @@ class Running:
                 report.status = "success" if terminated else "fail"
                 if self.job.film and not self.env.rendering:
                     observation = self.env.observe()
-                self._see(observation)
+                self._see(observation, True)
                 if settings.save is not None:
                     self._save(settings.save)
                 return self._tell({})
-            self._see(observation)
+            self._see(observation, settings.lockstep or settings.save is not None or left == 0)
         return self._tell(observation)
 
     def _expert_action(self) -> np.ndarray:
         self.expert = self.expert or sim.expert(self.env)
         return self.expert.act()
 
-    def _see(self, observation: dict[str, Any]) -> None:
+    def _see(self, observation: dict[str, Any], is_filmed: bool) -> None:
         images = {view: observation[view] for view in self.settings.views if view in observation}
         if images:
             self.recent.append(images)
-            if self.job.film:
+            if self.job.film and is_filmed:
                 self.report.frames.append(images)
 
     def _save(self, folder: Path) -> None:

@@ -112,6 +112,8 @@ def evaluate_world(
     of each horizon. `temperature`: of the codes, as `World` has it. `reader`: weights of the reader of
     frames; by default those beside the checkpoint, if there are any.
     """
+    if not horizons:
+        raise ValueError("expected at least one horizon, got none: --horizons 10")
     model, sections = load(checkpoint, device), []
     source = _other_format(model, demos)
     if source and reader:
@@ -122,8 +124,8 @@ def evaluate_world(
     for chosen in sets.values():
         check(model, chosen)
     for horizon, chosen in sets.items():
-        how = {"title": f"imagine {horizon} steps", "temperature": temperature}
-        imagined, said, stats = imagine(model, chosen, **how)
+        title = f"imagine {horizon} steps"
+        imagined, said, stats = imagine(model, chosen, title=title, temperature=temperature, seed=seed)
         kinds = {"model": imagined, **references(model, chosen)}
         section = {"horizon": horizon, **score(chosen, kinds, eye)}
         section |= {"said": of_states(chosen, said)} if said and not source else {}
@@ -262,6 +264,7 @@ def imagine(
     batch_size: int = 32,
     title: str = "imagine",
     temperature: float = 0.0,
+    seed: int = 0,
 ) -> tuple[list[Frames], list[np.ndarray], list[list[FrameStats]]]:
     """Return the frames of every clip as the model imagines them; their states (T + 1, S), of a model that
     says them (else no list); and what each step of a batch took.
@@ -273,7 +276,7 @@ def imagine(
     actions_NTA = np.stack([np.pad(plan, ((0, steps - len(plan)), (0, 0)), "edge") for plan in plans])
     frames: list[Frames] = []
     said: list[np.ndarray] = []
-    stats, world = [], World(model, temperature=temperature)
+    stats, world = [], World(model, temperature=temperature, seed=seed)
     batches = [slice(i, i + batch_size) for i in range(0, len(clips), batch_size)]
     jobs = [(rows, t) for rows in batches for t in range(steps + 1)]
     film: list[Mapping[str, np.ndarray]] = []

@@ -32,10 +32,13 @@ class World:
     def __init__(
         self, model: Model, speculative: bool = True, temperature: float = 0.0, seed: int = 0
     ) -> None:
+        model.check_world()
         self.model, self.speculative = model, speculative
         self.temperature, self.seed = temperature, seed
         self.stats: list[FrameStats] = []
         """What each step since the last reset took."""
+        self._num_drawn = 0
+        """Frames that were given a seed."""
         self._window = Window(model.device)
         self._clip = self._new_clip()
         self._codes: np.ndarray | None = None
@@ -111,7 +114,8 @@ class World:
         else:
             actions_BA = self.model.builder.statistics.encode_world_actions(actions_BA)
             self._clip.act(to_ids(actions_BA, self.model.vocab.action))
-        seeds = [self.seed + 1_000_003 * (len(self.stats) * batch + row) for row in range(batch)]
+        seeds = [self.seed + 1_000_003 * (self._num_drawn + row) for row in range(batch)]
+        self._num_drawn += batch
         guess_BN = current_BN if self.speculative else None
         self._codes, stats = self._clip.decode(guess_BN, self._window, self.temperature, seeds)
         self.stats.append(stats)
