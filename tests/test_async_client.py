@@ -120,7 +120,14 @@ def test_the_robot_moves_while_the_next_chunk_is_computed():
     answer()
     with pytest.raises(ConnectionError, match="it went away"):
         robot.act({"step": 8})
-    assert server.asked == [0, 2, 7]
+    server.is_gone = False
+    assert robot.act({"step": 9}) == [3]  # it is asked again
+    answer()
+    assert server.asked == [0, 2, 7, 9]
+    robot.act({"step": 10})
+    server.is_gone = True
+    server.may_answer.release()
+    robot.reset()  # whatever became of the last question
     robot.close()
 
 

@@ -53,6 +53,8 @@ def test_what_is_no_target_is_refused():
     for target in ([np.nan, 0], [0, 0, 0]):
         with pytest.raises(ValueError, match="expected 2 finite numbers"):
             LIMITS.clip(target, np.zeros(2))
+    with pytest.raises(ValueError, match=r"the arm is measured to be at .*nan.*: expected finite numbers"):
+        LIMITS.clip([0, 0], np.array([0, np.nan]))
     with pytest.raises(ValueError, match="expected low < high, step > 0"):
         Limits(low=[1], high=[0], step=1)
     with pytest.raises(ValueError, match="give both, workspace and position"):

@@ -85,6 +85,8 @@ class Limits:
         target = np.asarray(target, dtype=np.float64)
         if target.shape != measured.shape or not np.isfinite(target).all():
             raise ValueError(f"target {target}: expected {measured.shape[0]} finite numbers")
+        if not np.isfinite(measured).all():
+            raise ValueError(f"the arm is measured to be at {measured}: expected finite numbers")
         step = np.clip(np.clip(target, self.low, self.high) - measured, np.negative(self.step), self.step)
         shares = np.linspace(1, 0, SHARES + 1)
         farthest = self._outside(measured)

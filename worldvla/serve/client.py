@@ -17,7 +17,7 @@ A robot that must not wait asks in the background instead, once a control step:
 import contextlib
 import ssl
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Client:
         self.address, self.timeout_s = address, timeout_s
         self.metadata: dict[str, Any] = {}
         self._options: dict[str, Any] = {"compression": None, "max_size": MAX_BYTES, "proxy": None}
+        self._options["ping_interval"] = None  # a server that computes may not answer; timeout_s is for that
         if api_key:
             self._options["additional_headers"] = {"Authorization": f"Api-Key {api_key}"}
         if certificate is not None:
@@ -171,6 +172,10 @@ class Plan:
         self._chunks.append((start, np.asarray(actions)[: self.execute]))
         self.latency, self._is_asking = self._step - self._asked, False
 
+    def fail(self) -> None:
+        """Forget the last question, to which no answer will come."""
+        self._is_asking = False
+
     def act(self) -> np.ndarray | None:
         """Return the action (A,) of this step and go on to the next; None: there is none yet, nor `still`."""
         action = self.known(self._step)
@@ -231,14 +236,18 @@ class AsyncClient:
     def reset(self) -> None:
         """Begin an episode: forget the actions of the one before."""
         if self._request is not None:
-            self._request.result()  # its answer would be taken for one to this episode
+            wait([self._request])  # its answer would be taken for one to this episode
         self._request, self._plan = None, self._new_plan()
 
     def act(self, observation: Mapping[str, Any]) -> np.ndarray | None:
         """Return the action (A,) of this control step; None: nothing is known yet and `still` is None."""
         if self._request is not None and self._request.done():
-            self._plan.answer(self._request.result()["actions"])
-            self._request = None
+            answer, self._request = self._request, None
+            try:
+                self._plan.answer(answer.result()["actions"])
+            except BaseException:
+                self._plan.fail()  # raised once; the next step asks anew
+                raise
         if (committed := self._plan.question()) is not None:
             extra = {COMMITTED_KEY: committed} if len(committed) else {}
             self._request = self._thread.submit(self.client.infer, {**observation, **extra})
