@@ -87,6 +87,13 @@ class Right:
         return np.array([0.5, 0, 0, 0, 0, 0, -1], dtype=np.float32)
 
 
+class Wrong(Right):
+    """Stays where it is."""
+
+    def act(self) -> np.ndarray:
+        return 0 * super().act()
+
+
 def _collect(out: Path, **changed: Any) -> Any:
     arguments: dict[str, Any] = {"episodes": 6, "views": {"agentview": (4, 4)}, "seed": 0, "workers": 1}
     return collect(SUITE, out, tasks=(0, 2), make=Line, expert=Right, **(arguments | changed))
@@ -170,7 +177,7 @@ def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(7))
     monkeypatch.setattr("worldvla.data.collect.ProcessPoolExecutor", one_thread)
     collect(SUITE, tmp_path, tasks=(0,), episodes=1, make=Line, expert=Right)
-    regenerate([], tmp_path, {})
+    regenerate([], tmp_path / "again", {})
     assert asked == [7, 7]
     verbs = cli.collect, cli.evaluate, cli.regenerate
     assert {inspect.signature(verb).parameters["workers"].default for verb in verbs} == {0}
@@ -190,6 +197,7 @@ def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
         ({"label": -1}, "label >= 0"),
         ({"execute": 0}, "execute >= 1"),
         ({"kind": "world", "label": 2}, "no policy's targets, got label 2"),
+        ({"kind": "grasps", "policy": int}, "no policy tries grasps"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changed, message):
@@ -373,6 +381,22 @@ def test_grasps_hold_and_miss(tmp_path: Path) -> None:
             held += (width[closes + 3] > 0.015).tolist()
     assert len(held) >= 16  # two of each episode
     assert 0.25 < np.mean(held) < 0.85
+
+
+def test_a_folder_of_unknown_origin_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tasks": (0,), "episodes": 1, "workers": 1, "make": Line, "expert": Right}
+    collect(SUITE, tmp_path, **options)
+    (tmp_path / "collect.json").unlink()
+    with pytest.raises(ValueError, match=r"but not collect\.json, which says how they were made"):
+        collect(SUITE, tmp_path, **options)
+
+
+def test_what_failed_is_tried_again(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tasks": (0,), "episodes": 1, "workers": 1, "make": Line}
+    with pytest.raises(ValueError, match="mend it, or ask for less noise"):
+        collect(SUITE, tmp_path, expert=Wrong, **options)
+    collect(SUITE, tmp_path, expert=Right, **options)  # the expert is mended
+    assert facts(next(tmp_path.glob("*.hdf5")))["num_demos"] == 1
 
 
 def test_an_astray_hand_acts_beside_the_thing_and_then_recovers() -> None:

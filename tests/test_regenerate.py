@@ -76,6 +76,19 @@ def test_tokenize_regenerates_first(
     assert np.array_equal(store.actions[: len(first)], demos[0].actions)  # the pauses are gone
 
 
+def test_what_was_no_target_becomes_none(demos: list[Any], tmp_path: Path) -> None:
+    whole = demos[0]
+    is_expert, labels = np.arange(len(whole)) % 3 > 0, np.repeat(whole.actions[:, None], 5, 1)
+    order = np.sort(np.concatenate([np.arange(len(whole)), np.repeat(np.arange(5), 2)]))
+    told = replace(with_pauses(replace(whole, is_expert=is_expert)), expert_actions=labels[order])
+    source = write(tmp_path / "some_demo.hdf5", [told])
+    regenerate([source], tmp_path / "out", {"agentview": (24, 24)})
+    (again,) = read_episodes(tmp_path / "out/some_demo.hdf5")
+    assert np.array_equal(again.actions, whole.actions)
+    assert np.array_equal(again.is_expert, is_expert)
+    assert np.array_equal(again.expert_actions, labels)
+
+
 def test_no_ops_go_and_failures_are_counted(demos: list[Any], tmp_path: Path) -> None:
     cut = {name: getattr(demos[2], name)[:4] for name in ("actions", "states", "sim_states", "is_expert")}
     failing = replace(demos[2], **cut, images={v: f[:4] for v, f in demos[2].images.items()})

@@ -25,9 +25,11 @@ from token_stubs import PixelSums
 
 from worldvla.cli import main
 from worldvla.config import ImageTokenizerConfig
-from worldvla.data.episode import Episode
+from worldvla.data.collect import collect
+from worldvla.data.episode import Episode, read_episodes, write_episodes
 from worldvla.data.export import export_lerobot
-from worldvla.data.sources import open_source
+from worldvla.data.sources import lerobot, open_source
+from worldvla.data.sources.hdf5 import open_files
 from worldvla.data.sources.source import Names
 from worldvla.data.sources.summary import consistency, summary
 from worldvla.data.store import TokenStore, write_store
@@ -413,6 +415,17 @@ def test_an_exported_set_is_read_again_as_it_was(tmp_path: Path, pictures: str):
     assert main(["export-dataset", str(GENUINE), "--out", str(out)]) == 2
 
 
+def test_pictures_of_two_sizes_are_exported_apart(tmp_path: Path):
+    collect("tabletop_object", tmp_path / "demos", episodes=1, tasks=(0, 1), workers=1)
+    first, second = sorted((tmp_path / "demos").glob("*.hdf5"))
+    (episode,) = read_episodes(second)
+    small = {view: frames[:, ::2, ::2].copy() for view, frames in episode.images.items()}
+    second.unlink()
+    write_episodes(second, [replace(episode, images=small)], {})
+    with pytest.raises(ValueError, match=r"episode 1 .* has pictures .*: export them apart"):
+        export_lerobot(open_files(tmp_path / "demos", [first, second]), tmp_path / "out")
+
+
 @pytest.mark.parametrize("frame", [0, 10, 29])
 def test_a_damaged_video_names_the_frame(tmp_path: Path, frame: int):
     """Bytes that are lost, which an H.264 decoder would paint over. Later episodes are read."""
@@ -497,6 +510,22 @@ def test_tokenising_again_encodes_only_what_changed(root: Path, tmp_path: Path):
     assert len(TokenStore.open(out)) == 90
     store = tokenize_source(open_source(root), tokenizer, out, skip_bad=True)
     assert (len(store), store.manifest["source"]["skipped"]["count"]) == (30, 2)
+
+
+def test_other_words_make_another_store(root: Path, tmp_path: Path):
+    store = tokenize_source(open_source(root), PixelSums(), tmp_path / "store")
+    tasks = pq.read_table(root / "meta/tasks.parquet")
+    at = tasks.column_names.index("__index_level_0__")
+    words = pa.array([f"gently {word}" for word in tasks.column(at).to_pylist()])
+    changed = tasks.set_column(at, tasks.column_names[at], words)
+    pq.write_table(changed.replace_schema_metadata(tasks.schema.metadata), root / "meta/tasks.parquet")
+    again = tokenize_source(open_source(root), PixelSums(), tmp_path / "store")
+    assert [e.instruction for e in again.episodes] == [f"gently {e.instruction}" for e in store.episodes]
+
+
+@pytest.mark.parametrize("shape", [[96, 128, 3], [3, 96, 128]])
+def test_channels_may_come_first(shape: list[int]):
+    assert lerobot._size({"shape": shape, "names": None}) == (96, 128, 3)
 
 
 def test_a_set_without_its_tasks_says_so(root: Path):

@@ -371,7 +371,7 @@ def test_what_does_not_fit_into_a_store_is_named_before_anything_is_encoded(tmp_
         write_episodes(tmp_path / f"{i}_demo.hdf5", [episode], {})
     lines = (
         r"4 faults: .*1_demo.*: wrist has pictures of 2x2 pixels, those before it 4x4: use one size; "
-        r".*2_demo.*: lacks views \['wrist'\], has \['agentview'\]; "
+        r".*2_demo.*: has views \['agentview'\], those before it \['agentview', 'wrist'\]: use stores .*; "
         r".*3_demo.*: agentview has pictures of 5x6 pixels, the image tokenizer needs multiples of 2: .*; "
         r".*4_demo.*: has 2 expert actions a step, those before it 0"
     )

@@ -189,7 +189,10 @@ def _act(checkpoint: str) -> Callable[[Any], Any]:
     from worldvla.infer.policy import Policy
 
     torch.set_num_threads(1)
-    return Policy(load(checkpoint)).act
+    model = load(checkpoint)
+    if (history := model.config.layout.history) > 1:
+        raise ValueError(f"{checkpoint} looks at {history} frames: one of a single frame can drive")
+    return Policy(model).act
 
 
 def _open_cluster(address: str, unit: Literal["core", "node", "gpu"], per_node: int = 0) -> Any:
@@ -232,7 +235,7 @@ def collect(
     views: Views = (),
     seed: int = 0,
     workers: Workers = 0,
-    noise: float = 0.15,
+    noise: float | None = None,
     label: int = 0,
     policy: Path | None = None,
     execute: int = 3,
@@ -249,7 +252,7 @@ def collect(
         episodes: Episodes of each task: successful ones, of world data of any end.
         views: Cameras as NAME=ROWSxCOLUMNS in pixels. Default: agentview=64x64 wrist=32x32 of tabletop;
             128x128 both of LIBERO, as its own files (the shipped model: agentview=128x128 wrist=64x64).
-        noise: Expected share of perturbed steps, from which the expert recovers.
+        noise: Share of perturbed steps, about, from which the expert recovers. Default: 0.15.
         label: U: also store the expert's next U actions at every visited state. With it, every frame is a
             clean policy target.
         policy: A checkpoint that drives, the expert taking over for stretches and at last (DAgger);
@@ -259,6 +262,8 @@ def collect(
     _warn_of_versions(suite)
     if policy is not None and not label and kind == "demonstrations":
         raise ValueError("--policy without --label U teaches nothing: its own actions are no targets")
+    if noise is not None and (policy is not None or kind != "demonstrations"):
+        raise ValueError("--noise is of demonstrations of the expert: leave it out")
     out = out or Path("out/demos") / suite
     with only_writer(out):
         from worldvla.data.collect import collect
@@ -266,7 +271,8 @@ def collect(
 
         sizes = _views(views) or dict(find_suite(suite).rules.demonstrations)
         options: dict[str, Any] = {"kind": kind, "episodes": episodes, "tasks": tasks, "views": sizes}
-        options |= {"seed": seed, "workers": workers, "noise": noise, "label": label, "execute": execute}
+        options |= {"seed": seed, "workers": workers, "label": label, "execute": execute}
+        options |= {} if noise is None else {"noise": noise}
         if policy is not None:
             from worldvla.model.weights import find_checkpoint, weights_digest
             from worldvla.published.hub import locate
@@ -662,18 +668,17 @@ class Planning:
     """Checkpoint of the world model to plan in."""
     judge: Path | None = None
     """judge.safetensors that `worldvla rank` or `improve` left, of the same world model."""
-    temperature: float = 1.0
-    """Of the chunks that are drawn, all but the likeliest."""
-    ahead: int = 1
-    """Chunks that are imagined, after the drawn one what the policy would do next."""
-    dtype: WorldType = "float32"
+    temperature: float | None = None
+    """Of the chunks that are drawn, all but the likeliest. Default: 1."""
+    ahead: int | None = None
+    """Chunks that are imagined, after the drawn one what the policy would do next. Default: 1."""
+    dtype: WorldType | None = None
 
     def options(self) -> dict[str, Any]:
         """Return those of `open_actor`, which refuses what an actor would ignore."""
+        dtype = self.dtype and _decided(self.dtype)
         options = {"plan": self.plan or None, "world": self.world, "judge": self.judge}
-        if self.plan:
-            options |= {"temperature": self.temperature, "ahead": self.ahead, "dtype": _decided(self.dtype)}
-        return options
+        return options | {"temperature": self.temperature, "ahead": self.ahead, "dtype": dtype}
 
 
 def evaluate(

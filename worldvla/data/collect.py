@@ -166,6 +166,11 @@ class Job:
     parts: Path
     """Folder of the episodes, `<attempt>.hdf5`, and the empty `<attempt>.failed`, until they are merged."""
 
+    def forget_failures(self) -> None:
+        """Let the attempts that failed be made again, once what made them fail is mended."""
+        for part in self.parts.glob("*.failed"):
+            part.unlink()
+
     def done(self) -> tuple[list[int], list[int]]:
         """Return the numbers of the attempts that succeeded and of those that failed."""
         good, bad = (sorted(int(p.stem) for p in self.parts.glob(f"*.{end}")) for end in ("hdf5", "failed"))
@@ -257,6 +262,11 @@ def guard(path: Path, arguments: dict[str, Any]) -> Iterator[None]:
     """
     with only_writer(path.parent):
         is_begun = any(p.suffix in (".hdf5", ".failed") for p in path.parent.rglob("*"))
+        if not path.exists() and any(path.parent.glob("*.hdf5")):
+            raise ValueError(
+                f"{path.parent} holds demonstrations, but not {path.name}, which says how they were made: "
+                "choose another directory"
+            )
         if not (path.exists() and is_begun):
             write_json(path, arguments)
         if changed := differing(read_json(path), arguments):
@@ -355,6 +365,8 @@ def collect(
     if label < 0 or execute < 1:
         raise ValueError(f"expected label >= 0 and execute >= 1 steps, got {label} and {execute}")
     is_world = kind != "demonstrations"
+    if kind == "grasps" and policy:
+        raise ValueError("no policy tries grasps: leave it out, or take kind world")
     if is_world and label:
         raise ValueError(f"world data are no policy's targets, got label {label}: leave it out")
     if make is sim.make:
@@ -380,6 +392,7 @@ def _finish(job: Job, task: Task, arguments: dict[str, Any]) -> None:
     """Merge a task's parts; too few of them raise ValueError."""
     good, bad = job.done()
     if len(good) < job.wanted:
+        job.forget_failures()
         raise ValueError(
             f"{task.suite} task {task.index} ({task.instruction}): the expert failed {len(bad)} times for "
             f"{job.wanted} wanted episodes; mend it, or ask for less noise"

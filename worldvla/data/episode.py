@@ -250,7 +250,7 @@ def read_demos(path: Path, images: bool = True) -> Iterator[tuple[str, Episode |
             data = _at(file, "data")
             if not isinstance(data, h5py.Group):
                 raise ValueError(f"it has no group 'data', only {sorted(file)[:10]}")
-            names = [str(name) for name in data if re.fullmatch(r"demo_\d+", str(name))]
+            names = _demos(data)
             names.sort(key=lambda name: int(name.removeprefix("demo_")))
             if not names:
                 raise ValueError("it holds no demonstrations (data/demo_0, ...)")
@@ -272,7 +272,11 @@ def read_demos(path: Path, images: bool = True) -> Iterator[tuple[str, Episode |
 def count_episodes(path: Path) -> int:
     """Return the number of episodes in a file without reading them."""
     with reading(path, "robomimic file"), h5py.File(path) as file:
-        return len(_at(file, "data"))
+        return len(_demos(_at(file, "data")))
+
+
+def _demos(data: Any) -> list[str]:
+    return [str(name) for name in data if re.fullmatch(r"demo_\d+", str(name))]
 
 
 def control_rate(path: Path) -> float | None:

@@ -78,6 +78,11 @@ class _Writer:
         """Of each camera, how often each level of each channel was seen."""
 
     def add(self, episode: Episode) -> None:
+        given = {view: images.shape[1:3] for view, images in episode.images.items()}
+        wanted = {view: (camera.rows, camera.cols) for view, camera in self.source.cameras.items()}
+        if given != wanted:
+            name = f"episode {len(self.rows)} ({episode.suite}, {episode.task})"
+            raise ValueError(f"{name} has pictures {given}, the first one {wanted}: export them apart")
         start, length = sum(row["length"] for row in self.rows), len(episode)
         task = self.tasks.setdefault(episode.instruction, len(self.tasks))
         steps = np.arange(length)

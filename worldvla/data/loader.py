@@ -220,6 +220,9 @@ class Loader:
 
     def sample(self, frame: int, mode: Mode) -> Sample:
         """Return the sample that starts at a frame (counted over all stores), unpadded and never cut."""
+        left = int(frame_spans(self.stores)[1][frame]) - frame
+        if mode == "world" and left <= (clip := self.builder.layout.clip):
+            raise ValueError(f"frame {frame}: its episode goes on for {left - 1} steps, a clip has {clip}")
         table = np.zeros((len(ROWS), len(self.frames.template(frame, mode))), dtype=np.int64)
         self.frames.fill(table, frame, mode)
         return Sample(**{name: table[k].astype(DTYPES[name]) for k, name in enumerate(ROWS)})

@@ -7,7 +7,7 @@ are dropped, so is what no longer succeeds, and both are counted. Stopped, the s
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,12 @@ class _Attempt:
 
     def __call__(self, number: int) -> Episode | None:
         episode = next(itertools.islice(read_episodes(self.path, images=False), number, None))
-        return play(_environment(episode, self.views), episode, kept_actions(episode))
+        if played := play(_environment(episode, self.views), episode, kept_actions(episode)):
+            rows = np.flatnonzero(~is_no_op(episode.actions))[: len(played)]
+            labels = episode.expert_actions
+            labels = labels if labels is None else labels[rows]
+            return replace(played, is_expert=episode.is_expert[rows], expert_actions=labels)
+        return None
 
 
 def regenerate(
@@ -160,6 +165,7 @@ def _finish(job: Job, digest: str) -> None:
     attempt: Any = job.attempt
     path, (good, bad) = attempt.path, job.done()
     if not good:
+        job.forget_failures()
         wrong = [*wrong_pictures(path), *inverted_gripper(path)]
         why = "; ".join(wrong) or "were they made with another version of the simulator?"
         raise ValueError(f"{path}: none of {len(bad)} demonstrations succeeds again; {why}")

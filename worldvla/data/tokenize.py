@@ -152,8 +152,8 @@ class _Alike:
                 )
         if not self.sizes:
             self.sizes, self.label = sizes, label
-        if missing := sorted(self.sizes.keys() - sizes.keys()):
-            return f"lacks views {missing}, has {sorted(sizes)}"
+        if sizes.keys() != self.sizes.keys():
+            return f"has views {sorted(sizes)}, those before it {sorted(self.sizes)}: use stores of their own"
         for view, (rows, cols) in self.sizes.items():
             if sizes[view] != (rows, cols):
                 got = "x".join(map(str, sizes[view]))

@@ -1,5 +1,6 @@
 """Config -> what a run is made of: text tokenizer, statistics, vocabulary, sample builder, loader, model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -144,6 +145,7 @@ def build(config: Config) -> Pieces:
     compact_vocab = partial(compact, image.num_codes, text.size, image_last=bool(levels))
     vocab = chameleon() if config.vocab == "chameleon" else compact_vocab()
     builder = SampleBuilder(config.layout, vocab, text, statistics)
+    _check_features(stores, config.data.datasets)
     loader = Loader(stores, builder, config.data, config.train.batch_size, config.train.seed)
     base = weights_digest(source) if lora.rank else ""
     return Pieces(config, image, text, statistics, vocab, builder, loader, base)
@@ -249,6 +251,19 @@ def action_scale(pieces: Pieces) -> ActionScale:
 def _features(store: TokenStore) -> dict[str, Any]:
     names = ("fps", "action", "action_names", "state", "state_names", "delta", "cameras", "repo", "revision")
     return {name: store.manifest["source"][name] for name in names if name in store.manifest["source"]}
+
+
+def _check_features(stores: Sequence[TokenStore], datasets: Sequence[str]) -> None:
+    """Raise ValueError where the numbers of two stores of one dataset mean different things."""
+    first: dict[str, TokenStore] = {}
+    for store, dataset in zip(stores, datasets or [""] * len(stores), strict=True):
+        other, told = first.setdefault(dataset, store), _features(store)
+        for name in ("action_names", "state_names", "delta"):
+            if (here := told.get(name)) != (there := _features(other).get(name)):
+                raise ValueError(
+                    f"{store.path} has {name} {here}, {other.path} {there}: tokenize them alike, or give "
+                    "each a name of its own in data.datasets"
+                )
 
 
 def _init_statistics(

@@ -108,7 +108,13 @@ def open_lerobot(path: Path, names: Names) -> Source:
         )
     _check_counts(path, info, rows)
     reader = _Reader(path, float(fps), features, plan, rows, tasks)
-    files = dict.fromkeys([path / "meta/info.json", *(row.data for row in rows)])
+    words = [
+        *path.glob("meta/tasks.*"),
+        *path.glob("meta/episodes*"),
+        *path.glob("meta/episodes/*/*.parquet"),
+    ]
+    files = dict.fromkeys([path / "meta/info.json", *sorted(filter(Path.is_file, words))])
+    files |= dict.fromkeys(row.data for row in rows)
     files |= dict.fromkeys(video.path for row in rows for video in row.videos.values())
     return plan.source(
         path=path,
@@ -131,9 +137,8 @@ def _units(feature: dict[str, Any]) -> str:
 def _size(feature: dict[str, Any]) -> tuple[int, int, int]:
     """Return rows, columns and channels of a camera, whose axes are in any order."""
     shape, names = feature["shape"], feature.get("names") or ()
-    channels_first = (
-        str(names[0]).startswith("channel") if names else shape[0] in (1, 3) != shape[-1] in (1, 3)
-    )
+    first, last = (shape[i] in (1, 3) for i in (0, -1))
+    channels_first = str(names[0]).startswith("channel") if names else first and not last
     channels, rows, cols = shape if channels_first else (shape[2], *shape[:2])
     return rows, cols, channels
 
