@@ -285,7 +285,8 @@ def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) ->
     np.testing.assert_array_equal(asked[0][4], dreamt)
     assert actor.timing()["ms_a_decision"] > 0
     asked.clear()
-    actor.judge.value = lambda codes, *_: np.arange(len(codes))  # the last that was drawn
+    last_drawn: Any = lambda codes, *_: np.arange(len(codes))  # noqa: E731
+    actor.judge.value = last_drawn
     alone, together = actor.act(queries[1:]), actor.act(queries)
     np.testing.assert_array_equal(alone[0], together[1])  # whoever else waits
     actor.judge.value = value  # pyright: ignore

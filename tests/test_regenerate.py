@@ -84,6 +84,7 @@ def test_what_was_no_target_becomes_none(demos: list[Any], tmp_path: Path) -> No
     source = write(tmp_path / "some_demo.hdf5", [told])
     regenerate([source], tmp_path / "out", {"agentview": (24, 24)})
     (again,) = read_episodes(tmp_path / "out/some_demo.hdf5")
+    assert again.expert_actions is not None
     assert np.array_equal(again.actions, whole.actions)
     assert np.array_equal(again.is_expert, is_expert)
     assert np.array_equal(again.expert_actions, labels)

@@ -422,8 +422,10 @@ def test_pictures_of_two_sizes_are_exported_apart(tmp_path: Path):
     small = {view: frames[:, ::2, ::2].copy() for view, frames in episode.images.items()}
     second.unlink()
     write_episodes(second, [replace(episode, images=small)], {})
+    source = open_files(tmp_path / "demos", [first, second])
+    assert source is not None
     with pytest.raises(ValueError, match=r"episode 1 .* has pictures .*: export them apart"):
-        export_lerobot(open_files(tmp_path / "demos", [first, second]), tmp_path / "out")
+        export_lerobot(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("frame", [0, 10, 29])
