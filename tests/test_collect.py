@@ -197,7 +197,7 @@ def test_there_is_a_worker_for_each_core(tmp_path, monkeypatch):
         ({"label": -1}, "label >= 0"),
         ({"execute": 0}, "execute >= 1"),
         ({"kind": "world", "label": 2}, "no policy's targets, got label 2"),
-        ({"kind": "grasps", "policy": int}, "no policy tries grasps"),
+        ({"kind": "grasps", "policy": int}, "kind grasps has no policy"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, changed, message):

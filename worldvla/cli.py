@@ -191,7 +191,7 @@ def _act(checkpoint: str) -> Callable[[Any], Any]:
     torch.set_num_threads(1)
     model = load(checkpoint)
     if (history := model.config.layout.history) > 1:
-        raise ValueError(f"{checkpoint} looks at {history} frames: one of a single frame can drive")
+        raise ValueError(f"{checkpoint} looks at {history} frames: give one that looks at a single frame")
     return Policy(model).act
 
 
@@ -246,8 +246,8 @@ def collect(
     Args:
         suite: For example tabletop_object; `worldvla --help` lists all.
         kind: world: gross noise, grasps beside the things, aimless play and, with --policy, its rollouts;
-            failures are kept, no step is a policy's target. grasps: the same, of hands that close on
-            things and beside them, again and again.
+            failures are kept, no step is a policy's target. grasps: world data of hands that
+            close on things and beside them, again and again.
         out: Directory of the files. Default: out/demos/SUITE.
         episodes: Episodes of each task: successful ones, of world data of any end.
         views: Cameras as NAME=ROWSxCOLUMNS in pixels. Default: agentview=64x64 wrist=32x32 of tabletop;
@@ -263,7 +263,7 @@ def collect(
     if policy is not None and not label and kind == "demonstrations":
         raise ValueError("--policy without --label U teaches nothing: its own actions are no targets")
     if noise is not None and (policy is not None or kind != "demonstrations"):
-        raise ValueError("--noise is of demonstrations of the expert: leave it out")
+        raise ValueError("--noise is only for demonstrations of the expert: leave it out")
     out = out or Path("out/demos") / suite
     with only_writer(out):
         from worldvla.data.collect import collect
@@ -671,7 +671,7 @@ class Planning:
     temperature: float | None = None
     """Of the chunks that are drawn, all but the likeliest. Default: 1."""
     ahead: int | None = None
-    """Chunks that are imagined, after the drawn one what the policy would do next. Default: 1."""
+    """Chunks to imagine: the drawn one, and then what the policy would do next. Default: 1."""
     dtype: WorldType | None = None
 
     def options(self) -> dict[str, Any]:

@@ -366,7 +366,7 @@ def collect(
         raise ValueError(f"expected label >= 0 and execute >= 1 steps, got {label} and {execute}")
     is_world = kind != "demonstrations"
     if kind == "grasps" and policy:
-        raise ValueError("no policy tries grasps: leave it out, or take kind world")
+        raise ValueError("kind grasps has no policy: leave it out, or collect kind world")
     if is_world and label:
         raise ValueError(f"world data are no policy's targets, got label {label}: leave it out")
     if make is sim.make:

@@ -1,8 +1,8 @@
 """A policy that thinks first: draw some chunks, imagine each, execute the one whose end is nearest success.
 
-The world model imagines each, and if asked what the policy would do after it; a judge (eval/judge.py) says
-how near success the last codes are. Dims: B
-observations, N chunks of each, U actions of a chunk, A action dims.
+The world model imagines the codes of each and, if asked, of what the policy would do after it; a judge
+(eval/judge.py) says how near success the last ones are. Dims: B observations, N chunks of each, U actions of
+a chunk, A action dims.
 """
 
 import math
@@ -21,9 +21,9 @@ from worldvla.infer.world import World
 
 
 class PlanningActor(ModelActor):
-    """`chunks`: N, the likeliest chunk and N - 1 drawn, at `temperature`. `ahead`: chunks that are imagined,
-    after the first the likeliest. `judge`: weights that `worldvla rank` or `improve` left, which fit `world`.
-    `dtype` of the world model's transformer."""
+    """`chunks`: N, the likeliest chunk and N - 1 drawn, at `temperature`. `ahead`: how many chunks are
+    imagined; those after the first are the likeliest. `judge`: weights that `worldvla rank` or `improve`
+    left, which fit `world`. `dtype` of the world model's transformer."""
 
     name = "planning"
 
