@@ -302,6 +302,31 @@ def test_a_rollout_is_the_same_beside_others_and_when_rows_leave(trained: Path, 
         np.testing.assert_array_equal(world.current(), expected[rows, t])
 
 
+def test_what_stands_still_becomes_part_of_the_anchor(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first clip's end on, a world goes on as one whose anchor has these codes from the start."""
+    monkeypatch.setattr("worldvla.infer.world.STILL", 2)
+    model = load(trained)
+    if not model.config.layout.anchor:
+        return
+    rng, stores = np.random.default_rng(0), build(model.config).loader.stores
+    frames = {v: rng.integers(0, 256, (3, *s, 3), dtype=np.uint8) for v, s in model.view_sizes.items()}
+    world, num_states = World(model), model.config.layout.num_state_dims
+    world.reset({**frames, "state": stores[0].states[:3]})
+    seen, actions = [world.current()], rng.uniform(-1, 1, (3, 3, 7)).astype(np.float32)
+    for action in actions[:2]:
+        world.advance(action)
+        seen.append(world.current())
+    is_still = (seen[0] == seen[1]) & (seen[1] == seen[2])
+    assert 0 < is_still[:, num_states:].mean() < 1
+    stays = World(model)
+    stays.begin(np.where(is_still, seen[2], seen[0])[:, num_states:], seen[0][:, :num_states])
+    stays._codes = seen[2]
+    for one in (world, stays):
+        one.keep(np.array([0, 2]))
+        one.advance(actions[2, [0, 2]])
+    np.testing.assert_array_equal(world.current(), stays.current())
+
+
 def test_a_world_of_states_needs_one_to_begin(trained: Path) -> None:
     model = load(trained)
     frame = {v: np.zeros((*s, 3), np.uint8) for v, s in model.view_sizes.items()}

@@ -298,12 +298,21 @@ def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) ->
         world.step(action)
     dreamt = np.concatenate([grid.reshape(-1) for grid in world.codes.values()])
     np.testing.assert_array_equal(asked[1][4], dreamt)
+    actor.ahead, actor.temperature, actor.spread = 1, 0, 0.2
+    shift = np.array(actor.act(queries)[0]) - greedy
+    np.testing.assert_allclose(shift[:, :3], shift[:1, :3] * np.ones((3, 1)), atol=1e-6)  # all alike
+    assert np.abs(shift[0, :3]).min() > 1e-3
+    assert (shift[:, 3:] == 0).all()
     with pytest.raises(ValueError, match="the judge knows no tabletop_goal"):
         actor.act([Query(sim.tasks("tabletop_goal")[0], 0, 0, seen)])
     with pytest.raises(ValueError, match="at least 2 chunks, got 1"):
         PlanningActor(MODEL, MODEL, tmp_path / "judge.safetensors", 1)
-    with pytest.raises(ValueError, match="--temperature > 0, got 1 and 0"):
+    with pytest.raises(ValueError, match="would be the same"):
         PlanningActor(MODEL, MODEL, tmp_path / "judge.safetensors", 4, temperature=0)
+    with pytest.raises(ValueError, match="from 0 on, got 1, 0 and -1"):
+        PlanningActor(MODEL, MODEL, tmp_path / "judge.safetensors", 4, temperature=0, spread=-1)
+    with pytest.raises(ValueError, match="give all three"):
+        open_actor(str(MODEL), SUITE, spread=0.5)
     with pytest.raises(ValueError, match="give all three"):
         open_actor(str(MODEL), SUITE, temperature=0.5)
     with pytest.raises(ValueError, match="give all three"):

@@ -13,19 +13,22 @@ import pytest
 import torch
 from tiny_run import tiny_config, write_tiny
 
-from paper import average, closings, grow, noisy, run, scaling
+from paper import average, closings, grow, noisy, planning, run, scaling
 from paper.ablations import ROWS, SCALED, config_of
 from paper.records import Records, paired, read_folder, write
 from paper.tables import ROOT, TABLES, effect, fill
 from worldvla.config import Config, from_json, to_json
 from worldvla.data.collect import collect
 from worldvla.data.episode import read_episodes
+from worldvla.eval.actors import Query
 from worldvla.eval.compare import compare
+from worldvla.eval.judge import Judge
 from worldvla.eval.stats import Pairs, count
 from worldvla.files import read_json, write_json
 from worldvla.infer.model import export, load
 from worldvla.model.weights import empty_model
 from worldvla.recipes import recipe
+from worldvla.sim import suites
 from worldvla.train.build import build, build_model
 from worldvla.train.loop import train
 
@@ -261,6 +264,35 @@ def test_an_average_lies_between_its_checkpoints(tmp_path: Path) -> None:
         assert torch.allclose(tensor, expected, atol=0.01, rtol=0.01)
     with pytest.raises(ValueError, match="expected a share from 0 to 1, got 2"):
         average.main(ROOT / "worldvla/assets/tabletop", weak, tmp_path / "none", share=2)
+
+
+def test_chunks_are_tried_in_the_simulator(tmp_path: Path) -> None:
+    """What the judge is shown is what the chunks lead to, and what is chosen is executed."""
+    task, model = suites.tasks("tabletop_object")[0], load("tabletop")
+    untaught = Judge(model, [task], np.zeros(8, np.float32), np.ones(8, np.float32))
+    untaught.save(
+        tmp_path / "judge.safetensors", {"made_of": {"tokenizer": model.image.digest()}, "errors": {}}
+    )
+    actor = planning.Rehearsal("tabletop", "tabletop", tmp_path / "judge.safetensors", 3, spread=0.2)
+    shown: list[np.ndarray] = []
+
+    def value(*given: np.ndarray) -> np.ndarray:
+        shown.append(given[3])
+        return np.array([0.0, 1.0, 0.5])
+
+    actor.judge.value = value  # pyright: ignore
+    env = suites.make(task, model.view_sizes)
+    observation = env.reset(options={"init": 0})[0]
+    for step in (0, 5):
+        query = Query(task, 0, step, {**observation, "instruction": task.instruction})
+        (chosen,) = actor.act([query])
+        assert chosen is not None
+        for action in chosen:
+            observation = env.step(action)[0]
+        np.testing.assert_allclose(shown[-1][1], observation["state"], atol=1e-6)
+    elsewhere = {**observation, "instruction": task.instruction, "state": observation["state"] + 0.01}
+    with pytest.raises(ValueError, match="went astray"):
+        actor.act([Query(task, 0, 10, elsewhere)])
 
 
 def test_of_each_closing_hand_it_is_asked_whether_it_holds(tmp_path: Path) -> None:

@@ -670,6 +670,9 @@ class Planning:
     """judge.safetensors that `worldvla rank` or `improve` left, of the same world model."""
     temperature: float | None = None
     """Of the chunks that are drawn, all but the likeliest. Default: 1."""
+    spread: float | None = None
+    """Lead each drawn chunk elsewhere: one random vector of this size, in the units of actions, is added to
+    the first three dims of all its actions. Default: 0."""
     ahead: int | None = None
     """Chunks to imagine: the drawn one, and then what the policy would do next. Default: 1."""
     dtype: WorldType | None = None
@@ -678,7 +681,8 @@ class Planning:
         """Return those of `open_actor`, which refuses what an actor would ignore."""
         dtype = self.dtype and _decided(self.dtype)
         options = {"plan": self.plan or None, "world": self.world, "judge": self.judge}
-        return options | {"temperature": self.temperature, "ahead": self.ahead, "dtype": dtype}
+        how = {name: getattr(self, name) for name in ("temperature", "spread", "ahead")}
+        return options | how | {"dtype": dtype}
 
 
 def evaluate(

@@ -21,9 +21,11 @@ from worldvla.infer.world import World
 
 
 class PlanningActor(ModelActor):
-    """`chunks`: N, the likeliest chunk and N - 1 drawn, at `temperature`. `ahead`: how many chunks are
-    imagined; those after the first are the likeliest. `judge`: weights that `worldvla rank` or `improve`
-    left, which fit `world`. `dtype` of the world model's transformer."""
+    """`chunks`: N, the likeliest chunk and N - 1 drawn, at `temperature`; 0: all the likeliest. `spread`:
+    standard deviation, in the units of actions, of one vector that is added to the first three dims of all
+    actions of a drawn chunk, so that it leads elsewhere. `ahead`: how many chunks are imagined; those after
+    the first are the likeliest. `judge`: weights that `worldvla rank` or `improve` left, which fit `world`.
+    `dtype` of the world model's transformer."""
 
     name = "planning"
 
@@ -34,6 +36,7 @@ class PlanningActor(ModelActor):
         judge: Path,
         chunks: int,
         temperature: float = 1.0,
+        spread: float = 0.0,
         ahead: int = 1,
         dtype: str = "float32",
         seed: int = 0,
@@ -42,9 +45,14 @@ class PlanningActor(ModelActor):
         super().__init__(checkpoint, **options)
         if chunks < 2:
             raise ValueError(f"planning chooses among at least 2 chunks, got {chunks}")
-        if ahead < 1 or not 0 < temperature < math.inf:
-            raise ValueError(f"expected --ahead >= 1 and --temperature > 0, got {ahead} and {temperature}")
-        self.temperature, self.ahead = temperature, ahead
+        if ahead < 1 or not (0 <= temperature < math.inf and 0 <= spread < math.inf):
+            raise ValueError(
+                "expected --ahead >= 1 and --temperature and --spread from 0 on, got "
+                f"{ahead}, {temperature} and {spread}"
+            )
+        if not (temperature or spread):
+            raise ValueError("all chunks would be the same: give a --temperature or a --spread above 0")
+        self.temperature, self.spread, self.ahead = temperature, spread, ahead
         self.world, self.dtype = load(world, dtype=getattr(torch, dtype)), dtype
         self.chunks = chunks
         self.judge, self._facts = Judge.load(judge, self.world)
@@ -62,9 +70,27 @@ class PlanningActor(ModelActor):
         drawn = [o for o in observations for _ in range(self.chunks - 1)]
         seeds = [n for query in queries for n in self._seeds(query)]
         likeliest = np.stack([actions for actions in super().act(queries) if actions is not None])
-        others = self._policy.act(drawn, self.temperature, seeds)[:, : self.execute]
+        if self.temperature:
+            others = self._policy.act(drawn, self.temperature, seeds)[:, : self.execute]
+        else:
+            others = np.repeat(likeliest, self.chunks - 1, axis=0)
+        if self.spread:
+            shifts = np.stack([np.random.default_rng(seed).normal(0, self.spread, (1, 3)) for seed in seeds])
+            others = others + np.pad(shifts, ((0, 0), (0, 0), (0, others.shape[2] - 3))).astype(np.float32)
+            others = np.clip(others, -1, 1)
         plans = np.concatenate((likeliest[:, None], others.reshape(len(queries), -1, *others.shape[1:])), 1)
-        world, (_, _, length, _) = World(self.world), plans.shape
+        value = self._values(queries, plans, first, numbers)
+        best = value.reshape(len(queries), -1).argmax(1)
+        self.seconds += time.perf_counter() - began
+        self.decisions += len(queries)
+        return list(plans[np.arange(len(queries)), best])
+
+    def _values(
+        self, queries: Sequence[Query], plans: np.ndarray, first: np.ndarray, numbers: np.ndarray
+    ) -> np.ndarray:
+        """Return how near success the end of each of `plans` (B, N, U, A) is, (B N,)."""
+        observations = [query.observation for query in queries]
+        world, length = World(self.world), plans.shape[2]
         world.reset(
             {name: np.stack([o[name] for o in observations]) for name in (*self.world.view_sizes, "state")}
         )
@@ -75,11 +101,7 @@ class PlanningActor(ModelActor):
                 actions = self._policy.act(self._imagined(world, queries, first, numbers))[:, :length]
             for t in range(length):
                 world.advance(actions[:, t])
-        value = self.judge.value(codes_of(world), first, numbers, world.state)
-        best = value.reshape(len(queries), -1).argmax(1)
-        self.seconds += time.perf_counter() - began
-        self.decisions += len(queries)
-        return list(plans[np.arange(len(queries)), best])
+        return self.judge.value(codes_of(world), first, numbers, world.state)
 
     def _imagined(
         self, world: World, queries: Sequence[Query], first: np.ndarray, numbers: np.ndarray
@@ -116,6 +138,7 @@ class PlanningActor(ModelActor):
         plan = {
             "chunks": self.chunks,
             "temperature": self.temperature,
+            **({"spread": self.spread} if self.spread else {}),
             "ahead": self.ahead,
             "dtype": self.dtype,
             "judge": self._facts["errors"],

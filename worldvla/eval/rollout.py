@@ -257,6 +257,7 @@ TAKES: dict[str, set[str]] = {
         "world",
         "judge",
         "temperature",
+        "spread",
         "ahead",
         "dtype",
     },
@@ -288,7 +289,9 @@ def open_actor(name: str, suite: str, seed: int = 0, **options: Any) -> Actor:
         from worldvla.eval.remote import RemoteActor
 
         return RemoteActor(name, suite, **used)
-    how = {option: used.pop(option) for option in ("temperature", "ahead", "dtype") if option in used}
+    how = {
+        option: used.pop(option) for option in ("temperature", "spread", "ahead", "dtype") if option in used
+    }
     plan = {option: used.pop(option, None) for option in ("plan", "world", "judge")}
     if not any((*plan.values(), *how)):
         return ModelActor(name, **used)

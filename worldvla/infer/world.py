@@ -20,6 +20,9 @@ from worldvla.infer.model import Model
 from worldvla.vocab import to_ids
 
 Frame = dict[str, np.ndarray]
+STILL = 8
+"""Steps for which a cell of the frame keeps its code before the next clip finds it in its anchor: what was
+put down stays where it is."""
 
 
 class World:
@@ -44,7 +47,9 @@ class World:
         self._codes: np.ndarray | None = None
         """Of the current frames, (B, S + N): their states', if the model says them, and views'."""
         self._anchor = np.zeros((0, 0), dtype=np.int64)
-        """Image codes of the frames that they began from, (B, N)."""
+        """Image codes of the frames that they began from, (B, N), and of what has stood still since."""
+        self._still = np.zeros((0, 0), dtype=np.int64)
+        """For how many steps each of them has not changed, (B, N)."""
         self._context: dict[str, np.ndarray] = {}
         self._is_batch = False
         layout = model.config.layout
@@ -91,6 +96,7 @@ class World:
         self.stats, self._window = [], Window(self.model.device)
         self._codes = np.concatenate((states_BS, codes_BN), 1).astype(np.int64)
         self._clip, self._anchor, self._context = self._new_clip(), codes_BN, context or {}
+        self._still = np.zeros_like(codes_BN)
         if context is None:
             self._is_batch = True
 
@@ -110,6 +116,7 @@ class World:
             raise ValueError(f"the action must have shape {expected}, got {np.shape(action)}")
         actions_BA, current_BN = np.asarray(action, dtype=np.float32).reshape(-1, num_dims), self.current()
         if self._clip.num_done == self._clip.num_frames:
+            self._refresh_anchor()
             self._clip.begin(self.prompts(actions_BA))
         else:
             actions_BA = self.model.builder.statistics.encode_world_actions(actions_BA)
@@ -118,7 +125,17 @@ class World:
         self._num_drawn += batch
         guess_BN = current_BN if self.speculative else None
         self._codes, stats = self._clip.decode(guess_BN, self._window, self.temperature, seeds)
+        is_same_BN = (self._codes == current_BN)[:, self._num_states :]
+        self._still = np.where(is_same_BN, self._still + 1, 0)
         self.stats.append(stats)
+
+    def _refresh_anchor(self) -> None:
+        if not self.model.config.layout.anchor:
+            return
+        images_BN = self.current()[:, self._num_states :]
+        anchor_BN = np.where(self._still >= STILL, images_BN, self._anchor)
+        if (anchor_BN != self._anchor).any():
+            self._anchor, self._clip = anchor_BN, self._new_clip()  # whose cache holds the old one
 
     def prompts(self, actions_BA: np.ndarray) -> list[Sample]:
         """Return what the model reads before the frames after these actions, in physical units, where a clip
@@ -146,6 +163,7 @@ class World:
         if self._codes is None or not self._is_batch:
             raise ValueError("only a batch of worlds can be thinned: call reset with stacked frames first")
         self._codes, self._anchor = self._codes[rows], self._anchor[rows]
+        self._still = self._still[rows]
         self._clip.keep(rows)
         self._context = {view: images[rows] for view, images in self._context.items()}
 

@@ -1,0 +1,101 @@
+"""How much planning could bring: chunks tried in the simulator itself instead of in a world model.
+
+    python -m paper.planning POLICY --judge out/rank/judge.safetensors --suite tabletop_goal --out out/planned
+
+As `worldvla eval --plan`, and the same judge, but each chunk's end is the simulator's own. Each episode has a
+second environment, which executes what was chosen and tries the chunks in between.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from tyro.conf import Positional
+
+from worldvla.eval.actors import Query
+from worldvla.eval.judge import encoded
+from worldvla.eval.planning import PlanningActor
+from worldvla.eval.rollout import Protocol, evaluate
+from worldvla.sim import suites as sim
+
+Place = tuple[str, str, int]
+
+
+class Rehearsal(PlanningActor):
+    """Plans whose ends are seen in the simulator. Of parallel episodes each must be another initial state."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.ahead > 1:
+            raise ValueError(f"the simulator tries one chunk, asked for --ahead {self.ahead}")
+        self._envs: dict[Place, Any] = {}
+
+    def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
+        for query in queries:
+            if query.step == 0:
+                env: Any = sim.make(query.task, self.world.view_sizes)
+                env.reset(options={"init": query.init})
+                self._envs[_place(query)] = env
+        chosen = super().act(queries)
+        for query, actions in zip(queries, chosen, strict=True):
+            env = self._envs[_place(query)]
+            if actions is None or any(_is_over(env.step(action)) for action in actions):
+                self._envs.pop(_place(query)).close()
+        return chosen
+
+    def _values(
+        self, queries: Sequence[Query], plans: np.ndarray, first: np.ndarray, numbers: np.ndarray
+    ) -> np.ndarray:
+        ends: list[dict[str, np.ndarray]] = []
+        for query, chunks in zip(queries, plans, strict=True):
+            env = self._envs[_place(query)]
+            if not np.allclose(env.proprioception(), query.observation["state"], atol=1e-6):
+                raise ValueError(f"{query.task.name}, state {query.init}: the second environment went astray")
+            now, steps = env.get_state(), env._steps
+            for chunk in chunks:
+                env.set_state(now)
+                ends.append([env.step(action)[0] for action in chunk][-1])
+            env.set_state(now)
+            env._steps = steps
+        frames = {view: np.stack([end[view] for end in ends]) for view in self.world.view_sizes}
+        states = np.stack([end["state"] for end in ends])
+        return self.judge.value(encoded(self.world, frames), first, numbers, states)
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "tried_in": "simulator"}
+
+
+def _place(query: Query) -> Place:
+    return query.task.suite, query.task.name, query.init
+
+
+def _is_over(step: tuple[Any, float, bool, bool, dict[str, Any]]) -> bool:
+    return step[2] or step[3]
+
+
+def main(
+    policy: Positional[Path],
+    judge: Path,
+    suite: str,
+    out: Path,
+    world: Path = Path("tabletop"),
+    plan: int = 8,
+    temperature: float = 1.0,
+    spread: float = 0.0,
+    execute: int = 5,
+    first: int = 0,
+    episodes: int = 10,
+    seed: int = 0,
+) -> None:
+    """Write record.json as `worldvla eval` does, of tabletop suites."""
+    actor = Rehearsal(policy, world, judge, plan, temperature, spread, seed=seed, execute=execute)
+    protocol = Protocol(suite, episodes=episodes, first=first, seed=seed, videos=0)
+    record = evaluate(actor, protocol, out)
+    print(json.dumps({name: record[name] for name in ("suite", "successes", "episodes", "ms_a_decision")}))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
