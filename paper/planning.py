@@ -94,7 +94,9 @@ def main(
     actor = Rehearsal(policy, world, judge, plan, temperature, spread, seed=seed, execute=execute)
     protocol = Protocol(suite, episodes=episodes, first=first, seed=seed, videos=0)
     record = evaluate(actor, protocol, out)
-    print(json.dumps({name: record[name] for name in ("suite", "successes", "episodes", "ms_a_decision")}))
+    print(
+        json.dumps({name: record.get(name) for name in ("suite", "successes", "episodes", "ms_a_decision")})
+    )
 
 
 if __name__ == "__main__":

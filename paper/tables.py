@@ -103,23 +103,23 @@ README = """
 tabletop_spatial tabletop_object tabletop_goal tabletop_long | tabletop_world/{} | tabletop tabletop_world
 libero_spatial libero_object | libero/object_spatial_drawer/{}_discrete | \
 libero/object_spatial_long libero/object_spatial_drawer
-libero_goal | libero/goal/{}_discrete | libero/goal
+libero_goal | libero/goal/{}_discrete | libero/goal | (not shipped)
 libero_10 | libero/visited/{}_discrete | tabletop tabletop_world libero/four libero/visited
 """
-"""Suites of one model, its records, its trainings one after the other."""
+"""Suites of one model, its records, its trainings one after the other, a remark."""
 
 
 def readme(records: Records) -> str:
     """Return the README's table: suite, success and interval, parameters and training, the paper's number."""
     rows = []
-    for suites, pattern, trained in spec(README):
+    for suites, pattern, trained, *remark in spec(README):
         hours = training(records, *(f"{name}/train" for name in trained.split()))
         for suite in suites.split():
             name = pattern.format(suite)
             k, n = counts(records, [name])
             size = f"{records[name]['checkpoint']['parameters'] / 1e6:.1f} M"
             success = f"{k}/{n} ({percent(wilson(k, n))})"
-            rows.append([suite, success, f"{size}, {hours}", PAPER.get(suite, "")])
+            rows.append([suite, success, f"{' '.join([size, *remark])}, {hours}", PAPER.get(suite, "")])
     results = table(("suite", "this repository", "parameters, training", "WorldVLA 7B, 256 px"), rows)
     record = records["tabletop_world/rank"]
     of = record["imagined"]["spearman"]
@@ -127,8 +127,8 @@ def readme(records: Records) -> str:
     shipped = records["tabletop_world/imagine"]["checkpoint"]["digest"]
     world = "The world model" if record["world"]["digest"] == shipped else "The previous world model"
     ranked = (
-        f"{world} ranks {len(record['policies'])} policies as the simulator does: Spearman {of['value']:.2f} "
-        f"({low:.2f} to {high:.2f})."
+        f"{world} ranks {len(record['policies'])} noisy copies of one policy: "
+        f"Spearman {of['value']:.2f} ({low:.2f} to {high:.2f})."
     )
     return f"{results}\n\n{ranked}"
 

@@ -131,8 +131,10 @@ def test_accumulation_divides_by_all_actions(root: Path, tmp_path: Path, supervi
 
 
 def test_one_batch_is_memorised_and_acts_from_the_checkpoint(root: Path, tmp_path: Path) -> None:
-    config = with_head(tiny_config(root, steps=100, log_every=10, eval_every=100, save_every=1000))
-    path = train(config, tmp_path / "run", overfit=True).checkpoint
+    config = with_head(
+        tiny_config(root, steps=100, log_every=10, eval_every=100, save_every=1000, overfit=True)
+    )
+    path = train(config, tmp_path / "run").checkpoint
     val = last(tmp_path / "run", "val")
     assert val["head_l1"] < 0.1  # 0.49 is what the best constant has
     assert val["head_gripper_accuracy"] == 1.0
@@ -173,9 +175,9 @@ def beside(first: Path, root: Path, **settings: Any) -> Config:
 
 def test_a_head_can_be_trained_alone_beside_bins_that_stay(root: Path, tmp_path: Path) -> None:
     first = train(tiny_config(root, steps=2), tmp_path / "first").checkpoint
-    config = beside(first, root, steps=100, log_every=10, eval_every=100, save_every=1000)
+    config = beside(first, root, steps=100, log_every=10, eval_every=100, save_every=1000, overfit=True)
     config = replace(config, model=replace(config.model, dropout=0.5))  # of the rest: not felt
-    path = train(config, tmp_path / "run", overfit=True).checkpoint
+    path = train(config, tmp_path / "run").checkpoint
     before, after = load(first), load(path)
     own, now = before.transformer.state_dict(), after.transformer.state_dict()
     assert all(torch.equal(now[name], tensor) for name, tensor in own.items())

@@ -77,6 +77,12 @@ def test_a_value_that_does_not_fit_is_one_line(path: str, value: object, message
     assert "\n" not in str(error.value)
 
 
+def test_muon_is_for_whole_matrices() -> None:
+    config = tiny_config(Path("x"))
+    with pytest.raises(ValueError, match=r"with lora.rank set optim.method adamw"):
+        replace(config, optim=replace(config.optim, method="muon"), lora=replace(config.lora, rank=2))
+
+
 def test_values_are_checked_without_a_file_too() -> None:
     with pytest.raises(ValueError, match=r"train\.batch_size must be a whole number from 1 to .*, got 0"):
         TrainConfig(steps=1, batch_size=0)

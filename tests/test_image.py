@@ -318,6 +318,15 @@ def test_frames_are_read_with_the_last_episode_held_out(tmp_path):
     assert set(fixed.val.unique().tolist()) == {20}
     assert fixed.background is not None
     assert moving.background is None
+    one_camera = [replace(e, images={"agentview": e.images["agentview"]}) for e in episodes]
+    write_episodes(tmp_path / "0_demo.hdf5", one_camera, {})
+    fixed, moving = load_frames([tmp_path / "0_demo.hdf5", tmp_path / "a_demo.hdf5"])
+    assert fixed.first_train is not None
+    assert moving.first_train is not None
+    assert moving.first_val is not None
+    assert fixed.first_train.tolist() == [0] * 5 + [5] * 5 + [10] * 5 + [15] * 5
+    assert moving.first_train.tolist() == [0] * 5 + [5] * 5
+    assert moving.first_val.tolist() == [0] * 5
     (tmp_path / "bad.hdf5").write_text("not HDF5")
     with pytest.raises(ValueError, match="no HDF5 file"):
         load_frames([tmp_path / "bad.hdf5"])

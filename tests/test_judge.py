@@ -24,6 +24,7 @@ from worldvla.eval.rollout import open_actor
 from worldvla.eval.stats import DRAWS, agreement, rank_agreement, rank_violation
 from worldvla.infer.model import Model, load
 from worldvla.infer.world import World
+from worldvla.machine import provenance
 from worldvla.rank import rank_policies
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import Suite, Task
@@ -157,6 +158,9 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
     with pytest.raises(ValueError, match="holds another evaluation"):
         run(judge_steps=31)
     assert (tmp_path / "out/judge.safetensors").read_bytes() == judged
+    monkeypatch.setattr(rank, "provenance", lambda: provenance() | {"commit": "another"})
+    with pytest.raises(ValueError, match=r"holds another evaluation .*commit"):
+        run()
 
 
 @pytest.mark.parametrize("says_states", [False, True])
@@ -315,5 +319,8 @@ def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) ->
         open_actor(str(MODEL), SUITE, spread=0.5)
     with pytest.raises(ValueError, match="give all three"):
         open_actor(str(MODEL), SUITE, temperature=0.5)
+    planning = {"plan": 4, "world": str(MODEL), "judge": tmp_path / "judge.safetensors"}
+    with pytest.raises(ValueError, match="imagines on the CPU, got --device cuda"):
+        open_actor(str(MODEL), SUITE, device="cuda", **planning)
     with pytest.raises(ValueError, match="give all three"):
         open_actor(str(MODEL), SUITE, plan=4)

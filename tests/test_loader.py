@@ -122,16 +122,22 @@ def test_every_sample_equals_the_one_built_from_its_episode(stores: list[TokenSt
                 assert getattr(got, name).dtype == getattr(want, name).dtype
 
 
-def test_longer_samples_are_cut_where_that_is_asked_for(stores: list[TokenStore]):
-    whole = make(stores).batch(0)
-    longest = 78
-    data = replace(DATA, sequence_length=longest - 5)
-    with pytest.raises(ValueError, match=f"a sample has {longest} tokens, sequence_length is {longest - 5}"):
-        make(stores, data)
-    cut = make(stores, replace(data, truncate=True)).batch(0)
-    assert max(part.ids_BT.shape[1] for part in whole) == longest
+def test_longer_world_samples_are_cut_where_that_is_asked_for(stores: list[TokenStore]):
+    layout = replace(LAYOUT, history=1, chunk=1)
+    whole = make(stores, layout=layout).batch(0)
+    policy, longest = (part.ids_BT.shape[1] for part in whole)
+    assert policy < longest
+    short = (policy + longest) // 2
+    data = replace(DATA, sequence_length=short)
+    with pytest.raises(ValueError, match=f"a sample has {longest} tokens, sequence_length is {short}"):
+        make(stores, data, layout=layout)
+    cut = make(stores, replace(data, truncate=True), layout=layout).batch(0)
     for part, got in zip(whole, cut, strict=True):
-        assert same([part.map(lambda tensor: tensor[:, : longest - 5])], [got])
+        assert same([part.map(lambda tensor: tensor[:, :short])], [got])
+    with pytest.raises(
+        ValueError, match="a sample has 78 tokens"
+    ):  # of a policy
+        make(stores, replace(data, truncate=True))
 
 
 def test_instructions_can_begin_with_the_scene(tmp_path: Path):
@@ -336,6 +342,14 @@ def test_the_split_is_that_of_the_keys(root: Path):
 def test_no_validation_raises(stores: list[TokenStore]):
     with pytest.raises(ValueError, match="holds out no policy sample"):
         make(stores, replace(DATA, val_fraction=0.0)).val_batch(0, "policy")
+
+
+def test_a_store_that_holds_nothing_out_is_refused_before_training(tmp_path: Path):
+    write_store(tmp_path / "one", EPISODES[:1], PixelSums())
+    one = [TokenStore.open(tmp_path / "one")]
+    with pytest.raises(ValueError, match="holds out no policy sample: set it to 0"):
+        make(one, replace(DATA, stores=("one",), val_fraction=0.02))
+    make(one, replace(DATA, stores=("one",), val_fraction=0.0))
 
 
 def test_what_does_not_fit_raises(stores: list[TokenStore], tmp_path: Path):

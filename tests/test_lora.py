@@ -146,6 +146,9 @@ def test_updates_need_a_base_and_bfloat16_autocast(root: Path, tmp_path: Path) -
         build(lora_config(root, replace(LORA, base="bfloat16")))
     config = lora_config(root, replace(LORA, base="bfloat16"), dtype="bfloat16", steps=1)
     assert train(config, tmp_path / "half").is_finished
+    deeper = replace(config, model=replace(config.model, num_layers=config.model.num_layers + 1))
+    with pytest.raises(ValueError, match=r"fewer than model\.num_layers 3"):
+        train(deeper, tmp_path / "deeper")
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), replace(LORA, base="int4")])

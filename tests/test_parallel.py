@@ -33,6 +33,11 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if record["event"] == "train"]
 
 
+def parts(run_dir: Path, kind: str) -> list[float | None]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line.get(kind) for line in lines if line["event"] == "train"]
+
+
 def fifty(root: Path, **settings: object) -> Config:
     """Fifty steps at a constant rate, so that a run of fewer is their beginning; weights are averaged."""
     config = tiny_config(
@@ -77,6 +82,10 @@ def test_fifty_steps_are_those_of_one_process(root: Path, name: str) -> None:
     expected, found = losses(root / "one"), losses(root / name)
     assert len(found) == STEPS
     assert found == pytest.approx(expected, abs=1e-5)
+    kinds = ("action_loss", "image_loss")
+    assert [parts(root / name, kind) for kind in kinds] == [
+        pytest.approx(parts(root / "one", kind), abs=1e-4) for kind in kinds
+    ]
     left, right = (root / n / f"ckpt/step_{STEPS}" for n in ("one", name))
     for file in ("model.safetensors", "trainer.safetensors"):
         one, many = load_file(left / file), load_file(right / file)

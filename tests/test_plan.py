@@ -14,10 +14,12 @@ from tiny_run import tiny_config
 from worldvla.batch import Batch
 from worldvla.cli import main
 from worldvla.config import Config
+from worldvla.data.show import fake
+from worldvla.model.weights import empty_model
 from worldvla.recipes import recipe
 from worldvla.train.build import build
 from worldvla.train.loop import Trainer
-from worldvla.train.plan import kept, need, parse_bytes
+from worldvla.train.plan import kept, need, parse_bytes, settings
 
 
 def really_kept(trainer: Trainer, batch: Batch) -> int:
@@ -83,6 +85,19 @@ def test_plan_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert out[-2] == f"next: worldvla train debug --train.shard 1   {room}"
     assert main(["plan", "debug", "--memory", "1MB"]) == 3
     assert "nothing fits" in capsys.readouterr().out
+
+
+def test_codes_by_levels_are_planned_and_what_needs_whole_models_is_not_sharded() -> None:
+    levels = recipe("tabletop_world")
+    assert need(levels).weights == 4 * build_size(levels)
+    sampled = replace(levels, train=replace(levels.train, scheduled_sampling=0.5))
+    assert not any("--train.shard 2" in words for words in settings(sampled, 2))
+    assert any("--train.shard 2" in words for words in settings(levels, 2))
+
+
+def build_size(config: Config) -> int:
+    vocab_size = fake(config, "world", 0)[0].vocab.size
+    return empty_model(config.model, vocab_size, *config.layout.sizes).num_parameters()
 
 
 def test_bad_sizes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,7 +183,7 @@ def test_the_step_of_success_is_noted(session: Session, monkeypatch: pytest.Monk
 
 
 def test_bench_counts_every_frame(playable: Playable):
-    found = bench(playable, SUITE, 0, 2)
+    found = bench(playable, SUITE, 0, 0, 2)
     assert found["frames"] == 2
     for driver in ("person", "policy"):
         assert found[driver]["cpu_ms_a_frame"] > 0
@@ -222,7 +222,7 @@ def test_checkpoints_that_cannot_be_played(
         (["--task", "tabletop_object"], "expected SUITE:INDEX"),
         (["--task", "tabletop_objekt:0"], "did you mean tabletop_object"),
         (["--task", "tabletop_object:99"], "has no task 99: expected 0..9"),
-        (["--temperature", "-1"], "--temperature, --bench, --init from 0 on"),
+        (["--temperature", "-1"], "--temperature and --bench from 0 on"),
         (["--host", "0.0.0.0"], "set WORLDVLA_API_KEY"),
     ],
 )
@@ -363,6 +363,28 @@ def test_a_page_plays(playable: Playable, tmp_path: Path):
             assert "no initial state 50" in (await text(page, "error"))["text"]
 
     run_served(playable, tmp_path, use)
+
+
+def test_recordings_of_one_second_are_files_of_their_own(playable: Playable, tmp_path: Path, monkeypatch):
+    """All sessions end when the server does, and with them their recordings."""
+    monkeypatch.setattr("time.strftime", lambda *_: "20260101_000000")
+
+    async def use(address: str, client: aiohttp.ClientSession) -> None:
+        pages = [await client.ws_connect(f"{address}socket") for _ in range(3)]
+        for page in pages:
+            await page.send_json({**START, "init": 50})  # refused, and recorded all the same
+            await page.send_json(START)
+            await page.send_json({**STILL, "right": 0.5})
+            while (await frame(page))[0]["steps"] < 2:
+                pass
+
+    run_served(playable, tmp_path / "films", use, save_dataset=tmp_path / "data")
+    assert len(list((tmp_path / "data").glob("*_demo.hdf5"))) == 3
+
+
+def test_an_initial_state_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]):
+    assert main(["play", "--init", "60"]) == 2
+    assert "--init 0 to 49" in capsys.readouterr().err
 
 
 def test_every_episode_is_saved_where_that_is_asked_for(playable: Playable, tmp_path: Path):

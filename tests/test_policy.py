@@ -27,6 +27,7 @@ import worldvla
 from worldvla.cli import main
 from worldvla.data.store import write_store
 from worldvla.files import load_tensors, save_tensors, write_digests, write_json
+from worldvla.infer.ahead import can_look_ahead
 from worldvla.infer.model import Model, export, load
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
@@ -342,6 +343,11 @@ def test_a_dataset_of_a_mixture_is_chosen_by_unnorm_key(mixture: Path, tmp_path:
     actions = Policy(model).act(both)
     assert np.abs(actions[1::2]).max() > 1.5 > np.abs(actions[::2]).max()
     chosen = {key: load(mixture, unnorm_key=key) for key in ("arm", "wide")}
+    blind = replace(model.config.layout, history=1, state=False)
+    ahead = [
+        can_look_ahead(replace(m, config=replace(m.config, layout=blind))) for m in (model, chosen["arm"])
+    ]
+    assert ahead == [False, True]  # whose ranges the actions under way are in, only a request knows
     assert chosen["wide"].manifest["features"] == {"fps": 30.0}
     assert chosen["wide"].identity()["unnorm_key"] == "wide"
     for observation, expected in zip(both, actions, strict=True):

@@ -405,6 +405,7 @@ def test_an_environment_that_raised_is_closed(monkeypatch: pytest.MonkeyPatch) -
         ),
         ("random", {"head": "discrete"}, "not for random"),
         ("ws://host", {"device": "cuda"}, "not for a policy server: give it to `worldvla serve` as --device"),
+        ("ws://host", {"spread": 0.2}, "--spread is for a checkpoint, not for a policy server: leave it out"),
         (
             "expert",
             {"unnorm_key": "home"},

@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tiny_run import joined, tiny_config, train_in_parts
 from worldvla.batch import Batch
 from worldvla.config import Config, LoraConfig, OptimConfig, from_json
 from worldvla.files import read_json, save_tensors, write_digests, write_json
+from worldvla.machine import find_device
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.train import checkpoint, loop, parallel
 from worldvla.train.build import build
@@ -274,6 +276,44 @@ def test_changed_data_is_refused_on_resume(root: Path, tmp_path: Path) -> None:
     write_digests(tmp_path / "data/store")
     with pytest.raises(ValueError, match=r"its statistics is .* restore them"):
         train(config, tmp_path / "run")
+
+
+def test_a_store_that_changed_is_refused_where_ranges_come_from_elsewhere(root: Path, tmp_path: Path) -> None:
+    first = train(tiny_config(root), tmp_path / "first").checkpoint
+    shutil.copytree(root, tmp_path / "data")
+    config = tiny_config(tmp_path / "data", steps=4, init_from=str(first))
+    train(config, tmp_path / "run")
+    (path,) = (tmp_path / "data/store").glob("*agentview*.npy")
+    np.save(path, np.load(path)[::-1])
+    write_digests(tmp_path / "data/store")
+    with pytest.raises(ValueError, match=r"the store .*/data/store has changed since; restore it"):
+        train(config, tmp_path / "run")
+
+
+def test_the_best_checkpoint_is_one_that_is_kept(root: Path, tmp_path: Path) -> None:
+    path = train(tiny_config(root, steps=8, eval_every=1, save_every=2), tmp_path / "run").checkpoint
+    best = read_json(path / "trainer.json")["best_step"]
+    assert best % 2 == 0
+    assert (tmp_path / f"run/ckpt/step_{best}").is_dir()
+
+
+def test_a_stop_before_the_first_step_leaves_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_stop_requests", lambda: nullcontext(lambda: True))
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_config(root), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("ckpt/*"))
+    assert train(tiny_config(root), tmp_path / "run").is_finished
+
+
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="device cuda:9: this machine has 1"):
+        find_device("cuda:9")
+    assert find_device("cuda").type == "cuda"
 
 
 def test_init_from_takes_weights_and_what_the_ids_mean(root: Path, tmp_path: Path) -> None:

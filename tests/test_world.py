@@ -23,6 +23,7 @@ from worldvla.data.sources.source import Names
 from worldvla.eval.page import write_page
 from worldvla.eval.world import (
     Clip,
+    _cut,
     check,
     choose,
     choose_of,
@@ -138,8 +139,13 @@ def test_clips_of_another_format_are_spread_over_its_episodes(root: Path, tmp_pa
     (clip,) = choose_of(source, 1, 3, shorter=True)
     whole = [e for e in source.episodes() if np.array_equal(e.actions[:4], clip.episode.actions)]
     assert [np.array_equal(e.images["wrist"][:4], clip.real["wrist"]) for e in whole] == [True]
-    with pytest.raises(ValueError, match=r"asked for 99 clips of 3 steps, \d+ episodes of .* hold \d+: ask"):
+    with pytest.raises(ValueError, match=r"asked for 99 clips of 3 steps, the \d+ episodes .* hold \d+: ask"):
         choose_of(source, 99, 3)
+    episodes = list(source.episodes())
+    short = [e if i else _cut(e, 0, 1) for i, e in enumerate(episodes)]
+    some = replace(source, attempts=lambda _: ((str(i), e) for i, e in enumerate(short)))
+    for seed in range(4):  # another one stands in for the first, which is too short
+        assert len(choose_of(some, len(short) - 1, 3, seed)) == len(short) - 1
     record = evaluate_world(root / "run", [genuine], tmp_path / "out", clips=2, horizons=(3,), videos=1)
     (section,) = record["horizons"]
     assert section.keys().isdisjoint({"hand", "said"})

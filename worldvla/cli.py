@@ -60,8 +60,8 @@ Delta = Annotated[
 WorldType = Annotated[
     Literal["float32", "bfloat16", "auto"],
     tyro.conf.arg(
-        help="Of the world model. bfloat16 is faster on GPUs and on CPUs with AMX, and up to fifty times "
-        "slower on others; auto measures."
+        help="Of the world model, on the CPU. bfloat16 is faster with AMX or AVX-512 for it, and up to fifty "
+        "times slower without; auto measures."
     ),
 ]
 HELD_OUT = "Files of other episodes, good and bad: do they end in imagination as they did?"
@@ -576,16 +576,19 @@ def train(config: Recipe, *, out: Path | None = None, overfit: bool = False, tra
     """Train RECIPE; every field of it is an option. The same command goes on after a stop.
 
     Args:
-        out: Run directory. Default: out/train/NAME.
-        overfit: See batch 0 at every step: a sound model takes its loss to nearly zero.
+        out: Run directory. Default: out/train/NAME; of --overfit out/train/NAME_overfit.
+        overfit: As --train.overfit: see batch 0 at every step. A sound model brings action_accuracy to 1.
     """
+    if overfit or config.train.overfit:
+        config = replace(config, train=replace(config.train, overfit=True))
+        out = out or Path("out/train") / f"{config.name}_overfit"
     out, is_first = out or Path("out/train") / config.name, os.environ.get("RANK", "0") == "0"
     with only_writer(out) if is_first else nullcontext():  # before the seconds that it takes to load torch
         from worldvla.train.loop import train
 
         if (name := config.train.init_from) and not (Path(name) / "manifest.json").is_file():
             config = replace(config, train=replace(config.train, init_from=_checkpoint_of(name)))
-        outcome = train(config, out, overfit, track)
+        outcome = train(config, out, track)
     if not outcome.is_finished:
         raise KeyboardInterrupt
     if is_first:  # torchrun's other processes stay silent
@@ -1196,7 +1199,7 @@ def play(
         import torch
 
         torch.set_num_threads(threads)
-        say(json.dumps({**session.bench(playable, suite, index, bench), "threads": threads}))
+        say(json.dumps({**session.bench(playable, suite, index, init, bench), "threads": threads}))
         return
     import asyncio
 
@@ -1218,14 +1221,16 @@ def play(
 
 
 def _check_play(port: int, threads: int, temperature: float, bench: int, init: int) -> None:
+    from worldvla.sim.protocol import NUM_INITS
+
     if (
         bench < 0
-        or init < 0
+        or not 0 <= init < NUM_INITS
         or not (0 <= port < 2**16 and 1 <= threads <= 1024 and 0 <= temperature < math.inf)
     ):
         raise ValueError(
-            "expected --port 0 to 65535, --threads 1 to 1024, --temperature, --bench, --init from 0 on, got "
-            f"{port}, {threads}, {temperature}, {bench} and {init}"
+            "expected --port 0 to 65535, --threads 1 to 1024, --temperature and --bench from 0 on, --init 0 "
+            f"to {NUM_INITS - 1}, got {port}, {threads}, {temperature}, {bench} and {init}"
         )
 
 

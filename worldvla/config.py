@@ -350,7 +350,7 @@ class DataConfig(CheckedConfig):
     world_fraction: Share = 0.5
     """Share of world samples in the stream; 0 trains the policy alone, 1 the world model alone."""
     val_fraction: Share = 0.02
-    """Share of episodes held out, by a hash of (store, episode); never trained on."""
+    """Share of episodes held out, by a hash of what an episode is; never trained on."""
     corrupt: Share = 0.0
     """Share of the image codes that a world sample reads wrong; the right ones stay its targets."""
     imagined: Share = 0.0
@@ -359,7 +359,7 @@ class DataConfig(CheckedConfig):
     statistics: Literal["minmax", "quantile"] = "minmax"
     """Normalisation range of actions and states: minimum, maximum (published) or 1st, 99th percentile."""
     sequence_length: Size = 256
-    """Batches are padded to it; a longer sample raises."""
+    """Tokens of the longest sample; a longer one raises. Batches are padded to their own longest."""
     truncate: bool = False
     """Cut longer samples instead, as published for pairs of 512 px views (docs/DETAILS.md, 26)."""
     scene_prefix: bool = False
@@ -413,6 +413,8 @@ class TrainConfig(CheckedConfig):
     only_head: bool = False
     """Train the continuous head alone, beside the weights of init_from, which stay as they are: the bins
     answer as before, and a step costs half."""
+    overfit: bool = False
+    """See batch 0 at every step: a sound model comes to choose every right token of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,6 +466,8 @@ class Config(CheckedConfig):
             )
         if self.train.scheduled_sampling and self.train.shard != 1:
             raise ValueError("train.scheduled_sampling needs whole models: set train.shard 1")
+        if self.lora.rank and self.optim.method == "muon":
+            raise ValueError("muon trains whole matrices: with lora.rank set optim.method adamw")
         if self.model.previous_code and not self.model.code_levels:
             raise ValueError("model.previous_code needs model.code_levels, got none")
         if self.layout.frame_at_once and not self.model.previous_code:

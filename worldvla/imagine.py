@@ -57,8 +57,10 @@ def _imagined(
     for first in range(0, len(pieces), batch):
         begins_B, lengths_B = np.array(pieces[first : first + batch]).T
         frames_BN = np.concatenate([store.codes[view][begins_B] for view in layout.views], 1).astype(np.int64)
-        said_BS = model.builder.statistics.encode_states(store.states[begins_B]).astype(np.int64)
-        world.begin(frames_BN, said_BS if layout.world_state else said_BS[:, :0])
+        states_BS = np.zeros((len(begins_B), 0), dtype=np.int64)
+        if layout.world_state:
+            states_BS = model.builder.statistics.encode_states(store.states[begins_B]).astype(np.int64)
+        world.begin(frames_BN, states_BS)
         on_frames(len(begins_B))
         for step in range(1, int(lengths_B.max())):
             last_B = begins_B + lengths_B - 1  # a shorter piece goes on, and nothing of it is kept

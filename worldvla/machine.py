@@ -123,6 +123,8 @@ def find_device(name: str) -> "torch.device":
             f"device {name}: torch {torch.__version__} sees no CUDA device; use cpu, or "
             "install a torch for CUDA and its driver"
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name}: this machine has {torch.cuda.device_count()}, cuda:0 the first")
     return device
 
 

@@ -73,7 +73,9 @@ def rank_policies(
         "judge": {"demonstrations": judged, "steps": judge_steps},
     }
     made_of = demos, suites, model, judged, judge_steps, seed
+    origin = provenance()
     same = placeless({**identity, "judge": ingredients(*made_of)})
+    same |= {name: origin[name] for name in ("commit", "versions")}
     with Journal(out / "policies.jsonl", same) as journal:
         judge, errors = judge_of(out / "judge.safetensors", *made_of)
         again = {"replays": replays(judge, model, held_out, judged, out)} if held_out else {}
@@ -85,7 +87,7 @@ def rank_policies(
         "policies": rows,
         **again,
         **rank_agreement(rows),
-        **provenance(),
+        **origin,
     }
     write_json(out / "record.json", record)
     return record

@@ -3,8 +3,7 @@
 Policy and world samples are two streams, each a fresh permutation of its frames every epoch, without
 replacement. With `data.weights` each store is permuted by itself, and the stores are mixed by weight.
 Instructions, actions and states are encoded once at the start (`FrameTable`), and a batch is copied from
-templates (`data/sample.py`): about 2 ms for 64 samples. With several ranks, rank r of W takes
-`batch(step * W + r)`.
+templates (`data/sample.py`): about 2 ms for 64 samples. Ranks assemble the same batches and take their rows.
 """
 
 import hashlib
@@ -145,13 +144,13 @@ class FrameTable:
         before = (frame * 2_654_435_761 % 2**32) % (ANCHOR + 1)
         return max(int(self.starts_F[frame]), frame - before)
 
-    def longest(self) -> int:
-        """Return the number of tokens of the longest sample."""
+    def longest(self) -> dict[Mode, int]:
+        """Return the number of tokens of the longest sample of each kind."""
         texts, builder = dict.fromkeys(self.instructions.tolist()), self.builder
         policy = [
             len(builder.policy_template(t, m + 1)) for t in texts for m in range(builder.layout.history)
         ]
-        return max(len(builder.world_template(builder.layout.clip)), *policy)
+        return {"world": len(builder.world_template(builder.layout.clip)), "policy": max(policy)}
 
 
 class Loader:
@@ -314,10 +313,11 @@ class Loader:
 
     def _check(self) -> None:
         longest = self.frames.longest()
-        if longest > self.data.sequence_length and not self.data.truncate:
+        bound = longest["policy"] if self.data.truncate else max(longest.values())
+        if bound > self.data.sequence_length:
             raise ValueError(
-                f"a sample has {longest} tokens, sequence_length is {self.data.sequence_length}: raise it "
-                "(data.truncate cuts, as published)"
+                f"a sample has {bound} tokens, sequence_length is {self.data.sequence_length}: raise it "
+                "(data.truncate cuts world samples, as published)"
             )
         for mode in MODES:
             share = self._share if mode == "world" else 1 - self._share
@@ -327,6 +327,11 @@ class Loader:
                 )
             if share:
                 self._counts(mode)
+            if share and self.data.val_fraction and not len(self._val[mode]):
+                raise ValueError(
+                    f"data.val_fraction {self.data.val_fraction} holds out no {mode} sample: set it to 0, or "
+                    "collect more episodes"
+                )
         if self._share and self.data.imagined and not any(store.imagined for store in self.stores):
             raise ValueError(
                 f"data.imagined is {self.data.imagined}, but no store holds imagined frames: add them with "

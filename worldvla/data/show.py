@@ -1,5 +1,6 @@
 """A sample -> a table in colour: ids by kind, with chunk, row and column. Look at one before every run."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,7 +52,9 @@ def fake(config: Config, mode: str, seed: int) -> tuple[SampleBuilder, Sample]:
         if is_published
         else TextTokenizer.train(prompt_texts(layout, [task]), config.num_text)
     )
-    vocab = chameleon() if is_published else compact(FAKE_CODES, text.size)
+    levels = config.model.code_levels
+    codes = math.prod(levels) if levels else FAKE_CODES
+    vocab = chameleon() if is_published else compact(codes, text.size, image_last=bool(levels))
     action, state = (1.0,) * layout.num_action_dims, (1.0,) * layout.num_state_dims
     ranges = (tuple(-x for x in action), action, tuple(-x for x in state), state)
     builder = SampleBuilder(layout, vocab, text, Statistics(*ranges, kind="minmax"))

@@ -153,6 +153,7 @@ def merge(directories: Sequence[Path], out: Path) -> dict[str, Any]:
     whole = dict(min(zip(shards, records, strict=True))[1])
     whole["protocol"] = {k: v for k, v in whole["protocol"].items() if k != "shard"}
     whole["outcomes"] = [outcome for record in records for outcome in record["outcomes"]]
+    whole.pop("ms_a_decision", None)  # of one shard alone
     whole["seconds"] = round(sum(record["seconds"] for record in records), 1)
     out.mkdir(parents=True, exist_ok=True)
     for directory in directories:

@@ -275,7 +275,8 @@ def open_actor(name: str, suite: str, seed: int = 0, **options: Any) -> Actor:
     used = {option: value for option, value in options.items() if value not in (None, "")}
     for option in sorted(used.keys() - TAKES[kind]):
         takers = " or ".join(who for who, options in TAKES.items() if option in options)
-        fix = f"give it to `worldvla serve` as --{option}" if "://" in name else "leave it out"
+        is_serves = "://" in name and option in ("head", "device", "quantize")
+        fix = f"give it to `worldvla serve` as --{option}" if is_serves else "leave it out"
         raise ValueError(f"--{option.replace('_', '-')} is for {takers}, not for {kind}: {fix}")
     if kind == "random":
         return RandomActor(seed)
@@ -297,6 +298,8 @@ def open_actor(name: str, suite: str, seed: int = 0, **options: Any) -> Actor:
         return ModelActor(name, **used)
     if not all(plan.values()):
         raise ValueError("planning needs --plan CHUNKS, --world CHECKPOINT and --judge FILE: give all three")
+    if used.get("device", "cpu") != "cpu":
+        raise ValueError(f"planning imagines on the CPU, got --device {used['device']}: leave it out")
     from worldvla.eval.planning import PlanningActor
 
     return PlanningActor(name, plan["world"], plan["judge"], plan["plan"], seed=seed, **how, **used)

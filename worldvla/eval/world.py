@@ -217,22 +217,23 @@ def choose_of(source: Source, clips: int, horizon: int, seed: int = 0, shorter: 
     if clips < 1 or horizon < 1:
         raise ValueError(f"got {clips} clips of {horizon} steps: at least one of each")
     rng, rate = np.random.default_rng(seed), source.fps or FPS["libero"]
-    wanted = set(rng.permutation(source.num_episodes)[:clips].tolist())
-    per_episode, chosen, length = -(-clips // max(1, len(wanted))), list[Clip](), 0
+    turn = rng.permutation(source.num_episodes)
+    """Of each episode: those that come first are taken, the others stand in for what is too short."""
+    chosen: list[tuple[int, int, Clip]] = []
     for number, episode in enumerate(source.episodes()):
-        if number in wanted:
-            length = min(horizon, len(episode) - 1) if shorter else horizon
-            starts = [0] if shorter else range(0, len(episode) - horizon, horizon)
-            drawn = sorted(rng.permutation(starts)[:per_episode].tolist()) if length else []
-            chosen += [Clip(_cut(episode, start, length), 0, length, rate) for start in drawn]
-        if number == max(wanted):
-            break
+        length = min(horizon, len(episode) - 1) if shorter else horizon
+        starts = [0] if shorter else range(0, len(episode) - horizon, horizon)
+        for nth, start in enumerate(rng.permutation(starts)[:clips].tolist() if length else []):
+            if len(chosen) == clips and (nth, turn[number]) > chosen[-1][:2]:
+                break
+            clip = Clip(_cut(episode, start, length), 0, length, rate)
+            chosen = sorted([*chosen, (nth, int(turn[number]), clip)], key=lambda one: one[:2])[:clips]
     if len(chosen) < clips:
         raise ValueError(
-            f"asked for {clips} clips of {horizon} steps, {len(wanted)} episodes of {source.path} hold "
-            f"{len(chosen)}: ask for fewer or shorter ones"
+            f"asked for {clips} clips of {horizon} steps, the {source.num_episodes} episodes of "
+            f"{source.path} hold {len(chosen)}: ask for fewer or shorter ones"
         )
-    return chosen[:clips]
+    return [clip for _, _, clip in chosen]
 
 
 def _cut(episode: Episode, start: int, steps: int) -> Episode:

@@ -13,11 +13,12 @@ from worldvla.infer.world import World
 
 
 def can_look_ahead(model: Model) -> bool:
-    """Return whether the model's world model says all that its policy reads."""
+    """Return whether the model's world model reads actions, in ranges that no request has to choose, and says
+    all that its policy reads."""
     layout = model.config.layout
-    return bool(
-        model.config.data.world_fraction and layout.history == 1 and (layout.world_state or not layout.state)
-    )
+    reads = layout.action_conditioning and len(model.unnorm_keys) < 2
+    says = layout.history == 1 and (layout.world_state or not layout.state)
+    return bool(model.config.data.world_fraction and reads and says)
 
 
 def look_ahead(model: Model, observation: Mapping[str, Any]) -> Mapping[str, Any]:

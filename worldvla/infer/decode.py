@@ -154,7 +154,7 @@ class Clip:
     it, and the next goes on from there.
 
     `tail`, `actions`, `lead`: as `SampleBuilder.world_clip` returns them; by default the clip is one frame.
-    `lead` tokens are alike in all clips of a rollout, so the next clip finds them in the cache.
+    The first `lead` tokens of a rollout's clips are mostly alike, and the next clip finds them in the cache.
     """
 
     def __init__(

@@ -116,7 +116,8 @@ class World:
             raise ValueError(f"the action must have shape {expected}, got {np.shape(action)}")
         actions_BA, current_BN = np.asarray(action, dtype=np.float32).reshape(-1, num_dims), self.current()
         if self._clip.num_done == self._clip.num_frames:
-            self._refresh_anchor()
+            images_BN = current_BN[:, self._num_states :]
+            self._anchor = np.where(self._still >= STILL, images_BN, self._anchor)
             self._clip.begin(self.prompts(actions_BA))
         else:
             actions_BA = self.model.builder.statistics.encode_world_actions(actions_BA)
@@ -128,14 +129,6 @@ class World:
         is_same_BN = (self._codes == current_BN)[:, self._num_states :]
         self._still = np.where(is_same_BN, self._still + 1, 0)
         self.stats.append(stats)
-
-    def _refresh_anchor(self) -> None:
-        if not self.model.config.layout.anchor:
-            return
-        images_BN = self.current()[:, self._num_states :]
-        anchor_BN = np.where(self._still >= STILL, images_BN, self._anchor)
-        if (anchor_BN != self._anchor).any():
-            self._anchor, self._clip = anchor_BN, self._new_clip()  # whose cache holds the old one
 
     def prompts(self, actions_BA: np.ndarray) -> list[Sample]:
         """Return what the model reads before the frames after these actions, in physical units, where a clip

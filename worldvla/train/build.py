@@ -1,5 +1,7 @@
 """Config -> what a run is made of: text tokenizer, statistics, vocabulary, sample builder, loader, model."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +16,7 @@ from worldvla.config import Config
 from worldvla.data.loader import Loader, dataset_statistics, prompted
 from worldvla.data.sample import SampleBuilder, prompt_texts
 from worldvla.data.store import TokenStore
-from worldvla.files import check_digests, read_json
+from worldvla.files import MANIFEST, check_digests, read_json
 from worldvla.machine import available_memory, num_processes
 from worldvla.model.action_head import ActionHead
 from worldvla.model.lora import add_updates, refuse_updates
@@ -67,6 +69,11 @@ class Pieces:
             "statistics": self.statistics.digest(),
             "vocab": self.vocab.digest(),
         }
+
+    def stores(self) -> list[str]:
+        """Return a short hash of what each store holds, wherever it stands and whoever wrote it."""
+        files = ({k: v for k, v in s.manifest["sha256"].items() if k != MANIFEST} for s in self.loader.stores)
+        return [hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16] for of in files]
 
 
 def fit(config: Config) -> Config:
@@ -162,9 +169,16 @@ def build_model(pieces: Pieces) -> Transformer:
     _check_memory(trainable(empty_model(config.model, *sizes), config, None), config)
     if config.train.init_from:
         path, empty = Path(config.train.init_from) / "model.safetensors", empty_model(config.model, *sizes)
+        sources = origins(path, empty.state_dict(), config.model.num_layers)
+        is_deeper = any(source != name for name, (source, _) in sources.items())
+        if is_deeper and config.lora.rank:
+            raise ValueError(
+                f"low-rank updates belong to the layers of {path.parent}, which has fewer than "
+                f"model.num_layers {config.model.num_layers}: use its number, or lora.rank 0"
+            )
         if config.train.shard == 1:
             return trainable(empty, config, path)
-        if config.lora.rank or config.model.head.num_layers:
+        if is_deeper or config.lora.rank or config.model.head.num_layers:
             return trainable(empty, replace(config, train=replace(config.train, device="cpu")), path)
         check_fit(path, empty.state_dict())
         return trainable(empty, config, None)
@@ -258,7 +272,8 @@ def _check_features(stores: Sequence[TokenStore], datasets: Sequence[str]) -> No
     first: dict[str, TokenStore] = {}
     for store, dataset in zip(stores, datasets or [""] * len(stores), strict=True):
         other, told = first.setdefault(dataset, store), _features(store)
-        for name in ("action_names", "state_names", "delta"):
+        rates = ("fps",) if told.get("fps") and _features(other).get("fps") else ()  # not known of all
+        for name in ("action_names", "state_names", "delta", *rates):
             if (here := told.get(name)) != (there := _features(other).get(name)):
                 raise ValueError(
                     f"{store.path} has {name} {here}, {other.path} {there}: tokenize them alike, or give "

@@ -168,6 +168,7 @@ def _write(
             pieces.image.save(scratch / "image_tokenizer")
             write_json(scratch / "trainer.json", dict(trainer))
             manifest = {**pieces.digests(), **provenance(), "step": trainer["step"]}
+            manifest["stores"] = pieces.stores()
             if features := pieces.features():
                 manifest["features"] = features
             if pieces.base:  # where the weights are that low-rank updates belong to, seen from here
@@ -234,6 +235,13 @@ def resume(
             raise ValueError(
                 f"cannot resume {path}: its {name} is {manifest.get(name)}, the stores and tokenizer on disk "
                 f"give {digest}; restore them or start a new run directory"
+            )
+    before = manifest.get("stores", pieces.stores())  # an older version's says nothing
+    for name, old, new in zip(pieces.config.data.stores, before, pieces.stores(), strict=True):
+        if old != new:
+            raise ValueError(
+                f"cannot resume {path}: the store {name} has changed since; restore it, or start a new run "
+                "directory from this checkpoint by train.init_from"
             )
     check_digests(path)
     if parallel.is_spread(model):

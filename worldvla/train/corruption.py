@@ -49,7 +49,8 @@ def corrupted(
     order_T = torch.randperm(length, generator=generator).to(device)
     elsewhere_BT = ids_BT[:, order_T]
     other_BT = torch.where(kind_BT < STALE / 2, earlier_BT, elsewhere_BT)
-    other_BT = torch.where(other_BT >= vocab.image.start, other_BT, ids_BT)
+    is_image_BT = (other_BT >= vocab.image.start) & (other_BT < vocab.image.stop)
+    other_BT = torch.where(is_image_BT, other_BT, ids_BT)
     if levels:
         digits = Levels(levels)
         levels_BTE = digits.split((ids_BT - vocab.image.start).clamp_min(0))

@@ -109,32 +109,36 @@ def load_frames(
     rng = np.random.default_rng(seed)
     train: dict[str, list[np.ndarray]] = {}
     val: dict[str, list[np.ndarray]] = {}
-    first: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    starts: dict[tuple[str, bool], list[np.ndarray]] = {}
+    """Of each view, held out or not: which of its frames begins the episode of each."""
     with progress_bar() as progress:
         bar = progress.add_task("reading frames", total=sum(map(len, lengths)))
         for source, of_file in zip(sources, lengths, strict=True):
             for number, episode in enumerate(source.episodes(), start=1):
                 keep = np.flatnonzero(rng.random(len(episode)) < share)
                 is_val = number == len(of_file) > 1
-                into, starts = (val, first["val"]) if is_val else (train, first["train"])
-                starts.append(np.full(len(keep), sum(map(len, starts))))
+                into = val if is_val else train
                 for view, images in episode.images.items():
+                    own = starts.setdefault((view, is_val), [])
+                    own.append(np.full(len(keep), sum(map(len, own))))
                     into.setdefault(view, []).append(images[keep])
                 progress.advance(bar)
     if not train:
         raise ValueError("no episode files: give the HDF5 files that `worldvla collect` writes")
-    first_train, first_val = (
-        torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *first[part]])) for part in ("train", "val")
-    )
+    if lost := sorted(set(val) - set(train)):
+        raise ValueError(f"view {lost[0]} is in held-out episodes alone: give more episodes with it")
     frames = []
     for view in sorted(train):
         if len({a.shape[1:] for a in train[view] + val.get(view, [])}) > 1:
             raise ValueError(f"view {view} has frames of several sizes; collect with one size a view")
         images = torch.from_numpy(np.concatenate(train[view]))
         held_out = torch.from_numpy(np.concatenate(val[view])) if view in val else images[:64]
-        is_own = view in val
-        starts = first_val if is_own else first_train[: len(held_out)]
-        frames.append(Frames(view, images, held_out, _background(images, rng), first_train, starts))
+        first, held = (
+            torch.from_numpy(np.concatenate(starts.get((view, part), [np.zeros(0, np.int64)])))
+            for part in (False, True)
+        )
+        held = held if view in val else first[: len(held_out)]
+        frames.append(Frames(view, images, held_out, _background(images, rng), first, held))
     return frames
 
 

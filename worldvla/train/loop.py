@@ -64,12 +64,9 @@ class State:
     """Per-step values since the last record."""
 
 
-def train(config: Config, run_dir: Path | str, overfit: bool = False, tracker: Tracker = "") -> Outcome:
-    """Train until config.train.steps, resuming if `run_dir` holds a checkpoint.
-
-    `overfit`: every step sees batch 0 and nothing else; a sound model takes its loss to nearly zero.
-    `tracker`: what gets every record too.
-    """
+def train(config: Config, run_dir: Path | str, tracker: Tracker = "") -> Outcome:
+    """Train until config.train.steps, resuming if `run_dir` holds a checkpoint. `tracker` gets every record,
+    too."""
     run_dir = Path(run_dir)
     config = fit(config)
     is_writer = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts
@@ -77,7 +74,7 @@ def train(config: Config, run_dir: Path | str, overfit: bool = False, tracker: T
         checkpoint.check_config(run_dir, config, is_writer)
         config, remark = with_dtype(config, run_dir)
         with tracked(tracker if is_writer else "", run_dir, to_json(config)) as module:
-            return Trainer(build(config), run_dir, overfit).run(remark, module)
+            return Trainer(build(config), run_dir).run(remark, module)
 
 
 def with_dtype(config: Config, run_dir: Path) -> tuple[Config, str]:
@@ -97,8 +94,8 @@ def with_dtype(config: Config, run_dir: Path) -> tuple[Config, str]:
 class Trainer:
     """One run: the pieces, the model, the optimiser, and the step."""
 
-    def __init__(self, pieces: Pieces, run_dir: Path, overfit: bool = False) -> None:
-        self.pieces, self.config, self.run_dir, self.overfit = pieces, pieces.config, run_dir, overfit
+    def __init__(self, pieces: Pieces, run_dir: Path) -> None:
+        self.pieces, self.config, self.run_dir = pieces, pieces.config, run_dir
         config = self.config.train
         if config.dtype == "auto":
             raise ValueError("train.dtype auto is decided by train(); a Trainer needs float32 or bfloat16")
@@ -165,6 +162,8 @@ class Trainer:
                 if not is_last and is_due(state.step, config.save_every):
                     self.save(background)
             background.wait()
+            if not state.step:
+                raise KeyboardInterrupt  # nothing to save
             is_finished = state.step >= config.steps
             path = self.save()
             recorder.say(f"{'finished' if is_finished else 'stopped'} at step {state.step}: {path}")
@@ -217,12 +216,14 @@ class Trainer:
             value.backward()
             total += float(value.detach())
             cross_entropies.append(cross_entropy_P)
-        (total,) = parallel.sum_gradients(self.model, total)
         cross_entropy_P = torch.cat(cross_entropies)
         kind_P = torch.cat([target.kind_P for target in targets])
         per_kind = {f"{name}_loss": cross_entropy_P[kind_P == kind] for name, kind in KINDS.items()}
-        per_kind |= {"head_l1": torch.cat(errors)} if errors else {}
-        return {"loss": total} | {name: float(v.mean()) for name, v in per_kind.items() if len(v)}
+        per_kind["head_l1"] = torch.cat(errors) if errors else cross_entropy_P[:0]
+        own = [number for v in per_kind.values() for number in (float(v.sum()), len(v))]
+        total, *every = parallel.sum_gradients(self.model, total, *own)
+        parts = zip(per_kind, every[::2], every[1::2], strict=True)
+        return {"loss": total} | {name: value / count for name, value, count in parts if count}
 
     def save(self, background: checkpoint.Background | None = None) -> Path:
         """Save the state that the run is in, unless it is saved; with `background`, while it goes on."""
@@ -241,7 +242,7 @@ class Trainer:
 
     def _batches(self, step: int) -> list[Batch]:
         num = self.config.train.accumulation
-        indices = [0] * num if self.overfit else range(step * num, (step + 1) * num)
+        indices = [0] * num if self.config.train.overfit else range(step * num, (step + 1) * num)
         return [self._read(part, i).to(self.device) for i in indices for part in self.pieces.loader.batch(i)]
 
     def _read(self, batch: Batch, index: int) -> Batch:
@@ -282,7 +283,7 @@ class Trainer:
             yield fetch
 
     def _validate(self, recorder: Recorder) -> None:
-        is_without = self.config.data.val_fraction == 0 and not self.overfit  # nothing is held out
+        is_without = not (self.config.data.val_fraction or self.config.train.overfit)
         is_spread = parallel.is_spread(self.model)  # then no rank has all weights: all compute the same
         if is_without or (parallel.rank() > 0 and not is_spread):
             return
@@ -292,12 +293,14 @@ class Trainer:
             values = validate(self.forward, self.model, self.loss, self._val_batches(), scale)
             parallel.release(self.model)
         recorder.record("val", self.state.step, values)
-        if self.state.best_loss is None or values["loss"] < self.state.best_loss:
+        step, train = self.state.step, self.config.train
+        is_saved = step == train.steps or is_due(step, train.save_every)
+        if is_saved and (self.state.best_loss is None or values["loss"] < self.state.best_loss):
             self.state.best_loss, self.state.best_step = values["loss"], self.state.step
 
     def _val_batches(self) -> Iterator[Batch]:
         fraction, loader = self.config.data.world_fraction, self.pieces.loader
-        if self.overfit:
+        if self.config.train.overfit:
             yield from self._batches(0)
             return
         for mode in MODES:

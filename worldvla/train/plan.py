@@ -192,7 +192,9 @@ def settings(config: Config, gpus: int) -> dict[str, Config]:
     """Return what to try, by its options, cheapest first: sharded or not, activations kept or computed again;
     then low-rank updates, where every weight of a checkpoint is trained."""
     found = {}
-    for shard in dict.fromkeys((1, gpus)):
+    train = config.train
+    is_whole = train.compile or train.only_head or train.scheduled_sampling  # which need whole models
+    for shard in dict.fromkeys((1,) if is_whole else (1, gpus)):
         for again in (False, True):
             words = f"--train.shard {shard}" + (" --train.checkpoint-layers" if again else "")
             changed = replace(config.train, shard=shard, replicate=0, checkpoint_layers=again)
@@ -200,9 +202,10 @@ def settings(config: Config, gpus: int) -> dict[str, Config]:
     if config.train.init_from and not config.lora.rank and not config.train.only_head:
         for words, whole in list(found.items()):
             for base in ("bfloat16", "int4") if whole.train.checkpoint_layers else ():
-                half = replace(whole.train, dtype="bfloat16")
-                changed = replace(whole, lora=LoraConfig(rank=16, base=base), train=half)
-                found[f"{words} --lora.rank 16 --lora.base {base}"] = changed
+                half, adamw = replace(whole.train, dtype="bfloat16"), replace(whole.optim, method="adamw")
+                changed = replace(whole, lora=LoraConfig(rank=16, base=base), train=half, optim=adamw)
+                also = "" if whole.optim == adamw else " --optim.method adamw"
+                found[f"{words} --lora.rank 16 --lora.base {base}{also}"] = changed
     return found
 
 

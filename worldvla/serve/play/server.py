@@ -119,6 +119,7 @@ class _House:
         self.connections: set[web.WebSocketResponse] = set()
         self.recordings: dict[str, Path] = {}
         """Address below /recordings/ -> file."""
+        self.writing = asyncio.Lock()
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._guard])
@@ -311,17 +312,16 @@ class _Connection:
                 await self._in_thread(self.session.start, *place)
         except ValueError as error:
             await self._say("error", str(error))
-        else:
-            if self.session is not None and self.house.save_dataset:
-                self.session.record()
+        if self.session is not None and self.house.save_dataset:
+            self.session.record()
 
     async def _finish_recording(self) -> None:
         if self.session is None or (recording := self.session.stop_recording()) is None:
             return
         name = f"{recording.task.suite}_{recording.task.index}_{time.strftime('%Y%m%d_%H%M%S')}"
-        folder, paths = await asyncio.to_thread(
-            _write, recording, self.house.save_dataset or self.house.out, name, bool(self.house.save_dataset)
-        )
+        out, is_demonstration = self.house.save_dataset or self.house.out, bool(self.house.save_dataset)
+        async with self.house.writing:  # one finds the name free, and takes it, at a time
+            folder, paths = await asyncio.to_thread(_write, recording, out, name, is_demonstration)
         files = {f"{folder.name}/{path.name}": path for path in paths}
         self.house.recordings |= files
         with contextlib.suppress(ConnectionError):

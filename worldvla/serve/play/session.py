@@ -345,14 +345,14 @@ def frames_a_second(times: Sequence[float]) -> float:
     return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0
 
 
-def bench(playable: Playable, suite: str, index: int, frames: int) -> dict[str, Any]:
+def bench(playable: Playable, suite: str, index: int, init: int, frames: int) -> dict[str, Any]:
     """Return how fast `frames` steps go, a person driving and then the policy, with the simulator shown."""
     session = Session(playable, suite, index)
     session.show(True)
     result: dict[str, Any] = {"model": playable.model.identity(), "frames": frames}
     drivers: tuple[Driver, ...] = ("person", "policy")
     for driver in drivers:
-        session.start(suite, index, 0)
+        session.start(suite, index, init)
         session.drive(driver)
         session.move = (0.5 if driver == "person" else 0.0, 0.0, 0.0, 0.0)
         session.step()  # the first one starts from a draft a whole frame old

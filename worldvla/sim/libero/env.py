@@ -390,7 +390,7 @@ def _wording(suite_name: str, task_name: str) -> str:
 def _seeded(seed: int) -> Iterator[None]:
     """Seed numpy's global generator, which LIBERO draws from, and put the caller's state back afterwards."""
     before = np.random.get_state()
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     try:
         yield
     finally:
