@@ -100,7 +100,8 @@ def training(records: Records, *names: str) -> str:
 
 
 README = """
-tabletop_spatial tabletop_object tabletop_goal tabletop_long | tabletop_world/{} | tabletop tabletop_world
+tabletop_spatial tabletop_object tabletop_goal tabletop_long | tabletop_world/{} | \
+tabletop tabletop_world tabletop_world/grasps
 libero_spatial libero_object | libero/object_spatial_drawer/{}_discrete | \
 libero/object_spatial_long libero/object_spatial_drawer
 libero_goal | libero/goal/{}_discrete | libero/goal | (not shipped)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tabletop models, from nothing: demonstrations, image tokenizer, policy, two rounds of DAgger on the states that
 # the policy itself visits, then the world model, each trained on from the one before; $OUT/shipped is the
-# last. Two CPU cores: about twelve hours of training, and the collecting. Run it again after a stop: finished steps
+# last. Two CPU cores: about thirteen hours of training, and the collecting. Run it again after a stop: finished steps
 # are skipped. Training runs as two processes of one thread that share every batch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -101,9 +101,27 @@ for suite in $SUITES; do
     [ -e $OUT/imagined4_"$suite" ] || worldvla imagine $OUT/levels_world4_"$suite" --world $OUT/imagined_model --out $OUT/imagined4_"$suite" --dtype auto
 done
 train tabletop_astray $OUT/astray_model
-[ -e $OUT/shipped ] || python -m paper.average $OUT/imagined_model $OUT/astray_model --out $OUT/shipped
+[ -e $OUT/halfway ] || python -m paper.average $OUT/imagined_model $OUT/astray_model --out $OUT/halfway
+
+# At last, hands that close on things and beside them.
+[ -e $OUT/noisy5 ] || python -m paper.noisy $OUT/halfway --levels 0.4 --out $OUT/noisy5
+for suite in $SUITES; do
+    worldvla collect "$suite" --out $OUT/grasps5/"$suite" --kind grasps --episodes 60 --seed 81
+    worldvla collect "$suite" --out $OUT/visited5/"$suite" --policy $OUT/halfway --episodes 6 --seed 83 --label 5 --execute 3
+    for kind in grasps visited; do
+        worldvla tokenize $OUT/${kind}5/"$suite" --tokenizer $OUT/levels --out $OUT/levels_${kind}5_"$suite"
+    done
+done
+for suite in tabletop_spatial tabletop_object tabletop_goal; do
+    worldvla collect "$suite" --out $OUT/world5/"$suite" --kind world --episodes 40 --policy $OUT/noisy5/noise_0.4 --seed 71
+    worldvla tokenize $OUT/world5/"$suite" --tokenizer $OUT/levels --out $OUT/levels_world5_"$suite"
+done
+[ -e $OUT/imagined5_tabletop_spatial ] || worldvla imagine $OUT/levels_grasps5_tabletop_spatial --world $OUT/halfway \
+    --out $OUT/imagined5_tabletop_spatial --dtype auto
+train tabletop_grasps $OUT/grasps_model
+[ -e $OUT/shipped ] || python -m paper.average $OUT/halfway $OUT/grasps_model --out $OUT/shipped
 for suite in $SUITES; do
     worldvla eval $OUT/shipped --suite "$suite" --first 10 --episodes 10 --execute 3 --videos 0
-    worldvla collect "$suite" --out $OUT/held_out4/"$suite" --kind world --episodes 2 --policy $OUT/noisy/noise_0.4 --seed 99
+    worldvla collect "$suite" --out $OUT/held_out5/"$suite" --kind world --episodes 2 --policy $OUT/noisy5/noise_0.4 --seed 99
 done
-worldvla eval-world $OUT/shipped --demos $OUT/held_out4 --clips 64 --horizons 10 30
+worldvla eval-world $OUT/shipped --demos $OUT/held_out5 --clips 64 --horizons 10 30

@@ -134,9 +134,7 @@ def test_longer_world_samples_are_cut_where_that_is_asked_for(stores: list[Token
     cut = make(stores, replace(data, truncate=True), layout=layout).batch(0)
     for part, got in zip(whole, cut, strict=True):
         assert same([part.map(lambda tensor: tensor[:, :short])], [got])
-    with pytest.raises(
-        ValueError, match="a sample has 78 tokens"
-    ):  # of a policy
+    with pytest.raises(ValueError, match="a sample has 78 tokens"):  # of a policy
         make(stores, replace(data, truncate=True))
 
 

@@ -467,13 +467,30 @@ def tabletop_imagined() -> Config:
 
 
 def tabletop_astray() -> Config:
-    """`tabletop_imagined`, trained on in the same way with data in which hands act beside the things. What is
-    shipped has weights halfway between the two (paper/average.py)."""
+    """`tabletop_imagined`, trained on in the same way with data in which hands act beside the things. The next
+    one starts from weights halfway between the two (paper/average.py)."""
     return changed(
         tabletop_imagined(),
         "tabletop_astray",
         data={"stores": stores("imagined4", "levels_visited4", "levels_expert4")},
         train={"steps": 2_900, "init_from": "out/tabletop/imagined_model"},
+    )
+
+
+def tabletop_grasps() -> Config:
+    """That mean, trained on with hands that close on things and beside them. The state weighs five times as
+    much: where the fingers stand says whether a grasp holds. What is shipped has weights halfway between its
+    beginning and its end."""
+    grasps, spatial = "out/tabletop/levels_grasps5_{}", "tabletop_spatial"
+    others = [suite for suite in TABLETOP if suite != spatial]
+    found = f"out/tabletop/imagined5_{spatial}", *map(grasps.format, others)
+    world = (f"out/tabletop/levels_world5_{suite}" for suite in TABLETOP if suite != "tabletop_long")
+    return changed(
+        tabletop_astray(),
+        "tabletop_grasps",
+        loss={"state_weight": 1.0},
+        data={"stores": (*found, *world, *stores("levels_visited5", "levels_expert4"))},
+        train={"steps": 1_200, "init_from": "out/tabletop/halfway"},
     )
 
 
@@ -491,6 +508,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "tabletop_deep": tabletop_deep,
     "tabletop_imagined": tabletop_imagined,
     "tabletop_astray": tabletop_astray,
+    "tabletop_grasps": tabletop_grasps,
     "tabletop_pilot": tabletop_pilot,
     "debug": debug,
     "finetune": finetune,
