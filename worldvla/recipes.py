@@ -467,8 +467,8 @@ def tabletop_imagined() -> Config:
 
 
 def tabletop_astray() -> Config:
-    """`tabletop_imagined`, trained on in the same way with data in which hands act beside the things. The next
-    one starts from weights halfway between the two (paper/average.py)."""
+    """`tabletop_imagined`, trained on in the same way with data in which hands act beside the things. The
+    next one starts from weights halfway between the two (paper/average.py)."""
     return changed(
         tabletop_imagined(),
         "tabletop_astray",
