@@ -2,8 +2,8 @@
 
     python -m paper.planning POLICY --judge out/rank/judge.safetensors --suite tabletop_goal --out out/planned
 
-As `worldvla eval --plan`, and the same judge, but each chunk's end is the simulator's own. Each episode has a
-second environment, which executes what was chosen and tries the chunks in between.
+As `worldvla eval --plan`, and the same judge, but each chunk's end is the simulator's own. Each episode has
+two more environments: one executes what was chosen, the other tries the chunks from its state.
 """
 
 import json
@@ -36,14 +36,16 @@ class Rehearsal(PlanningActor):
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
         for query in queries:
             if query.step == 0:
-                env: Any = sim.make(query.task, self.world.view_sizes)
-                env.reset(options={"init": query.init})
-                self._envs[_place(query)] = env
+                twins: Any = [sim.make(query.task, views) for views in ({}, self.world.view_sizes)]
+                for env in twins:
+                    env.reset(options={"init": query.init})
+                self._envs[_place(query)] = twins
         chosen = super().act(queries)
         for query, actions in zip(queries, chosen, strict=True):
-            env = self._envs[_place(query)]
+            env = self._envs[_place(query)][0]
             if actions is None or any(_is_over(env.step(action)) for action in actions):
-                self._envs.pop(_place(query)).close()
+                for twin in self._envs.pop(_place(query)):
+                    twin.close()
         return chosen
 
     def _values(
@@ -51,15 +53,12 @@ class Rehearsal(PlanningActor):
     ) -> np.ndarray:
         ends: list[dict[str, np.ndarray]] = []
         for query, chunks in zip(queries, plans, strict=True):
-            env = self._envs[_place(query)]
+            env, other = self._envs[_place(query)]
             if not np.allclose(env.proprioception(), query.observation["state"], atol=1e-6):
                 raise ValueError(f"{query.task.name}, state {query.init}: the second environment went astray")
-            now, steps = env.get_state(), env._steps
             for chunk in chunks:
-                env.set_state(now)
-                ends.append([env.step(action)[0] for action in chunk][-1])
-            env.set_state(now)
-            env._steps = steps
+                other.set_state(env.get_state())
+                ends.append([other.step(action)[0] for action in chunk][-1])
         frames = {view: np.stack([end[view] for end in ends]) for view in self.world.view_sizes}
         states = np.stack([end["state"] for end in ends])
         return self.judge.value(encoded(self.world, frames), first, numbers, states)
