@@ -217,8 +217,7 @@ def choose_of(source: Source, clips: int, horizon: int, seed: int = 0, shorter: 
     if clips < 1 or horizon < 1:
         raise ValueError(f"got {clips} clips of {horizon} steps: at least one of each")
     rng, rate = np.random.default_rng(seed), source.fps or FPS["libero"]
-    turn = rng.permutation(source.num_episodes)
-    """Of each episode: those that come first are taken, the others stand in for what is too short."""
+    turn = rng.permutation(source.num_episodes)  # who comes late stands in for who is too short
     chosen: list[tuple[int, int, Clip]] = []
     for number, episode in enumerate(source.episodes()):
         length = min(horizon, len(episode) - 1) if shorter else horizon
