@@ -414,7 +414,7 @@ class TrainConfig(CheckedConfig):
     """Train the continuous head alone, beside the weights of init_from, which stay as they are: the bins
     answer as before, and a step costs half."""
     overfit: bool = False
-    """See batch 0 at every step: a sound model comes to choose every right token of it."""
+    """See batch 0 at every step: a sound model learns it by heart."""
 
 
 @dataclass(frozen=True, kw_only=True)
