@@ -2,8 +2,9 @@
 
     python -m paper.planning POLICY --judge out/rank/judge.safetensors --suite tabletop_goal --out out/planned
 
-As `worldvla eval --plan`, and the same judge, but each chunk's end is the simulator's own. Each episode has
-two more environments: one executes what was chosen, the other tries the chunks from its state.
+As `worldvla eval --plan`, and the same judge, but each chunk's end is the simulator's own, and with `--ahead`
+what the policy does after it. Each episode has two more environments: one executes what was chosen, the other
+tries the chunks from its state.
 """
 
 import json
@@ -29,8 +30,6 @@ class Rehearsal(PlanningActor):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        if self.ahead > 1:
-            raise ValueError(f"the simulator tries one chunk, asked for --ahead {self.ahead}")
         self._envs: dict[Place, Any] = {}
 
     def act(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
@@ -51,14 +50,21 @@ class Rehearsal(PlanningActor):
     def _values(
         self, queries: Sequence[Query], plans: np.ndarray, first: np.ndarray, numbers: np.ndarray
     ) -> np.ndarray:
-        ends: list[dict[str, np.ndarray]] = []
-        for query, chunks in zip(queries, plans, strict=True):
+        tried: list[tuple[Any, np.ndarray]] = []
+        """Of each chunk an environment, and the state from which it goes on there."""
+        for query in queries:
             env, other = self._envs[_place(query)]
             if not np.allclose(env.proprioception(), query.observation["state"], atol=1e-6):
                 raise ValueError(f"{query.task.name}, state {query.init}: the second environment went astray")
-            for chunk in chunks:
-                other.set_state(env.get_state())
-                ends.append([other.step(action)[0] for action in chunk][-1])
+            tried += [(other, env.get_state())] * self.chunks
+        texts = [query.observation["instruction"] for query in queries for _ in range(self.chunks)]
+        actions, ends = plans.reshape(-1, *plans.shape[2:]), []
+        for look in range(self.ahead):
+            if look:
+                seen = [{**end, "instruction": text} for end, text in zip(ends, texts, strict=True)]
+                actions = self._policy.act(seen)[:, : plans.shape[2]]
+            ends = [_end(env, state, chunk) for (env, state), chunk in zip(tried, actions, strict=True)]
+            tried = [(env, end.pop("sim_state")) for (env, _), end in zip(tried, ends, strict=True)]
         frames = {view: np.stack([end[view] for end in ends]) for view in self.world.view_sizes}
         states = np.stack([end["state"] for end in ends])
         return self.judge.value(encoded(self.world, frames), first, numbers, states)
@@ -69,6 +75,16 @@ class Rehearsal(PlanningActor):
 
 def _place(query: Query) -> Place:
     return query.task.suite, query.task.name, query.init
+
+
+def _end(env: Any, state: np.ndarray, chunk: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what is seen after `chunk` (U, 7) from `state` on, and `sim_state`."""
+    env.set_state(state)
+    env.rendering = False  # the last frame is enough
+    for action in chunk:
+        env.step(action)
+    env.rendering = True
+    return {**env.observe(), "sim_state": env.get_state()}
 
 
 def _is_over(step: tuple[Any, float, bool, bool, dict[str, Any]]) -> bool:
@@ -84,13 +100,14 @@ def main(
     plan: int = 8,
     temperature: float = 1.0,
     spread: float = 0.0,
+    ahead: int = 1,
     execute: int = 5,
     first: int = 0,
     episodes: int = 10,
     seed: int = 0,
 ) -> None:
     """Write record.json as `worldvla eval` does, of tabletop suites."""
-    actor = Rehearsal(policy, world, judge, plan, temperature, spread, seed=seed, execute=execute)
+    actor = Rehearsal(policy, world, judge, plan, temperature, spread, ahead, seed=seed, execute=execute)
     protocol = Protocol(suite, episodes=episodes, first=first, seed=seed, videos=0)
     record = evaluate(actor, protocol, out)
     print(

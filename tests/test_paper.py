@@ -26,6 +26,7 @@ from worldvla.eval.judge import Judge
 from worldvla.eval.stats import Pairs, count
 from worldvla.files import read_json, write_json
 from worldvla.infer.model import export, load
+from worldvla.infer.policy import Policy
 from worldvla.model.weights import empty_model
 from worldvla.recipes import recipe
 from worldvla.sim import suites
@@ -266,14 +267,17 @@ def test_an_average_lies_between_its_checkpoints(tmp_path: Path) -> None:
         average.main(ROOT / "worldvla/assets/tabletop", weak, tmp_path / "none", share=2)
 
 
-def test_chunks_are_tried_in_the_simulator(tmp_path: Path) -> None:
-    """What the judge is shown is what the chunks lead to, and what is chosen is executed."""
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_chunks_are_tried_in_the_simulator(ahead: int, tmp_path: Path) -> None:
+    """What the judge is shown is what the chunks and, looking ahead, the policy's next ones lead to, and what
+    is chosen is executed."""
     task, model = suites.tasks("tabletop_object")[0], load("tabletop")
     untaught = Judge(model, [task], np.zeros(8, np.float32), np.ones(8, np.float32))
     untaught.save(
         tmp_path / "judge.safetensors", {"made_of": {"tokenizer": model.image.digest()}, "errors": {}}
     )
-    actor = planning.Rehearsal("tabletop", "tabletop", tmp_path / "judge.safetensors", 3, spread=0.2)
+    path = tmp_path / "judge.safetensors"
+    actor = planning.Rehearsal("tabletop", "tabletop", path, 3, spread=0.2, ahead=ahead)
     shown: list[np.ndarray] = []
 
     def value(*given: np.ndarray) -> np.ndarray:
@@ -289,7 +293,13 @@ def test_chunks_are_tried_in_the_simulator(tmp_path: Path) -> None:
         assert chosen is not None
         for action in chosen:
             observation = env.step(action)[0]
-        np.testing.assert_allclose(shown[-1][1], observation["state"], atol=1e-6)
+        twin = suites.make(task, model.view_sizes)
+        twin.set_state(env.get_state())
+        end = twin.observe()
+        for _ in range(ahead - 1):
+            for action in Policy(model).act([{**end, "instruction": task.instruction}])[0]:
+                end = twin.step(action)[0]
+        np.testing.assert_allclose(shown[-1][1], end["state"], atol=1e-6)
     elsewhere = {**observation, "instruction": task.instruction, "state": observation["state"] + 0.01}
     with pytest.raises(ValueError, match="went astray"):
         actor.act([Query(task, 0, 10, elsewhere)])
