@@ -386,6 +386,12 @@ def test_frames_are_resized_as_the_server_does_it():
         open_source(GENUINE, Names(sizes={"top": (32, 32)}))
 
 
+def episode_statistics(root: Path) -> set[tuple[str, ...]]:
+    """Return (feature, statistic) of the columns that meta/episodes has of each episode."""
+    names = pq.read_schema(root / "meta/episodes/chunk-000/file-000.parquet").names
+    return {tuple(name.split("/")[1:]) for name in names if name.startswith("stats/")}
+
+
 @pytest.mark.parametrize("pictures", ["png", "video"])
 def test_an_exported_set_is_read_again_as_it_was(tmp_path: Path, pictures: str):
     out = tmp_path / "out"
@@ -412,6 +418,9 @@ def test_an_exported_set_is_read_again_as_it_was(tmp_path: Path, pictures: str):
     assert np.allclose(
         np.ravel(found["q90"]), np.quantile(pixels, 0.9, axis=(0, 1, 2), method="inverted_cdf")
     )
+    assert episode_statistics(out) == {
+        (name, key) for name in stats for _, key in episode_statistics(GENUINE)
+    }  # else lerobot cannot read what it appends
     assert main(["export-dataset", str(GENUINE), "--out", str(out)]) == 2
 
 

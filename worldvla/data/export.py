@@ -73,7 +73,7 @@ class _Writer:
         self.films: dict[str, _Film] = {}
         self.rows: list[dict[str, Any]] = []
         self.tasks: dict[str, int] = {}
-        self.numbers: dict[str, list[np.ndarray]] = {"action": [], "observation.state": []}
+        self.numbers: dict[str, list[np.ndarray]] = {n: [] for n in self.features if n not in self.views}
         self.levels = {name: np.zeros((3, 256), dtype=np.int64) for name in self.views}
         """Of each camera, how often each level of each channel was seen."""
 
@@ -104,17 +104,20 @@ class _Writer:
             "length": length,
         }
         row |= {"dataset_from_index": start, "dataset_to_index": start + length}
+        for name, kept in self.numbers.items():
+            kept.append(np.asarray(columns[name]))
+        stats = {name: _number_stats(kept[-1]) for name, kept in self.numbers.items()}
         for name, view in self.views.items():
             frames = episode.images[view]
-            for channel in range(3):
-                seen = np.bincount(frames[::EVERY, ..., channel].ravel(), minlength=256)
-                self.levels[name][channel] += seen
+            seen = frames[::EVERY]
+            levels = np.stack([np.bincount(seen[..., c].ravel(), minlength=256) for c in range(3)])
+            self.levels[name] += levels
+            stats[name] = _picture_stats(levels) | {"count": [len(seen)]}
             if self.pictures == "png":
                 columns[name] = [{"bytes": _png(frame), "path": None} for frame in frames]
             else:
                 row |= self._film(name, frames)
-        for name, kept in self.numbers.items():
-            kept.append(columns[name])
+        row |= {f"stats/{name}/{key}": value for name, found in stats.items() for key, value in found.items()}
         row |= self._write(columns)
         self.rows.append(row)
 
@@ -173,17 +176,7 @@ class _Writer:
         write_json(meta / "info.json", info, indent=4)
 
     def _stats(self) -> dict[str, Any]:
-        stats = {}
-        for name, parts in self.numbers.items():
-            values = np.concatenate(parts).astype(np.float64)
-            stats[name] = {
-                "min": values.min(0),
-                "max": values.max(0),
-                "mean": values.mean(0),
-                "std": values.std(0),
-            }
-            stats[name] |= {q: np.quantile(values, share, axis=0) for q, share in QUANTILES.items()}
-            stats[name] = {k: v.tolist() for k, v in stats[name].items()} | {"count": [len(values)]}
+        stats = {name: _number_stats(np.concatenate(parts)) for name, parts in self.numbers.items()}
         for name, levels in self.levels.items():
             stats[name] = _picture_stats(levels) | {
                 "count": [sum(-(-r["length"] // EVERY) for r in self.rows)]
@@ -292,6 +285,14 @@ def _tasks(texts: list[str]) -> pa.Table:
         {"task_index": pa.array(range(len(texts)), pa.int64()), "task": pa.array(texts, pa.string())}
     )
     return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
+
+
+def _number_stats(values: np.ndarray) -> dict[str, Any]:
+    """Return the statistics of a feature (T, n) or (T,), one by number."""
+    values = values.astype(np.float64).reshape(len(values), -1)
+    found = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
+    found |= {q: np.quantile(values, share, axis=0) for q, share in QUANTILES.items()}
+    return {name: value.tolist() for name, value in found.items()} | {"count": [len(values)]}
 
 
 def _picture_stats(levels: np.ndarray) -> dict[str, Any]:
