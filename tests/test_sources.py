@@ -461,7 +461,7 @@ def test_hdf5_files_of_a_simulator_of_12_5_hz_are_exported(
     words = ["collect", "tabletop_object", "--out", f"{tmp_path}/demos", "--episodes", "1", "--tasks", "0"]
     assert main([*words, "--workers", "1"]) == 0
     assert main(["export-dataset", f"{tmp_path}/demos", "--out", f"{tmp_path}/out"]) == 0
-    assert "warning: 12.5 steps per second: lerobot 0.6 declares fps as a whole" in capsys.readouterr().err
+    assert "warning: 12.5 steps per second: lerobot 0.6.1 reads" in capsys.readouterr().err
     old = next(open_source(tmp_path / "demos").episodes(images=False))
     source = open_source(tmp_path / "out")
     new = next(source.episodes())

@@ -565,10 +565,8 @@ def export_dataset(
     source = _source(path, camera, action, state, delta)
     count = export_lerobot(source.sound() if skip_bad else source, out, pictures, fps)
     if (rate := source.fps or fps) % 1:
-        text = (
-            f"warning: {rate:g} steps per second: lerobot 0.6 declares fps as a whole number and may refuse"
-        )
-        print(f"{text} {out}; lerobot 0.4.4 reads it", file=sys.stderr)
+        text = f"warning: {rate:g} steps per second: lerobot 0.6.1 reads {out} and trains on it"
+        print(f"{text}, but writes videos of whole rates only: do not append or edit there", file=sys.stderr)
     say(f"data set: {out}, {count} episodes   next: worldvla inspect {out}")
 
 

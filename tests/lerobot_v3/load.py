@@ -1,5 +1,5 @@
-"""Load what `worldvla export-dataset` wrote with lerobot's own reader (0.4.4 and later), in its environment:
-every frame and number is that of our reader, whose arrays `dump` writes.
+"""Load a data set, such as `worldvla export-dataset` or make.py wrote, with lerobot's own reader (0.4.4 and
+later), in its environment: every frame and number is that of our reader, whose arrays `dump` writes.
 
     python tests/lerobot_v3/load.py dump DATASET out.npz      in the environment of worldvla
     python tests/lerobot_v3/load.py check DATASET out.npz     in that of lerobot
@@ -15,9 +15,10 @@ def dump(root: Path, out: Path) -> None:
     from worldvla.data.sources import open_source
 
     arrays: dict[str, np.ndarray] = {}
-    for i, episode in enumerate(open_source(root).episodes()):
+    source = open_source(root)
+    for i, episode in enumerate(source.episodes()):
         arrays |= {f"{i}/action": episode.actions, f"{i}/observation.state": episode.states}
-        arrays |= {f"{i}/observation.images.{view}": frames for view, frames in episode.images.items()}
+        arrays |= {f"{i}/{source.cameras[view].feature}": frames for view, frames in episode.images.items()}
         arrays[f"{i}/task"] = np.array(episode.instruction)
     np.savez_compressed(out, **arrays)  # pyright: ignore[reportArgumentType]
 

@@ -1,5 +1,6 @@
 """Write the data set beside this file with lerobot 0.4.4's own writer, in an environment of its own: its hub
-client conflicts with ours. Two cameras as video, state and action of LIBERO's shape.
+client conflicts with ours. 0.6.1 writes the same numbers. Two cameras as video, state and action of LIBERO's
+shape.
 
 Run: python make.py OUT
 """
