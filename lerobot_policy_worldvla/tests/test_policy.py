@@ -74,6 +74,8 @@ def test_the_actions_are_those_of_worldvla(saved: Path):
         assert np.array_equal(np.stack(steps, 1), expected)
         policy.reset()
         other = policy.select_action(before(as_batch(seen[1:])))
+        with torch.autocast("cpu"):  # as lerobot-eval --policy.use_amp=true
+            assert np.array_equal(policy.predict_action_chunk(as_batch(seen)).numpy(), expected)
     assert np.array_equal(other.numpy(), expected[1:, 0])
 
 
@@ -94,6 +96,10 @@ def test_what_is_wrong_is_said(saved: Path):
     batch = as_batch(observations(1))
     del batch["observation.images.wrist"]
     with pytest.raises(ValueError, match=r"no camera observation\.images\.wrist: .*set --policy\.views"):
+        policy.select_action(batch)
+    batch = as_batch(observations(1))
+    del batch["observation.state"]
+    with pytest.raises(ValueError, match=r"no observation\.state: .* names end in \.pos or \.vel"):
         policy.select_action(batch)
     with pytest.raises(ValueError, match="n_action_steps 9: chunks have 5 actions"):
         load(saved, n_action_steps=9)
@@ -136,12 +142,38 @@ def test_history_and_differences(saved: Path):
         policy.predict_action_chunk(batches[0])
 
 
+def run(*words: str) -> None:
+    """Run a command of LeRobot, which finds the environment and the robot beside this file."""
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run([f"{Path(sys.executable).parent}/{words[0]}", *words[1:]], check=True, env=environment)
+
+
 def test_lerobot_eval_drives_it(saved: Path, tmp_path: Path):
     words = ["lerobot-eval", f"--policy.path={saved}", "--policy.device=cpu", "--env.type=worldvla_tabletop"]
     words += ["--env.discover_packages_path=tabletop_env", "--eval.n_episodes=8", "--eval.batch_size=4"]
-    words += ["--eval.use_async_envs=false", "--seed=0", f"--output_dir={tmp_path}/eval"]
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
-    subprocess.run([f"{Path(sys.executable).parent}/{words[0]}", *words[1:]], check=True, env=environment)
+    views = {view: f"observation.images.{view}" for view in ("agentview", "wrist")}
+    words += [f"--policy.views={json.dumps(views)}"]
+    run(*words, "--eval.use_async_envs=false", "--seed=0", f"--output_dir={tmp_path}/eval")
     overall = json.loads((tmp_path / "eval/eval_info.json").read_text())["overall"]
     assert overall["n_episodes"] == 8
     assert overall["pc_success"] >= 75
+
+
+def test_lerobot_rollout_drives_a_robot(saved: Path, tmp_path: Path):
+    """The robot is told, bit for bit, what worldvla answers to what the robot showed."""
+    words = ["lerobot-rollout", f"--policy.path={saved}", "--policy.device=cpu", "--fps=12", "--duration=12"]
+    words += ["--robot.type=worldvla_tabletop", "--robot.discover_packages_path=tabletop_robot"]
+    words += [
+        f"--robot.record={tmp_path}/record.npz",
+        f"--robot.calibration_dir={tmp_path}",
+        "--robot.init=10",
+    ]
+    task = "put the red cube on the plate"
+    run(*words, f"--task={task}", "--play_sounds=false", "--return_to_initial_position=false")
+    record = dict(np.load(tmp_path / "record.npz"))
+    told, success = record.pop("action"), record.pop("success")
+    seen = [{name: values[t] for name, values in record.items()} for t in range(0, len(told), 5)]
+    policy = worldvla.load("tabletop").policy()
+    answers = [policy.act(observation | {"instruction": task}) for observation in seen]
+    assert np.array_equal(np.concatenate(answers)[: len(told)], told)
+    assert success

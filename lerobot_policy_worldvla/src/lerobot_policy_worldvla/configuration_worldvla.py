@@ -24,7 +24,7 @@ class WorldVLAConfig(PreTrainedConfig):
     unnorm_key: str = ""
     """Of a checkpoint of several datasets, the one whose statistics are used."""
     action_feature_names: list[str] | None = None
-    """LeRobot's names of the action dims, by which it finds the robot's joints; None: those of the data."""
+    """Names of the action dims; None: those of the data. lerobot-rollout 0.6.1 still pairs by place."""
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {feature.value: NormalizationMode.IDENTITY for feature in FeatureType}
     )

@@ -120,14 +120,21 @@ class WorldVLAPolicy(PreTrainedPolicy):
         raise NotImplementedError(TRAIN)
 
     def _decide(self, batch: dict[str, Any], frames: list[dict[str, np.ndarray]]) -> Tensor:
+        if (has_state := self.model.config.layout.state) and "observation.state" not in batch:
+            raise ValueError(
+                f"no observation.state: the observation has {', '.join(batch)}; lerobot-rollout passes on "
+                "numbers of the robot whose names end in .pos or .vel"
+            )
         tasks = batch["task"] if not isinstance(batch["task"], str) else [batch["task"]] * len(frames)
         observations = []
         for row, (images, task) in enumerate(zip(frames, tasks, strict=True)):
             observation = {**images, "instruction": task, "previous": [past[row] for past in self._frames]}
-            if self.model.config.layout.state:
+            if has_state:
                 observation["state"] = batch["observation.state"][row].float().cpu().numpy()
             observations.append(observation)
-        return torch.from_numpy(self.policy.act(observations)).to(self.model.device)
+        with torch.autocast(torch.device(self.model.device).type, enabled=False):  # --policy.use_amp
+            chunk_BUA = self.policy.act(observations)
+        return torch.from_numpy(chunk_BUA).to(self.model.device)
 
     def _images(self, batch: dict[str, Any]) -> list[dict[str, np.ndarray]]:
         """Return the images of each robot, view -> uint8 (Y, X, 3)."""
