@@ -30,12 +30,12 @@ def roll_out(model: Model, episode: Episode, steps: int, window: int | None, dra
     world = World(model, drafts)
     world.reset({v: images[0] for v, images in episode.images.items()} | {"state": episode.states[0]})
     world._window = Window(model.device, window)
-    codes, seconds = [np.concatenate([c.ravel() for c in world.codes.values()])], []
+    codes, seconds = [world.image_codes[0]], []
     for action in episode.actions[:steps]:
         start = time.perf_counter()
         world.step(action)
         seconds.append(time.perf_counter() - start)
-        codes.append(np.concatenate([c.ravel() for c in world.codes.values()]))
+        codes.append(world.image_codes[0])
     return np.stack(codes), [stats.passes for stats in world.stats], seconds
 
 

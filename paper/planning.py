@@ -66,8 +66,7 @@ class Rehearsal(PlanningActor):
             ends = [_end(env, state, chunk) for (env, state), chunk in zip(tried, actions, strict=True)]
             tried = [(env, end.pop("sim_state")) for (env, _), end in zip(tried, ends, strict=True)]
         frames = {view: np.stack([end[view] for end in ends]) for view in self.world.view_sizes}
-        states = np.stack([end["state"] for end in ends])
-        return self.judge.value(encoded(self.world, frames), first, numbers, states)
+        return self.judge.value(encoded(self.world, frames), first, numbers)
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "tried_in": "simulator"}

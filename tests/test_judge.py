@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.special import logit
 
 import worldvla
 from worldvla import rank
 from worldvla.data.collect import collect
-from worldvla.data.episode import read_episodes
+from worldvla.data.episode import read_episodes, write_episodes
 from worldvla.eval import judge
 from worldvla.eval.actors import Query
 from worldvla.eval.page import write_ranking
@@ -27,7 +28,7 @@ from worldvla.infer.world import World
 from worldvla.machine import provenance
 from worldvla.rank import rank_policies
 from worldvla.sim import suites as sim
-from worldvla.sim.protocol import Suite, Task
+from worldvla.sim.protocol import NUM_INITS, Suite, Task
 
 MODEL = Path(worldvla.__file__).parent / "assets/tabletop"
 SUITE = "tabletop_object"
@@ -163,14 +164,9 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
         run()
 
 
-@pytest.mark.parametrize("says_states", [False, True])
-def test_the_judge_learns_what_pictures_show_of_each_task(
-    says_states: bool, rng: np.random.Generator
-) -> None:
+def test_the_judge_learns_what_pictures_show_of_each_task(rng: np.random.Generator) -> None:
     """Brightness is the state; task 0 is done when it is brighter than at first, task 1 when it is darker."""
     model = load(MODEL)
-    layout = replace(model.config.layout, world_state=says_states)
-    model = replace(model, config=replace(model.config, layout=layout))
     bright, tasks = rng.integers(40, 216, 600), rng.integers(0, 2, 600)
     first = np.repeat(rng.integers(100, 156, 60), 10)
     codes, before = (
@@ -192,15 +188,13 @@ def test_the_judge_learns_what_pictures_show_of_each_task(
     (seen, successes), (alarms, failures) = errors["successes_seen"], errors["false_alarms"]
     assert successes + failures == 60
     assert seen > 0.9 * successes
-    assert alarms < 0.1 * failures
+    assert alarms < 0.2 * failures
     assert errors["episodes_agree"][1] == 6
     assert errors["position_error_mm"] < 10  # of 175
-    felt, _ = net.read(codes[:5], before[:5], tasks[:5], states[:5])
+    felt, _ = net.read(codes[:5], before[:5], tasks[:5])
     assert np.abs(felt - states[:5]).max() < 0.03
-    assert np.abs(net.value(codes, before, tasks, states) - value).mean() < 0.1
-    if says_states:
-        with pytest.raises(ValueError, match="reads the robot's state beside the frames"):
-            net.read(codes[:5], before[:5], tasks[:5])
+    assert np.abs(net.value(codes, before, tasks) - value).mean() < 0.1
+    assert net.prior == pytest.approx(logit(judge.DONE) - logit(success.mean()), abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -237,19 +231,32 @@ def test_what_the_judge_cannot_learn_is_said(tmp_path: Path, monkeypatch: pytest
         judge.gather(demos, [SUITE], model, 5)
 
 
-def test_the_value_counts_the_steps_up_to_the_next_success(tmp_path: Path) -> None:
-    collect(SUITE, tmp_path / "demos", episodes=1, tasks=(0,), workers=1)
+def test_the_judge_sees_successes_and_the_same_actions_elsewhere(tmp_path: Path) -> None:
+    """The value counts the steps up to the next success; an episode that fails is not mimed."""
+    collect(SUITE, tmp_path / "demos", episodes=2, tasks=(0,), workers=1)
     (path,) = (tmp_path / "demos").glob("*.hdf5")
-    (episode,) = read_episodes(path)
-    model = load(MODEL)
-    env = sim.make(sim.tasks(SUITE)[0], model.view_sizes)
-    seen = judge._pictures(env, episode, 0, 7, model)
+    good, other = read_episodes(path)
+    write_episodes(path, [good, replace(other, success=False)], {"kind": "world"})
+    task, model = sim.tasks(SUITE)[0], load(MODEL)
+    shown = list(judge._shown([path], [task], model, 5, 1, ""))
+    assert [np.unique(pictures.episodes).tolist() for _, pictures in shown] == [[0], [1], [2]]
+    own, mimed, _ = (pictures for _, pictures in shown)
+    done = len(good)  # the first picture after the last action
+    assert own.success.tolist() == [False] * done + [True] * judge.AFTER
+    np.testing.assert_allclose(own.value[:done], judge.DISCOUNT ** (done - np.arange(done)), rtol=1e-6)
+    assert (own.value[done:] == 1).all()
+    env = sim.make(task, model.view_sizes)
+    observation, _ = env.reset(options={"init": NUM_INITS + 1})
+    actions = [*good.actions[:-1], *judge.last_actions(good)]
+    for t, action in enumerate([*actions, np.zeros(7)]):
+        frame = {view: observation[view][None] for view in model.view_sizes}
+        np.testing.assert_array_equal(mimed.codes[t], judge.encoded(model, frame)[0])
+        np.testing.assert_allclose(mimed.states[t], observation["state"], atol=1e-6)
+        observation = env.step(action)[0]
     env.close()
-    done = len(episode)  # the first picture after the last action
-    assert seen.success.tolist() == [False] * done + [True] * judge.AFTER
-    np.testing.assert_allclose(seen.value[:done], judge.DISCOUNT ** (done - np.arange(done)), rtol=1e-6)
-    assert (seen.value[done:] == 1).all()
-    assert (seen.first == seen.codes[0]).all()
+    assert len(mimed.codes) == len(actions) + 1 == done + judge.AFTER
+    assert not mimed.success.any()
+    assert all((pictures.first == pictures.codes[0]).all() for _, pictures in shown)
 
 
 def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) -> None:
@@ -267,8 +274,7 @@ def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) ->
     env.close()
     asked: list[np.ndarray] = []
 
-    def value(codes: np.ndarray, first: np.ndarray, tasks: np.ndarray, states: np.ndarray) -> np.ndarray:
-        assert states.shape == (8, 8)
+    def value(codes: np.ndarray, first: np.ndarray, tasks: np.ndarray) -> np.ndarray:
         assert (first == judge.encoded(model, {v: observation[v][None] for v in model.view_sizes})).all()
         assert (len(codes), tasks.tolist()) == (8, [0] * 8)
         asked.append(codes)
@@ -285,7 +291,7 @@ def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) ->
     world.reset(observation)
     for action in greedy:
         world.step(action)
-    dreamt = np.concatenate([grid.reshape(-1) for grid in world.codes.values()])
+    dreamt = world.image_codes[0]
     np.testing.assert_array_equal(asked[0][4], dreamt)
     assert actor.timing()["ms_a_decision"] > 0
     asked.clear()
@@ -300,7 +306,7 @@ def test_a_plan_is_the_chunk_whose_imagined_end_is_worth_most(tmp_path: Path) ->
     then: Any = {**world.frame(), "state": world.state, "instruction": task.instruction}
     for action in actor._policy.act(then)[:3]:
         world.step(action)
-    dreamt = np.concatenate([grid.reshape(-1) for grid in world.codes.values()])
+    dreamt = world.image_codes[0]
     np.testing.assert_array_equal(asked[1][4], dreamt)
     actor.ahead, actor.temperature, actor.spread = 1, 0, 0.2
     shift = np.array(actor.act(queries)[0]) - greedy

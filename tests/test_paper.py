@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from worldvla.data.collect import collect
 from worldvla.data.episode import read_episodes
 from worldvla.eval.actors import Query
 from worldvla.eval.compare import compare
-from worldvla.eval.judge import Judge
+from worldvla.eval.judge import Judge, encoded
 from worldvla.eval.stats import Pairs, count
 from worldvla.files import read_json, write_json
 from worldvla.infer.model import export, load
@@ -281,11 +282,11 @@ def test_chunks_are_tried_in_the_simulator(ahead: int, tmp_path: Path) -> None:
     shown: list[np.ndarray] = []
 
     def value(*given: np.ndarray) -> np.ndarray:
-        shown.append(given[3])
+        shown.append(given[0])
         return np.array([0.0, 1.0, 0.5])
 
     actor.judge.value = value  # pyright: ignore
-    env = suites.make(task, model.view_sizes)
+    env, twin = (cast(Any, suites.make(task, model.view_sizes)) for _ in range(2))
     observation = env.reset(options={"init": 0})[0]
     for step in (0, 5):
         query = Query(task, 0, step, {**observation, "instruction": task.instruction})
@@ -293,13 +294,13 @@ def test_chunks_are_tried_in_the_simulator(ahead: int, tmp_path: Path) -> None:
         assert chosen is not None
         for action in chosen:
             observation = env.step(action)[0]
-        twin = suites.make(task, model.view_sizes)
         twin.set_state(env.get_state())
         end = twin.observe()
         for _ in range(ahead - 1):
             for action in Policy(model).act([{**end, "instruction": task.instruction}])[0]:
                 end = twin.step(action)[0]
-        np.testing.assert_allclose(shown[-1][1], end["state"], atol=1e-6)
+        codes = encoded(model, {view: end[view][None] for view in model.view_sizes})
+        np.testing.assert_array_equal(shown[-1][1], codes[0])
     elsewhere = {**observation, "instruction": task.instruction, "state": observation["state"] + 0.01}
     with pytest.raises(ValueError, match="went astray"):
         actor.act([Query(task, 0, 10, elsewhere)])

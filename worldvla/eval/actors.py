@@ -106,9 +106,8 @@ class ModelActor(Actor):
         if not seen or row.name in seen or row.base in seen:
             return
         frames = [query.observation for query in queries]
-        codes = np.stack([np.concatenate(parts) for parts in self.model.encode_frames(frames)])
         errors = []
-        for view, images in self.model.decode_frames(codes).items():
+        for view, images in self.model.decode_frames(self.model.encode_frames(frames)).items():
             true = np.stack([frame[view] for frame in frames]).astype(np.float64)
             errors.append(f"{view} {10 * np.log10(255**2 / np.square(true - images).mean()):.1f} dB")
         sys.stderr.write(

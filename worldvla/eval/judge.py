@@ -2,7 +2,7 @@
 
 Every policy acts from the same observations twice: in the simulator, and in a world model, which after that
 never asks the simulator again. A judge, a small network trained on recorded episodes, reads success off the
-codes of imagined frames, how near it is, and proprioception where the world does not say it. It reads the
+codes of imagined frames, how near it is, and proprioception for worlds that do not say it. It reads the
 simulator's frames too, encoded, up to the same step, so that its own errors can be told from the world's.
 Dims: N episodes (behind P: codes of a frame), P pictures, M policies, S state dims, Y X pixels.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import logit
 from torch import Tensor, nn
 
 from worldvla.data.episode import Episode, fingerprint, read_episodes
@@ -28,11 +29,14 @@ from worldvla.infer.model import Model
 from worldvla.infer.world import World
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
-from worldvla.sim.protocol import NUM_ACTION_DIMS, Task
+from worldvla.sim.protocol import NUM_ACTION_DIMS, NUM_INITS, Task
 from worldvla.video import write_mp4
 
 AFTER = 4
 """Pictures of each demonstration from its success on, which HDF5 files do not hold: the simulator goes on."""
+MIMES = 2
+"""How often the judge sees the actions of a successful episode from another initial state, where the hand
+does the same and mostly holds nothing. Else it learns success from what the hand does, not from the thing."""
 CONFIRM = 2
 """Pictures in a row that must be a success, by the judge's word or, where episodes are compared with it, the
 simulator's: what lands and rolls on is none."""
@@ -41,8 +45,6 @@ DISCOUNT = 0.95
 """Of the value, for each step that success is away."""
 DONE, WRONG = 1 / 3, 0.05
 """Share of successes in a batch, and of codes that are another picture's: imagination has wrong ones."""
-UNSURE = 0.05
-"""Noise on the state that is read in training, in standard deviations."""
 FILMS = 8
 """Of replays that imagination ends otherwise, at most, of each task in turn."""
 HELD_OUT = 0.1
@@ -76,11 +78,13 @@ class Pictures:
 
 class Judge(nn.Module):
     """Image codes of a known task, and those of the episode's first frame -> proprioception, the logit of
-    success and that of its value. It never sees a pixel, so imagination need not be drawn for it. Of a model
-    that says the robot's state (layout.world_state) it reads that too."""
+    success and that of its value. It never sees a pixel, so imagination need not be drawn for it, nor what
+    the robot feels: a hand that opens above the goal says nothing of what was in it."""
 
     mean: Tensor
     std: Tensor
+    prior: Tensor
+    """By how much training, which sees more successes than there are, raises their logit."""
 
     def __init__(self, model: Model, tasks: Sequence[Task], mean: np.ndarray, std: np.ndarray) -> None:
         super().__init__()
@@ -89,13 +93,13 @@ class Judge(nn.Module):
         self.vectors = model.image.quantize.vectors
         channels = 3 * model.image.config.embed_dim
         self.towers = nn.ModuleList(self._tower(channels) for _ in self.grids)
-        self.reads_state = layout.world_state
-        num_features = WIDTH * sum(self.sizes) + len(mean) * self.reads_state
+        num_features = WIDTH * sum(self.sizes)
         self.head = nn.Sequential(
             nn.Linear(num_features, 256), nn.ReLU(), nn.Linear(256, len(mean) + 2 * len(tasks))
         )
         self.register_buffer("mean", torch.from_numpy(mean))
         self.register_buffer("std", torch.from_numpy(std))
+        self.register_buffer("prior", torch.zeros(()))
 
     @staticmethod
     def _tower(channels: int) -> nn.Module:
@@ -105,47 +109,31 @@ class Judge(nn.Module):
         return nn.Sequential(*layers, nn.Flatten())
 
     def forward(
-        self, codes_PN: np.ndarray, first_PN: np.ndarray, tasks: np.ndarray, states_PS: np.ndarray | None
+        self, codes_PN: np.ndarray, first_PN: np.ndarray, tasks: np.ndarray
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return states (P, S), standardised, and for task indices (P,) logits (P,) of success and value.
-        `states_PS`: what the robot feels, in its units; not needed where the world does not say it."""
+        """Return states (P, S), standardised, and for task indices (P,) logits (P,) of success, as in
+        training, and of value."""
         parts = []
         now, first = (self.vectors(torch.from_numpy(c.astype(np.int64))) for c in (codes_PN, first_PN))
         looks = torch.cat((now, first, now - first), -1).float().split(self.sizes, 1)
         for look, grid, tower in zip(looks, self.grids, self.towers, strict=True):
             parts.append(tower(look.unflatten(1, grid).permute(0, 3, 1, 2)))
-        if self.reads_state:
-            if states_PS is None:
-                raise ValueError("this judge reads the robot's state beside the frames: pass it")
-            felt_PS = (torch.from_numpy(states_PS).float() - self.mean) / self.std
-            noise = UNSURE * torch.randn(felt_PS.shape) if self.training else 0.0
-            parts.append(felt_PS + noise)
         out, num_dims = self.head(torch.cat(parts, 1)), len(self.mean)
         rows, column = torch.arange(len(out)), num_dims + torch.from_numpy(tasks)
         return out[:, :num_dims], out[rows, column], out[rows, column + len(self.tasks)]
 
     @torch.inference_mode()
     def read(
-        self,
-        codes_PN: np.ndarray,
-        first_PN: np.ndarray,
-        tasks: np.ndarray,
-        states_PS: np.ndarray | None = None,
+        self, codes_PN: np.ndarray, first_PN: np.ndarray, tasks: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return states (P, S) in their units, float32, and whether the task is done (P,)."""
-        states, logits, _ = self(codes_PN, first_PN, tasks, states_PS)
-        return (states * self.std + self.mean).numpy().astype(np.float32), logits.numpy() > 0
+        states, logits, _ = self(codes_PN, first_PN, tasks)
+        return (states * self.std + self.mean).numpy().astype(np.float32), (logits > self.prior).numpy()
 
     @torch.inference_mode()
-    def value(
-        self,
-        codes_PN: np.ndarray,
-        first_PN: np.ndarray,
-        tasks: np.ndarray,
-        states_PS: np.ndarray | None = None,
-    ) -> np.ndarray:
+    def value(self, codes_PN: np.ndarray, first_PN: np.ndarray, tasks: np.ndarray) -> np.ndarray:
         """Return how near success is, (P,): see `Pictures.value`."""
-        return self(codes_PN, first_PN, tasks, states_PS)[2].sigmoid().numpy()
+        return self(codes_PN, first_PN, tasks)[2].sigmoid().numpy()
 
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Write the weights, and beside them as JSON the tasks and `facts`."""
@@ -189,11 +177,6 @@ def encoded(model: Model, images: Mapping[str, np.ndarray]) -> np.ndarray:
     return torch.cat(tuple(parts), 1).numpy()
 
 
-def codes_of(world: World) -> np.ndarray:
-    """Return the codes (P, N) of the current frames of P worlds."""
-    return np.concatenate([grid.reshape(len(grid), -1) for grid in world.codes.values()], 1)
-
-
 def judge_of(
     path: Path,
     paths: Sequence[Path],
@@ -226,6 +209,7 @@ def ingredients(
         "seed": seed,
         "tokenizer": model.image.digest(),
         "episodes": episodes,
+        "mimes": MIMES,
         "steps": steps,
     }
 
@@ -233,11 +217,12 @@ def ingredients(
 def gather(
     paths: Sequence[Path], suites: Sequence[str], model: Model, episodes: int
 ) -> tuple[list[Task], Pictures]:
-    """Return the tasks of `suites` and the pictures of at most `episodes` episodes of each file; a task
-    without one, or without a success, raises ValueError.
+    """Return the tasks of `suites` and the pictures of at most `episodes` episodes of each file, and MIMES of
+    each that succeeds; a task without one, or without a success, raises ValueError.
     """
     tasks = [task for suite in suites for task in sim.tasks(suite)]
-    parts = [pictures for _, pictures in _shown(paths, tasks, model, episodes, "episodes for the judge")]
+    shown = _shown(paths, tasks, model, episodes, MIMES, "episodes for the judge")
+    parts = [pictures for _, pictures in shown]
     success = {n for p in parts for n in p.tasks[p.success].tolist()}
     for what, of in {
         "demonstration": {n for p in parts for n in p.tasks.tolist()},
@@ -251,9 +236,10 @@ def gather(
 
 
 def _shown(
-    paths: Sequence[Path], tasks: Sequence[Task], model: Model, episodes: int, title: str
+    paths: Sequence[Path], tasks: Sequence[Task], model: Model, episodes: int, mimes: int, title: str
 ) -> Iterator[tuple[Episode, Pictures]]:
-    """Yield at most `episodes` episodes of each file of `tasks`, and their pictures."""
+    """Yield at most `episodes` episodes of each file of `tasks`, and their pictures; after each that succeeds
+    `mimes` times it again with the pictures of the same actions from another initial state."""
     numbers, count = {(task.suite, task.name): i for i, task in enumerate(tasks)}, 0
     with progress_bar() as progress:
         for path in progress.track(paths, description=title):
@@ -266,21 +252,49 @@ def _shown(
                     model.check_views({v: f.shape[1:3] for v, f in episode.images.items()}, path)
                     if env is None:
                         env = stack.enter_context(closing(sim.make(tasks[number], model.view_sizes)))
-                    yield episode, _pictures(env, episode, number, count, model)
+                    yield episode, _pictures(model, number, count, *_seen(env, episode))
                     count += 1
+                    for _ in range(mimes if episode.success else 0):
+                        mimed = _mimed(env, episode, NUM_INITS + count)
+                        yield episode, _pictures(model, number, count, *mimed)
+                        count += 1
 
 
-def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model) -> Pictures:
-    """Return the frames of an episode and, after its last action, AFTER more of the simulator's, which says
-    of each whether the task is done."""
+Shown = tuple[Frame, np.ndarray, list[bool]]
+"""Frames of an episode, its states (P, S), and whether the task is done in each."""
+
+
+def _seen(env: Any, episode: Episode) -> Shown:
+    """Return an episode's own frames and, after its last action, AFTER more of the simulator's, which says of
+    each whether the task is done."""
     env.reset(options={"init": max(episode.init, 0)})  # fixtures are not in every state
     success = []
     for state in episode.sim_states:
         env.set_state(state)
         success.append(env.info()["success"])
-    more = [env.step(action) for action in last_actions(episode)]
-    success += [step[4]["success"] for step in more]
-    frames = {v: np.concatenate([episode.images[v], [m[0][v] for m in more]]) for v in model.view_sizes}
+    frames, states, more = _acted(env, last_actions(episode))
+    frames = {view: np.concatenate([episode.images[view], seen]) for view, seen in frames.items()}
+    return frames, np.concatenate([episode.states, states]), success + more
+
+
+def _mimed(env: Any, episode: Episode, init: int) -> Shown:
+    """Return the same of an episode's actions from the initial state `init`."""
+    first, info = env.reset(options={"init": init})
+    frames, states, more = _acted(env, [*episode.actions[:-1], *last_actions(episode)])
+    frames = {view: np.concatenate([first[view][None], seen]) for view, seen in frames.items()}
+    return frames, np.concatenate([first["state"][None], states]), [info["success"], *more]
+
+
+def _acted(env: Any, actions: Sequence[np.ndarray]) -> Shown:
+    """Return what each of `actions` leads to."""
+    steps = [env.step(action) for action in actions]
+    frames = {view: np.stack([step[0][view] for step in steps]) for view in steps[0][0] if view != "state"}
+    return frames, np.stack([step[0]["state"] for step in steps]), [step[4]["success"] for step in steps]
+
+
+def _pictures(
+    model: Model, task: int, number: int, frames: Frame, states: np.ndarray, success: list[bool]
+) -> Pictures:
     codes = encoded(model, frames)
     later, value = np.flatnonzero(success), np.zeros(len(codes), dtype=np.float32)
     if len(later):
@@ -289,7 +303,7 @@ def _pictures(env: Any, episode: Episode, task: int, number: int, model: Model) 
     return Pictures(
         codes,
         np.broadcast_to(codes[0], codes.shape),
-        np.concatenate([episode.states, [step[0]["state"] for step in more]]),
+        states,
         np.full(len(codes), task),
         np.array(success, dtype=bool),
         value,
@@ -320,6 +334,8 @@ def train_judge(
         torch.manual_seed(seed)
         train = seen.states[~held]
         judge = Judge(model, tasks, train.mean(0), train.std(0) + 1e-4)
+        there = len(kinds[1]) / len(train)
+        judge.prior.fill_(logit(num_done / BATCH) - logit(there))
         optimizer = torch.optim.AdamW(judge.parameters(), RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
         with progress_bar() as progress:
@@ -329,7 +345,7 @@ def train_judge(
                 )
                 codes = seen.codes[rows]
                 codes = np.where(rng.random(codes.shape) < WRONG, rng.permutation(codes), codes)
-                states, logits, values = judge(codes, seen.first[rows], seen.tasks[rows], seen.states[rows])
+                states, logits, values = judge(codes, seen.first[rows], seen.tasks[rows])
                 truth = (torch.from_numpy(seen.states[rows]) - judge.mean) / judge.std
                 success = torch.from_numpy(seen.success[rows]).float()
                 loss = F.smooth_l1_loss(states, truth)
@@ -342,7 +358,7 @@ def train_judge(
     judge.eval()
     off, said = np.empty(seen.states.shape), np.empty(len(held), dtype=bool)
     for rows in np.split(np.flatnonzero(held), range(512, int(held.sum()), 512)):
-        read, said[rows] = judge.read(seen.codes[rows], seen.first[rows], seen.tasks[rows], seen.states[rows])
+        read, said[rows] = judge.read(seen.codes[rows], seen.first[rows], seen.tasks[rows])
         off[rows] = np.abs(read - seen.states[rows])
     good, bad = held & seen.success, held & ~seen.success
     each = [np.flatnonzero(held & (seen.episodes == n)) for n in np.unique(seen.episodes[held])]
@@ -389,7 +405,7 @@ class SimulatedBody:
             np.stack([step[0]["state"] for step in done]),
             np.array([step[4]["success"] for step in done]),
         )
-        said = self.judge.read(encoded(self.model, frame), self.first, self.numbers, states)[1]
+        said = self.judge.read(encoded(self.model, frame), self.first, self.numbers)[1]
         return Seen(frame, states, said, success)
 
 
@@ -401,7 +417,7 @@ class ImaginedBody:
     ) -> None:
         self.judge, self.world, self.numbers = judge, world, numbers
         world.reset({**first, "state": states})
-        self.first = codes_of(world)
+        self.first = world.image_codes
 
     def keep(self, rows: np.ndarray) -> None:
         self.world.keep(rows)
@@ -410,7 +426,7 @@ class ImaginedBody:
     def step(self, actions: np.ndarray, look: bool = True) -> Seen:
         self.world.advance(actions)
         frame: Any = self.world.frame() if look else {}
-        states, said = self.judge.read(codes_of(self.world), self.first, self.numbers, self.world.state)
+        states, said = self.judge.read(self.world.image_codes, self.first, self.numbers)
         return Seen(frame, states if self.world.state is None else self.world.state, said, said)
 
 
@@ -463,7 +479,7 @@ def replays(
 
     At most `episodes` of each file of `paths`. `films`: some that imagination ends otherwise, in `out`/films.
     """
-    shown = list(_shown(paths, judge.tasks, world, episodes, "held-out episodes"))
+    shown = list(_shown(paths, judge.tasks, world, episodes, 0, "held-out episodes"))
     if not shown:
         raise ValueError("no held-out episode of the judge's tasks: give --held-out files of the same suites")
     truth, real, dreamt, passing = [], [], [], 0
@@ -482,8 +498,7 @@ def replays(
             for row, (plan, (_, pictures)) in enumerate(zip(plans, part, strict=True)):
                 truth.append(_confirmed(pictures.success))
                 passing += bool(pictures.success.any()) and not truth[-1]
-                seen = pictures.codes, pictures.first, pictures.tasks, pictures.states
-                real.append(_confirmed(judge.read(*seen)[1]))
+                real.append(_confirmed(judge.read(pictures.codes, pictures.first, pictures.tasks)[1]))
                 dreamt.append(_confirmed(said_NT[row, : len(plan)]))
     report: dict[str, Any] = {"episodes": len(truth), "successes": sum(truth), "passing": passing}
     for name, found in {"judge_on_real_frames": real, "imagined": dreamt}.items():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from worldvla.eval.actors import ModelActor, Query
-from worldvla.eval.judge import Judge, check_policy, codes_of, encoded
+from worldvla.eval.judge import Judge, check_policy, encoded
 from worldvla.infer.model import load
 from worldvla.infer.world import World
 
@@ -101,14 +101,14 @@ class PlanningActor(ModelActor):
                 actions = self._policy.act(self._imagined(world, queries, first, numbers))[:, :length]
             for t in range(length):
                 world.advance(actions[:, t])
-        return self.judge.value(codes_of(world), first, numbers, world.state)
+        return self.judge.value(world.image_codes, first, numbers)
 
     def _imagined(
         self, world: World, queries: Sequence[Query], first: np.ndarray, numbers: np.ndarray
     ) -> list[dict[str, Any]]:
         """Return what the policy would see and feel now; what the world does not say the judge reads."""
         felt = world.state
-        state = self.judge.read(codes_of(world), first, numbers)[0] if felt is None else felt
+        state = self.judge.read(world.image_codes, first, numbers)[0] if felt is None else felt
         frame = {**world.frame(), "state": state}
         texts = np.repeat([query.observation["instruction"] for query in queries], self.chunks)
         rows = [{name: of_name[i] for name, of_name in frame.items()} for i in range(len(texts))]

@@ -121,8 +121,8 @@ class Model:
             **({"unnorm_key": self.unnorm_key} if self.unnorm_key else {}),
         }
 
-    def encode_frames(self, frames: Sequence[Mapping[str, Any]]) -> list[tuple[np.ndarray, ...]]:
-        """Return each frame's codes of every view, (N,) each.
+    def encode_frames(self, frames: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Return codes of all views in a row, int64 (B, N).
 
         A frame is a dict of views, uint8 (Y, X, 3); another size or type raises ValueError.
         """
@@ -131,7 +131,7 @@ class Model:
             images = np.stack([_image(frame, view, size) for frame in frames])
             codes = self.image.encode(torch.from_numpy(images).to(self.device))
             columns.append(codes.flatten(1).cpu().numpy())
-        return list(zip(*columns, strict=True))
+        return np.concatenate(columns, 1)
 
     def decode_frames(
         self, codes_BN: np.ndarray, context: Mapping[str, np.ndarray] | None = None

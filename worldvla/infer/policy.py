@@ -120,7 +120,8 @@ class Policy:
                     f"an observation needs an instruction, a text that is not empty, got {instruction!r}"
                 )
             state = self._state(observation) if layout.state else None
-            key, shown = unnorm_key(observation), [next(codes) for _ in sequence]
+            key = unnorm_key(observation)
+            shown = [self.model.builder.split_views(next(codes)) for _ in sequence]
             prompt = self.model.builder.policy_prompt(instruction, state, shown, key)
             if (length := len(prompt) + len(self._tail)) > data.sequence_length:
                 raise ValueError(

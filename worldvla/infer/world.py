@@ -56,9 +56,14 @@ class World:
         self._num_states = layout.num_state_dims if layout.world_state else 0
 
     @property
+    def image_codes(self) -> np.ndarray:
+        """Codes of the current frames, all views in a row, (B, N)."""
+        return self.current()[:, self._num_states :]
+
+    @property
     def codes(self) -> dict[str, np.ndarray]:
         """View -> codes (B, R, Q) of the current frames."""
-        return self.model.grids(self.current()[:, self._num_states :])
+        return self.model.grids(self.image_codes)
 
     @property
     def state(self) -> np.ndarray | None:
@@ -83,7 +88,7 @@ class World:
             frames = [{view: frame[view][i] for view in names} for i in range(counts[views[0]])]
         else:
             frames = [frame]
-        codes_BN = np.stack([np.concatenate(codes) for codes in self.model.encode_frames(frames)])
+        codes_BN = self.model.encode_frames(frames)
         context = {view: np.stack([np.asarray(f[view]) for f in frames]) for view in views}
         self.begin(codes_BN, self._encode_states(frame, len(codes_BN)), context)
         return self.frame()
@@ -116,8 +121,7 @@ class World:
             raise ValueError(f"the action must have shape {expected}, got {np.shape(action)}")
         actions_BA, current_BN = np.asarray(action, dtype=np.float32).reshape(-1, num_dims), self.current()
         if self._clip.num_done == self._clip.num_frames:
-            images_BN = current_BN[:, self._num_states :]
-            self._anchor = np.where(self._still >= STILL, images_BN, self._anchor)
+            self._anchor = np.where(self._still >= STILL, self.image_codes, self._anchor)
             self._clip.begin(self.prompts(actions_BA))
         else:
             actions_BA = self.model.builder.statistics.encode_world_actions(actions_BA)
@@ -162,7 +166,7 @@ class World:
 
     def frame(self) -> Frame:
         """Return the current frame, decoded."""
-        frames = self.model.decode_frames(self.current()[:, self._num_states :], self._context)
+        frames = self.model.decode_frames(self.image_codes, self._context)
         return frames if self._is_batch else {view: images[0] for view, images in frames.items()}
 
     def _new_clip(self) -> Clip:
