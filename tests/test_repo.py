@@ -4,6 +4,7 @@ Run: pytest tests/test_repo.py
 """
 
 import ast
+import contextlib
 import graphlib
 import importlib.metadata
 import re
@@ -12,6 +13,8 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "worldvla"
@@ -218,6 +221,20 @@ def test_dependencies_are_declared():
         ):
             names = {canonical(d) for d in owners.get(module, [module])}
             assert names & declared, f"{_name(path)} imports {module}, which pyproject.toml does not list"
+
+
+def test_pinned_versions_install_on_every_python_3_11():
+    """Debian 12 has 3.11.2. A version that wants a later one needs a marker."""
+    checked = 0
+    pins = re.findall(r"^([\w.-]+)==([^\s;]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    for name, version in pins:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # of an extra
+            found = importlib.metadata.metadata(name).json
+            if str(found["version"]).split("+")[0] == version:
+                wanted = str(found.get("requires_python", ""))
+                assert "3.11.2" in SpecifierSet(wanted), f"{name}=={version} wants Python {wanted}"
+                checked += 1
+    assert checked > 30
 
 
 def test_no_package_index_is_hard_wired():
