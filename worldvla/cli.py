@@ -1471,6 +1471,11 @@ def main(args: Sequence[str] | None = None) -> int:
         is_libero = (error.name or "").split(".")[0] in ("libero", "robosuite")
         fix = f"pip install {LIBERO}" if is_libero else "install worldvla again, with what it depends on"
         message, code = f"{error}: a package is missing; {fix}", EXIT_BAD_INPUT
+    except ImportError as error:  # such as pyarrow 26 beside numpy 1.26, which pip lets one install
+        if (error.name or "").startswith("worldvla"):
+            raise
+        fix = "two packages do not fit; install another version of one (docs/start.md lists some)"
+        message, code = f"{error}: {fix}", EXIT_BAD_INPUT
     except (ValueError, OSError, FloatingPointError) as error:
         message, code = str(error) or type(error).__name__, EXIT_BAD_INPUT
     except RuntimeError as error:  # torch.OutOfMemoryError, and torch is not loaded for every verb
