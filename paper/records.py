@@ -14,10 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from worldvla.eval.stats import Pairs, count
-from worldvla.files import read_json, write_json, write_text
+from worldvla.files import read_json, write_text
 
 TABLETOP = ("tabletop_spatial", "tabletop_object", "tabletop_goal", "tabletop_long")
 LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
@@ -157,33 +155,24 @@ def paired(
     won = []
     for names in zip(of_row(a, suites), of_row(b, suites), strict=True):
         if set(names) <= records.keys():
-            ends = [
-                {
-                    (o["task"], o["init"]): o["grasped"] if grasped else o["status"] == "success"
-                    for o in records[name]["outcomes"]
-                    if o["status"] != "error"
-                }
-                for name in names
-            ]
+            ends = [ended(records, [name], grasped) for name in names]
             won += [(ends[0][key], ends[1][key]) for key in ends[0].keys() & ends[1].keys()]
-    cases = ((True, True), (True, False), (False, True), (False, False))
-    return Pairs(*(won.count(case) for case in cases)) if won else None
+    return pairs_of(won) if won else None
 
 
-def main(
-    what: tyro.conf.Positional[str], names: tyro.conf.Positional[tuple[str, ...]], out: Path = FOLDER
-) -> None:
-    """`pack` FOLDER... into paper/records, or `unpack` NAME... into folders under `out`."""
-    if what not in ("pack", "unpack"):
-        raise SystemExit(f"got {what!r}, expected pack or unpack")
-    if what == "pack":
-        for root in names:
-            write(read_folder(Path(root)), out)
-    else:
-        records = Records()
-        for name in names:
-            write_json(out / name / "record.json", records[name])
+def ended(
+    records: Mapping[str, dict[str, Any]], names: Sequence[str], grasped: bool = False
+) -> dict[tuple[str, int, int], bool]:
+    """Return suite, task and initial state of each episode of records -> whether it succeeded, or held the
+    target; without those that ended in an error."""
+    return {
+        (records[name]["suite"], o["task"], o["init"]): o["grasped"] if grasped else o["status"] == "success"
+        for name in names
+        for o in records[name]["outcomes"]
+        if o["status"] != "error"
+    }
 
 
-if __name__ == "__main__":
-    tyro.cli(main)
+def pairs_of(won: Sequence[tuple[bool, bool]]) -> Pairs:
+    """Return how often A and B succeed, of the same episodes."""
+    return Pairs(*(won.count(case) for case in ((True, True), (True, False), (False, True), (False, False))))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from paper.records import LIBERO, PAIR, TABLETOP, Records, counts, of_row, paired
+from paper.records import LIBERO, PAIR, TABLETOP, Records, counts, ended, of_row, paired, pairs_of
 from worldvla.eval.stats import Pairs, mcnemar, paired_interval, rank_agreement, wilson
 
 ROOT = Path(__file__).parents[1]
@@ -127,11 +127,18 @@ def readme(records: Records) -> str:
     low, high = of["interval_95"]
     shipped = records["tabletop_world/imagine"]["checkpoint"]["digest"]
     world = "The world model" if record["world"]["digest"] == shipped else "The previous world model"
+    origins = {policy["name"].partition("_noise_")[0] for policy in record["policies"]}
     ranked = (
-        f"{world} ranks {len(record['policies'])} noisy copies of one policy: "
+        f"{world} ranks {len(record['policies'])} noisy copies of {len(origins)} policies: "
         f"Spearman {of['value']:.2f} ({low:.2f} to {high:.2f})."
     )
-    return f"{results}\n\n{ranked}"
+    pairs = of_plans(records, "imagination")
+    without, tried = (n + pairs.both for n in (pairs.only_b, pairs.only_a))
+    planned = (
+        f"Trying eight chunks in imagination lifts a policy of 400 demonstrations from {without} to {tried} "
+        f"of {pairs.total}."
+    )
+    return f"{results}\n\n{ranked}\n{planned}"
 
 
 def requirements(records: Records) -> str:
@@ -454,16 +461,19 @@ def rank(records: Records) -> str:
     return table((*names, "Spearman, imagined (95 %)", "Spearman, judge (95 %)"), rows)
 
 
+RANKED = {"tabletop_world": "few demonstrations"}
+"""Name of a policy -> what it is called in the table."""
+
+
 def ranking(records: Records) -> str:
     """Return how policies of different strength do in the simulator and in the shipped world model."""
-    record = records["tabletop_world/rank"]
-    won = {p["name"].rpartition("noise_")[2]: [sum(o) for o in p["outcomes"]] for p in record["policies"]}
-    number = len(record["policies"][0]["outcomes"][0])
-    rows = [
-        ["none" if name == record["world"]["name"] else name, *(f"{k}/{number}" for k in won[name])]
-        for name in sorted(won, key=lambda name: -won[name][0])
-    ]
-    return table(("noise on the weights", "simulator", "judge on its frames", "imagined"), rows)
+    record, rows = records["tabletop_world/rank"], []
+    for policy in sorted(record["policies"], key=lambda policy: -sum(policy["outcomes"][0])):
+        name, _, noise = policy["name"].partition("_noise_")
+        number = len(policy["outcomes"][0])
+        who = "shipped" if name == record["world"]["name"] else RANKED[name]
+        rows.append([who, noise or "none", *(f"{sum(o)}/{number}" for o in policy["outcomes"])])
+    return table(("policy", "noise on the weights", "simulator", "judge on its frames", "imagined"), rows)
 
 
 def ranking_agreement(records: Records) -> str:
@@ -527,14 +537,39 @@ DELAYED = {
 }
 
 
+PLANS = {"imagination": ("planned", "unplanned"), "the simulator": ("planned_in_simulator", "unplanned_20")}
+"""Where chunks are tried -> folders of records with plans and without, in tabletop_improve."""
+
+
+def of_plans(records: Records, where: str, suite: str = "tabletop") -> Pairs:
+    """Return how a policy fares with plans and without, in suites whose names begin so."""
+    folders = (f"tabletop_improve/{kind}/{suite}" for kind in PLANS[where])
+    ends = [ended(records, [name for name in records if name.startswith(folder)]) for folder in folders]
+    return pairs_of([(ends[0][key], ends[1][key]) for key in ends[0].keys() & ends[1].keys()])
+
+
+def planning(records: Records) -> str:
+    """Success of a policy that tries eight chunks before it acts, and without, on the same states."""
+    rows = []
+    for where, (planned, _) in PLANS.items():
+        names = [name for name in records if name.startswith(f"tabletop_improve/{planned}/")]
+        ms = np.mean([records[name]["ms_a_decision"] for name in names])
+        suites = sorted({records[name]["suite"] for name in names})
+        for suite in (*suites, "tabletop") if len(suites) > 1 else suites:
+            pairs = of_plans(records, where, suite)
+            of = [f"{n + pairs.both}/{pairs.total}" for n in (pairs.only_b, pairs.only_a)]
+            rows.append([where, "all" if suite == "tabletop" else suite, *of, *effect(pairs), f"{ms:.0f}"])
+    names = ("chunks are tried in", "suite", "without", "with", "points (95 %)", "p", "ms a decision")
+    return table(names, rows)
+
+
 def delay(records: Records) -> str:
     """Success by delay, against no delay on the same episodes."""
     ends: dict[str, dict[str, str]] = records["bench/delay"]["ends"]
     first, rows = ends["latest"]["0"], []
     for method, by_delay in ends.items():
         for ms, of in sorted(by_delay.items(), key=lambda item: int(item[0])):
-            ended = list(zip(of, first, strict=True))
-            pairs = Pairs(*(ended.count(pair) for pair in (("S", "S"), ("S", "F"), ("F", "S"), ("F", "F"))))
+            pairs = pairs_of([(a == "S", b == "S") for a, b in zip(of, first, strict=True)])
             against = ("", "") if of is first else effect(pairs)
             rows.append([DELAYED[method], ms, f"{of.count('S')}/{len(of)}", *against])
     return table(("what the robot does", "delay, ms", "successes", "points against no delay", "p"), rows)
@@ -559,7 +594,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     for f in (
         *(suites, experts, ablation, ablation_differences, short_chunks, short_chunks_differences),
         *(ablation_libero, history, heads, chunk_length, chunk_error, world, shipped_world, motion),
-        *(rank, ranking, ranking_agreement, speed, delay, delay_real_time),
+        *(rank, ranking, ranking_agreement, planning, speed, delay, delay_real_time),
     )
 }
 
