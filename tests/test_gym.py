@@ -24,6 +24,10 @@ from worldvla.sim.suites import SUITES, tasks
     "code",
     [
         "import gymnasium as gym, worldvla; env = gym.make('worldvla/tabletop_goal-v0')",
+        "import worldvla, gymnasium as gym; env = gym.make('worldvla/tabletop_goal-v0')",
+        "import worldvla, importlib.util as u; u.find_spec('gymnasium'); import gymnasium as gym"
+        "; env = gym.make('worldvla/tabletop_goal-v0')",
+        "import worldvla.sim.tabletop.env, gymnasium as gym; env = gym.make('worldvla/tabletop_goal-v0')",
         "import gymnasium as gym; env = gym.make('worldvla.sim.instructed:worldvla/tabletop_goal-v0')",
     ],
 )

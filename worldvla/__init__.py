@@ -8,10 +8,15 @@ world = model.world(); world.reset(observation); frame = world.step(actions[0])
 
 import sys
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # torch is imported by what is called, not with the package
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
     import gymnasium as gym
     import torch
 
@@ -80,5 +85,26 @@ def make(
     return make_env(task, index, views) if isinstance(task, str) else make_env(task.suite, task, views)
 
 
+class _OnceImported(MetaPathFinder):
+    """Registers the ids when gymnasium is imported later."""
+
+    def find_spec(self, fullname: str, *rest: Any) -> "ModuleSpec | None":
+        if fullname != "gymnasium":
+            return None
+        others = (finder.find_spec(fullname, *rest) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
+        if loader := spec and spec.loader:
+            execute = loader.exec_module
+
+            def exec_module(module: "ModuleType") -> None:
+                execute(module)
+                import_module("worldvla.sim.instructed")
+
+            loader.exec_module = exec_module
+        return spec
+
+
 if "gymnasium" in sys.modules:  # its users expect ids; who does not use it does not wait for it
-    import worldvla.sim.instructed as _  # noqa: F401
+    import_module("worldvla.sim.instructed")
+else:
+    sys.meta_path.insert(0, _OnceImported())

@@ -5,7 +5,7 @@
     observation, info = env.reset(options={"init": 0})
     observation["instruction"], info["instruction"]
 
-The ids exist once worldvla is imported after gymnasium; "worldvla.sim.instructed:worldvla/tabletop_goal-v0"
+The ids exist once worldvla and gymnasium are imported; "worldvla.sim.instructed:worldvla/tabletop_goal-v0"
 needs no import. AsyncVectorEnv copies texts once: give make_vec vector_kwargs={"shared_memory": False}.
 """
 
