@@ -127,11 +127,8 @@ def readme(records: Records) -> str:
     low, high = of["interval_95"]
     shipped = records["tabletop_world/imagine"]["checkpoint"]["digest"]
     world = "The world model" if record["world"]["digest"] == shipped else "The previous world model"
-    origins = {policy["name"].partition("_noise_")[0] for policy in record["policies"]}
-    ranked = (
-        f"{world} ranks {len(record['policies'])} noisy copies of {len(origins)} policies: "
-        f"Spearman {of['value']:.2f} ({low:.2f} to {high:.2f})."
-    )
+    spearman = f"Spearman {of['value']:.2f} ({low:.2f} to {high:.2f})"
+    ranked = f"{world} ranks {len(record['policies'])} policies as the simulator does: {spearman}."
     pairs = of_plans(records, "imagination")
     without, tried = (n + pairs.both for n in (pairs.only_b, pairs.only_a))
     planned = (
