@@ -128,7 +128,7 @@ def readme(records: Records) -> str:
     shipped = records["tabletop_world/imagine"]["checkpoint"]["digest"]
     world = "The world model" if record["world"]["digest"] == shipped else "The previous world model"
     spearman = f"Spearman {of['value']:.2f} ({low:.2f} to {high:.2f})"
-    ranked = f"{world} ranks {len(record['policies'])} policies as the simulator does: {spearman}."
+    ranked = f"{world} ranks {len(record['policies'])} policies, most of them noisy copies: {spearman}."
     pairs = of_plans(records, "imagination")
     without, tried = (n + pairs.both for n in (pairs.only_b, pairs.only_a))
     planned = (
