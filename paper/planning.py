@@ -1,10 +1,12 @@
-"""How much planning could bring: chunks tried in the simulator itself instead of in a world model.
+"""Controls of planning: chunks tried in the simulator instead of in a world model, or chosen by chance.
 
     python -m paper.planning POLICY --judge out/rank/judge.safetensors --suite tabletop_goal --out out/planned
+    python -m paper.planning POLICY ... --by-chance
 
 As `worldvla eval --plan`, and the same judge, but each chunk's end is the simulator's own, and with `--ahead`
-what the policy does after it. Each episode has two more environments: one executes what was chosen, the other
-tries the chunks from its state.
+what the policy does after it: the most that planning can bring. Each episode has two more environments: one
+executes what was chosen, the other tries the chunks from its state. With `--by-chance` the same chunks are
+drawn and any of them is executed: what more variety alone brings.
 """
 
 import json
@@ -72,6 +74,23 @@ class Rehearsal(PlanningActor):
         return {**super().identity(), "tried_in": "simulator"}
 
 
+class Chance(PlanningActor):
+    """Plans of which nobody looks at the ends: any is executed."""
+
+    def _values(
+        self,
+        queries: Sequence[Query],
+        plans: np.ndarray,  # noqa: ARG002 - it is chance
+        first: np.ndarray,  # noqa: ARG002
+        numbers: np.ndarray,  # noqa: ARG002
+    ) -> np.ndarray:
+        values = [np.random.default_rng(self._seeds(query)).random(self.chunks) for query in queries]
+        return np.concatenate(values)
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "chosen_by": "chance"}
+
+
 def _place(query: Query) -> Place:
     return query.task.suite, query.task.name, query.init
 
@@ -104,9 +123,11 @@ def main(
     first: int = 0,
     episodes: int = 10,
     seed: int = 0,
+    by_chance: bool = False,
 ) -> None:
     """Write record.json as `worldvla eval` does, of tabletop suites."""
-    actor = Rehearsal(policy, world, judge, plan, temperature, spread, ahead, seed=seed, execute=execute)
+    kind = Chance if by_chance else Rehearsal
+    actor = kind(policy, world, judge, plan, temperature, spread, ahead, seed=seed, execute=execute)
     protocol = Protocol(suite, episodes=episodes, first=first, seed=seed, videos=0)
     record = evaluate(actor, protocol, out)
     print(

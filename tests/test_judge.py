@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.special import logit
 
 import worldvla
 from worldvla import rank
@@ -194,7 +193,7 @@ def test_the_judge_learns_what_pictures_show_of_each_task(rng: np.random.Generat
     felt, _ = net.read(codes[:5], before[:5], tasks[:5])
     assert np.abs(felt - states[:5]).max() < 0.03
     assert np.abs(net.value(codes, before, tasks) - value).mean() < 0.1
-    assert net.prior == pytest.approx(logit(judge.DONE) - logit(success.mean()), abs=0.1)
+    assert abs(seen + alarms - successes) <= 1  # as many as there are
 
 
 @pytest.mark.parametrize(

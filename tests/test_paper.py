@@ -24,13 +24,15 @@ from worldvla.data.episode import read_episodes
 from worldvla.eval.actors import Query
 from worldvla.eval.compare import compare
 from worldvla.eval.judge import Judge, encoded
+from worldvla.eval.planning import PlanningActor
 from worldvla.eval.stats import Pairs, count
 from worldvla.files import read_json, write_json
-from worldvla.infer.model import export, load
+from worldvla.infer.model import Model, export, load
 from worldvla.infer.policy import Policy
 from worldvla.model.weights import empty_model
 from worldvla.recipes import recipe
 from worldvla.sim import suites
+from worldvla.sim.protocol import Task
 from worldvla.train.build import build, build_model
 from worldvla.train.loop import train
 
@@ -268,16 +270,20 @@ def test_an_average_lies_between_its_checkpoints(tmp_path: Path) -> None:
         average.main(ROOT / "worldvla/assets/tabletop", weak, tmp_path / "none", share=2)
 
 
+def _untaught(model: Model, task: Task, folder: Path) -> Path:
+    """Return the weights of a judge that knows `task` and has learnt nothing."""
+    path = folder / "judge.safetensors"
+    judge = Judge(model, [task], np.zeros(8, np.float32), np.ones(8, np.float32))
+    judge.save(path, {"made_of": {"tokenizer": model.image.digest()}, "errors": {}})
+    return path
+
+
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_chunks_are_tried_in_the_simulator(ahead: int, tmp_path: Path) -> None:
     """What the judge is shown is what the chunks and, looking ahead, the policy's next ones lead to, and what
     is chosen is executed."""
     task, model = suites.tasks("tabletop_object")[0], load("tabletop")
-    untaught = Judge(model, [task], np.zeros(8, np.float32), np.ones(8, np.float32))
-    untaught.save(
-        tmp_path / "judge.safetensors", {"made_of": {"tokenizer": model.image.digest()}, "errors": {}}
-    )
-    path = tmp_path / "judge.safetensors"
+    path = _untaught(model, task, tmp_path)
     actor = planning.Rehearsal("tabletop", "tabletop", path, 3, spread=0.2, ahead=ahead)
     shown: list[np.ndarray] = []
 
@@ -304,6 +310,24 @@ def test_chunks_are_tried_in_the_simulator(ahead: int, tmp_path: Path) -> None:
     elsewhere = {**observation, "instruction": task.instruction, "state": observation["state"] + 0.01}
     with pytest.raises(ValueError, match="went astray"):
         actor.act([Query(task, 0, 10, elsewhere)])
+
+
+def test_by_chance_any_of_the_same_chunks_is_executed(tmp_path: Path) -> None:
+    task, model = suites.tasks("tabletop_object")[0], load("tabletop")
+    actor = planning.Chance("tabletop", "tabletop", _untaught(model, task, tmp_path), 4, spread=0.2)
+    env: Any = suites.make(task, model.view_sizes)
+    seen, ranks = {**env.reset(options={"init": 0})[0], "instruction": task.instruction}, []
+    offered = PlanningActor("tabletop", "tabletop", tmp_path / "judge.safetensors", 4, spread=0.2)
+    for step in range(0, 40, 5):
+        query = Query(task, 0, step, seen)
+        (chosen,), each = actor.act([query]), []
+        assert chosen is not None
+        for best in np.eye(4):
+            offered._values = lambda *_, best=best: best  # pyright: ignore
+            each += offered.act([query])
+        ranks += [i for i, chunk in enumerate(each) if np.array_equal(cast(Any, chunk), chosen)]
+    assert len(ranks) == 8
+    assert len(set(ranks)) > 1
 
 
 def test_of_each_closing_hand_it_is_asked_whether_it_holds(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.special import logit
 from torch import Tensor, nn
 
 from worldvla.data.episode import Episode, fingerprint, read_episodes
@@ -83,8 +82,8 @@ class Judge(nn.Module):
 
     mean: Tensor
     std: Tensor
-    prior: Tensor
-    """By how much training, which sees more successes than there are, raises their logit."""
+    threshold: Tensor
+    """Logit above which a picture is a success: of held-out pictures it calls as many so as there are."""
 
     def __init__(self, model: Model, tasks: Sequence[Task], mean: np.ndarray, std: np.ndarray) -> None:
         super().__init__()
@@ -99,7 +98,7 @@ class Judge(nn.Module):
         )
         self.register_buffer("mean", torch.from_numpy(mean))
         self.register_buffer("std", torch.from_numpy(std))
-        self.register_buffer("prior", torch.zeros(()))
+        self.register_buffer("threshold", torch.zeros(()))
 
     @staticmethod
     def _tower(channels: int) -> nn.Module:
@@ -128,7 +127,7 @@ class Judge(nn.Module):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return states (P, S) in their units, float32, and whether the task is done (P,)."""
         states, logits, _ = self(codes_PN, first_PN, tasks)
-        return (states * self.std + self.mean).numpy().astype(np.float32), (logits > self.prior).numpy()
+        return (states * self.std + self.mean).numpy().astype(np.float32), (logits > self.threshold).numpy()
 
     @torch.inference_mode()
     def value(self, codes_PN: np.ndarray, first_PN: np.ndarray, tasks: np.ndarray) -> np.ndarray:
@@ -320,8 +319,8 @@ def last_actions(episode: Episode) -> list[np.ndarray]:
 def train_judge(
     model: Model, tasks: Sequence[Task], seen: Pictures, steps: int = STEPS, seed: int = 0
 ) -> tuple[Judge, dict[str, Any]]:
-    """Return the judge of codes of `model`, and its errors on held-out episodes: of pictures, and in how many
-    episodes it says that the task was done exactly where it was."""
+    """Return the judge of codes of `model`, and its errors on held-out episodes, on which its threshold is
+    set: of pictures, and in how many episodes it says that the task was done exactly where it was."""
     rng = np.random.default_rng(seed)
     names = rng.permutation(np.unique(seen.episodes))
     held = np.isin(seen.episodes, names[: max(1, int(HELD_OUT * len(names)))])
@@ -334,8 +333,6 @@ def train_judge(
         torch.manual_seed(seed)
         train = seen.states[~held]
         judge = Judge(model, tasks, train.mean(0), train.std(0) + 1e-4)
-        there = len(kinds[1]) / len(train)
-        judge.prior.fill_(logit(num_done / BATCH) - logit(there))
         optimizer = torch.optim.AdamW(judge.parameters(), RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
         with progress_bar() as progress:
@@ -356,11 +353,14 @@ def train_judge(
                 optimizer.step()
                 schedule.step()
     judge.eval()
-    off, said = np.empty(seen.states.shape), np.empty(len(held), dtype=bool)
-    for rows in np.split(np.flatnonzero(held), range(512, int(held.sum()), 512)):
-        read, said[rows] = judge.read(seen.codes[rows], seen.first[rows], seen.tasks[rows])
-        off[rows] = np.abs(read - seen.states[rows])
-    good, bad = held & seen.success, held & ~seen.success
+    off, logits_P = np.zeros(seen.states.shape), np.full(len(held), np.nan)
+    with torch.inference_mode():
+        for rows in np.split(np.flatnonzero(held), range(512, int(held.sum()), 512)):
+            read, logits, _ = judge(seen.codes[rows], seen.first[rows], seen.tasks[rows])
+            off[rows] = np.abs((read * judge.std + judge.mean).numpy() - seen.states[rows])
+            logits_P[rows] = logits.numpy()
+    judge.threshold.fill_(np.quantile(logits_P[held], 1 - seen.success[held].mean()))
+    said, good, bad = logits_P > judge.threshold.item(), held & seen.success, held & ~seen.success
     each = [np.flatnonzero(held & (seen.episodes == n)) for n in np.unique(seen.episodes[held])]
     agree = [_confirmed(said[rows]) == _confirmed(seen.success[rows]) for rows in each]
     return judge, {
