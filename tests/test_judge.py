@@ -163,7 +163,7 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
         run()
 
 
-def test_the_judge_learns_what_pictures_show_of_each_task(rng: np.random.Generator) -> None:
+def test_the_judge_learns_what_pictures_show_of_each_task(tmp_path: Path, rng: np.random.Generator) -> None:
     """Brightness is the state; task 0 is done when it is brighter than at first, task 1 when it is darker."""
     model = load(MODEL)
     bright, tasks = rng.integers(40, 216, 600), rng.integers(0, 2, 600)
@@ -194,6 +194,10 @@ def test_the_judge_learns_what_pictures_show_of_each_task(rng: np.random.Generat
     assert np.abs(felt - states[:5]).max() < 0.03
     assert np.abs(net.value(codes, before, tasks) - value).mean() < 0.1
     assert abs(seen + alarms - successes) <= 1  # as many as there are
+    net.save(tmp_path / "judge.safetensors", {"made_of": {"tokenizer": model.image.digest()}})
+    again, _ = judge.Judge.load(tmp_path / "judge.safetensors", model)
+    for old, new in zip(net.read(codes, before, tasks), again.read(codes, before, tasks), strict=True):
+        np.testing.assert_array_equal(old, new)
 
 
 @pytest.mark.parametrize(

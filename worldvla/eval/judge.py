@@ -96,8 +96,8 @@ class Judge(nn.Module):
         self.head = nn.Sequential(
             nn.Linear(num_features, 256), nn.ReLU(), nn.Linear(256, len(mean) + 2 * len(tasks))
         )
-        self.register_buffer("mean", torch.from_numpy(mean))
-        self.register_buffer("std", torch.from_numpy(std))
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
         self.register_buffer("threshold", torch.zeros(()))
 
     @staticmethod
