@@ -18,7 +18,6 @@ import h5py
 import numpy as np
 import pytest
 import released
-from test_sources import as_v2
 from token_stubs import random_episode
 
 from worldvla.data.episode import Episode, read_episodes, write_episodes
@@ -160,8 +159,9 @@ def whole(root: Path, checkpoint: Path, tmp_path: Path) -> Callable[[str], Path]
             case "tfrecord" | "rlds":
                 shutil.copytree(HERE / "rlds/tiny_libero/1.0.0", data)
             case "lerobot" | "lerobot_v2":
-                unread = shutil.ignore_patterns("*.py", "stats.json")
-                shutil.copytree(HERE / "lerobot_v3", data, ignore=unread)
+                unread = shutil.ignore_patterns("*.py", "*stats.json*")
+                version = {"lerobot": "v3", "lerobot_v2": "v21"}[name]
+                shutil.copytree(HERE / f"lerobot_{version}", data, ignore=unread)
             case _:
                 data.mkdir()
         _fill(name, data)
@@ -172,8 +172,6 @@ def whole(root: Path, checkpoint: Path, tmp_path: Path) -> Callable[[str], Path]
 
 def _fill(name: str, data: Path) -> None:
     match name:
-        case "lerobot_v2":
-            as_v2(data)
         case "demonstrations" | "libero":
             write_episodes(data / "a_demo.hdf5", [random_episode(i) for i in range(2)], {})
             with h5py.File(data / "a_demo.hdf5", "a") as file:
