@@ -13,6 +13,8 @@ import pytest
 from worldvla.image import as_uint8, resize_with_pad
 from worldvla.serve.protocol import pack, unpack
 
+OPENPI = "pip install --no-deps openpi-client, which declares numpy < 2 and works with later ones"
+
 
 def test_bytes_are_those_of_openpi() -> None:
     message = {"x": np.array([[1, 2]], dtype=np.uint8), "y": np.int16(-1), "z": "a"}
@@ -20,6 +22,19 @@ def test_bytes_are_those_of_openpi() -> None:
     array += b"\xc4\x05shape\x92\x01\x02"
     scalar = b"\x83\xc4\x0d__npgeneric__\xc3\xc4\x04data\xff\xc4\x05dtype\xa3<i2"
     assert pack(message) == b"\x83\xa1x" + array + b"\xa1y" + scalar + b"\xa1z\xa1a"
+
+
+def test_bytes_and_pictures_are_those_of_the_genuine_client() -> None:
+    theirs = pytest.importorskip("openpi_client.msgpack_numpy", reason=OPENPI)
+    tools = pytest.importorskip("openpi_client.image_tools", reason=OPENPI)
+    rng = np.random.default_rng(0)
+    wide, tall = (rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((48, 64), (97, 31)))
+    message = {"wide": wide, "state": rng.normal(size=8), "y": np.float32(0.5), "z": "go", "n": [1, None]}
+    assert pack(message) == theirs.packb(message)
+    back = theirs.unpackb(pack(message))
+    np.testing.assert_array_equal(back["state"], message["state"])
+    for picture, size in ((wide, (32, 32)), (tall, (224, 224)), (tall, (20, 50))):
+        np.testing.assert_array_equal(resize_with_pad(picture, *size), tools.resize_with_pad(picture, *size))
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ import worldvla
 from worldvla.config import ImageTokenizerConfig
 from worldvla.eval.actors import ActorError, Query
 from worldvla.eval.remote import RemoteActor
+from worldvla.files import ASSETS
 from worldvla.infer.model import load, weights_digest
 from worldvla.infer.policy import Policy
 from worldvla.infer.world import World
@@ -471,6 +472,25 @@ def test_a_served_checkpoint_acts_as_it_does_at_home(checkpoint: Path) -> None:
     assert (server["name"], server["step"], server["chunk"]) == ("tiny", 7, 3)
     assert server["decoding"] == Policy(model).decoding
     assert server["digest"] == weights_digest(checkpoint)
+
+
+@pytest.mark.filterwarnings("ignore:connect:DeprecationWarning")  # of websockets 17, for its client
+def test_openpis_own_client_is_answered_as_ours_is() -> None:
+    """The shipped model answers it bit for bit as at home, and an error reaches it as text."""
+    reason = "pip install --no-deps openpi-client, which declares numpy < 2 and works with later ones"
+    theirs = pytest.importorskip("openpi_client.websocket_client_policy", reason=reason)
+    model, names = load("tabletop"), {**IMAGE_KEYS, "state": STATE_KEY, "instruction": PROMPT_KEY}
+    observations, policy = frames(model, 3), Policy(model)
+    requests = [{names[key]: value for key, value in o.items()} for o in observations]
+    with served_here(ASSETS / "tabletop") as at:
+        client = theirs.WebsocketClientPolicy(*at.split(":"))
+        with closing(client._ws):
+            views = {view: list(size) for view, size in model.view_sizes.items()}
+            assert client.get_server_metadata()["views"] == views
+            for observation, sent in zip(observations, requests, strict=True):
+                np.testing.assert_array_equal(client.infer(sent)["actions"], policy.act(observation))
+            with pytest.raises(RuntimeError, match="Error in inference server:\nprompt must be a text"):
+                client.infer({**requests[0], PROMPT_KEY: ""})
 
 
 def test_answers_of_a_batch_are_those_of_each_request_alone() -> None:
