@@ -1,12 +1,12 @@
 """A robot of 14 dims and three cameras of different sizes: the recipe `finetune` trains on its LeRobot data,
-and the policy answers a client of its server.
+and the policy answers a client of its server. Robots of 1 and of 32 dims, of one and four cameras, train too.
 
 Run: pytest tests/test_finetune.py
 """
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from worldvla.train.build import build, fit
 from worldvla.train.image_tokenizer import LEVELS
 
 SIZES = {"agentview": (32, 48), "left_wrist": (16, 16), "right_wrist": (24, 16)}
+FOUR = SIZES | {"top": (40, 24)}
 SHAPE = ImageTokenizerConfig(
     channels=4, channel_mult=(1, 2), patch=4, num_res_blocks=1, z_channels=4, embed_dim=4, num_codes=16
 )
@@ -57,20 +58,22 @@ SETTINGS = {
 SMALL = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
 
 
-def episode(seed: int, length: int = 24) -> Episode:
+def episode(
+    seed: int, length: int = 24, num_dims: int = 14, sizes: Mapping[str, tuple[int, int]] = SIZES
+) -> Episode:
     """A light whose brightness is what every joint should do."""
     rng = np.random.default_rng(seed)
     light = np.repeat(rng.permutation(np.linspace(0, 1, length // 3)), 3)[:, None]
     pictures = {
         view: (255 * light[:, :, None, None] * np.ones((1, *size, 3))).astype(np.uint8)
-        for view, size in SIZES.items()
+        for view, size in sizes.items()
     }
     return Episode(
         instruction="fold the towel",
         suite="home",
         task="fold",
-        actions=(light * np.linspace(-1, 1, 14)).astype(np.float32),
-        states=rng.normal(size=(length, 14)).astype(np.float32),
+        actions=(light * np.linspace(-1, 1, num_dims)).astype(np.float32),
+        states=rng.normal(size=(length, num_dims)).astype(np.float32),
         images=pictures,
         sim_states=np.zeros((length, 0)),
         is_expert=np.ones(length, dtype=np.bool_),
@@ -79,31 +82,36 @@ def episode(seed: int, length: int = 24) -> Episode:
     )
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("robot")
-    vector = Vector(("action",), JOINTS)
+def train_on(root: Path, joints: tuple[str, ...], sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Write data/, image_tokenizer/, store/ and run/ of a robot under `root`, by the guide's commands."""
+    vector = Vector(("action",), joints)
     source = Source(
         path=root,
         kind="made here",
         num_episodes=6,
         fps=30.0,
-        cameras={view: Camera(view, *size) for view, size in SIZES.items()},
+        cameras={view: Camera(view, *size) for view, size in sizes.items()},
         action=vector,
         state=vector,
         guesses=(),
         files=(),
-        attempts=lambda _: ((f"episode {i}", episode(i)) for i in range(6)),
+        attempts=lambda _: ((f"episode {i}", episode(i, 24, len(joints), sizes)) for i in range(6)),
     )
     export_lerobot(source, root / "data", "png")
     data, image, store = (str(root / name) for name in ("data", "image_tokenizer", "store"))
     torch.manual_seed(0)
     ImageTokenizer(SHAPE).save(root / "image_tokenizer")  # what `train-tokenizer` would have written
-    views = ["--camera", *(f"{view}=observation.images.{view}" for view in SIZES)]
+    views = ["--camera", *(f"{view}=observation.images.{view}" for view in sizes)]
     assert main(["tokenize", data, "--tokenizer", image, "--out", store, *views]) == 0
     words = ["--data.stores", store, "--tokenizer", image, "--out", str(root / "run")]
     words += SMALL
     assert main(["train", "finetune", *words]) == 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("robot")
+    train_on(root, JOINTS, SIZES)
     return root
 
 
@@ -122,18 +130,32 @@ def test_the_layout_is_that_of_the_store(run: Path):
         fit(mixed)
 
 
-def test_the_policy_acts_within_what_it_was_shown(run: Path):
-    model = load(run / "run")
-    assert model.view_sizes == SIZES
-    assert model.manifest["features"]["action_names"] == list(JOINTS)
+def check_policy(root: Path, joints: tuple[str, ...], sizes: Mapping[str, tuple[int, int]]) -> None:
+    model, num_dims = load(root / "run"), len(joints)
+    assert model.view_sizes == sizes
+    assert model.manifest["features"]["action_names"] == list(joints)
     assert model.manifest["features"]["fps"] == 30.0
-    shown = episode(7)
+    shown = episode(7, 24, num_dims, sizes)
     frame = {view: frames[0] for view, frames in shown.images.items()}
     actions = Policy(model).act(frame | {"state": shown.states[0], "instruction": shown.instruction})
-    assert actions.shape == (finetune().layout.chunk, 14)
-    assert (np.abs(actions) <= np.abs(np.linspace(-1, 1, 14)) + 1e-6).all()  # the range of each joint's data
-    with pytest.raises(ValueError, match=r"state must be float \(14,\)"):
-        Policy(model).act(frame | {"state": shown.states[0, :8], "instruction": shown.instruction})
+    assert actions.shape == (finetune().layout.chunk, num_dims)
+    widest = np.abs(np.linspace(-1, 1, num_dims))  # the range of each joint's data
+    assert (np.abs(actions) <= widest + 1e-6).all()
+    with pytest.raises(ValueError, match=rf"state must be float \({num_dims},\)"):
+        Policy(model).act(frame | {"state": np.zeros(8, np.float32), "instruction": shown.instruction})
+
+
+def test_the_policy_acts_within_what_it_was_shown(run: Path):
+    check_policy(run, JOINTS, SIZES)
+
+
+@pytest.mark.parametrize(("num_dims", "num_cameras"), [(1, 1), (32, 4)])
+def test_from_1_to_32_dims_and_from_1_to_4_cameras_train_and_act(
+    tmp_path: Path, num_dims: int, num_cameras: int
+):
+    joints, sizes = tuple(f"joint_{i}" for i in range(num_dims)), dict([*FOUR.items()][:num_cameras])
+    train_on(tmp_path, joints, sizes)
+    check_policy(tmp_path, joints, sizes)
 
 
 def test_a_server_answers_a_client_of_the_robot(run: Path):
