@@ -26,11 +26,12 @@ from tiny_run import tiny_config, write_checkpoint
 import worldvla
 from worldvla.cli import main
 from worldvla.data.episode import read_episodes
+from worldvla.data.sources import open_source
 from worldvla.files import read_json, write_digests, write_json
 from worldvla.infer.world import World
 from worldvla.serve.play.server import MAX_MESSAGE, MAX_SESSIONS, Start, read_message, serve
 from worldvla.serve.play.session import GRIPPER_STEPS, REPLAN, Playable, Session, bench, open_playable, psnr
-from worldvla.sim.suites import make
+from worldvla.sim.suites import make, tasks
 
 SUITE = "tabletop_object"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -387,27 +388,6 @@ def test_an_initial_state_that_is_not_there_is_refused(capsys: pytest.CaptureFix
     assert "--init 0 to 49" in capsys.readouterr().err
 
 
-def test_every_episode_is_saved_where_that_is_asked_for(playable: Playable, tmp_path: Path):
-    async def use(address: str, client: aiohttp.ClientSession) -> None:
-        async with client.ws_connect(f"{address}socket") as page:
-            for init in (3, 4):
-                await page.send_json({**START, "init": init})
-                while (await frame(page))[0]["init"] != init:
-                    pass
-                await page.send_json({**STILL, "right": 0.5})
-                while (await frame(page))[0]["steps"] < 2:
-                    pass
-                await page.send_json(STILL)
-        while len(list((tmp_path / "data").glob("*_demo.hdf5"))) < 2:
-            await asyncio.sleep(0.05)
-
-    run_served(playable, tmp_path / "films", use, save_dataset=tmp_path / "data")
-    episodes = [e for file in (tmp_path / "data").glob("*_demo.hdf5") for e in read_episodes(file)]
-    assert sorted(e.init for e in episodes) == [3, 4]
-    assert {e.instruction for e in episodes} == {playable.task(SUITE, 0).instruction}
-    assert not (tmp_path / "films").exists()
-
-
 def test_who_may_not_play_is_turned_away(playable: Playable, tmp_path: Path):
     async def status(client: aiohttp.ClientSession, url: str, **headers: str) -> int:
         async with client.get(url, headers=headers) as response:
@@ -440,10 +420,15 @@ def test_who_may_not_play_is_turned_away(playable: Playable, tmp_path: Path):
     run_served(playable, tmp_path, use, api_key="secret")
 
 
-# -- the page
+# -- the command line, and the page
 
 
-def launch(checkpoint: Path, port: int, out: Path) -> subprocess.Popen[str]:
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def launch(checkpoint: Path, port: int, out: Path, *options: str) -> subprocess.Popen[str]:
     words = [
         sys.executable,
         "-m",
@@ -454,6 +439,7 @@ def launch(checkpoint: Path, port: int, out: Path) -> subprocess.Popen[str]:
         str(port),
         "--out",
         str(out),
+        *options,
     ]
     server = subprocess.Popen(
         words, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -470,12 +456,55 @@ def stop(server: subprocess.Popen[str]) -> None:
     server.stdout.close()
 
 
+def test_every_episode_is_saved_as_the_page_showed_it(checkpoint: Path, tmp_path: Path):
+    """By the command line. The last start ends the second episode, and has no steps of its own."""
+    port, data = free_port(), tmp_path / "data"
+    shown: dict[tuple[int, int], tuple[list[float], dict[str, np.ndarray]]] = {}
+
+    async def see(page: aiohttp.ClientWebSocketResponse) -> dict[str, Any]:
+        header, pictures = await frame(page)
+        shown[header["init"], header["steps"]] = header["action"], pictures
+        return header | {"is_real": "simulator/agentview" in pictures}
+
+    async def use() -> None:
+        async with (
+            aiohttp.ClientSession() as client,
+            client.ws_connect(f"http://127.0.0.1:{port}/socket") as page,
+        ):
+            for init in (3, 4, 5):
+                await page.send_json({**START, "init": init})
+                await page.send_json({"type": "simulator", "on": True})
+                while (header := await see(page))["init"] != init or not header["is_real"]:
+                    pass
+                if init == 5:
+                    break
+                await page.send_json({**STILL, "right": 0.5})
+                while (await see(page))["steps"] < 3:
+                    pass
+                await page.send_json(STILL)
+
+    server = launch(checkpoint, port, tmp_path / "films", "--save-dataset", str(data))
+    try:
+        asyncio.run(asyncio.wait_for(use(), 100))
+    finally:
+        stop(server)
+    episodes = {episode.init: episode for episode in open_source(data).episodes()}
+    assert sorted(episodes) == [3, 4]
+    for init, episode in episodes.items():
+        assert len(episode) >= 3
+        assert episode.instruction == tasks(SUITE)[0].instruction
+        for step, action in enumerate(episode.actions):
+            assert np.round(action, 3).tolist() == pytest.approx(shown[init, step + 1][0])
+            for view, pictures in episode.images.items():
+                np.testing.assert_array_equal(pictures[step], shown[init, step][1][f"simulator/{view}"])
+    assert not (tmp_path / "films").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH: apt-get install chromium")
 def test_the_page_in_chromium(checkpoint: Path, tmp_path: Path):
     api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     server = launch(checkpoint, port, tmp_path)
     try:
         with api.sync_playwright() as playwright:

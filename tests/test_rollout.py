@@ -35,6 +35,7 @@ from worldvla.eval.actors import (
 )
 from worldvla.eval.record import Journal, merge
 from worldvla.eval.rollout import Protocol, evaluate, open_actor
+from worldvla.sim import suites as sim
 from worldvla.sim.protocol import Task
 
 
@@ -94,6 +95,31 @@ def test_episodes_are_saved_as_demonstrations(tmp_path: Path) -> None:
     assert [e.instruction for e in read] == ["move dot 0"] * 2 + ["move dot 2"] * 2
     np.testing.assert_array_equal(read[1].actions, episode.actions)
     np.testing.assert_array_equal(read[1].images["agentview"], episode.images["agentview"])
+
+
+def test_the_command_line_saves_what_the_simulator_showed(tmp_path: Path) -> None:
+    """Actions are the actor's, and executed again they lead through the frames and states that were saved."""
+    data, actor = tmp_path / "data", RandomActor(7)
+    words = "eval random --suite tabletop_object --tasks 0 3 --episodes 1 --first 50 --seed 7 --workers 1"
+    options = ["--videos", "0", "--out", str(tmp_path / "out"), "--save-dataset", str(data)]
+    assert main([*words.split(), *options]) == 0
+    episodes = list(open_source(data).episodes())
+    record = json.loads((tmp_path / "out/record.json").read_text())
+    assert [len(e) for e in episodes] == [o["steps"] for o in record["outcomes"]]
+    for index, episode in zip((0, 3), episodes, strict=True):
+        task = sim.tasks("tabletop_object")[index]
+        sizes = {view: frames.shape[1:3] for view, frames in episode.images.items()}
+        env = sim.make(task, sizes)
+        observation, _ = env.reset(options={"init": 50})
+        assert episode.instruction == task.instruction
+        for step, action in enumerate(episode.actions):
+            (chunk,) = actor.act([Query(task, 50, step - step % actor.execute, {})])
+            assert chunk is not None
+            np.testing.assert_array_equal(action, chunk[step % actor.execute])
+            np.testing.assert_array_equal(episode.states[step], observation["state"])
+            for view, frames in episode.images.items():
+                np.testing.assert_array_equal(frames[step], observation[view])
+            observation = env.step(action)[0]
 
 
 def test_saved_episodes_are_all_of_one_evaluation(tmp_path: Path) -> None:
