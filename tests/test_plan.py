@@ -82,7 +82,7 @@ def test_plan_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert all(row["fixed"] + row["row"] * row["max_rows"] <= 1e9 for row in rows)
     room = f"{rows[0]['max_rows']} rows a GPU fit, train.batch_size asks for 2"
-    assert out[-2] == f"next: worldvla train debug --train.shard 1   {room}"
+    assert out[-2] == f"next: torchrun --nproc-per-node 2 -m worldvla train debug --train.shard 1   {room}"
     assert main(["plan", "debug", "--memory", "1MB"]) == 3
     assert "nothing fits" in capsys.readouterr().out
 
@@ -93,6 +93,12 @@ def test_codes_by_levels_are_planned_and_what_needs_whole_models_is_not_sharded(
     sampled = replace(levels, train=replace(levels.train, scheduled_sampling=0.5))
     assert not any("--train.shard 2" in words for words in settings(sampled, 2))
     assert any("--train.shard 2" in words for words in settings(levels, 2))
+
+
+def test_the_shards_that_are_asked_for_are_planned() -> None:
+    wide = large(batch_size=16, shard=8)
+    words = [w for w in settings(wide, 16) if "checkpoint" not in w]
+    assert words == ["--train.shard 1", "--train.shard 8", "--train.shard 16"]
 
 
 def build_size(config: Config) -> int:
@@ -106,6 +112,8 @@ def test_bad_sizes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for words, line in (
         (("--memory", "80"), "expected a size such as 80GB"),
         (("--gpus", "0"), "at least 1"),
+        (("--gpus", "4", "--train.shard", "3"), "train.shard 3 and train.replicate 0 do not fit 4 processes"),
+        (("--gpus", "8"), "8 processes share the 4 samples of a step"),
     ):
         assert main(["plan", "debug", *words]) == 2
         assert line in capsys.readouterr().err

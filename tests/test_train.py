@@ -381,7 +381,8 @@ def test_too_little_memory_is_said_with_the_sum_before_a_weight_is_read(
     config = replace(tiny, lora=LoraConfig(rank=rank))
     monkeypatch.setattr("worldvla.train.build.available_memory", lambda _: 1_000)
     monkeypatch.setattr("worldvla.train.build.read_tensor", lambda *_: pytest.fail("read"))
-    with pytest.raises(ValueError, match=r"training tiny needs \S+ GB on cpu .*1e-06 GB are free") as caught:
+    said = r"training tiny needs \S+ GB on cpu .*1e-06 GB are free.*`worldvla plan tiny --gpus 1 --memory"
+    with pytest.raises(ValueError, match=said) as caught:
         Trainer(build(config), tmp_path / "run")
     found = re.search(r"weights (\S+) \+ gradients (\S+) \+ moments (\S+);", str(caught.value))
     weights, gradients, moments = map(float, found.groups() if found else ())

@@ -605,8 +605,8 @@ def _checkpoint_of(name: str) -> str:
 
 
 def plan(config: Recipe, *, gpus: int = 1, memory: str = "80GB") -> int:
-    """Print which settings of RECIPE fit on the GPUs, and how many samples at a time; needs no files unless
-    RECIPE takes its cameras from its stores.
+    """Print which settings of RECIPE, its own train.shard among them, fit on the GPUs, and how many samples
+    at a time; needs no files unless RECIPE takes its cameras from its stores.
 
     Args:
         gpus: Processes that train together, one per GPU.
@@ -637,7 +637,8 @@ def plan(config: Recipe, *, gpus: int = 1, memory: str = "80GB") -> int:
     best = next((found for found in rows if found["max_rows"] >= wanted), most)
     if best["max_rows"]:
         room = f"{best['max_rows']} rows a GPU fit, train.batch_size asks for {wanted}"
-        say(f"next: worldvla train {config.name} {best['options']}   {room}")
+        command = f"torchrun --nproc-per-node {gpus} -m worldvla" if gpus > 1 else "worldvla"
+        say(f"next: {command} train {config.name} {best['options']}   {room}")
     else:
         say(f"nothing fits: use more GPUs, more memory than {memory}, or a shorter data.sequence_length")
     say(json.dumps({"plan": rows, "recipe": config.name, "gpus": gpus, "memory": memory}))

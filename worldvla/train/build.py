@@ -247,7 +247,8 @@ def _check_memory(model: Transformer, config: Config) -> None:
         raise ValueError(
             f"training {config.name} needs {needed / 1e9:.3g} GB on {device} ({terms}; activations on top), "
             f"{free / 1e9:.3g} GB are free: use a device with more, updates of low rank (lora.rank), or more "
-            "devices (train.shard; `worldvla plan` says how many)"
+            f"devices (train.shard); `worldvla plan {config.name} --gpus {num_processes()} --memory "
+            f"{free / 1e6:.0f}MB` says what fits"
         )
 
 

@@ -39,18 +39,13 @@ def start(config: TrainConfig) -> torch.device:
 
     Fewer rows in a step than processes, and settings that do not fit them, raise ValueError in all of them.
     """
-    num, rows = num_processes(), config.batch_size * config.accumulation
-    if num > rows:
-        raise ValueError(
-            f"{num} processes share the {rows} samples of a step (train.batch_size {config.batch_size} x "
-            f"train.accumulation {config.accumulation}), expected one each: raise it, or start fewer"
-        )
+    num = num_processes()
+    _, shard = num_copies(config, num)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and _num_restarts() > 0:
         raise ValueError(
             "torchrun --max-restarts gives restarted processes the addresses of dead ones: start it with "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
         )
-    _, shard = num_copies(config, num)
     for name in ("compile", "only_head"):
         if shard > 1 and getattr(config, name):
             raise ValueError(
@@ -81,7 +76,14 @@ def _num_restarts() -> int:
 
 
 def num_copies(config: TrainConfig, num: int) -> tuple[int, int]:
-    """Return (copies of the model, processes that share one) of `num` processes."""
+    """Return (copies of the model, processes that share one) of `num` processes; settings that do not fit
+    them raise ValueError."""
+    rows = config.batch_size * config.accumulation
+    if num > rows:
+        raise ValueError(
+            f"{num} processes share the {rows} samples of a step (train.batch_size {config.batch_size} x "
+            f"train.accumulation {config.accumulation}), expected one each: raise it, or start fewer"
+        )
     shard = config.shard or num // max(1, config.replicate)
     copies = config.replicate or num // shard
     if copies * shard != num:

@@ -194,7 +194,8 @@ def settings(config: Config, gpus: int) -> dict[str, Config]:
     found = {}
     train = config.train
     is_whole = train.compile or train.only_head or train.scheduled_sampling  # which need whole models
-    for shard in dict.fromkeys((1,) if is_whole else (1, gpus)):
+    _, own = parallel.num_copies(train, gpus)  # the recipe's
+    for shard in dict.fromkeys((1,) if is_whole else (1, own, gpus)):
         for again in (False, True):
             words = f"--train.shard {shard}" + (" --train.checkpoint-layers" if again else "")
             changed = replace(config.train, shard=shard, replicate=0, checkpoint_layers=again)
