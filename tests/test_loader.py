@@ -3,6 +3,8 @@
 pytest tests/test_loader.py
 """
 
+import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +23,7 @@ from worldvla.data.loader import MODES, Loader, Mode, dataset_statistics, prompt
 from worldvla.data.sample import SampleBuilder
 from worldvla.data.show import CountedWords
 from worldvla.data.store import TokenStore, write_store
+from worldvla.files import write_digests
 from worldvla.tokenizers.action import DatasetStatistics
 from worldvla.train.build import _check_features
 from worldvla.vocab import compact
@@ -45,6 +48,29 @@ def make(
     statistics = dataset_statistics(stores, data, {})
     builder = SampleBuilder(layout, compact(64, 20), CountedWords(size=20), statistics)
     return Loader(stores, builder, data, **settings)
+
+
+def test_a_frame_costs_few_bytes_of_memory(stores: list[TokenStore], tmp_path: Path) -> None:
+    """Codes, actions and states stay on the disk; however few frames there are, 4 MB are held."""
+    source, path, times = stores[0], tmp_path / "large", 400
+    path.mkdir()
+    for file in source.path.glob("*.npy"):
+        array = np.load(file)
+        np.save(path / file.name, np.tile(array, (times, *(1,) * (array.ndim - 1))))
+    size = len(source)
+    rows = [vars(e) | {"start": e.start + i * size} for i in range(times) for e in source.episodes]
+    (path / "episodes.json").write_text(json.dumps(rows))
+    (path / "manifest.json").write_text(json.dumps(source.manifest | {"frames": times * size}))
+    write_digests(path)
+    store = TokenStore.open(path)
+    tracemalloc.start()
+    try:
+        loader = make([store], replace(DATA, stores=("a",)))
+        assert len(loader.batch(0)) == 2
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 2**22 + 100 * len(store)
 
 
 def test_changed_pictures_are_for_policies_to_learn_from(stores: list[TokenStore]) -> None:

@@ -2,12 +2,12 @@
 
 Policy and world samples are two streams, each a fresh permutation of its frames every epoch, without
 replacement. With `data.weights` each store is permuted by itself, and the stores are mixed by weight.
-Instructions, actions and states are encoded once at the start (`FrameTable`), and a batch is copied from
-templates (`data/sample.py`): about 2 ms for 64 samples. Ranks assemble the same batches and take their rows.
+Codes, actions and states stay on the disk (`FrameTable`), and a batch is copied from templates
+(`data/sample.py`): a few milliseconds for 64 samples. Ranks assemble the same batches and take their rows.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -35,11 +35,17 @@ BLOCK = 2**16
 
 @dataclass(frozen=True)
 class FrameTable:
-    """What the sample of each frame is filled with, as ids: F frames of all stores, one after another."""
+    """What the sample of each frame is filled with: F frames of all stores, one after another. Numbers and
+    codes are read when they are asked for: a frame costs 40 bytes of memory."""
 
     builder: SampleBuilder
+    sources: Sequence[TokenStore]
+    statistics: Sequence[Statistics]
+    """Of each store."""
     starts_F: np.ndarray
     """First frame of the frame's episode."""
+    stops_F: np.ndarray
+    """One past its last frame."""
     stores_F: np.ndarray
     """The frame's store."""
     offsets: np.ndarray
@@ -48,48 +54,26 @@ class FrameTable:
     """Of each store and view the image codes, (frames of the store, N)."""
     instructions: np.ndarray
     """(F,) of str."""
-    states_FS: np.ndarray | None
-    actions_FA: np.ndarray
-    """What a world sample is conditioned on."""
-    chunks_FUA: np.ndarray
-    """The chunk that a policy should execute, int32."""
-    values_FUA: np.ndarray
-    """The same in [-1, 1], not quantised, float32."""
     imagined: list[list[np.ndarray] | None]
     """As `codes`, but imagined; None of a store without."""
     imagined_start_F: np.ndarray
     """The frame from which each was imagined; -1 in stores without."""
 
     @classmethod
-    def of(
-        cls,
-        stores: Sequence[TokenStore],
-        builder: SampleBuilder,
-        data: DataConfig,
-        chunks: list[np.ndarray],
-    ) -> "FrameTable":
-        """`chunks`: of each store the actions (F, U, A) of every frame's chunk, in physical units."""
-        layout, vocab = builder.layout, builder.vocab
-        own = [choose(builder.all_statistics, key) for key in data.datasets or ("",) * len(stores)]
-        known = list(zip(own, stores, strict=True))
-        values = [s.normalize_actions(c) for s, c in zip(own, chunks, strict=True)]
+    def of(cls, stores: Sequence[TokenStore], builder: SampleBuilder, data: DataConfig) -> "FrameTable":
+        layout = builder.layout
         episodes = [e for store in stores for e in store.episodes]
         texts = np.array([prompted(e, data.scene_prefix) for e in episodes], dtype=object)
         lengths = [len(store) for store in stores]
         return cls(
             builder,
-            frame_spans(stores)[0],
+            stores,
+            [choose(builder.all_statistics, key) for key in data.datasets or ("",) * len(stores)],
+            *frame_spans(stores),
             np.repeat(np.arange(len(stores)), lengths),
             np.cumsum([0, *lengths])[:-1],
             [[store.codes[view] for view in layout.views] for store in stores],
             np.repeat(texts, [e.length for e in episodes]),
-            np.concatenate([s.encode_states(store.states) for s, store in known]) + vocab.state.start
-            if layout.state or layout.world_state
-            else None,
-            np.concatenate([s.encode_world_actions(store.actions) for s, store in known])
-            + vocab.action.start,
-            np.concatenate([(quantize(v) + vocab.action.start).astype(np.int32) for v in values]),
-            np.concatenate([v.astype(np.float32) for v in values]),
             [store.imagined and [store.imagined.codes[view] for view in layout.views] for store in stores],
             np.concatenate(
                 [
@@ -107,9 +91,52 @@ class FrameTable:
         count = min(before + 1, self.builder.layout.history)
         return self.builder.policy_template(self.instructions[frame], count)
 
-    def fill(self, table: np.ndarray, frame: int, mode: Mode, read: np.ndarray | None = None) -> None:
-        """Write the frame's sample into the first columns of `table` (5, T). With `read` (T,), a world sample
-        of imagined frames: there the ids as a model reads them, in `table` the real ones."""
+    def numbers(
+        self, frames_B: np.ndarray, mode: Mode
+    ) -> tuple[np.ndarray | None, np.ndarray, Sequence[np.ndarray | None]]:
+        """Return, of the frames' samples, the chunks (B, U, A) in [-1, 1] that a policy should execute (None
+        of world samples), the ids of their actions, (B, U, A) or (B, C, A), and of each one's states (N, S).
+        """
+        layout, vocab = self.builder.layout, self.builder.vocab
+
+        def chunk(own: Statistics, store: TokenStore, rows_B: np.ndarray, stops_B: np.ndarray) -> np.ndarray:
+            return own.normalize_actions(policy_chunks(store, rows_B, stops_B, layout.chunk))
+
+        def conditions(own: Statistics, store: TokenStore, rows_B: np.ndarray, _: np.ndarray) -> np.ndarray:
+            return own.encode_world_actions(store.actions[rows_B[:, None] + np.arange(layout.clip)])
+
+        def states(own: Statistics, store: TokenStore, rows_B: np.ndarray, _: np.ndarray) -> np.ndarray:
+            return own.encode_states(store.states[rows_B[:, None] + np.arange(number)]) + vocab.state.start
+
+        values_BUA = self._gather(frames_B, chunk) if mode == "policy" else None
+        codes = self._gather(frames_B, conditions) if values_BUA is None else quantize(values_BUA)
+        number = len(self.template(int(frames_B[0]), mode).states)
+        states_B = [*self._gather(frames_B, states)] if number else [None] * len(frames_B)
+        return values_BUA, codes + vocab.action.start, states_B
+
+    def _gather(self, frames_B: np.ndarray, take: Callable[..., np.ndarray]) -> np.ndarray:
+        """Return what `take` gives for the frames, (B, ..): of each store it gets the statistics, the store,
+        its rows (b,) and where their episodes end (b,)."""
+        stores_B, parts, places = self.stores_F[frames_B], [], []
+        for index in np.unique(stores_B).tolist():
+            places.append(np.flatnonzero(stores_B == index))
+            own_B, offset = frames_B[places[-1]], self.offsets[index]
+            rows = own_B - offset, self.stops_F[own_B] - offset
+            parts.append(take(self.statistics[index], self.sources[index], *rows))
+        return np.concatenate(parts)[np.argsort(np.concatenate(places))]
+
+    def fill(
+        self,
+        table: np.ndarray,
+        frame: int,
+        mode: Mode,
+        actions: np.ndarray,
+        states: np.ndarray | None,
+        read: np.ndarray | None = None,
+    ) -> None:
+        """Write the frame's sample, with its ids of `numbers`, into the first columns of `table` (5, T). With
+        `read` (T,), a world sample of imagined frames: there the ids as a model reads them, in `table` the
+        real ones."""
         template = self.template(frame, mode)
         table[:, : len(template)] = template.table
         number, has_anchor = len(template.images), mode == "world" and self.builder.layout.anchor
@@ -122,11 +149,7 @@ class FrameTable:
         store, start = self.stores_F[frame], self.builder.vocab.image.start
         rows = rows - self.offsets[store]
         images = ([codes[i].astype(np.int64) + start for codes in self.codes[store]] for i in rows)
-        states_FS = None if self.states_FS is None else self.states_FS[frame : frame + len(template.states)]
-        if mode == "policy":
-            template.fill(table[0], images, self.chunks_FUA[frame], states_FS)
-            return
-        template.fill(table[0], images, self.actions_FA[frame : frame + self.builder.layout.clip], states_FS)
+        template.fill(table[0], images, actions, states)
         if read is not None:
             imagined = self.imagined[store]
             assert imagined is not None
@@ -167,14 +190,15 @@ class Loader:
         self.builder, self.data, self.batch_size, self.seed = builder, data, batch_size, seed
         self.stores = stores
         check_stores(stores, builder.layout, builder.vocab)
-        targets = [policy_targets(store, builder.layout.chunk, data.pad_chunks) for store in stores]
-        self.frames = FrameTable.of(stores, builder, data, [chunks for chunks, _ in targets])
+        self.frames = FrameTable.of(stores, builder, data)
         lengths = [e.length for store in stores for e in store.episodes]
         held_out = np.repeat(np.concatenate(split(stores, data.val_fraction)), lengths)
         is_real = np.repeat([not store.is_augmented for store in stores], [len(store) for store in stores])
         _, stops = frame_spans(stores)
         is_start = {
-            "policy": np.concatenate([is_start for _, is_start in targets]),
+            "policy": np.concatenate(
+                [policy_starts(store, builder.layout.chunk, data.pad_chunks) for store in stores]
+            ),
             "world": is_real & (np.arange(len(stops)) + builder.layout.clip < stops),
         }
         self._train = {mode: np.flatnonzero(is_start[mode] & ~held_out) for mode in MODES}
@@ -223,7 +247,8 @@ class Loader:
         if mode == "world" and left <= (clip := self.builder.layout.clip):
             raise ValueError(f"frame {frame}: its episode goes on for {left - 1} steps, a clip has {clip}")
         table = np.zeros((len(ROWS), len(self.frames.template(frame, mode))), dtype=np.int64)
-        self.frames.fill(table, frame, mode)
+        _, (actions,), (states,) = self.frames.numbers(np.array([frame]), mode)
+        self.frames.fill(table, frame, mode, actions, states)
         return Sample(**{name: table[k].astype(DTYPES[name]) for k, name in enumerate(ROWS)})
 
     def _split_sources(self, frames: np.ndarray) -> list[np.ndarray]:
@@ -292,13 +317,14 @@ class Loader:
         tables[0] = self.builder.vocab.pad
         values_BT = np.full(tables.shape[1:], np.nan, dtype=np.float32)
         read_BT = tables[0].copy() if imagined and mode == "world" else None
+        values_BUA, actions_B, states_B = self.frames.numbers(frames, mode)
         for i, (frame, template) in enumerate(zip(frames.tolist(), templates, strict=True)):
             read = read_BT[i] if read_BT is not None and self._reads_imagined(frame) else None
-            self.frames.fill(tables[:, i], frame, mode, read)
+            self.frames.fill(tables[:, i], frame, mode, actions_B[i], states_B[i], read)
             if read_BT is not None and read is None:
                 read_BT[i] = tables[0, i]
-            if mode == "policy":
-                values_BT[i, template.actions] = self.frames.values_FUA[frame]
+            if values_BUA is not None:
+                values_BT[i, template.actions] = values_BUA[i]
         tables, values_BT = (a[..., : self.data.sequence_length] for a in (tables, values_BT))
         ints = {f"{name}_BT": torch.from_numpy(tables[k]) for k, name in enumerate(ROWS)}
         if read_BT is not None:
@@ -378,19 +404,25 @@ def frame_spans(stores: Sequence[TokenStore]) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(starts, lengths), np.repeat(starts + lengths, lengths)
 
 
-def policy_targets(store: TokenStore, chunk: int, pad: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the chunk (F, U, A) of every frame, and which frames (F,) a policy may learn from.
+def policy_chunks(store: TokenStore, rows_B: np.ndarray, stops_B: np.ndarray, chunk: int) -> np.ndarray:
+    """Return the chunk (B, U, A) of each row of a store: the expert's answers, if it has them; else the
+    actions that were executed, the last one repeated where the episode stops, before `stops_B`."""
+    if store.expert_actions is not None:
+        return store.expert_actions[rows_B, :chunk]
+    return store.actions[np.minimum(rows_B[:, None] + np.arange(chunk), stops_B[:, None] - 1)]
 
-    With the expert's answers in the store, those, for every frame. Without, the actions that were executed: a
-    chunk counts if all of it was the expert's and, unless `pad` repeats the last one, inside the episode.
-    """
+
+def policy_starts(store: TokenStore, chunk: int, pad: bool) -> np.ndarray:
+    """Return which frames (F,) of a store a policy may learn from: all, with the expert's answers in it.
+    Without, a chunk counts if all of it was the expert's and, unless `pad` repeats the last action, inside
+    the episode."""
     if store.expert_actions is not None:
         if (known := store.expert_actions.shape[1]) < chunk:
             raise ValueError(
                 f"{store.path} holds chunks of {known} expert actions, layout.chunk is {chunk}: "
                 f"collect again with --label {chunk}"
             )
-        return store.expert_actions[:, :chunk], np.ones(len(store), dtype=np.bool_)
+        return np.ones(len(store), dtype=np.bool_)
     _, stops = frame_spans([store])
     frames = np.arange(len(store))
     last = np.minimum(frames + chunk, stops)
@@ -398,7 +430,7 @@ def policy_targets(store: TokenStore, chunk: int, pad: bool) -> tuple[np.ndarray
     is_start = expert_before[last] - expert_before[frames] == last - frames
     if not pad:
         is_start &= frames + chunk <= stops
-    return store.actions[np.minimum(frames[:, None] + np.arange(chunk), stops[:, None] - 1)], is_start
+    return is_start
 
 
 def split(stores: Sequence[TokenStore], val_fraction: float) -> list[np.ndarray]:
