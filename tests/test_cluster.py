@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from fake_env import CRASH, DIE, HANG, TABLE, make
 
-from worldvla import cluster
+from worldvla import machine
 from worldvla.cli import main
 from worldvla.cluster import open_cluster
 from worldvla.data.collect import collect
@@ -171,8 +171,8 @@ def test_what_is_wrong_with_nodes_is_one_line(
     ):
         evaluate(Steady(), Protocol("tabletop_object"), tmp_path / "out", cluster=pool, open_there=missing)
     assert "\n" not in str(error.value)
-    here = cluster.versions()
-    monkeypatch.setattr(cluster, "versions", lambda: here | {"mujoco": "9.9"})
+    here = machine.versions()
+    monkeypatch.setattr(machine, "versions", lambda: here | {"mujoco": "9.9"})
     message = r"node [\d.]+ of the cluster differs \(mujoco [\d.]+ there, 9.9 here\): install the same"
     with pytest.raises(ValueError, match=message), open_cluster(nodes.address, "node"):
         pass

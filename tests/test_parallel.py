@@ -207,6 +207,20 @@ def test_what_does_not_fit_the_processes_is_refused(
         parallel.start(config)
 
 
+def test_a_node_with_other_versions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = machine.installation()
+    for other, said in (
+        ({"torch": "1.0"}, r"torch 1.0 there, \S+ here"),
+        ({"commit": "a"}, "commit a there"),
+    ):
+        monkeypatch.setattr(parallel, "from_first", lambda _, other=other: json.dumps(here | other))
+        with pytest.raises(ValueError, match=f"differs from that of the first process .{said}"):
+            parallel._check_versions(torch.device("cpu"))
+    monkeypatch.setattr(parallel, "from_first", lambda text: text)
+    parallel._check_versions(torch.device("cpu"))
+    assert not machine.differences(here, {name: v for name, v in here.items() if name != "commit"})
+
+
 def test_restarts_that_would_meet_dead_addresses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")

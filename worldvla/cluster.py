@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from worldvla.files import one_line
-from worldvla.machine import commit, cores, versions
+from worldvla.machine import cores, differences, installation
 
 TRIES = 3
 """Losses of the same call after which it is taken to be what kills its machines."""
@@ -37,10 +37,6 @@ class Host:
             return function(*args)
         except (ValueError, OSError) as error:
             raise ValueError(f"on node {socket.gethostname()}: {error}") from error
-
-
-def _installation() -> tuple[str | None, dict[str, str]]:
-    return commit(), versions()
 
 
 class Cluster(ThreadPoolExecutor):
@@ -85,8 +81,8 @@ class Cluster(ThreadPoolExecutor):
         """Raise ValueError unless every process answers and runs the same versions as this one."""
         import ray
 
-        here = _installation()
-        answers = {host.call.remote(_installation, ()): node for host, (node, _) in self._places.items()}
+        here = installation()
+        answers = {host.call.remote(installation, ()): node for host, (node, _) in self._places.items()}
         ready, silent = ray.wait(list(answers), num_returns=len(answers), timeout=PATIENCE_S)
         if silent:
             raise ValueError(
@@ -95,13 +91,9 @@ class Cluster(ThreadPoolExecutor):
             )
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         for ref in ready:
-            there = _result(ref)
-            both = {"commit": (there[0] or here[0], here[0] or there[0])}  # a copy may not know its own
-            both |= {name: (there[1].get(name), here[1].get(name)) for name in here[1] | there[1]}
-            other = [f"{name} {a} there, {b} here" for name, (a, b) in both.items() if a != b]
-            if other:
+            if other := differences(_result(ref), here):
                 raise ValueError(
-                    f"node {addresses[answers[ref]]} of the cluster differs ({', '.join(other)}): "
+                    f"node {addresses[answers[ref]]} of the cluster differs ({other}): "
                     "install the same on every node"
                 )
 

@@ -65,6 +65,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | installed
 
 
+def installation() -> dict[str, str]:
+    """Return what must be the same on machines that work together: versions, and the commit if known."""
+    known = commit()
+    return ({"commit": known} if known else {}) | versions()
+
+
+def differences(there: dict[str, str], here: dict[str, str]) -> str:
+    """Return in words how two installations differ; empty: not, as far as is known."""
+    names = [n for n in here | there if n != "commit" or (n in here and n in there)]
+    pairs = ((name, there.get(name), here.get(name)) for name in names)
+    return ", ".join(f"{name} {a} there, {b} here" for name, a, b in pairs if a != b)
+
+
 def version(package: str) -> str:
     """Return the installed version of a package, empty if there is none."""
     with suppress(importlib.metadata.PackageNotFoundError):

@@ -9,7 +9,9 @@ copies of each other (HSDP), which suits several nodes. On a CPU two processes o
 one of two: most operations of a small model are too small to split.
 """
 
+import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -25,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from worldvla.batch import KIND_PROMPT, Batch
 from worldvla.config import TrainConfig
-from worldvla.machine import find_device, num_processes
+from worldvla.machine import differences, find_device, installation, num_processes
 from worldvla.model.transformer import Transformer
 
 HANDSHAKE = timedelta(minutes=2)
@@ -60,7 +62,18 @@ def start(config: TrainConfig) -> torch.device:
         else:  # gloo may wait for a connection for good: a restart should not be half an hour away
             dist.init_process_group("gloo", timeout=HANDSHAKE)
             _set_pg_timeout(default_pg_timeout)
+        _check_versions(device)
     return device
+
+
+def _check_versions(device: torch.device) -> None:
+    """Raise ValueError in all processes if a node has other versions than the first one."""
+    here = installation() if os.environ.get("LOCAL_RANK", "0") == "0" else {}
+    there = json.loads(from_first(json.dumps(here)))
+    other = differences(there, here) if here else ""
+    if any_rank(bool(other), device):
+        what = f"node {socket.gethostname()} differs from that of the first process ({other})"
+        raise ValueError(f"{what if other else 'a node has other versions'}: install the same on every node")
 
 
 def second_group() -> dist.ProcessGroup:
