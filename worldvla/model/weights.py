@@ -4,6 +4,7 @@ Headers alone are checked; then a tensor is copied out of its file's map in plac
 host holds the model and one tensor (docs/MODELS.md has the numbers).
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,17 @@ def find_checkpoint(path: Path) -> Path:
             f"{path} is a released checkpoint, not one of ours: `worldvla convert {path} --release NAME "
             "--out DIR` makes one of it (docs/MODELS.md)"
         )
-    found = [file.parent for file in (path / "ckpt").glob("step_*/manifest.json")]
-    numbered = [p for p in found if p.name.removeprefix("step_").isdigit()]
-    if not numbered:
+    if not (found := checkpoints(path)):
         raise FileNotFoundError(
             f"{path} holds no checkpoint (manifest.json or ckpt/step_N): expected one of `worldvla train`"
         )
-    return max(numbered, key=lambda p: int(p.name.removeprefix("step_")))
+    return found[max(found)]
+
+
+def checkpoints(run_dir: Path) -> dict[int, Path]:
+    """Return step -> folder of the complete checkpoints of a run."""
+    folders = [file.parent for file in (run_dir / "ckpt").glob("step_*/manifest.json")]
+    return {int(f.name[5:]): f for f in folders if re.fullmatch(r"step_\d+", f.name)}
 
 
 class _Undrawn(TorchFunctionMode):

@@ -12,7 +12,6 @@ it while training goes on.
 import copy
 import logging
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +45,7 @@ from worldvla.files import (
 )
 from worldvla.machine import available_memory, provenance
 from worldvla.model.lora import stored
-from worldvla.model.weights import check_fit, read_tensor
+from worldvla.model.weights import check_fit, checkpoints, read_tensor
 from worldvla.train import parallel
 from worldvla.train.build import Pieces
 from worldvla.train.optim import Average, learning_rate
@@ -266,8 +265,8 @@ def or_earlier(run_dir: Path, path: Path) -> Iterator[None]:
     try:
         yield
     except DamagedFileError as error:
-        before = max((p for p in _all(run_dir) if p != path), key=_step, default=None)
-        then = f"goes on from {before.name}" if before else "begins anew"
+        before = max((step for step, other in checkpoints(run_dir).items() if other != path), default=None)
+        then = "begins anew" if before is None else f"goes on from step_{before}"
         raise DamagedFileError(f"{error}; or type `rm -r {path}`, and the same command {then}") from None
 
 
@@ -309,13 +308,14 @@ def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 
 def latest(run_dir: Path) -> Path | None:
     """Return the newest complete checkpoint of a run."""
-    return max(_all(run_dir), key=_step, default=None)
+    found = checkpoints(run_dir)
+    return found[max(found)] if found else None
 
 
 def prune(run_dir: Path, best_step: int | None) -> None:
     """Delete all checkpoints but the newest ones and that of `best_step`."""
-    for path in sorted(_all(run_dir), key=_step)[:-NUM_KEPT]:
-        if _step(path) != best_step:  # under a scratch name first, so that a kill leaves no half of it
+    for step, path in sorted(checkpoints(run_dir).items())[:-NUM_KEPT]:
+        if step != best_step:  # under a scratch name first, so that a kill leaves no half of it
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")))
 
 
@@ -326,7 +326,7 @@ def check_config(run_dir: Path, config: Config, is_writer: bool = True) -> None:
     first checkpoint, one that failed at once say, may change as it likes.
     """
     path = run_dir / "config.json"
-    if not path.exists() or not _all(run_dir):
+    if not path.exists() or not (found := checkpoints(run_dir)):
         if is_writer:  # one of several processes
             write_json(path, to_json(config))
         return
@@ -341,7 +341,7 @@ def check_config(run_dir: Path, config: Config, is_writer: bool = True) -> None:
             "or use a new run directory and train.init_from"
         )
     if "train.steps" in changed:
-        _tell_rate(config, there.train.steps, max(map(_step, _all(run_dir)), default=0))
+        _tell_rate(config, there.train.steps, max(found))
     if changed and is_writer:
         write_json(path, to_json(config))
 
@@ -375,12 +375,3 @@ def _in_training(
     for optimizer in optimizers:
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             yield names[id(parameter)], parameter, optimizer
-
-
-def _all(run_dir: Path) -> list[Path]:
-    paths = (run_dir / "ckpt").glob("step_*/manifest.json")
-    return [path.parent for path in paths if re.fullmatch(r"step_\d+", path.parent.name)]
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
