@@ -380,13 +380,17 @@ def check_finite(path: Path, name: str, tensor: "Tensor") -> None:
 
 
 def check_shapes(
-    where: Path | str, found: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]], fix: str
+    where: Path | str,
+    found: "Mapping[str, Tensor | Sequence[int]]",
+    own: "Mapping[str, Tensor | Sequence[int]]",
+    fix: str,
 ) -> None:
-    """Raise ValueError, naming the first, unless `found` has the names and shapes of `own`."""
-    wrong = sorted(found.keys() ^ own.keys()) or sorted(n for n in own if tuple(found[n]) != tuple(own[n]))
+    """Raise ValueError, naming the first, unless `found` has the names and shapes of `own`; both hold tensors
+    or the shapes of some."""
+    there, here = ({name: tuple(getattr(x, "shape", x)) for name, x in t.items()} for t in (found, own))
+    wrong = sorted(there.keys() ^ here.keys()) or sorted(n for n in here if there[n] != here[n])
     if wrong:
-        there, here = (None if wrong[0] not in t else tuple(t[wrong[0]]) for t in (found, own))
         raise ValueError(
-            f"{where} does not fit: {len(wrong)} tensors differ, first {wrong[0]} with shape {there}, "
-            f"expected {here}; {fix}"
+            f"{where} does not fit: {len(wrong)} tensors differ, first {wrong[0]} with shape "
+            f"{there.get(wrong[0])}, expected {here.get(wrong[0])}; {fix}"
         )

@@ -347,10 +347,12 @@ def _load_weights(
 
     Other names or `shapes` than the model's, and too little memory, raise ValueError before anything is read.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_shapes(path / WEIGHTS, shapes, own, "take config.json, vocab.json and weights of one checkpoint")
+    fix = "take config.json, vocab.json and weights of one checkpoint"
+    check_shapes(path / WEIGHTS, shapes, model.state_dict(), fix)
     plain: Form = "float32" if dtype == torch.float32 else "bfloat16"
-    sizes = [num_bytes(s, form if form and is_block_matrix(n, s) else plain) for n, s in own.items()]
+    sizes = [
+        num_bytes(tuple(s), form if form and is_block_matrix(n, s) else plain) for n, s in shapes.items()
+    ]
     needed, free = sum(sizes) + (max(sizes) if device == "cpu" else 0), available_memory(device)
     if free is not None and needed > free:
         raise ValueError(

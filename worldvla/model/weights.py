@@ -126,8 +126,7 @@ def header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 
 def check_fit(path: Path, own: Mapping[str, Tensor]) -> None:
     """Raise ValueError if the keys and shapes in a file's header are not those of `own`, naming the first."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    check_shapes(path, header(path)[0], shapes, "use the model and layout of its config.json")
+    check_shapes(path, header(path)[0], own, "use the model and layout of its config.json")
 
 
 def origins(path: Path, names: Iterable[str], num_layers: int) -> dict[str, tuple[str, bool]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from worldvla.config import ImageTokenizerConfig
-from worldvla.files import check_shapes, load_tensors
+from worldvla.files import load_tensors
 from worldvla.tokenizers.image import ImageTokenizer
 from worldvla.tokenizers.text import TextTokenizer
 from worldvla.vocab import Vocab
@@ -89,16 +89,7 @@ def image_tokenizer(state: Mapping[str, Tensor], where: str) -> ImageTokenizer:
     for prefix in PREFIXES:
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if not k.startswith("loss.")}
-    config = _shape(state, where)
-    with torch.device("meta"):
-        tokenizer = ImageTokenizer(config)
-    if not any(key.startswith("decoder.") for key in state):
-        tokenizer.decoder = None
-    own = {name: tensor.shape for name, tensor in tokenizer.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in state.items()}
-    check_shapes(where, found, own, "take the published vqgan.ckpt")
-    tokenizer.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
-    return tokenizer.eval().requires_grad_(False)
+    return ImageTokenizer.of(_shape(state, where), state, where, "take the published vqgan.ckpt")
 
 
 def _shape(state: Mapping[str, Tensor], where: str) -> ImageTokenizerConfig:

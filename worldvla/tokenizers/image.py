@@ -9,6 +9,7 @@ Shape letters: B frames, Y X pixels, R Q rows and columns of codes, E dims of a 
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -452,18 +453,27 @@ class ImageTokenizer(nn.Module):
                 )
         path = directory / "config.json"
         config = from_json(ImageTokenizerConfig, read_json(path), str(path))
-        tokenizer = cls(config)
-        state = load_tensors(directory / "model.safetensors")
-        if not any(name.startswith("decoder.") for name in state):
-            tokenizer.decoder = None
-        found, own = ({n: t.shape for n, t in table.items()} for table in (state, tokenizer.state_dict()))
-        check_shapes(directory / "model.safetensors", found, own, "restore the one of this config.json")
-        tokenizer.load_state_dict(state)
+        weights = directory / "model.safetensors"
+        tokenizer = cls.of(config, load_tensors(weights), weights, "restore the one of this config.json")
         tokenizer.ancestors, seal = _ancestors(directory)
         if seal not in (None, tokenizer._seal()):
             raise DamagedFileError(
                 f"{directory} is not as it was written (SHA-256): copy the image tokenizer again"
             )
+        return tokenizer
+
+    @classmethod
+    def of(
+        cls, config: ImageTokenizerConfig, state: Mapping[str, Tensor], where: Path | str, fix: str
+    ) -> "ImageTokenizer":
+        """Return a tokenizer of these weights, in float32, without gradients; without a decoder where they
+        have none. Others than the config's raise ValueError with `where` they are from and the `fix`."""
+        with torch.device("meta"):
+            tokenizer = cls(config)
+        if not any(name.startswith("decoder.") for name in state):
+            tokenizer.decoder = None
+        check_shapes(where, state, tokenizer.state_dict(), fix)
+        tokenizer.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
         return tokenizer.eval().requires_grad_(False)
 
     def _seal(self) -> str:
