@@ -1,7 +1,7 @@
 """Frames -> H.264 files that every browser plays. Small pictures are enlarged in whole steps."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -41,20 +41,43 @@ def views_side_by_side(frames: Sequence[Mapping[str, np.ndarray]]) -> list[np.nd
 
 def encode_mp4(pictures: Sequence[np.ndarray], fps: float) -> bytes:
     """Return an MP4 of uint8 (Y, X, 3) pictures with even sides. The last one stays for a second."""
-    import av
-
-    rows, cols = pictures[0].shape[:2]
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.width, stream.height, stream.pix_fmt = cols, rows, "yuv420p"
-        stream.options = {"crf": "23", "preset": "veryfast", "tune": "animation", "threads": "1"}
-        for picture in [*pictures, *[pictures[-1]] * round(fps)]:
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"))
-            )
-        container.mux(stream.encode())
+    film = Film(buffer, fps, pictures[0].shape[:2], {"crf": "23", "tune": "animation"})
+    film.add([*pictures, *[pictures[-1]] * round(fps)])
+    film.close()
     return buffer.getvalue()
+
+
+class Film:
+    """An MP4 of H.264 that grows, in a file or in memory; frame k stands at k / fps. `options`: libx264's."""
+
+    def __init__(
+        self, target: Path | io.BytesIO, fps: float, size: tuple[int, ...], options: dict[str, str]
+    ) -> None:
+        import av
+
+        self.container = av.open(target if isinstance(target, io.BytesIO) else str(target), "w", format="mp4")
+        self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+        self.stream.height, self.stream.width, self.stream.pix_fmt = *size, "yuv420p"
+        self.stream.options = {"preset": "veryfast", "threads": "1", **options}
+        self.count, self.is_open = 0, True
+
+    def add(self, pictures: Iterable[np.ndarray]) -> None:
+        """Append uint8 (Y, X, 3) pictures of the film's size."""
+        import av
+
+        for picture in pictures:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base = self.count, 1 / Fraction(self.stream.average_rate or 1)
+            self.container.mux(self.stream.encode(frame))
+            self.count += 1
+
+    def close(self) -> None:
+        """Write what is still to be written; a second time does nothing."""
+        if self.is_open:
+            self.container.mux(self.stream.encode())
+            self.container.close()
+            self.is_open = False
 
 
 def film_strip(films: Sequence[Mapping[str, np.ndarray]], every: int = 3) -> np.ndarray:

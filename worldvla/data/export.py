@@ -9,11 +9,9 @@ first frame stands at frames_before / fps in its video, exactly: lerobot's own s
 import io
 import json
 from contextlib import ExitStack
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +21,7 @@ from worldvla.data.episode import Episode
 from worldvla.data.sources.source import Source
 from worldvla.files import only_writer, whole_folder, write_json
 from worldvla.progress import progress_bar
+from worldvla.video import Film
 
 DATA_MB, VIDEO_MB = 100, 200
 """Size from which on the next episode begins a new file."""
@@ -70,7 +69,7 @@ class _Writer:
         self.data = _Parts(root / "data", ".parquet", DATA_MB)
         self.videos = {name: _Parts(root / f"videos/{name}", ".mp4", VIDEO_MB) for name in self.views}
         self.parquet: pq.ParquetWriter | None = None
-        self.films: dict[str, _Film] = {}
+        self.films: dict[str, Film] = {}
         self.rows: list[dict[str, Any]] = []
         self.tasks: dict[str, int] = {}
         self.numbers: dict[str, list[np.ndarray]] = {n: [] for n in self.features if n not in self.views}
@@ -126,7 +125,7 @@ class _Writer:
         if self.videos[name].is_full() and name in self.films:
             self.films.pop(name).close()
         if name not in self.films:
-            film = _Film(self.videos[name].next(), self.fps, frames.shape[1:3])
+            film = Film(self.videos[name].next(), self.fps, frames.shape[1:3], {"crf": "18", "g": "2"})
             self.films[name] = film
             self.stack.callback(film.close)
         film = self.films[name]
@@ -182,31 +181,6 @@ class _Writer:
                 "count": [sum(-(-r["length"] // EVERY) for r in self.rows)]
             }
         return stats
-
-
-class _Film:
-    """An H.264 file that grows by episodes; frame k stands at k / fps."""
-
-    def __init__(self, path: Path, fps: float, size: tuple[int, int]) -> None:
-        self.container, self.count = av.open(str(path), "w"), 0
-        rate = Fraction(fps).limit_denominator(1000)
-        self.stream = self.container.add_stream("libx264", rate=rate)
-        self.stream.height, self.stream.width, self.stream.pix_fmt = *size, "yuv420p"
-        self.stream.options = {"crf": "18", "g": "2", "preset": "veryfast", "threads": "1"}
-        self.is_open = True
-
-    def add(self, frames: np.ndarray) -> None:
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture.pts, picture.time_base = self.count, 1 / Fraction(self.stream.average_rate or 1)
-            self.container.mux(self.stream.encode(picture))
-            self.count += 1
-
-    def close(self) -> None:
-        if self.is_open:
-            self.container.mux(self.stream.encode())
-            self.container.close()
-            self.is_open = False
 
 
 class _Parts:
