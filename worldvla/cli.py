@@ -681,10 +681,7 @@ class Planning:
 
     def options(self) -> dict[str, Any]:
         """Return those of `open_actor`, which refuses what an actor would ignore."""
-        dtype = self.dtype and _decided(self.dtype)
-        options = {"plan": self.plan or None, "world": self.world, "judge": self.judge}
-        how = {name: getattr(self, name) for name in ("temperature", "spread", "ahead")}
-        return options | how | {"dtype": dtype}
+        return vars(self) | {"plan": self.plan or None, "dtype": self.dtype and _decided(self.dtype)}
 
 
 def evaluate(

@@ -242,25 +242,13 @@ def _record(
     }
 
 
+PLANNING = ("plan", "world", "judge", "temperature", "spread", "ahead", "dtype")
 TAKES: dict[str, set[str]] = {
     "random": set(),
     "expert": set(),
     "open-loop": {"demos"},
     "a policy server": {"execute", "unnorm_key"},
-    "a checkpoint": {
-        "execute",
-        "head",
-        "device",
-        "quantize",
-        "unnorm_key",
-        "plan",
-        "world",
-        "judge",
-        "temperature",
-        "spread",
-        "ahead",
-        "dtype",
-    },
+    "a checkpoint": {"execute", "head", "device", "quantize", "unnorm_key", *PLANNING},
 }
 """Who acts -> the options that are about it."""
 
@@ -290,16 +278,14 @@ def open_actor(name: str, suite: str, seed: int = 0, **options: Any) -> Actor:
         from worldvla.eval.remote import RemoteActor
 
         return RemoteActor(name, suite, **used)
-    how = {
-        option: used.pop(option) for option in ("temperature", "spread", "ahead", "dtype") if option in used
-    }
-    plan = {option: used.pop(option, None) for option in ("plan", "world", "judge")}
-    if not any((*plan.values(), *how)):
+    planning = {option: used.pop(option) for option in PLANNING if option in used}
+    if not planning:
         return ModelActor(name, **used)
-    if not all(plan.values()):
+    if not planning.keys() >= {"plan", "world", "judge"}:
         raise ValueError("planning needs --plan CHUNKS, --world CHECKPOINT and --judge FILE: give all three")
     if used.get("device", "cpu") != "cpu":
         raise ValueError(f"planning imagines on the CPU, got --device {used['device']}: leave it out")
     from worldvla.eval.planning import PlanningActor
 
-    return PlanningActor(name, plan["world"], plan["judge"], plan["plan"], seed=seed, **how, **used)
+    required = (planning.pop(option) for option in ("world", "judge", "plan"))
+    return PlanningActor(name, *required, seed=seed, **planning, **used)
