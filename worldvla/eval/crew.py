@@ -19,6 +19,7 @@ import numpy as np
 
 from worldvla.cluster import Cluster
 from worldvla.eval.actors import Actor, ActorError, Query
+from worldvla.eval.record import placeless
 from worldvla.eval.workers import PATIENCE_S, Job, Report, Settings, Worker, open_workers
 from worldvla.machine import cores
 from worldvla.sim.protocol import Task
@@ -180,7 +181,7 @@ def _join(crew: Crew) -> tuple[Actor, list[Worker]]:
         for worker in _here.pop()[2] if _here else ():
             worker.stop()
         actor = crew.open_actor()
-        there, here = ({k: v for k, v in i.items() if k != "path"} for i in (actor.identity(), crew.identity))
+        there, here = placeless(actor.identity()), placeless(crew.identity)
         if there != here:
             raise ValueError(f"the actor is another one here: {there}, expected {here}")
         _here.append((crew.key, actor, [Worker(crew.settings, crew.patience_s) for _ in range(crew.workers)]))

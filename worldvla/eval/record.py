@@ -176,7 +176,6 @@ def placeless(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _origin(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the shards of one evaluation share; workers, paths and machines change no episode."""
     protocol = {k: v for k, v in record["protocol"].items() if k not in ("shard", "workers")}
-    checkpoint = {k: v for k, v in record["checkpoint"].items() if k != "path"}
     same = {k: record.get(k) for k in ("suite", "seed", "commit", "versions")}
     tasks = [[task["index"], task["instruction"]] for task in record["tasks"]]
-    return {**same, "protocol": protocol, "checkpoint": checkpoint, "tasks": tasks}
+    return {**same, "protocol": protocol, "checkpoint": placeless(record["checkpoint"]), "tasks": tasks}

@@ -18,7 +18,7 @@ from worldvla.cluster import Cluster
 from worldvla.data.collect import choose, guard
 from worldvla.eval.actors import Actor, ActorError, ExpertActor, ModelActor, OpenLoopActor, RandomActor
 from worldvla.eval.crew import Crew, roll_out
-from worldvla.eval.record import Journal, counted
+from worldvla.eval.record import Journal, counted, placeless
 from worldvla.eval.stats import count
 from worldvla.eval.workers import PATIENCE_S, Job, MakeEnv, Report, Settings, saved
 from worldvla.files import only_writer, write_json, write_text
@@ -121,7 +121,7 @@ class Protocol:
         return {
             "suite": self.suite,
             "seed": self.seed,
-            "checkpoint": {k: v for k, v in actor.identity().items() if k != "path"},
+            "checkpoint": placeless(actor.identity()),
             "executed": actor.execute,
             **({"scene_prefix": True} if self.scene_prefix else {}),
             **{k: v for k, v in actor.describe().items() if k == "head"},
