@@ -7,6 +7,7 @@ tokenizer and back (`ceiling`: no imagination can beat it by design). Pixels are
 pixels.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from worldvla.data.episode import Episode, demonstration_files, read_episodes
@@ -29,6 +28,7 @@ from worldvla.infer.draft import FrameStats, summary
 from worldvla.infer.model import READER_FILES, Model, load
 from worldvla.infer.world import World
 from worldvla.machine import provenance
+from worldvla.progress import progress_bar
 from worldvla.sim.protocol import FPS
 from worldvla.sim.suites import SUITES
 from worldvla.video import film_strip, side_by_side, write_mp4, write_png
@@ -277,23 +277,20 @@ def imagine(
     frames: list[Frames] = []
     said: list[np.ndarray] = []
     stats, world = [], World(model, temperature=temperature, seed=seed)
-    batches = [slice(i, i + batch_size) for i in range(0, len(clips), batch_size)]
-    jobs = [(rows, t) for rows in batches for t in range(steps + 1)]
-    film: list[Mapping[str, np.ndarray]] = []
-    states: list[np.ndarray] = []
-    for rows, t in track(jobs, title, console=Console(stderr=True)):
-        if t == 0:
-            first = {v: np.stack([c.real[v][0] for c in clips[rows]]) for v in views}
-            first["state"] = np.stack([c.episode.states[c.start] for c in clips[rows]])
-            film, states = [world.reset(first)], []  # pyright: ignore[reportAssignmentType]
-        else:
-            film.append(world.step(actions_NTA[rows, t - 1]))  # pyright: ignore[reportArgumentType]
-        if world.state is not None:
-            states.append(world.state)
-        if t == steps:
-            if states:
-                said += [np.stack(states)[: clip.steps + 1, n] for n, clip in enumerate(clips[rows])]
-            for n, clip in enumerate(clips[rows]):
+    with progress_bar() as progress:
+        bar = progress.add_task(title, total=steps * math.ceil(len(clips) / batch_size))
+        for i in range(0, len(clips), batch_size):
+            batch = clips[i : i + batch_size]
+            first = {v: np.stack([c.real[v][0] for c in batch]) for v in views}
+            first["state"] = np.stack([c.episode.states[c.start] for c in batch])
+            film, states = [world.reset(first)], [world.state]
+            for t in range(steps):
+                film.append(world.step(actions_NTA[i : i + batch_size, t]))
+                states.append(world.state)
+                progress.advance(bar)
+            for n, clip in enumerate(batch):
+                if world.state is not None:
+                    said.append(np.stack([s[n] for s in states[: clip.steps + 1] if s is not None]))
                 frames.append({v: np.stack([f[v][n] for f in film[: clip.steps + 1]]) for v in views})
             stats.append(world.stats)
     return frames, said, stats
