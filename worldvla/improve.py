@@ -127,22 +127,17 @@ def improve(
     """
     _check_numbers(suites, episodes, rounds, steps, execute, seed, temperature)
     first, worlds = load(checkpoint), load(world, dtype=getattr(torch, dtype))
-    worlds.check_world()
-    check_policy(first, worlds)
-    _check_policy(first, execute)
+    _check_models(first, worlds, execute)
     made_of = demos, suites, worlds, 30, judge_steps, seed
+    protocol = {"episodes": episodes, "execute": execute, "temperature": temperature, "steps": steps}
     settings = {
         "policy": placeless(first.identity()),
         "world": placeless(worlds.identity()),
         "judge": ingredients(*made_of) if judge is None else sha256(judge)[:16],
         "demos": ingredients(*made_of)["demos"],
-        "suites": list(suites),
-        "kind": kind,
-        "keep_all": keep_all,
-        "protocol": {"episodes": episodes, "execute": execute, "temperature": temperature, "steps": steps},
-        "dtype": dtype,
-        "seed": seed,
     }
+    settings |= {"suites": list(suites), "kind": kind, "keep_all": keep_all, "protocol": protocol}
+    settings |= {"dtype": dtype, "seed": seed}
     with guard(out / "settings.json", settings):
         if judge is None:
             critic, errors = judge_of(out / "judge.safetensors", *made_of)
@@ -182,8 +177,10 @@ def _check_numbers(
         sim.suite(suite)  # a wrong name ends here
 
 
-def _check_policy(policy: Model, execute: int) -> None:
+def _check_models(policy: Model, world: Model, execute: int) -> None:
     """Raise ValueError for what would fail only after the policy has acted."""
+    world.check_world()
+    check_policy(policy, world)
     chunk, names = policy.config.layout.chunk, policy.config.data.datasets
     if execute > chunk:
         raise ValueError(f"{policy.path} gives {chunk} actions at a time, asked to execute {execute}")

@@ -132,27 +132,26 @@ def evaluate_world(
         section["decoding"] = summary(stats, sum(model.config.layout.codes_per_view))
         section["clips"] = list(_filmed(chosen, imagined, videos, out, f"videos/clip_{horizon}"))
         sections.append(section)
-    record: dict[str, Any] = {
-        "checkpoint": model.identity(),
-        "seed": seed,
-        "protocol": {
-            "start": "first frames of stored episodes" if shorter else "every horizon-th frame of an episode",
-            "actions": "those of the episode",
-            "temperature": temperature,
-            "views": {view: list(size) for view, size in model.view_sizes.items()},
-            "metrics": "torchmetrics, per frame, RGB 0..255, mean over clips; PSNR at most 60 dB",
-            "psnr_changed": f"of the pixels that are {CHANGE} levels away from the clip's first frame",
-            **({"guesses": source.guesses} if source else {}),
-        },
-        "reader": identity,
-        "horizons": sections,
-        **provenance(),
-    }
+    protocol = _describe(model, temperature, shorter) | ({"guesses": source.guesses} if source else {})
+    record = {"checkpoint": model.identity(), "seed": seed, "protocol": protocol}
+    record |= {"reader": identity, "horizons": sections, **provenance()}
     first = sets[horizons[0]][0].episode
     observation = {**{view: images[0] for view, images in first.images.items()}, "state": first.states[0]}
     write_example(out, model, {**observation, "instruction": first.instruction})
     write_json(out / "record.json", record)
     return record
+
+
+def _describe(model: Model, temperature: float, shorter: bool) -> dict[str, Any]:
+    """Return what a record says of how its clips were chosen, imagined and measured."""
+    return {
+        "start": "first frames of stored episodes" if shorter else "every horizon-th frame of an episode",
+        "actions": "those of the episode",
+        "temperature": temperature,
+        "views": {view: list(size) for view, size in model.view_sizes.items()},
+        "metrics": "torchmetrics, per frame, RGB 0..255, mean over clips; PSNR at most 60 dB",
+        "psnr_changed": f"of the pixels that are {CHANGE} levels away from the clip's first frame",
+    }
 
 
 def _filmed(
@@ -289,9 +288,9 @@ def imagine(
                 states.append(world.state)
                 progress.advance(bar)
             for n, clip in enumerate(batch):
+                frames.append({v: np.stack([f[v][n] for f in film[: clip.steps + 1]]) for v in views})
                 if world.state is not None:
                     said.append(np.stack([s[n] for s in states[: clip.steps + 1] if s is not None]))
-                frames.append({v: np.stack([f[v][n] for f in film[: clip.steps + 1]]) for v in views})
             stats.append(world.stats)
     return frames, said, stats
 
@@ -302,9 +301,14 @@ def of_states(clips: Sequence[Clip], said: Sequence[np.ndarray]) -> dict[str, An
     errors = [
         100 * np.linalg.norm(own[1:, :3] - clip.episode.states[clip.later, :3], axis=1) for clip, own in pairs
     ]
+    return hand_errors(errors)
+
+
+def hand_errors(errors_cm: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Return `median_cm` and `p90_cm` a step of the hand's errors in clips, (T,) each."""
     return {
-        "median_cm": by_step(errors, np.median),
-        "p90_cm": by_step(errors, lambda x: np.quantile(x, 0.9)),
+        "median_cm": by_step(errors_cm, np.median),
+        "p90_cm": by_step(errors_cm, lambda x: np.quantile(x, 0.9)),
     }
 
 
@@ -433,13 +437,7 @@ def summarize(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for view, kinds in first["views"].items()
     }
     if "hand" in first:
-        section["hand"] = {
-            kind: {
-                "median_cm": by_step([m["hand"][kind] for m in measured], np.median),
-                "p90_cm": by_step([m["hand"][kind] for m in measured], lambda x: np.quantile(x, 0.9)),
-            }
-            for kind in first["hand"]
-        }
+        section["hand"] = {k: hand_errors([m["hand"][k] for m in measured]) for k in first["hand"]}
         for name, truth in (("held", True), ("held_wrongly", False)):
             counts = [np.where(m["held"]["truth"] == truth, 1.0, np.nan) for m in measured]
             held: dict[str, list[Any]] = {"num_clips": [int(n or 0) for n in by_step(counts, np.sum)]}
