@@ -7,7 +7,8 @@ are dropped, so is what no longer succeeds, and both are counted. Stopped, the s
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,21 +113,15 @@ def kept_actions(episode: Episode) -> np.ndarray:
     return episode.actions[~is_no_op(episode.actions)]
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """Number of a demonstration -> what it becomes."""
-
-    path: Path
-    views: Views
-
-    def __call__(self, number: int) -> Episode | None:
-        episode = next(itertools.islice(read_episodes(self.path, images=False), number, None))
-        if played := play(_environment(episode, self.views), episode, kept_actions(episode)):
-            rows = np.flatnonzero(~is_no_op(episode.actions))[: len(played)]
-            labels = episode.expert_actions
-            labels = labels if labels is None else labels[rows]
-            return replace(played, is_expert=episode.is_expert[rows], expert_actions=labels)
-        return None
+def _attempt(path: Path, views: Views, number: int) -> Episode | None:
+    """Return what the demonstration of this number becomes, None if it fails now."""
+    episode = next(itertools.islice(read_episodes(path, images=False), number, None))
+    if played := play(_environment(episode, views), episode, kept_actions(episode)):
+        rows = np.flatnonzero(~is_no_op(episode.actions))[: len(played)]
+        labels = episode.expert_actions
+        labels = labels if labels is None else labels[rows]
+        return replace(played, is_expert=episode.is_expert[rows], expert_actions=labels)
+    return None
 
 
 def regenerate(
@@ -150,20 +145,19 @@ def regenerate(
         for path in files:
             out, digest = out_dir / path.name, digests[path.name]
             number, parts = count_episodes(path), out_dir / f".{path.stem}.{digest}.parts"
-            jobs.append(Job(out, _Attempt(path, views), number, number, parts))
+            jobs.append(Job(out, partial(_attempt, path, views), number, number, parts))
             if out.exists() and (other := facts(out).get("sha256")) != digest:
                 raise ValueError(
                     f"{out} was made of a file {other}, not of {path} ({digest}): choose another directory"
                 )
         for job in work_off(jobs, workers, "regenerate"):
-            _finish(job, digests[job.path.name])
+            _finish(job, next(path for path in files if path.name == job.path.name), digests[job.path.name])
         return {name: facts(out_dir / name) for name in names}
 
 
-def _finish(job: Job, digest: str) -> None:
-    """Merge a file's parts; none at all raise ValueError."""
-    attempt: Any = job.attempt
-    path, (good, bad) = attempt.path, job.done()
+def _finish(job: Job, path: Path, digest: str) -> None:
+    """Merge the parts of what was made of `path`; none at all raise ValueError."""
+    good, bad = job.done()
     if not good:
         job.forget_failures()
         wrong = [*wrong_pictures(path), *inverted_gripper(path)]
