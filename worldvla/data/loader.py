@@ -17,7 +17,7 @@ import torch
 
 from worldvla.batch import Batch, Sample
 from worldvla.config import DataConfig, LayoutConfig
-from worldvla.data.sample import DTYPES, ROWS, SampleBuilder, Template
+from worldvla.data.sample import ROWS, SampleBuilder, Template, as_sample
 from worldvla.data.store import EpisodeRow, TokenStore
 from worldvla.sim.suites import with_scene
 from worldvla.tokenizers.action import DatasetStatistics, Statistics, choose, compute_statistics, quantize
@@ -65,22 +65,25 @@ class FrameTable:
         episodes = [e for store in stores for e in store.episodes]
         texts = np.array([prompted(e, data.scene_prefix) for e in episodes], dtype=object)
         lengths = [len(store) for store in stores]
+        offsets = np.cumsum([0, *lengths])[:-1]
+        starts, stops = frame_spans(stores)
+        imagined = [store.imagined for store in stores]
+        begins = [
+            np.full(length, -1) if own is None else offset + own.start
+            for own, length, offset in zip(imagined, lengths, offsets, strict=True)
+        ]
         return cls(
-            builder,
-            stores,
-            [choose(builder.all_statistics, key) for key in data.datasets or ("",) * len(stores)],
-            *frame_spans(stores),
-            np.repeat(np.arange(len(stores)), lengths),
-            np.cumsum([0, *lengths])[:-1],
-            [[store.codes[view] for view in layout.views] for store in stores],
-            np.repeat(texts, [e.length for e in episodes]),
-            [store.imagined and [store.imagined.codes[view] for view in layout.views] for store in stores],
-            np.concatenate(
-                [
-                    np.full(len(store), -1) if store.imagined is None else offset + store.imagined.start
-                    for store, offset in zip(stores, np.cumsum([0, *lengths])[:-1], strict=True)
-                ]
-            ),
+            builder=builder,
+            sources=stores,
+            statistics=[choose(builder.all_statistics, key) for key in data.datasets or ("",) * len(stores)],
+            starts_F=starts,
+            stops_F=stops,
+            stores_F=np.repeat(np.arange(len(stores)), lengths),
+            offsets=offsets,
+            codes=[[store.codes[view] for view in layout.views] for store in stores],
+            instructions=np.repeat(texts, [e.length for e in episodes]),
+            imagined=[own and [own.codes[view] for view in layout.views] for own in imagined],
+            imagined_start_F=np.concatenate(begins),
         )
 
     def template(self, frame: int, mode: Mode) -> Template:
@@ -249,7 +252,7 @@ class Loader:
         table = np.zeros((len(ROWS), len(self.frames.template(frame, mode))), dtype=np.int64)
         _, (actions,), (states,) = self.frames.numbers(np.array([frame]), mode)
         self.frames.fill(table, frame, mode, actions, states)
-        return Sample(**{name: table[k].astype(DTYPES[name]) for k, name in enumerate(ROWS)})
+        return as_sample(table)
 
     def _split_sources(self, frames: np.ndarray) -> list[np.ndarray]:
         """Return what a stream is mixed from: the samples of each store, or without weights of all."""

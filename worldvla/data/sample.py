@@ -192,13 +192,13 @@ class SampleBuilder:
     def policy_tail(self) -> Sample:
         """Return what follows a policy prompt: U blocks and the closing separator, code 0 in every dim."""
         template = self.policy_template("", 1)
-        return _sample(template.table[:, template.prompt :])
+        return as_sample(template.table[:, template.prompt :])
 
     def world_tail(self) -> Sample:
         """Return what follows a world prompt, code 0 where the kind is KIND_STATE or KIND_IMAGE; the rest is
         forced."""
         template = self.world_template()
-        return _sample(template.table[:, template.prompt :])
+        return as_sample(template.table[:, template.prompt :])
 
     def world_clip(self) -> tuple[Sample, np.ndarray, int]:
         """Return what follows a world prompt of one frame up to the last frame of a clip; where in it the
@@ -207,7 +207,7 @@ class SampleBuilder:
         whole, prompt = self.world_template(self.layout.clip), self.world_template().prompt
         num_dims = self.layout.num_action_dims * self.layout.action_conditioning
         actions = whole.actions[1:].reshape(self.layout.clip - 1, num_dims) - prompt
-        return _sample(whole.table[:, prompt:]), actions, whole.lead
+        return as_sample(whole.table[:, prompt:]), actions, whole.lead
 
     def split_views(self, codes: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return the codes (N,) of every view from those of a whole frame, in order of generation."""
@@ -325,7 +325,7 @@ class SampleBuilder:
         """Return the first `stop` tokens of the template, filled; `frames` in codes, the rest in ids."""
         table = template.table.copy()
         template.fill(table[0], map(self._frame_ids, frames), actions, states)
-        return _sample(table[:, :stop])
+        return as_sample(table[:, :stop])
 
     def _policy_state(self, state: np.ndarray | None, key: str = "") -> np.ndarray | None:
         if not self.layout.state:
@@ -403,7 +403,8 @@ class _Draft:
         return np.ascontiguousarray(np.array(self.tokens, dtype=np.int64).T)
 
 
-def _sample(table: np.ndarray) -> Sample:
+def as_sample(table: np.ndarray) -> Sample:
+    """Return a table (5, T) of a template as a sample."""
     return Sample(**{name: table[i].astype(DTYPES[name]) for i, name in enumerate(ROWS)})
 
 
