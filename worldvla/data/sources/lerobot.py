@@ -92,8 +92,7 @@ def open_lerobot(path: Path, names: Names) -> Source:
         for n, f in features.items()
         if f["dtype"].startswith(("float", "int")) and len(f["shape"]) == 1 and n not in DEFAULTS
     }
-    repo, revision = origin(path)
-    suite = (repo or str(path.resolve())).split("/")[-1]
+    suite = (origin(path)[0] or str(path.resolve())).split("/")[-1]
     others = [name for name in sizes if name not in pictures]
     units = {n: _units(features[n]) for n in numbers}
     plan = Plan.of(suite, names, pictures, numbers, ("action", "observation.state"), others, units)
@@ -117,12 +116,10 @@ def open_lerobot(path: Path, names: Names) -> Source:
     files |= dict.fromkeys(row.data for row in rows)
     files |= dict.fromkeys(video.path for row in rows for video in row.videos.values())
     return plan.source(
-        path=path,
+        path,
         kind=f"LeRobotDataset {version}",
         num_episodes=len(rows),
         fps=float(fps),
-        repo=repo,
-        revision=revision,
         files=tuple(files),
         attempts=reader.attempts,
     )

@@ -22,7 +22,6 @@ from google.protobuf.message import DecodeError
 from worldvla.data.episode import Episode
 from worldvla.data.sources.source import Names, Plan, Source, attempt, decode_picture
 from worldvla.files import read_json
-from worldvla.published.hub import origin
 
 NOT_OURS = ("reward", "discount", "is_first", "is_last", "is_terminal")
 """Numbers of a step that are neither action nor state."""
@@ -64,15 +63,12 @@ def open_rlds(path: Path, names: Names) -> Source:
     units = {n: " ".join(str(steps[n].get("description", "")).split()) for n in numbers}
     plan = Plan.of(str(info["name"]), names, pictures, numbers, usual, others, units)
     reader = _Reader(path, plan, {n: len(d) for n, d in numbers.items()}, shards, texts[0])
-    repo, revision = origin(path)
     return plan.source(
-        path=path,
+        path,
         kind=f"RLDS {info['name']} {info.get('version', '')}: "
         + ", ".join(f"{name} {count}" for name, count in splits.items()),
         num_episodes=sum(splits.values()),
         fps=None,
-        repo=repo,
-        revision=revision,
         files=(path / "dataset_info.json", path / "features.json", *(shard.path for shard in shards)),
         attempts=reader.attempts,
     )

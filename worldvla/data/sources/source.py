@@ -14,6 +14,7 @@ from PIL import Image
 from worldvla.data.episode import Episode
 from worldvla.files import DamagedFileError, one_line, reading
 from worldvla.image import resize_with_pad
+from worldvla.published.hub import origin
 from worldvla.robot import delta_dims
 
 WRIST = ("wrist", "hand", "gripper")
@@ -253,11 +254,12 @@ class Plan:
             raise ValueError(f"frame {count}: {view} has {count} frames, expected {length}")
         return frames
 
-    def source(self, **facts: Any) -> Source:
+    def source(self, path: Path, **facts: Any) -> Source:
         """Return the opened data set; `facts` are the other fields of Source."""
+        repo, revision = origin(path)
         delta = tuple(self.action.names[i] for i in self.delta)
         parts = {name: getattr(self, name) for name in ("cameras", "action", "state", "guesses", "unused")}
-        return Source(**facts, **parts, delta=delta)
+        return Source(path=path, repo=repo, revision=revision, delta=delta, **facts, **parts)
 
 
 def _choose(
