@@ -45,7 +45,7 @@ from worldvla.config import LayoutConfig, ModelConfig
 from worldvla.data.sample import SampleBuilder
 from worldvla.data.show import CountedWords
 from worldvla.infer.cache import Cache
-from worldvla.infer.decode import best_bin, decode_chunk, decode_frame
+from worldvla.infer.decode import bin_scores, decode_chunk, decode_frame
 from worldvla.infer.graphs import Runner
 from worldvla.infer.model import load
 from worldvla.infer.policy import Policy
@@ -194,7 +194,8 @@ def without_cache(case: Case) -> np.ndarray:
         for position in block[1:-1] + start:
             places = [getattr(whole, name)[:, :position] for name in ("row_BT", "col_BT")]
             x_BTD = case.model(whole.ids_BT[:, :position], dense_mask(whole.chunk_BT[:, :position]), *places)
-            whole.ids_BT[:, position] = best_bin(case.model.logits(x_BTD[:, -1], span)) + span.start
+            best_B = bin_scores(case.model.logits(x_BTD[:, -1], span)).argmax(-1)
+            whole.ids_BT[:, position] = best_B + span.start
     return whole.ids_BT[0, start + blocks_UA[:, 1:-1]].cpu().numpy() - span.start
 
 

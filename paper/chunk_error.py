@@ -15,7 +15,7 @@ from worldvla.batch import Batch, Sample
 from worldvla.data.loader import Loader
 from worldvla.data.store import TokenStore
 from worldvla.files import write_json
-from worldvla.infer.decode import best_bin, decode_chunk
+from worldvla.infer.decode import bin_scores, decode_chunk
 from worldvla.infer.model import Model, load
 from worldvla.machine import provenance
 from worldvla.model.mask import additive_mask, dense_mask
@@ -76,7 +76,7 @@ def chunk_codes(model: Model, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.
     ]
     tail, blocks = builder.policy_tail(), builder.action_block_positions(0)
     free = decode_chunk(model.runner, vocab, prompts, tail, blocks).codes_BUA
-    return truth_BUA.numpy(), best_bin(logits).numpy(), free
+    return truth_BUA.numpy(), bin_scores(logits).argmax(-1).numpy(), free
 
 
 def main(

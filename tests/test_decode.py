@@ -26,7 +26,7 @@ from paper.compiled import compiled
 from worldvla.batch import KIND_IMAGE, Batch, Sample
 from worldvla.config import LayoutConfig, ModelConfig
 from worldvla.data.sample import SampleBuilder
-from worldvla.infer.decode import CLOSE, PARALLEL, Chunk, best_bin, bin_scores, chunk_path, verify
+from worldvla.infer.decode import CLOSE, PARALLEL, Chunk, bin_scores, chunk_path, verify
 from worldvla.infer.draft import FrameStats
 from worldvla.infer.graphs import Runner
 from worldvla.infer.model import Model, load
@@ -109,7 +109,7 @@ def slow_with_margins(
         chunk = batch.chunk_BT[:, :stop]
         x = model(batch.ids_BT[:, :stop], dense_mask(chunk), batch.row_BT[:, :stop], batch.col_BT[:, :stop])
         logits = F.linear(x[0, -1].float(), model.head.weight[span.start : span.stop].float())
-        code = best_bin(logits) if bins else logits.argmax(-1)
+        code = bin_scores(logits).argmax(-1) if bins else logits.argmax(-1)
         best = (bin_scores(logits) if bins else logits).topk(2).values
         margins.append(float((best[0] - best[1]) / logits.std()))
         batch.ids_BT[0, stop] = code + span.start
@@ -171,9 +171,9 @@ def test_images_equal_the_slow_way(rng: np.random.Generator) -> None:
 def test_the_two_codes_of_the_last_bin_count_as_one() -> None:
     logits = torch.full((256,), -9.0)
     logits[10], logits[254], logits[255] = 1.0, 0.6, 0.6
-    assert best_bin(logits).item() == 254
+    assert bin_scores(logits).argmax(-1).item() == 254
     logits[254:] = -9.0
-    assert best_bin(logits).item() == 10
+    assert bin_scores(logits).argmax(-1).item() == 10
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -281,11 +281,6 @@ def verify(guess_BT: Tensor, choice_BT: Tensor, is_new_BT: Tensor) -> tuple[Tens
     return is_right_BT | (is_wrong_BT & (num_wrong_BT == 1)), is_right_BT
 
 
-def best_bin(logits: Tensor) -> Tensor:
-    """Return the likeliest code, 0..254, of scores over all 256."""
-    return bin_scores(logits).argmax(-1)
-
-
 def bin_scores(logits: Tensor) -> Tensor:
     """Return float32 scores of codes 0..254 from those of all 256: code 255 decodes like 254, so their
     probabilities add.
