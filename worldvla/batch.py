@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 KIND_PROMPT = 0
 """Not a target: text, state, prompt images, the conditioning action."""
@@ -71,13 +72,11 @@ class Batch:
     @classmethod
     def stack(cls, samples: Sequence[Sample], pad: int) -> Self:
         """Pad to the longest."""
-        length, out = max(len(s) for s in samples), {}
+        out = {}
         for f in fields(Sample):
-            array = np.full((len(samples), length), pad if f.name == "ids" else 0, dtype=np.int64)
-            for i, sample in enumerate(samples):
-                array[i, : len(sample)] = getattr(sample, f.name)
-            out[f.name + "_BT"] = torch.from_numpy(array)
-        return cls(**out, value_BT=torch.full((len(samples), length), torch.nan))
+            rows = [torch.from_numpy(getattr(sample, f.name).astype(np.int64)) for sample in samples]
+            out[f.name + "_BT"] = pad_sequence(rows, True, pad if f.name == "ids" else 0)
+        return cls(**out, value_BT=torch.full(out["ids_BT"].shape, torch.nan))
 
     def to(self, device: torch.device | str) -> Self:
         return self.map(lambda tensor: tensor.to(device))
