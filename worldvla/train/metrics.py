@@ -124,10 +124,10 @@ def validate(
     for batch in batches:
         targets = loss.targets(batch)
         x_PD, actions_BUA = forward(batch, targets)
-        totals_of = loss.totals([targets])
-        value, cross_entropy_P = loss(x_PD, model.head.weight, targets, totals_of, model.code_head)
+        divisors = loss.totals([targets])
+        value, cross_entropy_P = loss(x_PD, model.head.weight, targets, divisors, model.code_head)
         if actions_BUA is not None:
-            share, error_BUA = loss.of_actions(actions_BUA, targets, loss.totals([targets]))
+            share, error_BUA = loss.of_actions(actions_BUA, targets, divisors)
             value = value + share
             found = {"l1": error_BUA} | motion_errors(actions_BUA, targets.values_N.view_as(actions_BUA))
             for name, values in found.items():

@@ -29,22 +29,14 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
     outer = [p for p in parameters if id(p) not in inner]
     decayed = [p for p in outer if p.ndim >= 2 and id(p) not in embeddings]
     others = [p for p in outer if p.ndim < 2 or id(p) in embeddings]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    # One group of DTensors or of plain tensors: the fused step takes no mixture (parallel.spread).
-    is_mixed = len({isinstance(p, DTensor) for p in outer}) == 2
-    groups = (
-        [
-            {**group, "params": [p for p in group["params"] if isinstance(p, DTensor) == sharded]}
-            for group in groups
-            for sharded in (True, False)
-        ]
-        if is_mixed
-        else groups
-    )
     rate, decay = config.learning_rate, config.weight_decay
+    # Groups of DTensors or of plain tensors: the fused step takes no mixture (parallel.spread).
+    groups = [
+        {"params": params, "weight_decay": own}
+        for group, own in ((decayed, decay), (others, 0.0))
+        for sharded in (True, False)
+        if (params := [p for p in group if isinstance(p, DTensor) == sharded])
+    ]
     adamw = torch.optim.AdamW(groups, lr=rate, betas=config.betas, fused=True)
     if not hidden:
         return [adamw]

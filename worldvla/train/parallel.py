@@ -43,7 +43,8 @@ def start(config: TrainConfig) -> torch.device:
     """
     num = num_processes()
     _, shard = num_copies(config, num)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and _num_restarts() > 0:
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError(
             "torchrun --max-restarts gives restarted processes the addresses of dead ones: start it with "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
@@ -82,10 +83,6 @@ def second_group() -> dist.ProcessGroup:
     assert isinstance(group, dist.ProcessGroup)
     _set_pg_timeout(default_pg_timeout, group)
     return group
-
-
-def _num_restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 def num_copies(config: TrainConfig, num: int) -> tuple[int, int]:
@@ -195,10 +192,9 @@ def own_rows(batches: Sequence[Batch], together: bool = False) -> list[Batch]:
     `together`: every rank gets as many batches, as a sharded model needs it; one that has fewer gets rows
     without a target.
     """
-    parts = [_dealt(batches, r) for r in (range(num_ranks()) if together else [rank()])]
-    own = parts[rank()] if together else parts[0]
-    idle = [_without_targets(batches[0])] * (max(map(len, parts)) - len(own))
-    return own + idle
+    own = _dealt(batches, rank())
+    most = max(len(_dealt(batches, r)) for r in range(num_ranks())) if together else len(own)
+    return own + [_without_targets(batches[0])] * (most - len(own))
 
 
 def _dealt(batches: Sequence[Batch], to: int) -> list[Batch]:
