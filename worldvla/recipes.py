@@ -248,6 +248,87 @@ def tabletop_anchor() -> Config:
     )
 
 
+def tabletop_sampled() -> Config:
+    """`tabletop_anchor`, trained on with new data while it reads some of its own codes, as in imagination."""
+    return changed(
+        tabletop_anchor(),
+        "tabletop_sampled",
+        data={"stores": stores("levels_world2", "levels_visited2", "levels_expert2")},
+        train={"steps": 3_200, "scheduled_sampling": 0.5, "init_from": "out/tabletop/anchor_model"},
+    )
+
+
+def tabletop_at_once() -> Config:
+    """`tabletop_sampled`, which learns to predict all codes of a frame at once."""
+    return changed(
+        tabletop_sampled(),
+        "tabletop_at_once",
+        layout={"frame_at_once": True},
+        train={"steps": 700, "init_from": "out/tabletop/sampled_model"},
+    )
+
+
+def tabletop_deep() -> Config:
+    """`tabletop_at_once`, trained on with six layers instead of four."""
+    return changed(
+        tabletop_at_once(),
+        "tabletop_deep",
+        model={"num_layers": 6},
+        train={"steps": 4_000, "init_from": "out/tabletop/at_once_model"},
+    )
+
+
+def tabletop_imagined() -> Config:
+    """`tabletop_deep`, trained on with new data and longer clips; of the world samples that can, half read
+    what `tabletop_deep` imagined in place of the frames."""
+    return changed(
+        tabletop_deep(),
+        "tabletop_imagined",
+        layout={"clip": 5},
+        optim={"warmup_steps": 20},
+        data={
+            "stores": stores("imagined3", "levels_visited3", "levels_expert3"),
+            "world_fraction": 0.5,
+            "imagined": 0.5,
+            "sequence_length": 720,
+        },
+        train={
+            "steps": 2_700,
+            "batch_size": 30,
+            "scheduled_sampling": 0.0,
+            "init_from": "out/tabletop/deep_model",
+        },
+    )
+
+
+def tabletop_astray() -> Config:
+    """`tabletop_imagined`, trained on in the same way with data in which hands act beside the things. The
+    next one starts from weights halfway between the two (paper/average.py)."""
+    return changed(
+        tabletop_imagined(),
+        "tabletop_astray",
+        data={"stores": stores("imagined4", "levels_visited4", "levels_expert4")},
+        train={"steps": 2_900, "init_from": "out/tabletop/imagined_model"},
+    )
+
+
+def tabletop_grasps() -> Config:
+    """That mean, trained on with hands that close on things and beside them. The state weighs five times as
+    much: where the fingers stand says whether a grasp holds. What is shipped has weights halfway between its
+    beginning and its end."""
+    grasps, spatial = "out/tabletop/levels_grasps5_{}", "tabletop_spatial"
+    others = [suite for suite in TABLETOP if suite != spatial]
+    found = f"out/tabletop/imagined5_{spatial}", *map(grasps.format, others)
+    world = (f"out/tabletop/levels_world5_{suite}" for suite in TABLETOP if suite != "tabletop_long")
+    return changed(
+        tabletop_astray(),
+        "tabletop_grasps",
+        loss={"state_weight": 1.0},
+        data={"stores": (*found, *world, *stores("levels_visited5", "levels_expert4"))},
+        train={"steps": 1_200, "init_from": "out/tabletop/halfway"},
+    )
+
+
 def tabletop_pilot() -> Config:
     """The pilot of `tabletop` on one suite: at least 70 % on unseen initial states before a longer run."""
     data = {"stores": ("out/tabletop/store_tabletop_object",)}
@@ -410,87 +491,6 @@ def published(family: str, suite: str = "libero_goal") -> Config:
             save_every=2_000,
             init_from=f"out/models/{weights}",
         ),
-    )
-
-
-def tabletop_sampled() -> Config:
-    """`tabletop_anchor`, trained on with new data while it reads some of its own codes, as in imagination."""
-    return changed(
-        tabletop_anchor(),
-        "tabletop_sampled",
-        data={"stores": stores("levels_world2", "levels_visited2", "levels_expert2")},
-        train={"steps": 3_200, "scheduled_sampling": 0.5, "init_from": "out/tabletop/anchor_model"},
-    )
-
-
-def tabletop_at_once() -> Config:
-    """`tabletop_sampled`, which learns to predict all codes of a frame at once."""
-    return changed(
-        tabletop_sampled(),
-        "tabletop_at_once",
-        layout={"frame_at_once": True},
-        train={"steps": 700, "init_from": "out/tabletop/sampled_model"},
-    )
-
-
-def tabletop_deep() -> Config:
-    """`tabletop_at_once`, trained on with six layers instead of four."""
-    return changed(
-        tabletop_at_once(),
-        "tabletop_deep",
-        model={"num_layers": 6},
-        train={"steps": 4_000, "init_from": "out/tabletop/at_once_model"},
-    )
-
-
-def tabletop_imagined() -> Config:
-    """`tabletop_deep`, trained on with new data and longer clips; of the world samples that can, half read
-    what `tabletop_deep` imagined in place of the frames."""
-    return changed(
-        tabletop_deep(),
-        "tabletop_imagined",
-        layout={"clip": 5},
-        optim={"warmup_steps": 20},
-        data={
-            "stores": stores("imagined3", "levels_visited3", "levels_expert3"),
-            "world_fraction": 0.5,
-            "imagined": 0.5,
-            "sequence_length": 720,
-        },
-        train={
-            "steps": 2_700,
-            "batch_size": 30,
-            "scheduled_sampling": 0.0,
-            "init_from": "out/tabletop/deep_model",
-        },
-    )
-
-
-def tabletop_astray() -> Config:
-    """`tabletop_imagined`, trained on in the same way with data in which hands act beside the things. The
-    next one starts from weights halfway between the two (paper/average.py)."""
-    return changed(
-        tabletop_imagined(),
-        "tabletop_astray",
-        data={"stores": stores("imagined4", "levels_visited4", "levels_expert4")},
-        train={"steps": 2_900, "init_from": "out/tabletop/imagined_model"},
-    )
-
-
-def tabletop_grasps() -> Config:
-    """That mean, trained on with hands that close on things and beside them. The state weighs five times as
-    much: where the fingers stand says whether a grasp holds. What is shipped has weights halfway between its
-    beginning and its end."""
-    grasps, spatial = "out/tabletop/levels_grasps5_{}", "tabletop_spatial"
-    others = [suite for suite in TABLETOP if suite != spatial]
-    found = f"out/tabletop/imagined5_{spatial}", *map(grasps.format, others)
-    world = (f"out/tabletop/levels_world5_{suite}" for suite in TABLETOP if suite != "tabletop_long")
-    return changed(
-        tabletop_astray(),
-        "tabletop_grasps",
-        loss={"state_weight": 1.0},
-        data={"stores": (*found, *world, *stores("levels_visited5", "levels_expert4"))},
-        train={"steps": 1_200, "init_from": "out/tabletop/halfway"},
     )
 
 
