@@ -96,8 +96,8 @@ class PlanningActor(ModelActor):
         )
         world.keep(np.repeat(np.arange(len(queries)), self.chunks))
         actions = plans.reshape(-1, *plans.shape[2:])
-        for look in range(self.ahead):
-            if look:
+        for chunk in range(self.ahead):
+            if chunk:
                 actions = self._policy.act(self._imagined(world, queries, first, numbers))[:, :length]
             for t in range(length):
                 world.advance(actions[:, t])

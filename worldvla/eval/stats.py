@@ -138,6 +138,6 @@ def rank_agreement(policies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         both = {"imagined": imagined_MN, "judge_on_real_frames": judge_MN}
         return {name: agreement(sim_MN, found_MN, names) for name, found_MN in both.items()}
 
-    looks = sorted({row["execute"] for row in policies})
-    groups = {n: [row for row in policies if row["execute"] == n] for n in looks}
+    intervals = sorted({row["execute"] for row in policies})
+    groups = {n: [row for row in policies if row["execute"] == n] for n in intervals}
     return of(policies) | {"by_execute": {str(n): of(rows) for n, rows in groups.items()}}

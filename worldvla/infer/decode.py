@@ -144,12 +144,12 @@ def decode_frame(
     scores / temperature + Gumbel noise, drawn once for each row and position, which makes it a draw from the
     softmax and, given the noise, as certain as a greedy one.
     """
-    clip = Clip(runner, vocab, tail)
+    clip = ClipDecoder(runner, vocab, tail)
     clip.begin(prompts)
     return clip.decode(guess_BN, window, temperature, seed)
 
 
-class Clip:
+class ClipDecoder:
     """Frames of a batch of rollouts, one after the other, in one cache: each is decoded as `decode_frame` has
     it, and the next goes on from there.
 

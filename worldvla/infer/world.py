@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from worldvla.batch import Sample
-from worldvla.infer.decode import Clip
+from worldvla.infer.decode import ClipDecoder
 from worldvla.infer.draft import FrameStats, Window
 from worldvla.infer.model import Model
 from worldvla.vocab import to_ids
@@ -169,9 +169,9 @@ class World:
         frames = self.model.decode_frames(self.image_codes, self._context)
         return frames if self._is_batch else {view: images[0] for view, images in frames.items()}
 
-    def _new_clip(self) -> Clip:
+    def _new_clip(self) -> ClipDecoder:
         model = self.model
-        return Clip(model.runner, model.vocab, *model.builder.world_clip())
+        return ClipDecoder(model.runner, model.vocab, *model.builder.world_clip())
 
     def _encode_states(self, frame: Mapping[str, Any], number: int) -> np.ndarray:
         """Return the codes (B, S) of the states of a first frame."""
