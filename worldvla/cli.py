@@ -293,21 +293,20 @@ def replay(paths: Positional[Demos], *, bins: bool = False) -> int:
     Args:
         bins: Pass the actions through the policy's 256 bins first: what a perfect policy would lose by them.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     from worldvla.data.rerun import inverted_gripper, rerun, through_bins, wrong_pictures
+    from worldvla.progress import progress_bar
 
     files = _demonstrations(paths)
     transform = through_bins(files) if bins else (lambda actions: actions)
     outcomes: list[bool] = []
     faults: list[str] = []
-    for path in track(files, "replay", console=Console(stderr=True), disable=not sys.stderr.isatty()):
-        successes = list(rerun(path, transform))
-        outcomes += successes
-        faults += wrong_pictures(path)
-        if not (all(successes) or bins):
-            faults += inverted_gripper(path)
+    with progress_bar() as progress:
+        for path in progress.track(files, description="replay"):
+            successes = list(rerun(path, transform))
+            outcomes += successes
+            faults += wrong_pictures(path)
+            if not (all(successes) or bins):
+                faults += inverted_gripper(path)
     for line in faults:
         say(line)
     k, n = sum(outcomes), len(outcomes)
