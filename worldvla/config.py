@@ -296,9 +296,8 @@ class LossConfig(CheckedConfig):
     z_weight: Amount = 1e-5
     """Weight of mean logsumexp^2 (published value)."""
     reduction: Literal["paper", "published"] = "paper"
-    """paper: mean CE over action targets + alpha * mean CE over world targets. published: one
-    class-weighted mean over
-    both, ids 3..8194 (off by one) at alpha, in which alpha cancels on image-only batches
+    """paper: mean CE over action targets + alpha * mean CE over world targets. published: one class-weighted
+    mean over both, ids 3..8194 (off by one) at alpha, in which alpha cancels on image-only batches
     (docs/DETAILS.md)."""
     supervise: Literal["all", "decoded"] = "all"
     """decoded: only what decoding chooses, action dims and image codes, each against the ids that it is

@@ -1,8 +1,8 @@
 """The id table: which ids are text, image codes, actions, state, and structure. Nobody else knows a number.
 
 Three kinds of integer are kept apart: an `id` indexes the joint vocabulary (and the embedding table), a
-`code` counts from 0
-inside one modality. Source of the published table: WorldVLA data/item_processor.py:60-63, 202-208, 253-316.
+`code` counts from 0 inside one modality. Source of the published table: WorldVLA
+data/item_processor.py:60-63, 202-208, 253-316.
 """
 
 import hashlib

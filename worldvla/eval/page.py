@@ -123,14 +123,8 @@ def write_improvement(directory: Path) -> Path:
             dict(zip(episode.images, views, strict=True))
             for views in zip(*episode.images.values(), strict=True)
         ]
-        status = "success" if episode.success else "fail"
-        films.append(
-            (
-                encode_mp4(views_side_by_side(frames), FPS[suite(episode.suite).simulator]),
-                status,
-                episode.instruction,
-            )
-        )
+        film = encode_mp4(views_side_by_side(frames), FPS[suite(episode.suite).simulator])
+        films.append((film, "success" if episode.success else "fail", episode.instruction))
     path, title = directory / "index.html", f"What {record['policy']['name']} learnt"
     write_text(path, render("improvement.html", title=title, record=record, films=films))
     return path

@@ -199,9 +199,7 @@ def _work(connection: Connection, settings: Settings) -> None:
                 assert episode is not None
                 earlier = episode.report.simulation_s
                 report = episode.execute(order)
-        except (
-            Exception
-        ) as error:  # the process boundary: what an environment raises is a record, not the end
+        except Exception as error:  # the process boundary: what an environment raises is not the end
             report = episode.report if episode is not None else Report("error")
             report.status, report.reason, report.trace = "error", _reason(error), traceback.format_exc()
             report.trace += _close(env)

@@ -165,10 +165,8 @@ class ClipDecoder:
                 "a frame needs the tail of a world sample, got another: SampleBuilder.world_tail()"
             )
         self.runner, self.vocab, self.tail, self.actions, self.lead = runner, vocab, tail, actions, lead
-        is_state_T, open_N = (
-            tail.kind == KIND_STATE,
-            np.flatnonzero(np.isin(tail.kind, (KIND_IMAGE, KIND_STATE))),
-        )
+        is_state_T = tail.kind == KIND_STATE
+        open_N = np.flatnonzero(np.isin(tail.kind, (KIND_IMAGE, KIND_STATE)))
         self.num_frames = 1 if actions is None else 1 + len(actions)
         self.open_CN = open_N.reshape(self.num_frames, -1)
         self.num_states = int(is_state_T.sum()) // self.num_frames
@@ -402,8 +400,8 @@ class _Stream:
         prompt = Batch.stack(prompts, pad).to(device)
         after = Batch.stack([tail] * len(prompts), pad).to(device)
         self.longest = prompt.ids_BT.shape[1]
-        self.is_causal = not tail.chunk.any() and min(len(p) for p in prompts) == self.longest
         self.is_alike = min(len(p) for p in prompts) == self.longest
+        self.is_causal = self.is_alike and not tail.chunk.any()
         self.room = runner.open(len(prompts), self.longest + len(tail))
         self._turn = self.room.turn
         self._pending = 0, self.longest

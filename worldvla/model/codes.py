@@ -138,7 +138,8 @@ class CodeHead(nn.Module):
         nearer to what comes than the likeliest. With `noise_PEL` (Gumbel) it is the best of scores /
         temperature + noise: a draw.
         """
-        inputs_PEF, absent_EL = self._inputs(x_PD), self.levels.absent(x_PD.device)
+        inputs_PEF = self.inp(x_PD).unflatten(-1, (len(self.levels.sizes), HEAD_FEATURES))
+        absent_EL = self.levels.absent(x_PD.device)
         seen_PF, chosen, lead_P = torch.zeros_like(inputs_PEF[:, 0]), [], None
         for dim in range(len(self.levels.sizes)):
             hidden_PF = F.silu(inputs_PEF[:, dim] + seen_PF)
@@ -155,9 +156,6 @@ class CodeHead(nn.Module):
             seen_PF = seen_PF + self.table(chosen[-1] + self.levels.rows[dim])
         assert lead_P is not None
         return self.levels.join(torch.stack(chosen, -1)), lead_P
-
-    def _inputs(self, x_PD: Tensor) -> Tensor:
-        return self.inp(x_PD).unflatten(-1, (len(self.levels.sizes), HEAD_FEATURES))
 
 
 def _median(scores_PL: Tensor) -> tuple[Tensor, Tensor]:

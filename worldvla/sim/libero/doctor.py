@@ -126,10 +126,8 @@ def check_libero_pictures() -> Iterator[Check]:
     env: Any = sim.make(sim.tasks("libero_object")[0], {"agentview": (256, 256)})
     mean = float(env.reset(options={"init": 0})[0]["agentview"].mean())
     env.close()
-    is_near, detail = (
-        abs(mean - BRIGHTNESS) < BRIGHTNESS_TOLERANCE,
-        f"mean pixel {mean:.1f}, reference {BRIGHTNESS:.1f}",
-    )
+    is_near = abs(mean - BRIGHTNESS) < BRIGHTNESS_TOLERANCE
+    detail = f"mean pixel {mean:.1f}, reference {BRIGHTNESS:.1f}"
     yield _judge("LIBERO: brightness", is_near, detail, MUJOCO_FIX)
 
 

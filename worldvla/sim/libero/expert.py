@@ -99,10 +99,8 @@ class LiberoExpert:
                 if reaches_in(self.hand, each):
                     return microwave(self.hand, each)
             elif each[0] in ("on", "in") and self._stands_around(each[1]):
-                if self._holds(
-                    each[1], present_grip(self.hand, each[1])
-                ):  # counts already, and yet not at rest
-                    return self._put(each[1], each[2])
+                if self._holds(each[1], present_grip(self.hand, each[1])):
+                    return self._put(each[1], each[2])  # counts already, and yet not at rest
                 return self.hand.towards(self.hand.position, OPEN)
         if goal is None:
             return self.hand.towards(self.hand.position + (0.0, 0.0, 0.05), OPEN)

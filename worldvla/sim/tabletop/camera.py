@@ -23,10 +23,8 @@ LIGHT_DISTANCE = 6.0
 """Metres from the origin to the point from which shadows are cast; `mj_multiRay` casts from one point."""
 LIFT = 1e-4
 """Metres by which a point leaves its surface before it is tested for shadow."""
-_PLANE, _SPHERE, _CAPSULE, _ELLIPSOID, _CYLINDER, _BOX = (
-    int(
-        getattr(mujoco.mjtGeom, f"mjGEOM_{name}")
-    )  # comparing arrays with the enum itself costs 10 ms a picture
+_PLANE, _SPHERE, _CAPSULE, _ELLIPSOID, _CYLINDER, _BOX = (  # comparing with the enum costs 10 ms a picture
+    int(getattr(mujoco.mjtGeom, f"mjGEOM_{name}"))
     for name in ("PLANE", "SPHERE", "CAPSULE", "ELLIPSOID", "CYLINDER", "BOX")
 )
 _GEOMGROUP = np.array([1, 1, 1, 0, 0, 0], dtype=np.uint8)

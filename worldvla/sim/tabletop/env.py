@@ -130,10 +130,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
         quat, axis_angle = np.zeros(4), np.zeros(3)
         mujoco.mju_mat2Quat(quat, self.data.site_xmat[self._grip])
         mujoco.mju_quat2Vel(axis_angle, quat, 1.0)
-        fingers = self.data.qpos[self._fingers] * (
-            1.0,
-            -1.0,
-        )  # robosuite reports the right finger as negative
+        fingers = self.data.qpos[self._fingers] * (1.0, -1.0)  # the right one is negative, as in robosuite
         return np.concatenate([self.data.site_xpos[self._grip], axis_angle, fingers]).astype(np.float32)
 
     def get_state(self) -> np.ndarray:
@@ -276,8 +273,7 @@ class TabletopEnv(gym.Env[dict[str, Any], np.ndarray]):
             if any(np.all(np.abs(things[a] - things[b]) < (0.095, 0.07)) for b in names[i + 1 :]):
                 return False
             for fixture in fixtures.keys() & _FOOTPRINT.keys():
-                if np.all(
-                    np.abs(things[a] - fixtures[fixture]) < np.add(_FOOTPRINT[fixture], (0.072, 0.042))
-                ):  # room for an open gripper
+                reach = np.add(_FOOTPRINT[fixture], (0.072, 0.042))  # room for an open gripper
+                if np.all(np.abs(things[a] - fixtures[fixture]) < reach):
                     return False
         return True
