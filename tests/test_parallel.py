@@ -58,23 +58,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     launch(
         2, (fifty(path), path / "two"), (fifty(path, shard=2), path / "two_sharded"), (begun, path / "begun")
     )
-    for name, start in {"two_then_one": "begun", "two_then_four": "begun", "one_then_four": "half"}.items():
+    for name, start in {"two_then_one": "begun", "two_one_four": "begun", "one_then_four": "half"}.items():
         shutil.copytree(path / start, path / name)
     train(fifty(path), path / "two_then_one")
+    train(fifty(path, steps=HALF + 10), path / "two_one_four")
     parts = {"batch_size": 2, "accumulation": 2}
     launch(
         4,
         (fifty(path, shard=0), path / "four_sharded"),
         (fifty(path, shard=2, replicate=2, **parts), path / "four_both"),
         (fifty(path, **parts), path / "four_accumulated"),
-        (fifty(path, shard=4), path / "two_then_four"),
+        (fifty(path, shard=4), path / "two_one_four"),
         (fifty(path, shard=4), path / "one_then_four"),
     )
     return path
 
 
 RUNS = ("two", "two_sharded", "four_sharded", "four_both", "four_accumulated")
-RESUMED = ("two_then_one", "two_then_four", "one_then_four")
+RESUMED = ("two_then_one", "two_one_four", "one_then_four")
 
 
 @pytest.mark.parametrize("name", [*RUNS, *RESUMED])
