@@ -120,6 +120,39 @@ def test_a_folder_has_one_writer_and_a_dead_one_holds_nothing(tmp_path: Path) ->
     assert names(folder / "ckpt") == {"step_4"}
 
 
+def test_a_folder_is_one_whatever_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "disk/run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/run")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / "disk/run"], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match=r"disk/run is being written by process"):
+            fail(only_writer(tmp_path / "link"))
+        holder.kill()
+    with whole_folder(tmp_path / "link", "mark") as scratch:
+        (scratch / "mark").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "disk/run") == {"mark"}
+    assert names(tmp_path) == {"disk", "link"}
+    assert names(tmp_path / "disk") == {"run"}
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for at in ("a", "loop"):
+        for writing in (whole_file, only_writer):
+            path = tmp_path / at / "x/y"
+            line = f"cannot write .*/{at}/x/y: .*/{at} is no folder: choose another one"
+            with pytest.raises(OSError, match=f"^{line}$"):
+                writing(path).__enter__()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(OSError, match=r"^cannot write .*/b: it is a folder: give the name of a file$"):
+        whole_file(tmp_path / "b").__enter__()
+
+
 @contextmanager
 def as_nobody(folder: Path) -> Iterator[None]:
     """Act as a user who may write only where anybody may, and can reach `folder`; root may write anywhere."""

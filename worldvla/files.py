@@ -85,6 +85,16 @@ def _writing(path: Path) -> Iterator[None]:
         raise OSError(f"cannot write {_shown(where)}: {error.strerror}: {fix}") from error
 
 
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTDIR, errno.ELOOP):
+            raise
+        at = next(folder for folder in path.parents if folder.exists() or folder.is_symlink())
+        raise NotADirectoryError(f"cannot write {path}: {at} is no folder: choose another one") from None
+
+
 def _shown(path: Path) -> Path:
     """Return a path under the names that its scratch folders and files stand for."""
     return Path(*(m["name"] if (m := _SCRATCH.fullmatch(part)) else part for part in path.parts))
@@ -95,7 +105,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Give the name of a scratch file, which replaces `path` after the block; on an error it is gone."""
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(path)
+        if path.is_dir():
+            raise IsADirectoryError(f"cannot write {path}: it is a folder: give the name of a file")
         try:
             scratch.touch()
             mode = scratch.stat().st_mode  # what the umask gives; safetensors makes it 0600
@@ -116,6 +128,7 @@ def whole_folder(path: Path, mark: str) -> Iterator[Path]:
     It has one writer at a time (`only_writer`). A kill between the two renames leaves the old folder and the
     new one under scratch names; the next writer brings the old one back.
     """
+    path = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
     with only_writer(path):
         is_ours = path.is_dir() and (not any(path.iterdir()) or bool(mark and (path / mark).is_file()))
         if path.exists() and not is_ours:
@@ -133,6 +146,13 @@ def whole_folder(path: Path, mark: str) -> Iterator[Path]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def refuse_others(folder: Path, *names: str) -> None:
+    """Raise ValueError if `folder` holds one of `names`: it is of something else, which what is written there
+    would spoil."""
+    if there := [name for name in names if (folder / name).exists()]:
+        raise ValueError(f"{folder} holds something else ({there[0]}): choose another folder")
+
+
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Write `folder` alone: another process that does raises BlockingIOError, which says who it is.
@@ -141,12 +161,12 @@ def only_writer(folder: Path) -> Iterator[None]:
     inside where only the folder itself can be written (mounted into a container, say). A file system without
     flock has none. What killed writers left is removed first, but nothing that another process writes.
     """
-    folder = folder.absolute()
+    folder = Path(os.path.realpath(folder))  # by whatever name it is called
     if folder in _held:
         yield
         return
     with _writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(folder)
         with _locked(folder):
             sweep(folder.parent, folder.name)
             sweep(folder)
