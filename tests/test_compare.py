@@ -12,7 +12,7 @@ import pytest
 
 from worldvla.cli import main
 from worldvla.eval.compare import compare
-from worldvla.eval.record import read_record
+from worldvla.eval.record import read_record, suites_of
 
 
 def record(name: str, ends: dict[tuple[int, int], str], **other: Any) -> dict[str, Any]:
@@ -93,6 +93,24 @@ def test_nothing_in_common_is_one_line() -> None:
         compare(A, record("b", {(1, 2): WON}))
     with pytest.raises(ValueError, match="share 0 initial states"):
         compare(A, record("b", {(0, 9): WON}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"outcomes": [{"task": 0}]}, {"outcomes": 3}, {"tasks": [{"index": 0}]}, {"protocol": 0}, {"suites": 3}],
+)
+def test_a_record_without_its_parts_is_one_line(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({**A, **change} if "suites" not in change else change))
+    with pytest.raises(ValueError, match=rf"^{path} is not an evaluation record: expected the record.json"):
+        read_record(path)
+
+
+def test_suites_of_a_record_lead_nowhere_else(tmp_path: Path) -> None:
+    for name in ("../../x", "/x"):
+        (tmp_path / "record.json").write_text(json.dumps({"suite": "tabletop", "suites": [{"suite": name}]}))
+        with pytest.raises(ValueError, match=f"holds records of unknown suites: {name}"):
+            suites_of(tmp_path)
 
 
 def test_the_verb_prints_a_table_and_ends_with_json(

@@ -23,6 +23,7 @@ from token_stubs import random_episode
 from worldvla.data.episode import Episode, read_episodes, write_episodes
 from worldvla.data.sources import open_source
 from worldvla.data.store import TokenStore
+from worldvla.eval.compare import compare
 from worldvla.eval.reader import Reader
 from worldvla.eval.record import Journal, read_record
 from worldvla.eval.tokens import FILE as EXAMPLE
@@ -129,7 +130,7 @@ PLAIN: dict[str, Callable[[Path], object]] = {
     "lerobot": _foreign,
     "message": _message,
     "metrics": _metrics,
-    "record": read_record,
+    "record": lambda path: compare(record := read_record(path), record),
     "example": _example,
 }
 """Readers of what has none by its format, or whose digests are not compared."""
@@ -189,8 +190,11 @@ def _fill(name: str, data: Path) -> None:
             rows = [{"event": "train", "step": step, "loss": 1 / (1 + step)} for step in range(4)]
             (data / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         case "record":
-            rows = {"outcomes": [{"task": 0}], "tasks": []}
-            write_json(data / "record.json", {"suite": "s", "protocol": {}, **rows})
+            rows = {
+                "outcomes": [{"task": 0, "init": 0, "status": "fail"}],
+                "tasks": [{"index": 0, "name": "t"}],
+            }
+            write_json(data / "record.json", {"suite": "s", "protocol": {}, "checkpoint": {}, **rows})
         case "example":
             np.savez(data / EXAMPLE, ids=np.arange(30), instruction=np.array("go"), low=np.zeros(7))
         case "reader":

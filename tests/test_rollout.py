@@ -35,6 +35,7 @@ from worldvla.eval.actors import (
 )
 from worldvla.eval.record import Journal, merge
 from worldvla.eval.rollout import Protocol, evaluate, open_actor
+from worldvla.files import write_json
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import Task
 
@@ -473,6 +474,10 @@ def test_merged_shards_are_the_whole_evaluation(tmp_path: Path) -> None:
         merge(folders[:2], tmp_path / "none")
     with pytest.raises(ValueError, match="give the directories of the shards, got none"):
         merge([], tmp_path / "none")
+    for changes in ({"seconds": None}, {"tasks": [{}]}, {"outcomes": [{}]}, {"protocol": {"shard": 3}}):
+        write_json(tmp_path / "bad/record.json", {**whole, **changes})
+        with pytest.raises(ValueError, match=r"bad/record.json is not an eval|shards \[3\]: exp"):
+            merge([tmp_path / "bad"], tmp_path / "none")
     roll(Forward(), tmp_path / "1", 4, tasks=(0, 2), videos=1, shard=(1, 4), first=4)
     with pytest.raises(ValueError, match=r"another evaluation than .*initial_states: '4\.\.7 ") as error:
         merge(folders, tmp_path / "none")

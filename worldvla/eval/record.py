@@ -11,8 +11,23 @@ from typing import Any, Self
 
 from worldvla.eval.stats import count
 from worldvla.files import DamagedFileError, differing, read_json, reading, write_json, write_text
+from worldvla.sim.suites import SUITES
 
 TIMES = ("simulation_seconds", "policy_seconds")
+SEVERAL: Any = {"suite": str, "suites": [{"suite": str}]}
+"""What the record of several suites has, and below, what that of one has: keys and types."""
+RECORD: Any = {
+    "suite": str,
+    "protocol": dict,
+    "checkpoint": dict,
+    "tasks": [{"index": int, "name": str}],
+    "outcomes": [{"task": int, "init": int, "status": str}],
+}
+SHARD: Any = RECORD | {
+    "seed": int,
+    "seconds": (int, float),
+    "tasks": [{"index": int, "name": str, "instruction": str}],
+}
 log = logging.getLogger("worldvla")
 
 
@@ -84,17 +99,27 @@ def _parse(line: str) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Read record.json, or that of a result directory; what is no evaluation record raises ValueError."""
+def read_record(path: Path, shape: Any = RECORD) -> dict[str, Any]:
+    """Read record.json, or that of a result directory; what is no evaluation record, or has not the keys and
+    types of `shape`, raises ValueError."""
     path = path / "record.json" if path.is_dir() else path
     with reading(path, "JSON", "expected a record of `worldvla eval`"):
         record = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(record, dict) and "suites" in record:
+    if _fits(record, SEVERAL):
         names = ", ".join(part["suite"] for part in record["suites"])
         raise ValueError(f"{path} holds several suites: give the directory of one, beside it: {names}")
-    if not isinstance(record, dict) or not {"suite", "protocol", "outcomes", "tasks"} <= set(record):
+    if not _fits(record, shape):
         raise ValueError(f"{path} is not an evaluation record: expected the record.json of `worldvla eval`")
     return record
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Return whether a JSON value has the keys and types of `shape`, a type or a list or object of such."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(part, shape[0]) for part in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(k in value and _fits(value[k], s) for k, s in shape.items())
+    return isinstance(value, shape)
 
 
 def suites_of(directory: Path) -> tuple[str, list[str]]:
@@ -102,9 +127,12 @@ def suites_of(directory: Path) -> tuple[str, list[str]]:
     if not (directory / "record.json").is_file():
         raise ValueError(f"{directory} holds no record.json: give a directory that `worldvla eval` wrote")
     record = read_json(directory / "record.json")
-    if "suites" not in record:
+    if not _fits(record, SEVERAL):
         return read_record(directory)["suite"], ["."]
-    return record["suite"], [part["suite"] for part in record["suites"]]
+    names = [part["suite"] for part in record["suites"]]
+    if not set(names) <= set(SUITES):  # a name that leads elsewhere, say
+        raise ValueError(f"{directory} holds records of unknown suites: {', '.join(names)}")
+    return record["suite"], names
 
 
 def counted(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,8 +166,11 @@ def merge(directories: Sequence[Path], out: Path) -> dict[str, Any]:
     """
     if not directories:
         raise ValueError("give the directories of the shards, got none")
-    records = [read_record(directory) for directory in directories]
-    shards = [tuple(record["protocol"].get("shard", (0, 1))) for record in records]
+    records = [read_record(directory, SHARD) for directory in directories]
+    named = [record["protocol"].get("shard", [0, 1]) for record in records]
+    if not _fits(named, [[int]]) or {2} != {*map(len, named)}:
+        raise ValueError(f"shards {named}: expected two whole numbers in protocol.shard of each record")
+    shards = [tuple(shard) for shard in named]
     number = shards[0][1]
     if sorted(shards) != [(i, number) for i in range(number)]:
         listed = ", ".join(f"{i}/{n}" for i, n in shards)
