@@ -111,8 +111,11 @@ def test_record_cites_the_last_full_run_with_the_same_versions_from_any_director
     assert last(when="then") == {"when": "then", "bad": ["two"]}
     assert last(quick=True) is None
     assert last(versions={"python": "2.7"}) is None
-    doctor.last_run().write_text("{")
-    assert doctor.verdict()["last"] is None
+    assert last(checks=3) is None
+    assert last(checks=[{}]) is None
+    for text in ("{", "[]"):
+        doctor.last_run().write_text(text)
+        assert doctor.verdict()["last"] is None
 
 
 def test_wrong_version_is_stamped(installed):

@@ -10,7 +10,6 @@ libero_spatial task 5 off its ramekin (lerobot#4390).
 
 import contextlib
 import datetime
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from packaging.specifiers import SpecifierSet
 
+from worldvla.files import DamagedFileError, read_json, reading
 from worldvla.machine import cores, free_memory, versions
 from worldvla.sim import suites as sim
 from worldvla.sim.libero import opengl
@@ -182,8 +182,9 @@ def verdict() -> dict[str, Any]:
     if "libero" in sys.modules:
         result["opengl"] = " ".join(opengl.find()).strip()
     result["last"] = None
-    with contextlib.suppress(OSError, ValueError):  # none, or no JSON: no reason to lose an evaluation
-        last = json.loads(last_run().read_text(encoding="utf-8"))
+    # None, or none of ours: no reason to lose an evaluation.
+    with contextlib.suppress(OSError, DamagedFileError), reading(last_run(), "report of the doctor"):
+        last = read_json(last_run())
         if last.get("versions") == versions() and not last["quick"]:
             bad = [check["name"] for check in last["checks"] if check["status"] == "bad"]
             result["last"] = {"when": last["when"], "bad": bad}
