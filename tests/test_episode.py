@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 
 from worldvla.cli import main
-from worldvla.data.episode import Episode, read_episodes, write_episodes
+from worldvla.data.episode import (
+    Episode,
+    control_rate,
+    demonstration_files,
+    read_episodes,
+    unused_pictures,
+    write_episodes,
+)
 from worldvla.data.sources import open_source
 
 
@@ -211,6 +218,20 @@ def _flip(path: Path) -> None:
         file["data/demo_0/actions"][3, 1] += 1e-3  # pyright: ignore[reportIndexIssue, reportOperatorIssue]
 
 
+def _endless(path: Path) -> None:
+    _change("data/demo_0/obs", None)(path)
+    with h5py.File(path, "r+") as file:
+        file["data/demo_0/obs"] = h5py.SoftLink("/data/demo_0/obs")
+
+
+def _tell(name: str, value: object):
+    def edit(path: Path) -> None:
+        with h5py.File(path, "r+") as file:
+            file["data/demo_0"].attrs[name] = value
+
+    return edit
+
+
 NAN = np.zeros((5, 7))
 NAN[3, 2] = np.nan
 
@@ -246,6 +267,14 @@ NAN[3, 2] = np.nan
         ),
         (_change("data/demo_0/is_expert", np.zeros(4, np.bool_)), "different lengths.*.is_expert.: 4"),
         (_retell, "problem_info of data is damaged or no JSON"),
+        (_endless, "obs is a link to links without end"),
+        (_change("data/demo_0/actions", np.ones((5, 7), complex)), "actions holds complex128, expected real"),
+        (_change("data/demo_0/actions", np.full((5, 7), b"1")), r"actions holds \|S1, expected real numbers"),
+        (
+            _change("data/demo_0/obs/agentview_rgb", np.zeros((5, 0, 8, 3), np.uint8)),
+            "uint8 5 x any x any x 3, got uint8 5 x 0 x 8 x 3",
+        ),
+        (_tell("instruction", 3), "attribute instruction is int64, expected a text"),
     ],
 )
 def test_bad_files_give_one_clear_line(tmp_path, break_it, message):
@@ -256,6 +285,30 @@ def test_bad_files_give_one_clear_line(tmp_path, break_it, message):
         list(read_episodes(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert isinstance(unused_pictures([path]), list)  # what it cannot read is said by who reads it
+
+
+def test_a_text_may_be_stored_as_its_bytes(tmp_path):
+    write_episodes(tmp_path / "a.hdf5", [_episode()], {})
+    with h5py.File(tmp_path / "a.hdf5", "r+") as file:
+        words = str(file["data/demo_0"].attrs["instruction"])
+        file["data/demo_0"].attrs["instruction"] = np.bytes_(words)
+        file["data"].attrs["problem_info"] = np.bytes_(str(file["data"].attrs["problem_info"]))
+    assert [episode.instruction for episode in read_episodes(tmp_path / "a.hdf5")] == [words]
+
+
+@pytest.mark.parametrize("rate", ["[]", "{", '{"env_kwargs": 3}', '{"env_kwargs": {"control_freq": NaN}}'])
+def test_a_rate_that_is_none_is_not_told(rate, tmp_path):
+    write_episodes(tmp_path / "a.hdf5", [replace(_episode(), suite="home")], {})
+    with h5py.File(tmp_path / "a.hdf5", "r+") as file:
+        file["data"].attrs["env_args"] = rate
+    assert control_rate(tmp_path / "a.hdf5") is None
+
+
+def test_a_file_is_given_once(tmp_path):
+    write_episodes(tmp_path / "a.hdf5", [_episode()], {})
+    with pytest.raises(ValueError, match=r"a\.hdf5 is given 2 times: give every file once"):
+        demonstration_files([tmp_path, tmp_path / "a.hdf5"])
 
 
 def test_files_without_pictures_are_refused_unless_none_are_wanted(tmp_path):

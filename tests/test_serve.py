@@ -532,6 +532,7 @@ def test_actions_under_way_are_imagined() -> None:
         (7, np.zeros((33, 7)), r"at most 32 actions.* got float64 \(33, 7\)"),
         (7, [[0.0] * 7], "got list"),
         (7, np.full((1, 7), np.nan), "committed must be finite"),
+        (7, np.full((1, 7), 1e300), "committed must be finite"),
     ],
 )
 def test_actions_under_way_that_cannot_be_imagined_are_refused(dims: int, value: Any, reason: str) -> None:

@@ -14,6 +14,7 @@ Files that others made differ from that, without saying so. `read_episodes` know
 import hashlib
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +39,8 @@ MAX_BYTES = 2**32
 """Bytes of a dataset, at most: an episode of 10,000 steps with pictures of 256 x 256 pixels has half."""
 MAX_COMPRESSION = 1100
 """Bytes that one byte in the file can stand for, at most; deflate's limit is 1032."""
+MAX_LINKS = 16
+"""Links within the file that lead to one thing, at most."""
 OPTIONAL = ("expert_actions", "contact", "moving")
 """Datasets that some episodes have."""
 _STATE_KEYS = {"obs/ee_pos": 3, "obs/ee_ori": 3, "obs/gripper_states": 2}
@@ -98,7 +101,7 @@ class Episode:
             fits = array.ndim == len(shape) and all(
                 s in (None, n) for s, n in zip(shape, array.shape, strict=True)
             )
-            if array.dtype != dtype or not fits:
+            if array.dtype != dtype or not fits or (name.startswith("images") and not array.size):
                 wanted = " x ".join("any" if s is None else str(s) for s in shape)
                 raise ValueError(
                     f"episode of {self.task}: {name} must be {np.dtype(dtype).name} {wanted}, "
@@ -281,10 +284,10 @@ def _demos(data: Any) -> list[str]:
 
 def control_rate(path: Path) -> float | None:
     """Return steps a second, by robomimic's attribute env_args or the suite's simulator; None: unknown."""
-    with suppress(ValueError, OSError, TypeError), h5py.File(path) as file:
-        args = json.loads(str(file["data"].attrs.get("env_args", "{}")))
-        if rate := args.get("env_kwargs", {}).get("control_freq"):
-            return float(rate)
+    with suppress(DamagedFileError, OSError), reading(path, "robomimic file"), h5py.File(path) as file:
+        args = json.loads(_text(_at(file, "data"), "env_args", "{}"))
+        if 0 < (rate := float(args["env_kwargs"]["control_freq"])) < math.inf:
+            return rate
     with suppress(DamagedFileError):
         suites = (e.suite for _, e in read_demos(path, images=False) if isinstance(e, Episode))
         if suite := SUITES.get(next(suites, "")):
@@ -326,6 +329,9 @@ def demonstration_files(paths: Sequence[Path]) -> list[Path]:
         if path.is_dir() and not inside:
             raise FileNotFoundError(f"{path} holds no *.hdf5 or *.h5 files; `worldvla collect` makes them")
         files += inside if path.is_dir() else [path]
+    counts = Counter(path.resolve() for path in files)
+    if twice := [str(path) for path, times in counts.items() if times > 1]:
+        raise ValueError(f"{twice[0]} is given {counts[Path(twice[0])]} times: give every file once")
     return files
 
 
@@ -338,31 +344,43 @@ def _provenance(path: Path, data: h5py.Group) -> dict[str, str]:
     task = path.stem.removesuffix("_demo")
     suite = next((s for s in SUITES if path.parent.name.startswith(s)), path.parent.name)
     if "bddl_file_name" in data.attrs:
-        bddl = Path(str(data.attrs["bddl_file_name"]))
+        bddl = Path(_text(data, "bddl_file_name"))
         suite, task = bddl.parent.name, bddl.stem
     instruction = re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
     if "problem_info" in data.attrs:
         with reading(f"{path}: attribute problem_info of data", "JSON with a language_instruction"):
-            told = json.loads(str(data.attrs["problem_info"]))["language_instruction"]
-        instruction = "".join(told).strip('"')  # LIBERO's are quoted, and some are lists of letters
+            told = json.loads(_text(data, "problem_info"))["language_instruction"]
+            instruction = "".join(told).strip('"')  # LIBERO's are quoted, and some are lists of letters
     return {"instruction": instruction, "suite": suite, "task": task}
 
 
-def _at(group: Any, name: str) -> Any:
-    """Return what stands at `name` below `group`, None for nothing. What another file holds is refused."""
+def _at(group: Any, name: str, most: int = MAX_LINKS) -> Any:
+    """Return what stands at `name` below `group`, None for nothing. What another file holds is refused, and
+    more than `most` links in a row."""
     for part in name.split("/"):
         links = group.id.links if isinstance(group, h5py.Group) else None
         if links is None or not part or not links.exists(part.encode()):
             return None
         kind = links.get_info(part.encode()).type
         if kind == h5py.h5l.TYPE_SOFT:  # pyright: ignore[reportAttributeAccessIssue]
+            if not most:
+                raise ValueError(f"{name} is a link to links without end: expected the data themselves")
             target = links.get_val(part.encode()).decode()
-            group = _at(group.file if target.startswith("/") else group, target.strip("/"))
+            group = _at(group.file if target.startswith("/") else group, target.strip("/"), most - 1)
         elif kind == h5py.h5l.TYPE_HARD:  # pyright: ignore[reportAttributeAccessIssue]
             group = group[part]
         else:
             raise ValueError(f"{name} is a link to another file: expected the data themselves")
     return group
+
+
+def _text(group: h5py.Group, name: str, default: str = "") -> str:
+    """Return an attribute that is a text; some writers store its bytes."""
+    value: Any = group.attrs.get(name, default)
+    text = value.decode() if isinstance(value, bytes) else value
+    if not isinstance(text, str):
+        raise ValueError(f"attribute {name} is {type(value).__name__}, expected a text")
+    return text
 
 
 def _array(group: h5py.Group, name: str) -> np.ndarray:
@@ -376,6 +394,8 @@ def _array(group: h5py.Group, name: str) -> np.ndarray:
             f"{name} of shape {dataset.shape} takes {dataset.nbytes / 1e9:.3g} GB, {stored} bytes are stored "
             f"of it: expected at most {MAX_BYTES / 1e9:.1f} GB, and them in the file"
         )
+    if dataset.dtype.kind not in "fiub":
+        raise ValueError(f"{name} holds {dataset.dtype}, expected real numbers")
     array = np.asarray(dataset)
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError(f"{name.removeprefix('obs/')} is not finite at step {first_bad(array)}")
@@ -417,10 +437,7 @@ def unused_pictures(files: Iterable[Path]) -> list[str]:
     """
     names: set[str] = set()
     for path in files:
-        with (
-            suppress(ValueError, OSError, TypeError, StopIteration),
-            h5py.File(path) as file,
-        ):
+        with suppress(DamagedFileError, OSError), reading(path, "HDF5 file"), h5py.File(path) as file:
             data: Any = _at(file, "data")
             obs = _at(demo := _at(data, next(iter(data))), "obs")
             rest = set(map(str, obs)) - set(cameras(demo).values())
@@ -471,7 +488,7 @@ def _read_demo(group: h5py.Group, told: dict[str, str], images: bool) -> Episode
 
 def _facts(group: h5py.Group, told: dict[str, str]) -> dict[str, Any]:
     """Return what the attributes of a demo say of it; what they leave out, `told` does."""
-    texts = {name: str(group.attrs.get(name, text)) for name, text in told.items()}
+    texts = {name: _text(group, name, text) for name, text in told.items()}
     numbers = {name: int(group.attrs.get(name, -1)) for name in ("init", "seed")}
     success = bool(group.attrs.get("success", True))
     return {"demo": str(group.name).rpartition("/")[2], **texts, **numbers, "success": success}

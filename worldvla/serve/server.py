@@ -523,7 +523,7 @@ def _state(message: Mapping[str, Any], num_dims: int) -> np.ndarray:
     if not isinstance(state, np.ndarray) or state.shape != (num_dims,) or state.dtype.kind not in "fiu":
         got = f"{state.dtype} {state.shape}" if isinstance(state, np.ndarray) else type(state).__name__
         raise ValueError(f"{STATE_KEY} must be {num_dims} numbers of shape ({num_dims},), got {got}")
-    if not (np.abs(state) <= np.finfo(np.float32).max).all():  # NaN too
+    if not _is_finite(state):
         raise ValueError(f"{STATE_KEY} must be finite, got {state.tolist()}")
     return state.astype(np.float32)
 
@@ -555,9 +555,14 @@ def _committed(value: Any, num_dims: int) -> np.ndarray:
             f"{COMMITTED_KEY} must be at most {MAX_COMMITTED} actions, numbers of shape (D, {num_dims}), "
             f"got {got}"
         )
-    if not np.isfinite(actions := value.astype(np.float32)).all():
+    if not _is_finite(value):
         raise ValueError(f"{COMMITTED_KEY} must be finite, got {value.tolist()}")
-    return actions
+    return value.astype(np.float32)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Return whether all numbers are finite in float32, too; NaN is not."""
+    return bool((np.abs(array) <= np.finfo(np.float32).max).all())
 
 
 def _patience_s(message: Mapping[str, Any]) -> float:
