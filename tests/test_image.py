@@ -238,6 +238,12 @@ def test_training_learns_and_goes_on_where_it_stopped(config, tmp_path, monkeypa
         ValueError, match=r"of another run \(train\.seed: 0 there, 1 now\).*choose another directory"
     ):
         train_tokenizer(views(), config, tmp_path / "b", replace(TRAINING, seed=1))
+    for name in ("training/state.safetensors", "training/state.json", "metrics.jsonl"):
+        content = (tmp_path / "b" / name).read_bytes()
+        (tmp_path / "b" / name).write_bytes(content[:-9] + b"\xff" + content[-8:])
+        with pytest.raises(ValueError, match=rf"^{tmp_path}/b/{name} .*(SHA-256|is damaged)"):
+            train_tokenizer(views(), config, tmp_path / "b", TRAINING)
+        (tmp_path / "b" / name).write_bytes(content)
     torch.manual_seed(99)
     again = train_tokenizer(views(), config, tmp_path / "b", TRAINING)
     assert again["digest"] == record["digest"]
@@ -282,6 +288,20 @@ def test_one_trained_on_keeps_its_codes_and_says_from_which(tmp_path):
     assert ImageTokenizer.load(further).ancestors == ancestors
     with pytest.raises(ValueError, match=r"init_from: .* has the config .*, asked for .*: give its own"):
         train_tokenizer(views(), TINY_FSQ, tmp_path / "x", TRAINING, first)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "ckpt", "model.safetensors"])
+def test_what_is_there_is_not_spoilt(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"holds something else \({name}\): choose another folder"):
+        train_tokenizer(views(), CELL, tmp_path, TRAINING)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
+    with pytest.raises(ValueError, match=r"^loss nan at step \d+: lower --learning-rate$"):
+        train_tokenizer(views(), CELL, tmp_path, replace(TRAINING, learning_rate=1e30))
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_only_fsq_is_trained_within_a_budget(tmp_path):

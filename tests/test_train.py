@@ -492,6 +492,26 @@ def test_a_run_of_an_older_version_goes_on(root: Path, tmp_path: Path) -> None:
     assert train(config, tmp_path / "run").is_finished
 
 
+@pytest.mark.parametrize("name", ["store", "image_tokenizer", "run/ckpt/step_7"])
+def test_what_is_there_is_not_spoilt(name: str, root: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(root / name, tmp_path / "there")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=rf"^{folder} holds something else \(m.+\): choose another folder$"):
+        train(tiny_config(root), folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_that_lost_its_number_type_is_one_line(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "faster_dtype", lambda _: ("float32", "as ever"))
+    config = tiny_config(root, steps=1, dtype="auto")
+    path = train(config, tmp_path / "run").checkpoint / "config.json"
+    write_json(path, {key: value for key, value in read_json(path).items() if key != "train"})
+    with pytest.raises(ValueError, match=rf"^{path}: missing keys \['train'\]"):
+        train(config, tmp_path / "run")
+
+
 def test_every_zero_means_only_at_the_end(root: Path, tmp_path: Path) -> None:
     train(tiny_config(root, steps=4, log_every=0, eval_every=0, save_every=0), tmp_path / "run")
     assert [(r["event"], r["step"]) for r in records(tmp_path / "run")] == [("train", 4), ("val", 4)]

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 
 from worldvla.config import Config, from_json, to_json
 from worldvla.files import (
+    MANIFEST,
     DamagedFileError,
     check_digests,
     check_finite,
@@ -38,6 +39,7 @@ from worldvla.files import (
     load_tensors,
     one_line,
     read_json,
+    refuse_others,
     save_tensors,
     whole_folder,
     write_digests,
@@ -228,6 +230,7 @@ def resume(
     path: Path, pieces: Pieces, model: nn.Module, optimizers: Optimizers, average: Average
 ) -> dict[str, Any]:
     """Load weights and optimiser; return the loop's own state. Other data raises ValueError."""
+    check_digests(path)
     manifest = read_json(path / "manifest.json")
     for name, digest in pieces.digests().items():
         if manifest.get(name) != digest:
@@ -242,7 +245,6 @@ def resume(
                 f"cannot resume {path}: the store {name} has changed since; restore it, or start a new run "
                 "directory from this checkpoint by train.init_from"
             )
-    check_digests(path)
     if parallel.is_spread(model):
         _resume_rows(path, model, optimizers, _raw(average))
         average.swap()
@@ -327,6 +329,7 @@ def check_config(run_dir: Path, config: Config, is_writer: bool = True) -> None:
     """
     path = run_dir / "config.json"
     if not path.exists() or not (found := checkpoints(run_dir)):
+        refuse_others(run_dir, MANIFEST, "model.safetensors")  # a checkpoint, a store, an image tokenizer
         if is_writer:  # one of several processes
             write_json(path, to_json(config))
         return

@@ -30,10 +30,13 @@ from worldvla.config import ImageTokenizerConfig, TokenizerTraining, to_json
 from worldvla.data.sources import open_source
 from worldvla.data.sources.source import Source
 from worldvla.files import (
+    MANIFEST,
     differing,
-    load_tensors,
+    load_network,
     read_json,
-    save_tensors,
+    reading,
+    refuse_others,
+    save_network,
     whole_folder,
     write_json,
     write_text,
@@ -80,6 +83,8 @@ comes to count fully. Without, a purple ball in the hand becomes teal: few pixel
 METRIC_STEPS = 50
 """Steps between rows of metrics.jsonl, after each of which the run may be saved."""
 SAVE_SECONDS = 60.0
+STATE = "state.safetensors"
+"""In `training/`, beside a JSON file with digests: a run that is not finished."""
 REPORTED = 512
 """Held-out frames of a view that a report is of, at most."""
 
@@ -178,6 +183,9 @@ def train_tokenizer(
         raise ValueError(
             "a quantizer of 'vq' is only loaded, not trained: set quantizer 'fsq' and fsq_levels"
         )
+    out_dir = Path(out_dir)
+    is_ours = any((out_dir / name).exists() for name in ("metrics.jsonl", "report"))
+    refuse_others(out_dir, MANIFEST, "ckpt", *(() if is_ours else ("model.safetensors",)))
     _check_memory(config)
     torch.set_num_threads(training.num_threads)
     torch.manual_seed(training.seed)
@@ -195,7 +203,7 @@ def train_tokenizer(
             )
         tokenizer.load_state_dict(parent.state_dict())
         tokenizer.ancestors = (parent.digest(), *parent.ancestors)
-    return TokenizerTrainer(tokenizer, views, Path(out_dir), training).run()
+    return TokenizerTrainer(tokenizer, views, out_dir, training).run()
 
 
 def _check_memory(config: ImageTokenizerConfig) -> None:
@@ -234,7 +242,8 @@ class TokenizerTrainer:
             record = read_json(report_path)
             self._refuse_other(record)
             return record
-        lines = log_path.read_text().splitlines(keepends=True) if self.num_steps else []
+        with reading(log_path, "record of a training", "mend or remove the file"):
+            lines = log_path.read_text().splitlines(keepends=True) if self.num_steps else []
         write_text(log_path, "".join(lines[: self.num_steps // METRIC_STEPS]))
         with log_path.open("a") as log, progress_bar() as progress:
             bar = progress.add_task("image tokenizer", total=1.0)
@@ -261,6 +270,8 @@ class TokenizerTrainer:
             loss = 0.0
             if is_row or self.num_steps % 10 == 0:
                 loss = sum(loss.item() for loss in losses) / len(losses)
+                if not math.isfinite(loss):
+                    raise ValueError(f"loss {loss} at step {self.num_steps}: lower --learning-rate")
                 show(min(done, 1.0), f"image tokenizer  step {self.num_steps}  loss {loss:.4f}")
             if is_row:
                 speed = self.num_steps * training.batch_size * len(self.views) / self.seconds
@@ -361,15 +372,14 @@ class TokenizerTrainer:
         progress = {**self.identity, "step": self.num_steps, "seconds": self.seconds}
         with whole_folder(self.out_dir / "training", "state.json") as scratch:
             packed = tensors | {"generator": self.generator.get_state()}
-            save_tensors(scratch / "state.safetensors", packed)
-            write_json(scratch / "state.json", progress)
+            save_network(scratch / STATE, packed, progress)
 
     def _resume(self) -> bool:
         """Go on from the state in `training/`; return whether there is one."""
         path = self.out_dir / "training"
         if not (path / "state.json").is_file():
             return False
-        state, tensors = read_json(path / "state.json"), load_tensors(path / "state.safetensors")
+        state, tensors = load_network(path / STATE, f"or begin anew: remove {path}")
         self._refuse_other(state)
         self.num_steps, self.seconds = state["step"], state["seconds"]
         self.generator.set_state(tensors["generator"])

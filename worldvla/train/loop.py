@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from worldvla.batch import KIND_ACTION, KIND_IMAGE, KIND_PROMPT, Batch
-from worldvla.config import Config, to_json
+from worldvla.config import Config, from_json, to_json
 from worldvla.data.loader import MODES
 from worldvla.files import only_writer, read_json, reading
 from worldvla.machine import faster_dtype, matmul_rate, peak_memory
@@ -84,7 +84,8 @@ def with_dtype(config: Config, run_dir: Path) -> tuple[Config, str]:
     if config.train.dtype != "auto":
         return config, ""
     if (path := checkpoint.latest(run_dir)) is not None:
-        dtype, remark = read_json(path / "config.json")["train"]["dtype"], "as this run began"
+        there = from_json(Config, read_json(path / "config.json"), f"{path}/config.json")
+        dtype, remark = there.train.dtype, "as this run began"
     else:
         dtype, remark = faster_dtype(parallel.start(config.train))
         dtype = parallel.from_first(dtype)

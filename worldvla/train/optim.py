@@ -37,7 +37,8 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.
         for sharded in (True, False)
         if (params := [p for p in group if isinstance(p, DTensor) == sharded])
     ]
-    adamw = torch.optim.AdamW(groups, lr=rate, betas=config.betas, fused=True)
+    betas = float(config.betas[0]), float(config.betas[1])  # a file may say 0
+    adamw = torch.optim.AdamW(groups, lr=rate, betas=betas, fused=True)
     if not hidden:
         return [adamw]
     return [adamw, torch.optim.Muon(hidden, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]
