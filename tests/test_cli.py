@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -166,8 +167,47 @@ def test_numbers_that_do_not_fit_are_one_line(capsys, words):
 )
 def test_a_seed_that_no_generator_takes_is_one_line(capsys, words):
     for seed in (-1, 2**32):
-        line = f"--seed must be from 0 to 2^32 - 1, got {seed}"
+        line = f"--seed must be from 0 to 4,294,967,295, got {seed}"
         assert line in _fails(capsys, *words.split(), "--seed", seed)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            "tokenize x --tokenizer y --out z --augment -1",
+            "--augment must be from 0 to 4,294,967,295, got -1",
+        ),
+        ("collect tabletop_goal --label 1025", "--label must be from 0 to 1,024, got 1025"),
+        ("eval random --suite tabletop_goal --allow-errors -1", "--allow-errors must be from 0 to"),
+        (
+            "rank x --world y --demos . --suites tabletop_goal --judged 0",
+            "--judged must be at least 1",
+        ),
+        (
+            "collect tabletop_goal --views wrist=8x8 wrist=4x4",
+            "two sizes of view wrist, the second 4x4: give one",
+        ),
+        (
+            "eval ws://[::1 --suite tabletop_goal",
+            "bad address 'ws://[::1': expected websocket://HOST:PORT, ws:// or wss://",
+        ),
+        ("eval ws://h:99999 --suite tabletop_goal", "bad address 'ws://h:99999': expected websocket://"),
+        ("train-tokenizer x --out y --config.channel-mult", "channel_mult is empty: expected a width"),
+    ],
+)
+def test_an_option_out_of_its_bounds_is_one_line(capsys, monkeypatch, tmp_path, words, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_demo.hdf5").touch()
+    assert line in _fails(capsys, *words.split())
+    assert not list(tmp_path.rglob("*.json*"))
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_the_evaluation(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    words = ("--suite", "tabletop_goal", "--track", "wandb", "--out", tmp_path / "out")
+    assert "--track wandb: it is not installed; pip install wandb" in _fails(capsys, "eval", "random", *words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_suite_makes_no_folder(capsys, monkeypatch, tmp_path):
@@ -228,14 +268,11 @@ def test_full_disk_is_one_line(capsys, monkeypatch):
     assert "No space left on device" in _fails(capsys, "train", "debug")
 
 
-def test_a_device_that_is_full_is_one_line(capsys, monkeypatch):
-    def full(*_args, **_kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nIf reserved ...")
-
-    monkeypatch.setattr("worldvla.train.loop.train", full)
-    line = _fails(capsys, "train", "debug")
-    assert "Tried to allocate 2 GiB" in line
-    assert "--train.batch-size" in line
+def test_a_machine_that_is_full_is_one_line(capsys, monkeypatch):
+    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nIf reserved ...")
+    for error in (cuda, RuntimeError("can't allocate memory: you tried 2 GiB."), MemoryError("2 GiB.")):
+        monkeypatch.setattr("worldvla.train.loop.train", Mock(side_effect=error))
+        assert "2 GiB.: a smaller --train.batch-size" in _fails(capsys, "train", "debug")
 
 
 def test_a_device_that_is_not_there_is_one_line(capsys, monkeypatch, root, tmp_path):
@@ -243,7 +280,8 @@ def test_a_device_that_is_not_there_is_one_line(capsys, monkeypatch, root, tmp_p
     shipped = Path(worldvla.__file__).parent / "assets/tabletop"
     words = ("eval", shipped, "--suite", "tabletop_object", "--device", "cuda:1", "--out", tmp_path)
     assert "device cuda:1: torch" in _fails(capsys, *words)
-    for device, words in (("cuba", "unknown device 'cuba': expected cpu, cuda"), ("cuda", "sees no CUDA")):
+    unknown = {name: f"unknown device '{name}': expected cpu, cuda" for name in ("cuba", "meta", "xla")}
+    for device, words in {**unknown, "cuda": "sees no CUDA"}.items():
         with pytest.raises(ValueError, match=words):
             Trainer(build(tiny_config(root, device=device)), tmp_path / "run")
 

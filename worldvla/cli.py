@@ -176,6 +176,8 @@ def _views(texts: Sequence[str]) -> dict[str, tuple[int, int]]:
         rows, _, cols = size.partition("x")
         if not (name and rows.isdigit() and cols.isdigit()):
             raise ValueError(f"bad view {text!r}: expected NAME=ROWSxCOLUMNS, such as agentview=64x64")
+        if name in views:
+            raise ValueError(f"two sizes of view {name}, the second {size}: give one")
         views[name] = (int(rows), int(cols))
     return views
 
@@ -735,8 +737,9 @@ def evaluate(
     out = out or _results(checkpoint, suite)
     with only_writer(out), _open_cluster(cluster, "gpu" if device.startswith("cuda") else "node") as pool:
         from worldvla.eval.rollout import Protocol, open_actor
-        from worldvla.track import track_evaluations
+        from worldvla.track import find_tracker, track_evaluations
 
+        find_tracker(track)
         how = {"execute": execute, "head": head, "device": device, "quantize": quantize, "demos": demos}
         act = partial(open_actor, checkpoint, seed=seed, unnorm_key=unnorm_key, **how, **planning.options())
         whole = Protocol(suite, tasks, episodes, first, seed, videos, scene_prefix, _shard(shard))
@@ -1398,8 +1401,9 @@ def _run(verb: str, args: list[str]) -> int:
             raise
         line = _line_of(box.getvalue()).replace(f"Missing from {prog}:", "missing")
         raise ValueError(f"{line}; see `{prog} --help`") from None
-    if not 0 <= (seed := call.keywords.get("seed", 0)) < 2**32:
-        raise ValueError(f"--seed must be from 0 to 2^32 - 1, got {seed}")
+    for name, most in {"seed": 2**32 - 1, "augment": 2**32 - 1, "label": 1024, "allow_errors": 10**9}.items():
+        if not 0 <= (value := call.keywords.get(name, 0)) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must be from 0 to {most:,}, got {value}")
     return call() or 0
 
 
@@ -1475,11 +1479,12 @@ def main(args: Sequence[str] | None = None) -> int:
         message, code = f"{error}: {fix}", EXIT_BAD_INPUT
     except (ValueError, OSError, FloatingPointError) as error:
         message, code = str(error) or type(error).__name__, EXIT_BAD_INPUT
-    except RuntimeError as error:  # torch.OutOfMemoryError, and torch is not loaded for every verb
-        if type(error).__name__ != "OutOfMemoryError":
+    except (RuntimeError, MemoryError) as error:  # torch has no type of its own for the CPU's
+        is_full = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+        if not is_full and type(error).__name__ != "OutOfMemoryError":
             raise
         fix = "a smaller --train.batch-size, fewer bits (--quantize), or a device with more memory"
-        message, code = f"{str(error).splitlines()[0]}: {fix}", EXIT_BAD_INPUT
+        message, code = f"{(str(error) or 'out of memory').splitlines()[0]}: {fix}", EXIT_BAD_INPUT
     if show_traceback:
         traceback.print_exc()
     print(one_line(f"worldvla {words[0]}: {message}", 2000), file=sys.stderr)

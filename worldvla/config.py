@@ -84,6 +84,8 @@ class ImageTokenizerConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.channel_mult:
+            raise ValueError("channel_mult is empty: expected a width of each level, such as 1 2")
         if self.quantizer == "fsq":
             product = math.prod(self.fsq_levels)
             if product != self.num_codes or len(self.fsq_levels) != self.embed_dim:
@@ -551,8 +553,8 @@ def _fits(hint: Any, value: Any) -> bool:
             return False
         inner = args[:1] * len(value) if args[-1] is ... else args
         return len(inner) == len(value) and all(map(_fits, inner, value))
-    if hint is float:  # whole numbers of any size are finite, but do not fit a float
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    if hint is float:  # what is finite in float32, in which models compute
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3.4e38
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 

@@ -124,12 +124,14 @@ def num_processes() -> int:
 
 
 def find_device(name: str) -> "torch.device":
-    """Return the device; one that is unknown, or CUDA where there is none, raises ValueError."""
+    """Return the device; one that is unknown, or that does not compute here, raises ValueError."""
     import torch
 
     try:
         device = torch.device(name)
-    except RuntimeError:
+        if device.type not in ("cpu", "cuda"):  # torch knows names of two dozen kinds
+            torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):
         raise ValueError(f"unknown device {name!r}: expected cpu, cuda, cuda:1, ...") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(

@@ -60,7 +60,7 @@ def rank_policies(
     transformer. The same call again goes on where it stopped: judge.safetensors and policies.jsonl hold what
     is done.
     """
-    _check_arguments(checkpoints, suites, episodes, first, execute)
+    _check_arguments(checkpoints, suites, episodes, first, execute, judged)
     model = load(world, dtype=getattr(torch, dtype))
     policies = _with_intervals(checkpoints, model, execute)
     horizons = {suite: sim.suite(suite).horizon for suite in suites}
@@ -150,7 +150,10 @@ def _check_arguments(
     episodes: int,
     first: int,
     execute: Sequence[int],
+    judged: int,
 ) -> None:
+    if judged < 1:
+        raise ValueError(f"--judged must be at least 1 episode of each file, got {judged}")
     if not checkpoints or len(set(map(str, checkpoints))) < len(checkpoints):
         raise ValueError(f"give every policy once, and at least one, got {[str(c) for c in checkpoints]}")
     if not suites or len(set(suites)) < len(suites) or any(n < 1 for n in execute):

@@ -13,16 +13,21 @@ from typing import Any, Literal
 Tracker = Literal["", "trackio", "wandb"]
 
 
+def find_tracker(tracker: Tracker) -> Any:
+    """Return the tracker's module, None without one; one that is not installed raises ValueError."""
+    try:
+        return importlib.import_module(tracker) if tracker else None
+    except ModuleNotFoundError:
+        raise ValueError(f"--track {tracker}: it is not installed; pip install {tracker}") from None
+
+
 @contextmanager
 def tracked(tracker: Tracker, folder: Path, config: Mapping[str, Any]) -> Iterator[Any]:
     """Begin a run that is called like its folder, and give the tracker's module; without a tracker, None."""
-    if not tracker:
+    module = find_tracker(tracker)
+    if module is None:
         yield None
         return
-    try:
-        module = importlib.import_module(tracker)
-    except ModuleNotFoundError:
-        raise ValueError(f"--track {tracker}: it is not installed; pip install {tracker}") from None
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_DIR", str(folder))
     module.init(project="worldvla", name=folder.name, config=dict(config), resume="allow")

@@ -17,7 +17,7 @@ from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.sync.client import connect
 
 from worldvla.eval.actors import CHUNK, Actor, ActorError, Query
-from worldvla.image import resize_with_pad
+from worldvla.image import MAX_PIXELS, resize_with_pad
 from worldvla.serve.protocol import (
     IMAGE_KEYS,
     MAX_BYTES,
@@ -57,11 +57,7 @@ class RemoteActor(Actor):
         api_key: str | None = None,
         unnorm_key: str = "",
     ) -> None:
-        parts = urlsplit(address)
-        if parts.scheme not in SCHEMES or not parts.hostname:
-            raise ValueError(f"bad address {address!r}: expected websocket://HOST:PORT, ws:// or wss://")
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        self.address = f"{SCHEMES[parts.scheme]}://{host}:{parts.port or PORT}{parts.path}"
+        self.address = _websocket(address)
         self.suite, self.unnorm_key = suite_name, unnorm_key
         self._requests = 0
         self._stack = contextlib.ExitStack()  # websockets wants its connections entered
@@ -204,8 +200,21 @@ class RemoteActor(Actor):
         return actions[: self.execute].astype(np.float32)
 
 
+def _websocket(address: str) -> str:
+    """Return the address as websockets wants it."""
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError:  # half of an IPv6 address, or a port above 65535
+        parts = host = port = None
+    if parts is None or parts.scheme not in SCHEMES or not host:
+        raise ValueError(f"bad address {address!r}: expected websocket://HOST:PORT, ws:// or wss://")
+    return f"{SCHEMES[parts.scheme]}://{f'[{host}]' if ':' in host else host}:{port or PORT}{parts.path}"
+
+
 def _is_size(size: Any) -> bool:
-    return isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    is_pair = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    return is_pair and size[0] * size[1] <= MAX_PIXELS
 
 
 def _plain(value: Any) -> Any:
