@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ranks import free_port, torchrun
+from ranks import free_port, launch, torchrun
 from test_parallel import fifty, losses
 
 from worldvla.config import to_json
@@ -74,9 +74,10 @@ def start(root: Path) -> Iterator[Start]:
 def test_kills_cost_the_steps_since_the_last_checkpoint(
     root: Path, tmp_path: Path, start: Start, kills: int
 ) -> None:
-    """Of ranks, which the agent starts again, and of the agent, which is started again here."""
+    """Of ranks, which the agent starts again, and of the agent, which is started again here. The losses are
+    those of the same two ranks left alone; one process sums in another order, and drifts away."""
     rng, run_dir, steps = random.Random(0), tmp_path / "run", 25 * kills
-    train(fifty(root, steps=steps), tmp_path / "one")
+    launch(2, (fifty(root, steps=steps, shard=2), tmp_path / "alone"), timeout=600)
     agent = start(run_dir, steps, restarts=kills)
     for _ in range(kills):
         before = steps_of(run_dir)
@@ -91,7 +92,7 @@ def test_kills_cost_the_steps_since_the_last_checkpoint(
             wait_for(lambda alive=alive, pid=agent.pid: not set(alive) & set(children(pid)))
     said = agent.communicate(timeout=600)[0]
     assert agent.returncode == 0, said[-3000:]
-    assert losses(run_dir) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert losses(run_dir) == losses(tmp_path / "alone")
 
 
 @pytest.mark.slow
