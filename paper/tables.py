@@ -549,7 +549,7 @@ def planning(records: Records) -> str:
     """Success of a policy that tries eight chunks before it acts, and without, on the same states."""
     rows = []
     for where, (planned, _) in PLANS.items():
-        names = [name for name in records if name.startswith(f"tabletop_improve/{planned}/")]
+        names = _of_improve(records, planned)
         ms = np.mean([records[name]["ms_a_decision"] for name in names])
         suites = sorted({records[name]["suite"] for name in names})
         for suite in (*suites, "tabletop") if len(suites) > 1 else suites:
@@ -560,16 +560,46 @@ def planning(records: Records) -> str:
     return table(names, rows)
 
 
+BY_NUMBER = {
+    "by_chance": (8, "chance"),
+    "planned_2": (2, "the judge"),
+    "planned_4": (4, "the judge"),
+    "planned_8": (8, "the judge"),
+    "planned": (8, "the judge of before"),
+}
+"""Folder of records in tabletop_improve -> how many chunks are drawn, and who chooses one."""
+
+
+def planning_by_number(records: Records) -> str:
+    """Success by the number of chunks, and when any is executed; on the states that all have."""
+    ends = {name: ended(records, _of_improve(records, name)) for name in (*BY_NUMBER, "unplanned")}
+    keys, rows = set.intersection(*map(set, ends.values())), []
+    for name, (number, chooser) in BY_NUMBER.items():
+        ms = np.mean([records[path]["ms_a_decision"] for path in _of_improve(records, name)])
+        pairs = pairs_of([(ends[name][key], ends["unplanned"][key]) for key in keys])
+        won = f"{pairs.only_a + pairs.both}/{pairs.total}"
+        rows.append([number, chooser, won, *effect(pairs), f"{ms:.0f}"])
+    without = [1, "", f"{sum(ends['unplanned'][key] for key in keys)}/{len(keys)}", "", "", ""]
+    names = ("chunks", "chosen by", "successes", "points against the likeliest (95 %)", "p", "ms a decision")
+    return table(names, [without, *rows])
+
+
+def _of_improve(records: Records, folder: str) -> list[str]:
+    return [name for name in records if name.startswith(f"tabletop_improve/{folder}/")]
+
+
 def delay(records: Records) -> str:
-    """Success by delay, against no delay on the same episodes."""
+    """Success by delay, and points against no delay on the same episodes."""
     ends: dict[str, dict[str, str]] = records["bench/delay"]["ends"]
     first, rows = ends["latest"]["0"], []
+    delays = sorted(ends["latest"], key=int)
     for method, by_delay in ends.items():
-        for ms, of in sorted(by_delay.items(), key=lambda item: int(item[0])):
+        cells = []
+        for of in map(by_delay.__getitem__, delays):
             pairs = pairs_of([(a == "S", b == "S") for a, b in zip(of, first, strict=True)])
-            against = ("", "") if of is first else effect(pairs)
-            rows.append([DELAYED[method], ms, f"{of.count('S')}/{len(of)}", *against])
-    return table(("what the robot does", "delay, ms", "successes", "points against no delay", "p"), rows)
+            cells.append(f"{of.count('S')}" + ("" if of is first else f", {effect(pairs)[0]}"))
+        rows.append([DELAYED[method], *cells])
+    return table(("what the robot does", *(f"{ms} ms" for ms in delays)), rows)
 
 
 def delay_real_time(records: Records) -> str:
@@ -591,7 +621,7 @@ TABLES: dict[str, Callable[[Records], str]] = {
     for f in (
         *(suites, experts, ablation, ablation_differences, short_chunks, short_chunks_differences),
         *(ablation_libero, history, heads, chunk_length, chunk_error, world, shipped_world, motion),
-        *(rank, ranking, ranking_agreement, planning, speed, delay, delay_real_time),
+        *(rank, ranking, ranking_agreement, planning, planning_by_number, speed, delay, delay_real_time),
     )
 }
 
