@@ -245,7 +245,7 @@ def fuzz(name: str, data: Path, number: int) -> Counter[str]:
             assert line, f"mutation {i} of {path.name}"
             assert "\n" not in line, f"mutation {i} of {path.name}: {line}"
             assert len(line) < 2000, f"mutation {i} of {path.name}: {len(line)} letters"
-            assert name == "message" or str(data) in line, f"mutation {i} of {path.name}: {line}"
+            assert name in ("message", "record") or str(data) in line, f"mutation {i} of {path.name}: {line}"
         except BaseException as error:
             raise AssertionError(f"mutation {i} of {path.name}: {error!r}") from error
         finally:
