@@ -143,10 +143,10 @@ def test_wrong_version_is_said_before_libero_starts(capsys, installed, monkeypat
         assert main(words) == 2
         return capsys.readouterr().err.splitlines()
 
-    warning, end = said("libero_spatial")
+    warning, *_, end = said("libero_spatial")  # between them, what a bar left
     assert warning.startswith("warning: mujoco 3.4.0, expected >=3.3.0,<=3.3.2   fix: pip install mujoco==")
     assert end.endswith("stopped")
-    assert len(said("tabletop" if verb.startswith("demo") else "tabletop_goal")) == 1
+    assert "warning" not in " ".join(said("tabletop" if verb.startswith("demo") else "tabletop_goal"))
 
 
 # -- OpenGL --------------------------------------------------------------------------------------------------

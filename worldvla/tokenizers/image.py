@@ -468,12 +468,11 @@ class ImageTokenizer(nn.Module):
     ) -> "ImageTokenizer":
         """Return a tokenizer of these weights, in float32, without gradients; without a decoder where they
         have none. Others than the config's raise ValueError with `where` they are from and the `fix`."""
-        with torch.device("meta"):
-            tokenizer = cls(config)
+        tokenizer = cls(config)
         if not any(name.startswith("decoder.") for name in state):
             tokenizer.decoder = None
         check_shapes(where, state, tokenizer.state_dict(), fix)
-        tokenizer.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+        tokenizer.load_state_dict(state)  # copies: what was read may be a file that changes
         return tokenizer.eval().requires_grad_(False)
 
     def _seal(self) -> str:
