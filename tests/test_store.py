@@ -286,7 +286,7 @@ def test_parts_of_a_stopped_collection_are_no_demonstrations(demos: Path):
         write_episodes(demos / name, [random_episode(0)], {})
     assert demonstration_files([demos]) == [demos / "extra/more.h5", *whole]
     assert demonstration_files(whole[:1]) == whole[:1]
-    with pytest.raises(ValueError, match="task_0.* is given 2 times: give every file once"):
+    with pytest.raises(ValueError, match=r"task_0.* is given 2 times: give every file once"):
         demonstration_files([demos, whole[0]])
     with pytest.raises(ValueError, match="no demonstrations given"):
         demonstration_files([])
