@@ -142,6 +142,7 @@ def test_a_policy_acts_in_both_and_a_second_call_asks_nobody_again(
     assert all(np.shape(row["outcomes"]) == (3, 2) for row in record["policies"])
     assert sum(sum(row["outcomes"][0]) for row in record["policies"]) >= 3  # the shipped model can do this
     assert json.loads((tmp_path / "out/record.json").read_text())["judge"] == record["judge"]
+    assert next(rank.doubts(record)).startswith("2 policies on 2 initial states say little")
     again = record["replays"]
     assert (again["episodes"], again["successes"]) == (3, 3)
     for name in ("judge_on_real_frames", "imagined"):
@@ -198,6 +199,27 @@ def test_the_judge_learns_what_pictures_show_of_each_task(tmp_path: Path, rng: n
     again, _ = judge.Judge.load(tmp_path / "judge.safetensors", model)
     for old, new in zip(net.read(codes, before, tasks), again.read(codes, before, tasks), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def test_what_makes_a_ranking_doubtful_is_said() -> None:
+    sound = {
+        "policies": [{"outcomes": [[1] * 60] * 3}] * 8,
+        "judge": {"episodes_agree": [90, 100]},
+        "replays": {name: {"table": [[9, 1], [0, 10]]} for name in ("judge_on_real_frames", "imagined")},
+    }
+    assert list(rank.doubts(sound)) == []
+    few = {**sound, "policies": [{"outcomes": [[1] * 59] * 3}] * 8}
+    weak = {**sound, "judge": {"episodes_agree": [89, 100]}}
+    tables = {"judge_on_real_frames": {"table": [[8, 1], [0, 1]]}, "imagined": {"table": [[0, 3], [0, 1]]}}
+    records = few, weak, {**sound, "replays": tables}
+    assert [line for record in records for line in rank.doubts(record)] == [
+        "8 policies on 59 initial states say little about ranks: give 8 or more, and 60 states in all "
+        "(--episodes)",
+        "the judge is wrong about 11 of 100 held-out episodes: give more --demos",
+        "the judge calls 1 of 9 failures a success: give --demos more that fail",
+        "imagination makes successes of 3 of 3 failures: train the world model on failures "
+        "(`worldvla collect --kind world`)",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -922,7 +922,7 @@ def rank(
     """
     from worldvla.data.episode import demonstration_files
     from worldvla.eval.page import write_ranking
-    from worldvla.rank import rank_policies
+    from worldvla.rank import doubts, rank_policies
 
     files, counts = demonstration_files(demos), {"episodes": episodes, "first": first}
     with only_writer(out):
@@ -950,6 +950,8 @@ def rank(
     for n, group in record["by_execute"].items():
         spearman = group["imagined"]["spearman"]
         say(f"among those that execute {n}: {spearman['value']} (95 % {spearman['interval_95']})")
+    for doubt in doubts(record):
+        print(f"warning: {doubt}", file=sys.stderr)
     spearman = record["imagined"]["spearman"]
     say(f"rank correlation {spearman['value']} (95 % {spearman['interval_95']})   {write_ranking(out)}")
 

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,33 @@ from worldvla.machine import provenance
 from worldvla.progress import progress_bar
 from worldvla.sim import suites as sim
 from worldvla.sim.protocol import NUM_INITS
+
+POLICIES, STATES = 8, 60
+"""With fewer of them a rank correlation says little."""
+WRONG = 0.1
+"""Share of held-out episodes that a judge or a world model may get wrong before it is said."""
+
+
+def doubts(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield why a record says little, each in a line with what to do."""
+    policies, states = len(record["policies"]), len(record["policies"][0]["outcomes"][0])
+    if policies < POLICIES or states < STATES:
+        yield (
+            f"{policies} policies on {states} initial states say little about ranks: give {POLICIES} or "
+            f"more, and {STATES} states in all (--episodes)"
+        )
+    right, of = record["judge"]["episodes_agree"]
+    if of - right > WRONG * of:
+        yield f"the judge is wrong about {of - right} of {of} held-out episodes: give more --demos"
+    blamed = {
+        "judge_on_real_frames": "the judge calls {} of {} failures a success: give --demos more that fail",
+        "imagined": "imagination makes successes of {} of {} failures: train the world model on failures "
+        "(`worldvla collect --kind world`)",
+    }
+    for name, words in blamed.items():
+        right, wrong = record["replays"][name]["table"][0] if "replays" in record else (0, 0)
+        if wrong > WRONG * (right + wrong):
+            yield words.format(wrong, right + wrong)
 
 
 def rank_policies(
