@@ -563,6 +563,7 @@ def planning(records: Records) -> str:
 BY_NUMBER = {
     "by_chance": (8, "chance"),
     "planned_2": (2, "the judge"),
+    "planned_4": (4, "the judge"),
     "planned": (8, "the judge of before"),
 }
 """Folder of records in tabletop_improve -> how many chunks are drawn, and who chooses one."""
