@@ -945,11 +945,11 @@ def rank(
         say(f"{row['name']} seed {row['seed']} execute {row['execute']}: {words}")
     if again := record.get("replays"):
         right, dreamt = (again[name]["agree"] for name in ("judge_on_real_frames", "imagined"))
-        say(f"of {again['episodes']} held-out episodes the judge is right on real frames in {right}")
-        say(f"and in {dreamt} when their actions are imagined")
+        of = f"of {again['episodes']} held-out episodes"
+        say(f"{of} the judge is right about {right} on real frames, {dreamt} end so in imagination")
     for n, group in record["by_execute"].items():
         spearman = group["imagined"]["spearman"]
-        say(f"among those that execute {n}: {spearman['value']} (95 % {spearman['interval_95']})")
+        say(f"executing {n} actions: rank correlation {spearman['value']} (95 % {spearman['interval_95']})")
     for doubt in doubts(record):
         print(f"warning: {doubt}", file=sys.stderr)
     spearman = record["imagined"]["spearman"]
